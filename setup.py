@@ -1,0 +1,29 @@
+"Package metadata from settings.ini, as nbdev uses it."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+ini = ConfigParser(delimiters=['='], interpolation=None)
+ini.read('settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+lib = cfg['lib_path']
+
+setup(
+    version = cfg['version'],
+    description = cfg['description'],
+    long_description = Path('README.md').read_text(encoding='utf-8'),
+    long_description_content_type = 'text/markdown',
+    keywords = cfg['keywords'].split(),
+    author = cfg['author'],
+    author_email = cfg['author_email'],
+    url = cfg['git_url'],
+    license = {'apache2': 'Apache-2.0'}[cfg['license']],
+    classifiers = ['Intended Audience :: ' + cfg['audience'], 'Natural Language :: ' + cfg['language'],
+                   'Programming Language :: Python :: 3', 'Development Status :: 3 - Alpha'],
+    python_requires = '>=' + cfg['min_python'],
+    install_requires = cfg['requirements'].split(),
+    extras_require = {'dev': cfg['dev_requirements'].split()},
+    entry_points = {'console_scripts': cfg['console_scripts'].split()},
+    packages = find_packages(include=[lib, lib + '.*']),
+    package_data = {lib: ['assets/**']},
+)
