@@ -1,0 +1,99 @@
+"The notebooks are the source: what is generated from them agrees with them, and they read well anywhere."
+import ast, json, re, shutil, subprocess, sys
+from pathlib import Path
+import nbformat, pytest
+from readme import render, root
+
+lib = 'mt_editflow_nb'
+notebooks = sorted(p for folder in ('nbs', 'experiments') for p in (root/folder).rglob('*.ipynb')
+                   if not any(part.startswith(('.', '_')) for part in p.relative_to(root).parts))
+chapters = [p for p in notebooks if p.is_relative_to(root/'nbs')]
+each = lambda paths: pytest.mark.parametrize('path', paths, ids=lambda p: str(p.relative_to(root)))
+
+def module_of(path):
+    "The module that a notebook exports, as the parts of its name, or None."
+    found = re.search(r'#\|\s*default_exp\s+(\S+)', '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code'))
+    return found and tuple(found[1].split('.'))
+
+modules = {name: p for p in chapters if (name := module_of(p))}
+
+def test_package_is_exported_from_notebooks(tmp_path):
+    shutil.copytree(root/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.*', 'images'))
+    shutil.copy(root/'settings.ini', tmp_path)
+    (tmp_path/lib).mkdir()
+    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=tmp_path, check=True)
+    code = lambda top: {str(p.relative_to(top)): p.read_text() for p in (top/lib).rglob('*.py')}
+    exported, committed = code(tmp_path), code(root)
+    assert exported.keys() == committed.keys()
+    differ = [name for name in exported if exported[name] != committed[name]]
+    assert not differ, f'run nbdev_export: {differ} differ from the notebooks'
+
+@each(notebooks)
+def test_valid_and_without_errors(path):
+    nb = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(nb)
+    assert nb.nbformat == 4
+    errors = [o.ename for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
+    assert not errors
+    widgets = nb.metadata.get('widgets', {}) # without a state, GitHub says "Invalid Notebook"
+    assert all('state' in w for w in widgets.values())
+
+@each(notebooks)
+def test_no_paths_of_one_machine(path):
+    found = []
+    for c in nbformat.read(path, 4).cells:
+        texts = [c.source]
+        for o in c.get('outputs', []):
+            texts += [o.get('text', '')] + [json.dumps(v) for k, v in o.get('data', {}).items() if not k.startswith('image/')]
+        for text in texts: # not the same words inside a URL or inline image
+            found += re.findall(r'(?<![\w.~+/-])/(?:work|root|home|Users)/\S*', re.sub(r'base64,[\w+/=]+', '', text))
+    assert not found
+
+def test_readme_is_rendered_from_index():
+    text, pictures = render()
+    assert (root/'README.md').read_text(encoding='utf-8') == text, 'run make readme'
+    for path, data in pictures.items(): assert (root/path).read_bytes() == data, f'run make readme: {path}'
+
+def test_links_of_readme_exist():
+    text = (root/'README.md').read_text(encoding='utf-8')
+    links = re.findall(r'(?:\]\(|src="|href=")(?![a-z]+:|#)([^)"#\s]+)', text)
+    assert links
+    missing = [link for link in links if not (root/link).exists()]
+    assert not missing
+
+@each(notebooks)
+def test_links_between_files_exist(path):
+    text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+    links = re.findall(r'(?:\]\(|src="|href=")(?![a-z]+:)([^)"#\s]+\.(?:ipynb|md|png|svg|jpg|gif|yaml))', text)
+    missing = [link for link in links if not (path.parent/link).exists()]
+    assert not missing
+
+@each(chapters)
+def test_begins_with_title_and_subtitle(path):
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type != 'raw']
+    assert cells[0].cell_type == 'markdown' and re.match(r'# \S.*\n+> \S', cells[0].source)
+
+def imported(name):
+    "Modules of this package that a module imports, anywhere in it."
+    source = root.joinpath(lib, *name).with_suffix('.py').read_text()
+    for node in ast.walk(ast.parse(source)):
+        full = []
+        if isinstance(node, ast.Import): full = [a.name.split('.') for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            start = [lib, *name][:-node.level] if node.level else []
+            start += node.module.split('.') if node.module else []
+            full = [start + [a.name] for a in node.names]
+        for parts in full:
+            if parts[0] != lib: continue
+            used = [m for m in modules if tuple(parts[1:1 + len(m)]) == m]
+            if used: yield max(used, key=len)
+
+number = lambda name: re.match(r'(\d+)([a-z]*)_', modules[name].name).groups()
+
+@pytest.mark.parametrize('name', modules, ids='.'.join)
+def test_imports_earlier_chapters_only(name):
+    later = [m for m in imported(name) if m != name and number(m) >= number(name)]
+    assert not later, f'{modules[name].name} imports from {[modules[m].name for m in later]}'
+
+def test_there_is_a_chain_of_imports():
+    assert ('sessions',) in set(imported(('evaluation',)))

@@ -1,0 +1,127 @@
+"Lines of a sessions file that cannot be used: each gives one line that names the file, the line and the field."
+import io, json
+import pytest
+from PIL import Image
+from mt_editflow_nb.sessions import InputError, load_edival, load_sessions, save_sessions, Session
+
+good = dict(id='b', image='ok.png', instructions=['x', 'y'])
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.effect_noise((32, 32), 50).save(tmp_path/'ok.png')
+    data = (tmp_path/'ok.png').read_bytes()
+    (tmp_path/'cut.png').write_bytes(data[:len(data)//2])
+    (tmp_path/'text.png').write_text('not an image')
+    (tmp_path/'flipped.png').write_bytes(data[:60] + bytes(255 - x for x in data[60:]))
+    (tmp_path/'empty.png').write_bytes(b'')
+    (tmp_path/'folder.png').mkdir()
+    return tmp_path
+
+def line(**changes): return json.dumps({k: v for k, v in (good | changes).items() if v != 'DROP'})
+
+bad_lines = {
+    '{"id": "b", ': ['not valid JSON'],
+    '[' * 100_000: ['not valid JSON'],
+    '["b", "ok.png", ["x", "y"]]': ['JSON object'],
+    'null': ['JSON object'],
+    line(id='DROP'): ['`id`', 'missing'],
+    line(image='DROP'): ['`image`', 'missing'],
+    line(id=None): ['`id`', 'None'],
+    line(id=True): ['`id`', 'True'],
+    line(id=1.5): ['`id`', '1.5'],
+    line(id=['b']): ['`id`'],
+    line(id=''): ['`id`'],
+    line(image=None): ['`image`', 'None'],
+    line(image=3): ['`image`', '3'],
+    line(image='no.png'): ['no.png', 'there is none'],
+    line(image='cut.png'): ['cut.png', 'could not read'],
+    line(image='text.png'): ['text.png', 'could not read'],
+    line(image='flipped.png'): ['flipped.png', 'could not read'],
+    line(image='empty.png'): ['empty.png', 'could not read'],
+    line(image='folder.png'): ['folder.png', 'could not read'],
+    line(image='a\0b.png'): ['could not read'],
+    line(instructions='x'): ['`instructions`', "'x'"],
+    line(instructions={'1': 'x'}): ['`instructions`'],
+    line(instructions=['x', 2]): ['`instructions`'],
+    line(instructions=['x', None]): ['`instructions`'],
+    line(instructions=['x', '']): ['`instructions`'],
+    line(instructions=[]): ['`instructions`', '0 turns'],
+    line(instructions=['x'] * 9): ['`instructions`', '9 turns'],
+    line(instructions=['x']): ['`instructions`', '2 turns', 'sessions.jsonl:1', 'received 1'],
+    line(task_types='color'): ['`task_types`'],
+    line(task_types=['color']): ['`task_types`', '2 turns'],
+    line(task_types=None): ['`task_types`'],
+    line(meta=[]): ['`meta`'],
+    line(meta=None): ['`meta`'],
+    line(seed=1): ['`seed`', 'unknown'],
+    line(id='a'): ['`id`', "'a'", 'sessions.jsonl:1'],
+}
+
+@pytest.mark.parametrize('bad', bad_lines, ids=lambda x: x[:60])
+def test_bad_line(folder, bad):
+    path = folder/'sessions.jsonl'
+    path.write_text(f'{line(id="a")}\n\n{bad}\n', encoding='utf-8')
+    with pytest.raises(InputError) as e: load_sessions(path)
+    message = str(e.value)
+    assert message.startswith(f'{path}:3: ') and '\n' not in message and len(message) < 400 + 2*len(str(folder))
+    assert all(part in message for part in bad_lines[bad]), message
+
+@pytest.mark.parametrize('content,part', [(None, 'cannot be read'), (b'', 'at least one session'), (b'\n \n', 'at least one session'),
+                                          (b'{"id": "\xff"}', 'UTF-8')], ids=['missing', 'empty', 'blank', 'latin-1'])
+@pytest.mark.parametrize('load', [load_sessions, load_edival])
+def test_bad_file(tmp_path, load, content, part):
+    if load is load_edival and content in (b'', b'\n \n'): part = '`image_index`' # no header
+    path = tmp_path/'sessions'
+    if content is not None: path.write_bytes(content)
+    with pytest.raises(InputError, match=part) as e: load(path)
+    assert str(e.value).startswith(str(path)) and '\n' not in str(e.value)
+
+def test_folder_instead_of_file(tmp_path):
+    with pytest.raises(InputError, match='cannot be read'): load_sessions(tmp_path)
+
+def test_csv_without_rows(tmp_path):
+    path = tmp_path/'edival.csv'
+    path.write_text('image_index,turns,task_type,instructions,format_instructions,bg_consistency,unchanged_objects,'
+                    'available_objects,all_objects\n')
+    with pytest.raises(InputError, match='no rows'): load_edival(path)
+
+def test_files_as_other_programs_write_them(folder):
+    "Byte order mark, Windows line ends, blank lines, no line end at the end, an integer as id."
+    path = folder/'sessions.jsonl'
+    path.write_bytes('\r\n'.join(['\ufeff' + line(id=1), '', line(id='Größe')]).encode())
+    assert [s.id for s in load_sessions(path)] == ['1', 'Größe']
+    path.write_text(f'{line(id=1)}\n{line(id="1")}')
+    with pytest.raises(InputError, match="'1'"): load_sessions(path)
+
+def test_photos_are_turned_upright_and_rgb(folder):
+    "A phone stores the sensor's picture and a note to turn it (EXIF orientation 6: a quarter clockwise)."
+    im = Image.new('RGB', (40, 20), 'black')
+    im.paste('white', (0, 0, 20, 20)) # left half white: upright, that is the top half
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    im.save(folder/'phone.jpg', exif=exif, quality=95)
+    (folder/'s.jsonl').write_text(f'{line(image="phone.jpg")}\n{line(id="grey")}')
+    photo, grey = [s.image for s in load_sessions(folder/'s.jsonl')]
+    assert photo.size == (20, 40) and photo.getpixel((10, 5))[0] > 250 > 5 > photo.getpixel((10, 35))[0]
+    assert grey.mode == 'RGB'
+
+def test_what_cannot_be_saved(tmp_path):
+    image = Image.new('RGB', (4, 4))
+    for sessions, part in [([], 'at least one'), ([Session('a', None, ['x'])], '`image`'),
+                           ([Session('a', image, ['x'])] * 2, "'a'"),
+                           ([Session('a', image, ['x']), Session('b', image, ['x', 'y'])], '1 turns'),
+                           ([Session('a', image, ['x'], meta={'pixels': b''})], '`meta`')]:
+        with pytest.raises(InputError, match=part): save_sessions(sessions, tmp_path)
+    assert not (tmp_path/'sessions.jsonl').exists()
+
+def test_interrupted_save_keeps_the_old_set(tmp_path, monkeypatch):
+    old = [Session('a', Image.new('RGB', (4, 4), 'red'), ['x'])]
+    path = save_sessions(old, tmp_path)
+    import mt_editflow_nb.sessions as module
+    write = module.atomic_write
+    def stop_at_list(path, data):
+        if path.name == 'sessions.jsonl': raise KeyboardInterrupt
+        return write(path, data)
+    monkeypatch.setattr(module, 'atomic_write', stop_at_list)
+    with pytest.raises(KeyboardInterrupt): save_sessions([Session('a', Image.new('RGB', (4, 4), 'blue'), ['x'])], tmp_path)
+    assert load_sessions(path) == old
