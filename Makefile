@@ -21,7 +21,7 @@ $(STAMP): settings.ini pyproject.toml setup.py constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP) ## train the tiny editor on the shape world, evaluate, and show where the results are
-	$(BIN)/mtef_train
+	$(BIN)/mtef_train --notebook experiments/train.ipynb --run runs/demo
 
 test: $(STAMP) ## test every notebook, then the whole flows
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --do_print

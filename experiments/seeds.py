@@ -1,12 +1,14 @@
 """Run one configuration with several seeds and summarise it: python experiments/seeds.py NAME [--seeds 5] [--jobs 2] [RECIPE.yaml | field=value ...]
 
 Each seed is a run of its own in runs/NAME/seed_S; called again, finished ones are kept and cut ones go on.
-Writes experiments/results/NAME.json, NAME.csv (the table of every seed) and NAME.png (learning curves)."""
+Writes to experiments/results: NAME.json, NAME.csv (the table over seeds), NAME.png (learning curves), and NAME_sessions.png
+(the first two held-out sessions of seed 0, before and after)."""
 import argparse, json, os, shlex, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd
-from mt_editflow_nb.evaluation import compare_scores, seed_interval, Outcomes
+from safetensors.numpy import load_file
+from mt_editflow_nb.evaluation import Outcomes, compare_scores, seed_interval
 from mt_editflow_nb.sessions import atomic_write
 from mt_editflow_nb.training import environment
 
@@ -29,12 +31,18 @@ def job(seed):
 
 with ThreadPoolExecutor(a.jobs) as pool: rows = list(pool.map(job, range(a.seeds)))
 
+def outcomes(name):
+    "Of every seed, [S, N, T]."
+    saved = [load_file(runs/f'seed_{s}'/f'{name}.safetensors') for s in range(a.seeds)]
+    return Outcomes(*(np.stack([x[k] for x in saved]) for k in Outcomes._fields))
+
+over_sessions = compare_scores(outcomes('before'), outcomes('after'))     # seeds averaged, sessions drawn: what other sessions would change
 gain = {(r['turn'], r['metric']): [] for r in rows[0]['table']}
 for res in rows:
     for r in res['table']: gain[r['turn'], r['metric']].append(r['difference'])
 T = rows[0]['turns']
 summary = {f'turn{t}_{m}': dict(before=next(r['before'] for r in rows[0]['table'] if (r['turn'], r['metric']) == (t, m)), gain=float(np.mean(v)),
-                               gain_ci=[float(x) for x in seed_interval(v)[1:]]) for (t, m), v in gain.items()}
+                               gain_ci=[float(x) for x in seed_interval(v)[1:]], gain_ci_sessions=over_sessions.loc[(t, m), ['low', 'high']].tolist()) for (t, m), v in gain.items()}
 top = summary[f'turn{T}_O']
 atomic_write(results/f'{a.name}.json', json.dumps({
     'command': shlex.join(['python', 'experiments/seeds.py', *sys.argv[1:]]), 'commit': environment()['commit'], 'seeds': a.seeds, 'sessions': rows[0]['sessions'],
@@ -58,4 +66,10 @@ for ax, (key, title) in zip(fig.subplots(1, 3), (('all_right', 'all turns so far
     ax.set(title=title, xlabel='iteration')
     ax.legend(fontsize=7)
 fig.savefig(results/f'{a.name}.png', dpi=90)
+
+from PIL import Image
+strips = [Image.open(runs/'seed_0'/'rollouts'/f'heldout_{i}.png').convert('RGB') for i in range(2)]
+both = Image.new('RGB', (max(x.width for x in strips), sum(x.height for x in strips)), 'white')
+for i, x in enumerate(strips): both.paste(x, (0, sum(y.height for y in strips[:i])))
+both.save(results/f'{a.name}_sessions.png', optimize=True)
 print(table.to_string())

@@ -182,7 +182,7 @@ def main(argv=None):
     ap.add_argument('--n', type=int, default=512, help='sessions of the shape world')
     ap.add_argument('--turns', type=int, default=3, help='turns of the shape world, 1 to 8')
     ap.add_argument('--judge', default='verifier')
-    ap.add_argument('--steps', type=int, default=5, help='denoising steps')
+    ap.add_argument('--steps', type=int, default=3, help='denoising steps')
     ap.add_argument('--batch', type=int, default=64, help='sessions at a time')
     ap.add_argument('--out', default='runs/eval', help='folder for scores.csv and the pictures of eight sessions')
     a = ap.parse_args(argv)

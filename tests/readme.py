@@ -17,6 +17,9 @@ def render():
     "The text of README.md, and the pictures in the notebook's outputs by path."
     nb = nbformat.read(root/'nbs/index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
+    for i, c in enumerate(nb.cells): # a cell that says so shows what it made, not how
+        if re.match(r'#\|\s*echo:\s*false\b', c.source):
+            nb.cells[i] = nbformat.v4.new_markdown_cell('\n\n'.join(o.data['text/markdown'] for o in c.outputs if 'text/markdown' in o.get('data', {})))
     for c in nb.cells:
         if c.cell_type == 'markdown': c.source = from_root(c.source)
         for o in c.get('outputs', []): # the notebook viewer's table style is plain text on GitHub
