@@ -68,13 +68,12 @@ def rollout(editor,                  # from `load_editor`
     N, (L, C) = P*group, editor.latent_shape
     rows = torch.arange(P).repeat_interleave(group)
     sigmas = editor.sigmas(num_steps)
-    text = editor.encode_text([t for s in sessions for t in s.instructions])        # P*T, each different one once
-    first = np.stack([np.asarray(s.image) for s in fit_sessions(editor, sessions)])
-    image = editor.encode_image(first)[rows]                                        # encoded once a session
+    out = np.stack([np.asarray(s.image) for s in fit_sessions(editor, sessions)])   # the input of turn 1
+    image, out = editor.encode_image(out)[rows], out[rows.numpy()]                        # encoded once a session
     images, texts, inputs, clean, path, nexts, means, logps = ([] for _ in range(8))
     for t in range(T):
         noise = torch.randn(N, L, C, generator=generator).to(editor.device)
-        turn_text = text[rows*T + t]
+        turn_text = editor.encode_text([s.instructions[t] for s in sessions for _ in range(group)], out)
         x, before, after, mean, logp = sample(editor, turn_text, image, noise, sigmas, kind=kind, noise_level=noise_level, window=window, generator=generator, batch=batch)
         out = np.concatenate([editor.decode(x[c]) for c in _chunks(N, batch)])      # 8-bit pixels: what the user sees and edits next
         images.append(out); texts.append(turn_text); inputs.append(image); clean.append(x)
