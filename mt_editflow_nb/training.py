@@ -143,7 +143,7 @@ def _finite(x, name, iteration):
 def processes() -> tuple: # (this one's number, how many there are)
     "Where this process stands among those that `accelerate launch` started; (0, 1) without it."
     from accelerate import PartialState
-    s = PartialState()
+    s = PartialState(cpu=not torch.cuda.is_available())
     return s.process_index, s.num_processes
 
 def gather_scores(scores, device):
