@@ -130,3 +130,24 @@ def test_command(capsys, tmp_path):
     with patch.object(training, 'experiment', side_effect=torch.OutOfMemoryError): assert main(['--run', str(tmp_path/'x')]) == 2
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and 'too little memory' in err and 'GB' in err
+
+@pytest.mark.parametrize('family', ['FluxKontextPipeline', 'Flux2KleinPipeline', 'QwenImageEditPlusPipeline'])
+def test_bench_measures_every_family(family, twins, monkeypatch):
+    "At toy size, on the CPU: the script runs; what it measures says nothing about a GPU."
+    monkeypatch.syspath_prepend(str(root/'experiments'))
+    import bench_gpu
+    c = make_config(dict(editor=str(twins[family]), size=64, batch=2, lora_rank=2, checkpointing=True, guidance=2.5))
+    row = bench_gpu.measure(c, describe(c.editor), True, False, torch.device('cpu'), torch.float32, 1)
+    assert 0 < row['seconds_forward_row'] and row['edits_per_gpu_second'] == pytest.approx(c.sessions_per_iteration*c.group*3/row['seconds_iteration'])
+
+def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch):
+    from mt_editflow_nb import editors, evaluation
+    from mt_editflow_nb.editors import save_lora
+    import json
+    save_lora(load_editor(lora_rank=2), tmp_path/'run'/'lora')
+    (tmp_path/'run'/'config.json').write_text(json.dumps(dict(config=dict(editor='tiny', size=48, guidance=2., num_steps=3, quantize=None))))
+    asked = {}
+    monkeypatch.setattr(editors, 'load_editor', lambda name, **kw: (asked.update(kw, name=name), load_editor(name, **kw))[1])
+    assert evaluation.main(['--lora', str(tmp_path/'run'/'lora'), '--n', '2', '--turns', '1', '--steps', '2', '--out', str(tmp_path/'out')]) == 0
+    assert asked == dict(name='tiny', quantize=None, size=48, guidance=2.)
+    assert 'warning: --steps 2, but the adapter was trained with 3' in capsys.readouterr().err
