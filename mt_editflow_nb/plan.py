@@ -26,10 +26,10 @@ _qwen_edit = dict(transformer={}, text=[('Qwen2_5_VLForConditionalGeneration', _
 PUBLISHED = {   # hub name -> pipeline, transformer, text encoders, parameters of the autoencoder, text tokens, pixels a token
     'black-forest-labs/FLUX.1-Kontext-dev': dict(pipeline='FluxKontextPipeline', transformer=dict(guidance_embeds=True),
         text=[('CLIPTextModel', _clip), ('T5EncoderModel', _t5)], vae=83_819_683, words=512, token=16),
-    'black-forest-labs/FLUX.2-klein-base-4B': dict(pipeline='Flux2KleinPipeline', vae=84_000_000, words=512, token=16,
+    'black-forest-labs/FLUX.2-klein-base-4B': dict(pipeline='Flux2KleinPipeline', vae=84_046_115, words=512, token=16,
         transformer=dict(_klein, num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680),
         text=[('Qwen3ForCausalLM', dict(_qwen3, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True))]),
-    'black-forest-labs/FLUX.2-klein-base-9B': dict(pipeline='Flux2KleinPipeline', vae=84_000_000, words=512, token=16,
+    'black-forest-labs/FLUX.2-klein-base-9B': dict(pipeline='Flux2KleinPipeline', vae=84_046_115, words=512, token=16,
         transformer=dict(_klein, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288),
         text=[('Qwen3ForCausalLM', dict(_qwen3, hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False))]),
     'Qwen/Qwen-Image-Edit': dict(_qwen_edit, pipeline='QwenImageEditPipeline'),

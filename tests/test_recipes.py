@@ -75,6 +75,17 @@ def test_parameters_of_the_published_models(name, kind, billions):
     if kind == 'flux': assert t.config.guidance_embeds
     assert n == closed_form(t.config, kind) and round(n/1e9, 1) == billions
 
+def test_parameters_of_the_other_parts():
+    "Text encoders against the totals that their repositories publish; autoencoders against diffusers' defaults, which are the published ones."
+    import diffusers, transformers
+    size = lambda m: sum(p.numel() for p in m.parameters())
+    with torch.device('meta'):
+        found = {name: [size(getattr(transformers, n)(getattr(transformers, n).config_class(**config))) for n, config in PUBLISHED[name]['text']]
+                 for name in ('black-forest-labs/FLUX.1-Kontext-dev', 'black-forest-labs/FLUX.2-klein-base-4B', 'black-forest-labs/FLUX.2-klein-base-9B', 'Qwen/Qwen-Image-Edit')}
+        vaes = size(diffusers.AutoencoderKLFlux2()), size(diffusers.AutoencoderKLQwenImage())
+    assert [*found.values()] == [[123_060_480, 4_762_310_656], [4_022_468_096], [8_190_735_360], [8_292_166_656]]
+    assert vaes == (PUBLISHED['black-forest-labs/FLUX.2-klein-base-4B']['vae'], PUBLISHED['Qwen/Qwen-Image-Edit']['vae'])
+
 @pytest.mark.parametrize('recipe,limit', [('kontext_nft', 24e9), ('klein_9b_nft', 20e9), ('qwen_edit_nft', 40e9)])
 def test_memory_targets(recipe, limit):
     p = plan(make_config(read_recipe(root/f'experiments/recipes/{recipe}.yaml') | dict(turns=3)), gpu='H100')
