@@ -128,7 +128,8 @@ def load_editor(name_or_path: str = TINY, # 'tiny', a pipeline directory, or a h
     dtype = {'auto': torch.bfloat16 if device != 'cpu' else torch.float32, 'bfloat16': torch.bfloat16, 'float32': torch.float32}.get(dtype, dtype)
     kw = getattr(cls, 'components', lambda name: {})(source)
     if quantize and device != 'cpu':
-        kw['quantization_config'] = diffusers.quantizers.PipelineQuantizationConfig(quant_backend='bitsandbytes_4bit', components_to_quantize=['transformer', cls.encoders[-1]],
+        from diffusers.quantizers import PipelineQuantizationConfig
+        kw['quantization_config'] = PipelineQuantizationConfig(quant_backend='bitsandbytes_4bit', components_to_quantize=['transformer', cls.encoders[-1]],
             quant_kwargs=dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype))
     try: pipe = getattr(diffusers, family).from_pretrained(source, torch_dtype=dtype, **kw)
     except OSError as e: raise InputError(f'editor: {name_or_path} cannot be loaded: {str(e).splitlines()[0]}') from e
