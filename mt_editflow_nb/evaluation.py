@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Outcomes', 'edival_scores', 'compare_scores', 'plot_comparison', 't_quantile', 'Interval', 'seed_interval',
-           'evaluate', 'main']
+           'evaluate', 'trained_with', 'main']
 
 # %% ../nbs/09_evaluation.ipynb #6aad773e
 from typing import NamedTuple
@@ -166,6 +166,16 @@ def evaluate(
     return Outcomes(*map(np.concatenate, zip(*outcomes))), np.concatenate(images)
 
 # %% ../nbs/09_evaluation.ipynb #dd3a7bcf
+def trained_with(
+    lora, # folder of an adapter
+) -> dict: # `editor`, `size`, `guidance`, `steps`, `quantize`; empty where that is not known
+    "The settings that an adapter was trained with, from the run folder that it lies in."
+    import json
+    from pathlib import Path
+    try: c = json.loads((Path(lora).resolve().parent / 'config.json').read_text())['config']
+    except (OSError, ValueError, KeyError): return {}
+    return {k: c.get('num_steps' if k == 'steps' else k) for k in ('editor', 'size', 'guidance', 'steps', 'quantize')}
+
 def main(argv=None):
     "The command `mtef_eval`."
     import argparse, json, os, sys
@@ -176,22 +186,29 @@ def main(argv=None):
     from mt_editflow_nb.rewards import load_judge
     from mt_editflow_nb.rollout import fit_sessions, strip
     ap = argparse.ArgumentParser('mtef_eval', description='Let an editor run freely over multi-turn sessions and score it with EdiVal\'s metrics.')
-    ap.add_argument('--editor', default='tiny', help="'tiny', a pipeline directory, or a hub name")
-    ap.add_argument('--lora', help='folder of a trained adapter (RUN/lora)')
+    ap.add_argument('--editor', help="'tiny' (default), a pipeline directory, or a hub name")
+    ap.add_argument('--lora', help='folder of a trained adapter (RUN/lora); editor, size, guidance, steps and 4 bits are then those of its run unless given')
     ap.add_argument('--sessions', default='shapeworld', help="'shapeworld' (held-out sessions), or a JSON Lines file")
     ap.add_argument('--n', type=int, default=512, help='sessions of the shape world')
     ap.add_argument('--turns', type=int, default=3, help='turns of the shape world, 1 to 8')
     ap.add_argument('--judge', default='verifier')
-    ap.add_argument('--steps', type=int, default=3, help='denoising steps')
+    ap.add_argument('--steps', type=int, help='denoising steps (default 3)')
+    ap.add_argument('--size', type=int, help="side of the images in pixels (default: the model's own)")
+    ap.add_argument('--guidance', type=float, help="guidance (default: the family's published one)")
+    ap.add_argument('--quantize', choices=['nf4'], help='4-bit weights')
     ap.add_argument('--batch', type=int, default=64, help='sessions at a time')
     ap.add_argument('--out', default='runs/eval', help='folder for scores.csv and the pictures of eight sessions')
     a = ap.parse_args(argv)
     try:
+        trained = trained_with(a.lora) if a.lora else {}
+        for name, value in dict(dict(editor='tiny', steps=3), **{k: v for k, v in trained.items() if v is not None}).items():
+            if getattr(a, name) is None: setattr(a, name, value)
+            elif getattr(a, name) != value and trained: print(f'mtef_eval: warning: --{name} {getattr(a, name)}, but the adapter was trained with {value}', file=sys.stderr)
         if not 1 <= a.turns <= 8: raise InputError(f'--turns: got {a.turns}, expected 1 to 8')
         for name in ('n', 'steps', 'batch'):
             if getattr(a, name) < 1: raise InputError(f'--{name}: got {getattr(a, name)}, expected at least 1')
         judge = load_judge(a.judge)
-        editor = load_editor(a.editor)
+        editor = load_editor(a.editor, quantize=a.quantize, size=a.size, guidance=a.guidance)
         if a.lora: load_lora(editor, a.lora)
         sessions = shape_sessions(a.n, a.turns, 'heldout') if a.sessions == 'shapeworld' else load_sessions(a.sessions)
         sessions = fit_sessions(editor, sessions)

@@ -32,15 +32,20 @@ def fit_sessions(editor, sessions: list) -> list:
     "The same sessions with their first images as the editor takes them, so that a judge sees what the editor saw."
     return [replace(s, image=Image.fromarray(editor.prepare(s.image))) for s in sessions]
 
+def _noise(shape, generator, part=(0, 1)):
+    "This process's part of the noise of a batch that n processes share; one process draws the same."
+    i, n = part
+    return torch.randn(shape[0]*n, *shape[1:], generator=generator)[i*shape[0]:(i + 1)*shape[0]]
+
 def _chunks(n, size): return [slice(i, min(i + size, n)) for i in range(0, n, size or n)]
 
 @torch.no_grad()
-def sample(editor, text, image_NLC, noise_NLC, sigmas, *, kind='ode', noise_level=0., window=(), generator=None, batch=64):
+def sample(editor, text, image_NLC, noise_NLC, sigmas, *, kind='ode', noise_level=0., window=(), generator=None, batch=64, part=(0, 1)):
     "Denoise N rows; returns the clean latents and, for the steps in `window`, lists of latents before, after, and on average, and of log-probabilities."
     x, before, after, means, logps = noise_NLC, [], [], [], []
     for k in range(len(sigmas) - 1):
         stochastic = k in window
-        eps = torch.randn(x.shape, generator=generator).to(x.device) if stochastic else None
+        eps = _noise(x.shape, generator, part).to(x.device) if stochastic else None
         out = []
         for c in _chunks(len(x), batch):
             s = sigmas[k].to(x.device)
@@ -61,22 +66,22 @@ def rollout(editor,                  # from `load_editor`
             kind: str = 'ode',       # 'ode', 'flow' or 'cps'
             noise_level: float = 0., # of the stochastic steps
             window=(),               # indices of the stochastic steps
-            batch: int = 64          # rows a transformer call
+            batch: int = 64,         # rows a transformer call
+            part: tuple = (0, 1)     # (i, n): these are the sessions of the i-th of n processes, and the noise is that of all of them
            ) -> Rollout:
     "Run whole sessions for a group of members each."
     P, T = len(sessions), len(sessions[0].instructions)
     N, (L, C) = P*group, editor.latent_shape
     rows = torch.arange(P).repeat_interleave(group)
     sigmas = editor.sigmas(num_steps)
-    text = editor.encode_text([t for s in sessions for t in s.instructions])        # P*T, each different one once
-    first = np.stack([np.asarray(s.image) for s in fit_sessions(editor, sessions)])
-    image = editor.encode_image(first)[rows]                                        # encoded once a session
+    out = np.stack([np.asarray(s.image) for s in fit_sessions(editor, sessions)])   # the input of turn 1
+    image, out = editor.encode_image(out)[rows], out[rows.numpy()]                        # encoded once a session
     images, texts, inputs, clean, path, nexts, means, logps = ([] for _ in range(8))
     for t in range(T):
         own = 1 if len(window) else group                                           # stochastic members share where they start
-        noise = torch.randn(P, own, L, C, generator=generator).expand(P, group, L, C).reshape(N, L, C).to(editor.device)
-        turn_text = text[rows*T + t]
-        x, before, after, mean, logp = sample(editor, turn_text, image, noise, sigmas, kind=kind, noise_level=noise_level, window=window, generator=generator, batch=batch)
+        noise = _noise((P*own, L, C), generator, part).reshape(P, own, L, C).expand(P, group, L, C).reshape(N, L, C).to(editor.device)
+        turn_text = editor.encode_text([s.instructions[t] for s in sessions for _ in range(group)], out)
+        x, before, after, mean, logp = sample(editor, turn_text, image, noise, sigmas, kind=kind, noise_level=noise_level, window=window, generator=generator, batch=batch, part=part)
         out = np.concatenate([editor.decode(x[c]) for c in _chunks(N, batch)])      # 8-bit pixels: what the user sees and edits next
         images.append(out); texts.append(turn_text); inputs.append(image); clean.append(x)
         path += before; nexts += after; means += mean; logps += logp
