@@ -8,7 +8,7 @@ __all__ = ['SLOTS', 'SIDE', 'QUESTIONS', 'RULES', 'DETECTOR', 'ASKER', 'FEATURES
            'subject_replace', 'position_change', 'count_change', 'attribute_alter', 'color_alter', 'material_alter',
            'text_change', 'background_change', 'follows_rule', 'object_term', 'background_weights', 'grid_of',
            'background_term', 'to_square', 'score_session', 'outcomes_of', 'published_overall', 'load_detector',
-           'load_asker', 'load_features', 'load_quality', 'turn_file', 'edit_images', 'protocol_file',
+           'load_asker', 'load_features', 'load_quality', 'turn_file', 'save_png', 'edit_images', 'protocol_file',
            'generate_edival', 'missing_images', 'score_edival']
 
 # %% ../nbs/09a_edival.ipynb #91504bd5
@@ -17,6 +17,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -408,9 +409,10 @@ SEED = 1234 # of the noise, the same in every turn
 
 def turn_file(folder, id: str, turn: int) -> Path: # turn 0: the input
     "Where the benchmark's scripts look for a picture."
-    return Path(folder)/'multipass'/f'{id}_input_raw{f"_turn_{turn}" if turn else ""}.png'
+    return Path(folder)/'multipass'/f'{quote(id, safe="")}_input_raw{f"_turn_{turn}" if turn else ""}.png'
 
-def _save_png(image, path):
+def save_png(image: Image.Image, path):
+    "Write a PNG file whole or not at all."
     f = io.BytesIO()
     image.save(f, 'PNG')
     atomic_write(path, f.getvalue())
@@ -454,13 +456,13 @@ def generate_edival(
         part = sessions[i:i + batch]
         for s in part:
             if s.image is None: raise InputError(f'session {s.id!r}: expected an image, there is none')
-            if not turn_file(folder, s.id, 0).is_file(): _save_png(to_square(s.image), turn_file(folder, s.id, 0))
+            if not turn_file(folder, s.id, 0).is_file(): save_png(to_square(s.image), turn_file(folder, s.id, 0))
         for t in range(1, len(part[0].instructions) + 1):
             todo = [s for s in part if not turn_file(folder, s.id, t).is_file()]
             if todo:
                 inputs = [open_image(turn_file(folder, s.id, t - 1)) for s in todo]
                 for s, im in zip(todo, edit_images(editor, inputs, [s.instructions[t - 1] for s in todo], num_steps=num_steps, seed=seed)):
-                    _save_png(to_square(im), turn_file(folder, s.id, t))
+                    save_png(to_square(im), turn_file(folder, s.id, t))
             bar.update(len(part))
     bar.close()
 
