@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .sessions import InputError, atomic_write, load_edival, load_sessions, open_image
 from .shapeworld import look, shape_sessions
+from .structures import STRUCTURES, plain_form, structured_judge, structured_sessions
 from .editors import load_editor, load_lora
 from .rollout import fit_sessions, strip
 from .rewards import load_judge
@@ -41,7 +42,7 @@ def wilson(k, n) -> tuple: # (low, high) in [0, 1]
     "95 % Wilson score interval of a proportion k of n."
     z, p = 1.959964, k / n
     mid, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n))**.5
-    return mid - half, mid + half
+    return max(0., mid - half), min(1., mid + half)
 
 def taxonomy(
     types_NT: list, # N lists of T instruction types
@@ -142,9 +143,9 @@ def load_run(
     sessions = load_sessions(Path(folder)/'sessions.jsonl')
     return sessions, np.stack([np.stack([np.asarray(open_image(edival.turn_file(folder, s.id, t + 1))) for t in range(len(s.instructions))]) for s in sessions])
 
-# %% ../nbs/09d_card.ipynb #42aca4c6
+# %% ../nbs/09d_card.ipynb #aaa5be1d
 def _version():
-    return {p: version(p) for p in ('torch', 'diffusers', 'transformers')}
+    return ', '.join(f'{p} {version(p)}' for p in ('mt_editflow_nb', 'torch', 'diffusers', 'transformers'))
 
 def _finish(out, *, title, facts, sessions, outcomes, images, why_NT, extra={}):
     save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions])
@@ -157,14 +158,18 @@ def _finish(out, *, title, facts, sessions, outcomes, images, why_NT, extra={}):
 
 def _free(a, judge, editor, out):
     "Evaluate in the shape world, or on a file of its words."
-    sessions = shape_sessions(a.n, a.turns, 'heldout') if a.sessions == 'shapeworld' else load_sessions(a.sessions)
+    if a.structure:
+        sessions = structured_sessions(a.n, a.structure, a.turns)
+        if a.plain: sessions = plain_form(sessions)
+        else: judge = structured_judge
+    else: sessions = shape_sessions(a.n, a.turns, 'heldout') if a.sessions == 'shapeworld' else load_sessions(a.sessions)
     sessions = fit_sessions(editor, sessions)
     t = time.time()
     outcomes, images = evaluate(editor, sessions, judge, num_steps=a.steps, batch=a.batch, progress=True)
     seconds = (time.time() - t) / outcomes.success_NT.size
     save_run_images(out, sessions[:a.keep], images[:a.keep])
     facts = dict(Editor=dict(editor=a.editor, adapter=a.lora or 'none', versions=_version()),
-                 Data=dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {outcomes.success_NT.shape[1]} turns', split='held out' if a.sessions == 'shapeworld' else 'the whole file'),
+                 Data=dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {outcomes.success_NT.shape[1]} turns', structure=f'{a.structure}, in plain words' if a.plain else a.structure or 'chain', split='held out' if a.sessions == 'shapeworld' else 'the whole file'),
                  Protocol=dict(judge=a.judge, steps=a.steps, seed=1234, input='every turn edits the last output', seconds_a_turn=f'{seconds:.3f}'))
     return _finish(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, outcomes=outcomes, images=lambda n: images[n],
                    why_NT=shape_failures(sessions, images, outcomes.success_NT)), sessions
@@ -206,6 +211,8 @@ def main(argv=None, tools=None):
     ap.add_argument('--sessions', default='shapeworld', help="'shapeworld' (held-out sessions), 'edival', or a JSON Lines file")
     ap.add_argument('--n', type=int, help='sessions (default: 512 of the shape world, all of EdiVal-Bench)')
     ap.add_argument('--turns', type=int, default=3, help='turns of the shape world, 1 to 8')
+    ap.add_argument('--structure', choices=STRUCTURES, help='sessions of the shape world in which every second turn looks back (default: a chain)')
+    ap.add_argument('--plain', action='store_true', help='with --structure: every turn says in plain words what is meant')
     ap.add_argument('--judge', default='verifier', help='of the shape world')
     ap.add_argument('--steps', type=int, help='denoising steps (default: 5, for edival 28)')
     ap.add_argument('--batch', type=int, help='sessions at a time (default: 64, for edival 4)')
@@ -228,6 +235,8 @@ def main(argv=None, tools=None):
         if not 1 <= a.turns <= 8: raise InputError(f'--turns: got {a.turns}, expected 1 to 8')
         for name in ('n', 'steps', 'batch', 'keep'):
             if (x := getattr(a, name)) is not None and x < 1: raise InputError(f'--{name}: got {x}, expected at least 1')
+        if a.structure and a.sessions != 'shapeworld': raise InputError(f'--structure: expected --sessions shapeworld, received {a.sessions!r}')
+        if a.plain and not a.structure: raise InputError('--plain: expected --structure as well')
         if is_edival: table, sessions = _edival(a, out, tools)
         else:
             judge, editor = load_judge(a.judge), load_editor(a.editor)

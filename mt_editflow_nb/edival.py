@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SLOTS', 'SIDE', 'QUESTIONS', 'RULES', 'DETECTOR', 'ASKER', 'FEATURES', 'QUALITY', 'SEED', 'slots_of', 'Found', 'iou',
            'contains', 'count_distinct', 'centers', 'beyond', 'crop', 'Verdict', 'subject_add', 'subject_remove',
-           'subject_replace', 'position_change', 'count_change', 'attribute_alter', 'color_alter', 'material_alter',
-           'text_change', 'background_change', 'follows_rule', 'object_term', 'background_weights', 'grid_of',
-           'background_term', 'to_square', 'score_session', 'outcomes_of', 'published_overall', 'load_detector',
-           'load_asker', 'load_features', 'load_quality', 'turn_file', 'save_png', 'edit_images', 'protocol_file',
-           'generate_edival', 'missing_images', 'score_edival']
+           'singular', 'subject_replace', 'position_change', 'count_change', 'attribute_alter', 'color_alter',
+           'material_alter', 'text_change', 'background_change', 'follows_rule', 'object_term', 'background_weights',
+           'grid_of', 'background_term', 'to_square', 'score_session', 'outcomes_of', 'published_overall',
+           'load_detector', 'load_asker', 'load_features', 'load_quality', 'turn_file', 'save_png', 'edit_images',
+           'protocol_file', 'generate_edival', 'missing_images', 'score_edival']
 
-# %% ../nbs/09a_edival.ipynb #91504bd5
+# %% ../nbs/09a_edival.ipynb #755d1e64
 import io, json, re
 from collections import OrderedDict
 from dataclasses import replace
@@ -145,12 +145,14 @@ def subject_remove(slots, before, after, detect, ask) -> Verdict:
         if word in slots[0].lower() and not detect(after, [word], .35): return _ok()
     return _no('still there')
 
-def _singular(name): return name[:-2] if name.endswith('es') else name[:-1] if name.endswith('s') else name
+def singular(name: str) -> str:
+    "Without a plural ending, in the benchmark's crude way."
+    return name[:-2] if name.endswith('es') else name[:-1] if name.endswith('s') else name
 
 def subject_replace(slots, before, after, detect, ask) -> Verdict:
     "The model sees the replacement, and some box of the new object overlaps one of the old."
     if not _yes(ask([before, after], QUESTIONS['replaced'].format(*slots))): return _no('the judge sees no replacement')
-    had, has = detect(before, [_singular(slots[0])], .3), detect(after, [_singular(slots[1])], .3)
+    had, has = detect(before, [singular(slots[0])], .3), detect(after, [singular(slots[1])], .3)
     if not had: return _no('not detected before')
     if not has: return _no('new object not detected')
     return _ok() if any(iou(a, b) > 0 for a in had.boxes_N4 for b in has.boxes_N4) else _no('wrong place')

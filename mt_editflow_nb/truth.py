@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 from .sessions import Session
 from .shapeworld import BACKGROUNDS, COLORS, OBJECTS, Edit, Scene, apply_edit, closeness, follows, look, read, read_scene, render, shape_sessions
-from .edival import QUESTIONS, Found, follows_rule, object_term, background_term, slots_of
+from .edival import QUESTIONS, Found, follows_rule, singular, object_term, background_term, slots_of
 
 # %% ../nbs/09c_truth.ipynb #5dbc3dce
 _cell = [np.array([c / 3, r / 3, (c + 1) / 3, (r + 1) / 3]) + [.02, .02, -.02, -.02] for r in range(3) for c in range(3)]
@@ -21,8 +21,8 @@ _cell = [np.array([c / 3, r / 3, (c + 1) / 3, (r + 1) / 3]) + [.02, .02, -.02, -
 def _codes(image): return look(np.asarray(image)[None])[0]
 
 def shape_detect(image, names, threshold) -> Found:
-    "A detector for the shape world: a box for each cell that shows one of `names`."
-    wanted = {OBJECTS.index(n) for n in names if n in OBJECTS[1:]}
+    "A detector for the shape world: a box for each cell that shows one of `names`, whole or with a plural ending cut off."
+    wanted = {i for i, o in enumerate(OBJECTS) if i and (o in names or singular(o) in names)}
     boxes = [_cell[i] for i, o in enumerate(_codes(image).codes) if o in wanted]
     return Found(np.array(boxes, float).reshape(-1, 4), np.ones(len(boxes)))
 
