@@ -9,6 +9,7 @@ __all__ = ['shape_failures', 'taxonomy', 'session_scores', 'best_median_worst', 
 # %% ../nbs/09d_card.ipynb #bc9131d8
 import argparse, base64, html, io, json, sys, time
 from PIL import Image
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -173,7 +174,7 @@ def _edival(a, out, tools=None):
     "EdiVal-Bench: generate what is missing, score what is unscored, write the card. `tools`: (detect, ask, features, quality) instead of loaded models."
     if not a.images: raise InputError("--images: expected the folder of EdiVal-Bench's pictures, `{id}_input_raw.jpg`")
     csv = Path(a.csv) if a.csv else Path(a.images)/'oai_instruction_generation_output.csv'
-    sessions = load_edival(csv, a.images)[:a.n]
+    sessions = [replace(s, image=open_image(Path(a.images)/f'{s.id}_input_raw.jpg')) for s in load_edival(csv)[:a.n]]
     edival.protocol_file(out, 'protocol.json', dict(editor=a.editor, lora=a.lora, steps=a.steps, seed=edival.SEED, size=edival.SIDE))
     if edival.missing_images(sessions, out):
         editor = load_editor(a.editor)

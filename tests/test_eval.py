@@ -1,5 +1,5 @@
 "mtef_eval on EdiVal-Bench: the folder layout, a kill in the middle, and models of the real classes."
-import csv, json, signal, subprocess, sys, time
+import csv, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, numpy as np, pytest
 from PIL import Image
@@ -66,3 +66,14 @@ def test_scored_by_models_of_the_real_classes(bench, tmp_path, capsys):
     assert main(command[:-1] + [str(models['features'])]) == 2 # other judges than those that scored the folder
     error = capsys.readouterr().err
     assert 'quality is' in error and error.count('\n') == 1
+
+real = Path(os.environ.get('EDIVAL_CSV') or root/'../shared/data/edival_bench_sessions.csv')
+
+@pytest.mark.skipif(not real.is_file(), reason="EdiVal-Bench's CSV is not part of the repository")
+def test_the_benchmarks_own_file(tmp_path, capsys):
+    "Two of the 572 real sessions; their pictures are made up, only those two are needed."
+    for i in (0, 1): Image.new('RGB', (512, 512), 'navy').save(tmp_path/f'{i}_input_raw.jpg')
+    assert main(['--sessions', 'edival', '--images', str(tmp_path), '--csv', str(real), '--n', '2', '--steps', '1', '--generate-only', '--out', str(tmp_path/'out')]) == 0
+    assert len(list((tmp_path/'out/multipass').iterdir())) == 8
+    assert main(['--sessions', 'edival', '--images', str(tmp_path), '--csv', str(real), '--n', '3', '--steps', '1', '--out', str(tmp_path/'out')]) == 2
+    assert '2_input_raw.jpg' in capsys.readouterr().err
