@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .sessions import InputError, atomic_write, load_edival, load_sessions, open_image
 from .shapeworld import look, shape_sessions
-from .structures import STRUCTURES, plain_form, structured_judge, structured_sessions
+from .structures import STRUCTURES, plain_form, structured_sessions
 from .editors import load_editor, load_lora
 from .rollout import fit_sessions, strip
 from .rewards import load_judge
+from .exposure import structured_judge
 from .evaluation import Outcomes, compare, evaluate, load_outcomes, save_outcomes, score_intervals, wilson
 from . import edival
 

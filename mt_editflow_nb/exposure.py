@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['perfect_state', 'Exposure', 'measure_exposure', 'exposure_table', 'half_life', 'round_trips', 'nothing_sessions',
-           'Drift', 'drift', 'measure_drift', 'plot_exposure']
+           'Drift', 'drift', 'measure_drift', 'plot_exposure', 'structured_judge']
 
 # %% ../nbs/09b_exposure.ipynb #d6867cba
 from typing import NamedTuple
@@ -13,6 +13,8 @@ from PIL import Image
 from .sessions import InputError, Session
 from .shapeworld import BACKGROUNDS, look, shape_sessions, teacher_images
 from .rollout import fit_sessions
+from .rewards import Scores
+from .structures import STRUCTURES, plain_form, structured_sessions, verify_structured
 from .evaluation import Interval, Outcomes, evaluate
 
 # %% ../nbs/09b_exposure.ipynb #b6ebc7b4
@@ -109,14 +111,16 @@ def drift(first_NHWC: np.ndarray, images_NTHWC: np.ndarray) -> Drift:
     now = look(images_NTHWC.reshape(N * T, *images_NTHWC.shape[2:])).codes.reshape(N, T, -1)
     return Drift(rms, (now == look(first_NHWC).codes[:, None]).mean(-1))
 
+def _nothing_to_judge(sessions, images_PGTHWC):
+    import torch
+    one = torch.ones(images_PGTHWC.shape[:3])
+    return Scores(('nothing',), one[..., None], one.bool(), one, one)
+
 def measure_drift(editor, sessions: list, *, num_steps: int, seed: int = 1234, batch: int = 64) -> dict: # 'autoencoder' and 'edits' -> `Drift`
     "Both chains, for sessions from `nothing_sessions`."
-    from types import SimpleNamespace
-    import torch
     sessions = fit_sessions(editor, sessions)
     first, T = np.stack([np.asarray(s.image) for s in sessions]), len(sessions[0].instructions)
-    void = lambda ss, images: SimpleNamespace(**{k: torch.ones(images.shape[:3]) for k in ('success_PGT', 'object_cc_PGT', 'background_cc_PGT')})
-    edited = evaluate(editor, sessions, void, num_steps=num_steps, seed=seed, batch=batch)[1]
+    edited = evaluate(editor, sessions, _nothing_to_judge, num_steps=num_steps, seed=seed, batch=batch)[1]
     return dict(autoencoder=drift(first, round_trips(editor, first, T)), edits=drift(first, edited))
 
 # %% ../nbs/09b_exposure.ipynb #fe4aba84
@@ -147,3 +151,17 @@ def plot_exposure(
     for ax, title in zip(axs, ('turn followed', 'exposure gap', 'all turns so far followed', 'cells kept by "do nothing"')): ax.set(title=title, xlabel='turn'); ax.legend(fontsize=6)
     axs[0].set_ylabel('percent')
     return fig
+
+# %% ../nbs/09b_exposure.ipynb #e5c65f47
+def structured_judge(
+    sessions: list, # P sessions that look back
+    images_PGTHWC: np.ndarray, # uint8, every turn's result
+) -> Scores:
+    "The exact judge, as `rewards.verifier`, for sessions that look back."
+    import torch
+    v = verify_structured(sessions, images_PGTHWC)
+    terms = np.stack([v['object_cc'], v['background_cc']])
+    n = (~np.isnan(terms)).sum(0)
+    cc = np.divide(np.nansum(terms, 0), n, out=np.full(n.shape, .5, np.float32), where=n > 0)
+    void = lambda x: torch.from_numpy(np.where(v['cc_valid'], x, np.nan).astype(np.float32))
+    return Scores(('if', 'cc'), torch.from_numpy(np.stack([v['graded'], cc], -1)), torch.from_numpy(v['success']), void(v['object_cc']), void(v['background_cc']))
