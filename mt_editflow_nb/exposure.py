@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['perfect_state', 'Exposure', 'measure_exposure', 'exposure_table', 'half_life', 'round_trips', 'nothing_sessions',
-           'Drift', 'drift', 'measure_drift', 'plot_exposure', 'structured_judge']
+           'Drift', 'drift', 'drift_table', 'measure_drift', 'plot_exposure', 'structured_judge']
 
 # %% ../nbs/09b_exposure.ipynb #d6867cba
 from typing import NamedTuple
@@ -111,6 +111,19 @@ def drift(first_NHWC: np.ndarray, images_NTHWC: np.ndarray) -> Drift:
     now = look(images_NTHWC.reshape(N * T, *images_NTHWC.shape[2:])).codes.reshape(N, T, -1)
     return Drift(rms, (now == look(first_NHWC).codes[:, None]).mean(-1))
 
+def drift_table(
+    chains: dict, # name -> `Drift`, such as what `measure_drift` returns
+    n_boot: int = 1000,
+    seed: int = 0, # of the draws
+) -> pd.DataFrame: # index (chain, turn, quantity: rms or cells_kept); value, low, high in percent of full scale, percent of the cells
+    "Drift with bootstrap intervals over pictures."
+    rows = {}
+    for chain, d in chains.items():
+        w = _draws(len(d.rms_NT), n_boot, seed) / len(d.rms_NT)
+        for name, x in (('rms', d.rms_NT), ('cells_kept', d.kept_NT)):
+            for t, x_B in enumerate((w @ x).T, 1): rows[chain, t, name] = 100 * np.array(_with_interval(x_B))
+    return pd.DataFrame(rows, ['value', 'low', 'high']).T.rename_axis(['chain', 'turn', 'quantity'])
+
 def _nothing_to_judge(sessions, images_PGTHWC):
     import torch
     one = torch.ones(images_PGTHWC.shape[:3])
@@ -144,9 +157,9 @@ def plot_exposure(
         axs[2].plot(q('all_right').value, 'o-', color=c, ms=4, label=f'{name}: half-life {life.mean:.1f} [{life.low:.1f}, {life.high:.1f}]'); band(axs[2], q('all_right'), c)
     axs[1].axhline(0, color='gray', lw=.8)
     for (name, chains), c in zip(drifts.items(), colors):
-        for (chain, d), style in zip(chains.items(), (':', '-')):
-            w = _draws(len(d.kept_NT), n_boot, 0) @ d.kept_NT / len(d.kept_NT)
-            t = pd.DataFrame([100 * np.array(_with_interval(x)) for x in w.T], range(1, w.shape[1] + 1), ['value', 'low', 'high'])
+        table = drift_table(chains, n_boot).xs('cells_kept', level='quantity')
+        for chain, style in zip(chains, (':', '-')):
+            t = table.loc[chain]
             axs[3].plot(t.value, style, color=c, label=f'{name}, {chain}'); band(axs[3], t, c)
     for ax, title in zip(axs, ('turn followed', 'exposure gap', 'all turns so far followed', 'cells kept by "do nothing"')): ax.set(title=title, xlabel='turn'); ax.legend(fontsize=6)
     axs[0].set_ylabel('percent')
