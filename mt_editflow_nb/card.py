@@ -140,6 +140,11 @@ def load_run(
     return sessions, np.stack([np.stack([np.asarray(open_image(edival.turn_file(folder, s.id, t + 1))) for t in range(len(s.instructions))]) for s in sessions])
 
 # %% ../nbs/09d_card.ipynb #aaa5be1d
+def _editor(a):
+    editor = load_editor(a.editor, quantize=a.quantize, size=a.size)
+    if a.lora: load_lora(editor, a.lora)
+    return editor
+
 def _version():
     return ', '.join(f'{p} {version(p)}' for p in ('mt_editflow_nb', 'torch', 'diffusers', 'transformers'))
 
@@ -165,7 +170,7 @@ def _free(a, judge, editor, out):
     outcomes, images = evaluate(editor, sessions, judge, num_steps=a.steps, batch=a.batch, progress=True)
     seconds = (time.time() - t) / outcomes.success_NT.size
     save_run_images(out, sessions[:a.keep], images[:a.keep])
-    facts = dict(Editor=dict(editor=a.editor, adapter=a.lora or 'none', versions=_version()),
+    facts = dict(Editor=dict(editor=a.editor, adapter=a.lora or 'none', weights=a.quantize or 'not quantised', versions=_version()),
                  Data=dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {outcomes.success_NT.shape[1]} turns', structure=f'{a.structure}, in plain words' if a.plain else a.structure or 'chain', split='held out' if a.sessions == 'shapeworld' else 'the whole file'),
                  Protocol=dict(judge=a.judge, steps=a.steps, seed=1234, input='every turn edits the last output', seconds_a_turn=f'{seconds:.3f}'))
     return _finish(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, outcomes=outcomes, images=lambda n: images[n],
@@ -176,10 +181,9 @@ def _edival(a, out, tools=None):
     if not a.images: raise InputError("--images: expected the folder of EdiVal-Bench's pictures, `{id}_input_raw.jpg`")
     csv = Path(a.csv) if a.csv else Path(a.images)/'oai_instruction_generation_output.csv'
     sessions = [replace(s, image=open_image(Path(a.images)/f'{s.id}_input_raw.jpg')) for s in load_edival(csv)[:a.n]]
-    edival.protocol_file(out, 'protocol.json', dict(editor=a.editor, lora=a.lora, steps=a.steps, seed=edival.SEED, size=edival.SIDE))
+    edival.protocol_file(out, 'protocol.json', dict(editor=a.editor, lora=a.lora, quantize=a.quantize, editor_size=a.size, steps=a.steps, seed=edival.SEED, size=edival.SIDE))
     if edival.missing_images(sessions, out):
-        editor = load_editor(a.editor)
-        if a.lora: load_lora(editor, a.lora)
+        editor = _editor(a)
         edival.generate_edival(editor, sessions, out, num_steps=a.steps, batch=a.batch, progress=True)
         del editor                                                       # the judges need the memory
     if a.generate_only: return None, sessions
@@ -193,7 +197,7 @@ def _edival(a, out, tools=None):
     if 'quality' in scored[0][0]:
         q_NT, first_N = np.array([[r['quality'] for r in rows] for rows in scored]), np.array([rows[0]['quality_first'] for rows in scored])
         extra['Quality'] = pd.DataFrame(dict(turn=range(1, q_NT.shape[1] + 1), quality=q_NT.mean(0), change=q_NT.mean(0) - first_N.mean(), half_width=1.96 * (q_NT - first_N[:, None]).std(0) / len(q_NT)**.5)).set_index('turn')
-    facts = dict(Editor=dict(editor=a.editor, adapter=a.lora or 'none', versions=_version()), Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {outcomes.success_NT.shape[1]} turns', instructions=csv.name),
+    facts = dict(Editor=dict(editor=a.editor, adapter=a.lora or 'none', weights=a.quantize or 'not quantised', versions=_version()), Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {outcomes.success_NT.shape[1]} turns', instructions=csv.name),
                  Protocol=dict(steps=a.steps, seed=f'{edival.SEED} in every turn', size=f'{edival.SIDE} pixels between turns', mode='multipass', detector=a.detector, vlm=a.vlm, features=a.features, quality=a.quality or 'not scored', questions='own wording'))
     save_run_images(out, sessions)
     images = lambda n: np.stack([np.asarray(open_image(edival.turn_file(out, sessions[n].id, t + 1))) for t in range(outcomes.success_NT.shape[1])])
@@ -205,6 +209,8 @@ def main(argv=None, tools=None):
     ap = argparse.ArgumentParser('mtef_eval', description="Let an editor run freely over multi-turn sessions, score it with EdiVal's metrics, and write an evaluation card.")
     ap.add_argument('--editor', default='tiny', help="'tiny', a pipeline directory, or a hub name")
     ap.add_argument('--lora', help='folder of a trained adapter (RUN/lora)')
+    ap.add_argument('--quantize', choices=['nf4'], help="store the editor's weights in 4 bits")
+    ap.add_argument('--size', type=int, help="side in pixels at which the editor works (default: its autoencoder's own)")
     ap.add_argument('--sessions', default='shapeworld', help="'shapeworld' (held-out sessions), 'edival', or a JSON Lines file")
     ap.add_argument('--n', type=int, help='sessions (default: 512 of the shape world, all of EdiVal-Bench)')
     ap.add_argument('--turns', type=int, default=3, help='turns of the shape world, 1 to 8')
@@ -232,15 +238,13 @@ def main(argv=None, tools=None):
     try:
         if not 1 <= a.turns <= 8: raise InputError(f'--turns: got {a.turns}, expected 1 to 8')
         if a.against: load_outcomes(a.against)                           # before anything is computed
-        for name in ('n', 'steps', 'batch', 'keep'):
+        for name in ('n', 'steps', 'batch', 'keep', 'size'):
             if (x := getattr(a, name)) is not None and x < 1: raise InputError(f'--{name}: got {x}, expected at least 1')
         if a.structure and a.sessions != 'shapeworld': raise InputError(f'--structure: expected --sessions shapeworld, received {a.sessions!r}')
         if a.plain and not a.structure: raise InputError('--plain: expected --structure as well')
         if is_edival: table, sessions = _edival(a, out, tools)
         else:
-            judge, editor = load_judge(a.judge), load_editor(a.editor)
-            if a.lora: load_lora(editor, a.lora)
-            table, sessions = _free(a, judge, editor, out)
+            table, sessions = _free(a, load_judge(a.judge), _editor(a), out)
     except InputError as e: print(f'mtef_eval: {e}', file=sys.stderr); return 2
     except OSError as e: print(f'mtef_eval: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print(f'\nmtef_eval: stopped; the same command goes on', file=sys.stderr); return 130
