@@ -1,0 +1,79 @@
+"mtef_eval on EdiVal-Bench: the folder layout, a kill in the middle, and models of the real classes."
+import csv, json, os, signal, subprocess, sys, time
+from pathlib import Path
+import nbformat, numpy as np, pytest
+from PIL import Image
+from mt_editflow_nb import edival
+from mt_editflow_nb.card import load_run, main
+from mt_editflow_nb.evaluation import load_outcomes
+
+root = Path(__file__).resolve().parents[1]
+natural = ['Add cat', '"Change the count of cat to 1"', "Add text 'LAMB' on the image"]
+formatted = ['Add [cat]', '"Change the count of [cat] to [1]"', "Add text '[LAMB]' on the image"]
+kinds = ['subject_add', 'count_change', 'text_change']
+
+@pytest.fixture
+def bench(tmp_path):
+    folder, rng = tmp_path/'bench', np.random.default_rng(0)
+    folder.mkdir()
+    rows = [['image_index', 'turns', 'task_type', 'instructions', 'format_instructions', 'bg_consistency', 'unchanged_objects', 'available_objects', 'all_objects']]
+    for i in (0, 12):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((512, 512)).save(folder/f'{i}_input_raw.jpg')
+        for t in (1, 2, 3): rows.append([i, t, kinds[:t], natural[:t], formatted[:t], True, ['dog'], ['dog', 'cat'], ['dog', 'cat']])
+    with open(folder/'oai_instruction_generation_output.csv', 'w', newline='') as f: csv.writer(f).writerows(rows)
+    return folder
+
+def args(bench, out): return ['--sessions', 'edival', '--images', str(bench), '--steps', '2', '--batch', '1', '--out', str(out)]
+
+def test_killed_generation_goes_on_to_the_same_pictures(bench, tmp_path):
+    out, whole = tmp_path/'out', tmp_path/'whole'
+    command = args(bench, out) + ['--generate-only']
+    p = subprocess.Popen([sys.executable, '-c', f'from mt_editflow_nb.card import main; main({command!r})'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while not edival.turn_file(out, '0', 2).is_file():
+        assert p.poll() is None and time.monotonic() < until
+        time.sleep(.01)
+    p.send_signal(signal.SIGKILL); p.wait()
+    done = {f.name: f.stat().st_mtime_ns for f in (out/'multipass').glob('[0-9]*')}
+    assert main(command) == 0 and main(args(bench, whole) + ['--generate-only']) == 0
+    names = sorted(f.name for f in (whole/'multipass').iterdir())
+    assert names == sorted(f'{i}_input_raw{t}.png' for i in (0, 12) for t in ('', '_turn_1', '_turn_2', '_turn_3'))
+    for name in names:
+        a, b = (np.asarray(Image.open(o/'multipass'/name)) for o in (out, whole))
+        assert a.shape == (512, 512, 3) and (a == b).all(), name
+    assert all((out/'multipass'/n).stat().st_mtime_ns == t for n, t in done.items()), 'a picture was made twice'
+
+def tiny_models(folder):
+    "The builders of tiny models in the benchmark's chapter."
+    names = {}
+    for c in nbformat.read(root/'nbs/09a_edival.ipynb', 4).cells:
+        if c.cell_type == 'code' and 'def tiny_detector' in c.source: exec(c.source, names)
+    return dict(detector=names['tiny_detector'](folder/'detector'), vlm=names['tiny_asker'](folder/'vlm'), features=names['tiny_dino'](folder/'features', True), quality=names['tiny_preference'](folder/'quality'))
+
+def test_scored_by_models_of_the_real_classes(bench, tmp_path, capsys):
+    out, models = tmp_path/'out', tiny_models(tmp_path)
+    command = args(bench, out) + [x for k, v in models.items() for x in (f'--{k}', str(v))]
+    assert main(command) == 0, capsys.readouterr().err
+    outcomes, ids = load_outcomes(out)
+    assert ids == ['0', '12'] and outcomes.success_NT.shape == (2, 3) and not np.isnan(outcomes.background_cc_NT).any()
+    rows = json.loads((out/'scores'/'0.json').read_text())
+    assert [r['task_type'] for r in rows] == kinds and all(r['success'] or r['why'] for r in rows) and all('quality' in r for r in rows)
+    card = (out/'card.md').read_text()
+    assert str(models['detector']) in card and '## Quality' in card
+    sessions, images = load_run(out)
+    assert [s.instructions for s in sessions] == [natural] * 2 and images.shape == (2, 3, 512, 512, 3)
+    capsys.readouterr()
+    assert main(command[:-1] + [str(models['features'])]) == 2 # other judges than those that scored the folder
+    error = capsys.readouterr().err
+    assert 'quality is' in error and error.count('\n') == 1
+
+real = Path(os.environ.get('EDIVAL_CSV') or root/'../shared/data/edival_bench_sessions.csv')
+
+@pytest.mark.skipif(not real.is_file(), reason="EdiVal-Bench's CSV is not part of the repository")
+def test_the_benchmarks_own_file(tmp_path, capsys):
+    "Two of the 572 real sessions; their pictures are made up, only those two are needed."
+    for i in (0, 1): Image.new('RGB', (512, 512), 'navy').save(tmp_path/f'{i}_input_raw.jpg')
+    assert main(['--sessions', 'edival', '--images', str(tmp_path), '--csv', str(real), '--n', '2', '--steps', '1', '--generate-only', '--out', str(tmp_path/'out')]) == 0
+    assert len(list((tmp_path/'out/multipass').iterdir())) == 8
+    assert main(['--sessions', 'edival', '--images', str(tmp_path), '--csv', str(real), '--n', '3', '--steps', '1', '--out', str(tmp_path/'out')]) == 2
+    assert '2_input_raw.jpg' in capsys.readouterr().err
