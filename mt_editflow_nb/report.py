@@ -205,6 +205,7 @@ def verdicts(t: pd.DataFrame,   # from `comparison_table`
     v = t.xs((turn, metric), level=('turn', 'metric')).copy()
     def say(x):
         if np.isnan(x.difference): return 'no data'
+        if x.se == 0: return 'no difference in any sample' if x.difference == 0 else f'differs by {x.difference:+.1f} points in every sample'
         if x.p_holm < .05: return f'{"better" if x.difference > 0 else "worse"} than the baseline by {abs(x.difference):.1f} points'
         return f'undecided: between {x.low:+.1f} and {x.high:+.1f} points; an effect of {x.detectable:.1f} would have been found with 80 % chance'
     v['verdict'] = [say(x) for _, x in v.iterrows()]
@@ -346,7 +347,7 @@ def write_report(plan,             # a sweep's `NAME.json`
     load_results(plan)                                              # what cannot be read is said before a kernel starts
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
     nb = papermill.execute_notebook(str(notebook or report_notebook()), str(out/'report.ipynb'), dict(plan=str(Path(plan).resolve()), out=str(out.resolve()), n_boot=n_boot),
-                                    kernel_name='python3', progress_bar=False)
+                                    kernel_name='python3', progress_bar=False, extra_arguments=['--log-level=50'])
     html, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb, dict(metadata=dict(name=Path(plan).stem)))
     return atomic_write(out/'report.html', html)
 

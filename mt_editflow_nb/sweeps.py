@@ -447,19 +447,24 @@ def main(argv=None):
     ap.add_argument('--out', default='runs/sweeps', help='folder for the folders of jobs (default: runs/sweeps)')
     ap.add_argument('--dry-run', action='store_true', help='check everything, print the plan, run nothing')
     ap.add_argument('--retry-failed', action='store_true', help='run failed jobs again, from their last checkpoint')
-    ap.add_argument('--slots', type=int, help='jobs at a time on CPU cores (default: as many as resources allow)')
+    ap.add_argument('--slots', type=int, help='jobs at a time on CPU cores, whatever the resources say (default: as many as they allow)')
+    ap.add_argument('--per-gpu', type=int, metavar='N', help='run on GPUs, N jobs on each, whatever the resources say')
     ap.add_argument('--gpus', help='ids of the GPUs to use, such as 0,2 (default: all that are visible)')
     ap.add_argument('--engine', choices=('local', 'ray'), default='local', help="'ray' runs the jobs on a Ray cluster that shares the folder")
     ap.add_argument('--address', help="of the Ray cluster (default: $RAY_ADDRESS, or one on this machine)")
     a = ap.parse_args(argv)
     bad = 0
     try:
-        if a.slots is not None and a.slots < 1: raise InputError(f'--slots: got {a.slots}, expected at least 1')
+        for name, n in (('slots', a.slots), ('per-gpu', a.per_gpu)):
+            if n is not None and n < 1: raise InputError(f'--{name}: got {n}, expected at least 1')
+        if a.slots and a.per_gpu: raise InputError('--slots, --per-gpu: one or the other')
         plans = [plan_sweep(path, a.out) for path in a.sweeps]
         for path, p in zip(a.sweeps, plans):
             if [q.name for q in plans].count(p.name) > 1: raise InputError(f'{path}: two sweeps are called {p.name}')
         for plan in plans:
             r = plan.sweep.resources
+            if a.slots or a.per_gpu: r = Resources(cpus=r.cpus, gpus=1/a.per_gpu if a.per_gpu else 0)
+            plan = plan._replace(sweep=plan.sweep.model_copy(update=dict(resources=r)))
             if a.slots or a.engine == 'ray': slots = [dict(OMP_NUM_THREADS=str(r.cpus), CUDA_VISIBLE_DEVICES='')]*(a.slots or len(plan.jobs))
             else: slots = job_slots(r, gpus=a.gpus.split(',') if a.gpus else None)
             print(describe(plan, a.out, slots), flush=True)
@@ -472,6 +477,9 @@ def main(argv=None):
             if any(result[j.folder.name] == 'left' for j in failed): print('  --retry-failed runs the failed jobs again, from their last checkpoints')
             bad += len(failed)
             if len(failed) < len(plan.jobs): print(f'the report: mtef_report {Path(a.out)/plan.name}.json\n')
+        if a.dry_run and len(plans) > 1:
+            jobs = {j.folder.name: job_status(j) for p in plans for j in p.jobs}
+            print(f'{len(jobs)} jobs in all, shared ones counted once; {sum(s != "done" for s in jobs.values())} are not done')
     except InputError as e: print(f'mtef_sweep: {e}', file=sys.stderr); return 2
     except OSError as e: print(f'mtef_sweep: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('\nstopped; the same command goes on from the last checkpoints', file=sys.stderr); return 130
