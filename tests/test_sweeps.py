@@ -206,3 +206,25 @@ def test_the_loop_with_scripted_jobs(tmp_path, monkeypatch):
         return poll, lambda force=False: None
     result = run_sweep(plan, start, [dict(n=0), dict(n=1)], progress=False, poll_seconds=.01)
     assert result == {f'j{i}': 'failed' if i == 2 else 'done' for i in range(6)} and max(most) == 2 and not busy
+
+tiny = dict(iterations=2, eval_sessions=4, sessions_per_iteration=1, group=2, num_steps=2, turns=1, eval_turns=2, lora_rank=2, save_every=1)
+
+def test_the_ablation_notebook_in_a_sweep(tmp_path):
+    "A job folder holds what it should, and the report's chapter reads it."
+    from mt_editflow_nb.report import load_results
+    path = tmp_path/'one.yaml'
+    path.write_text(yaml.safe_dump(dict(notebook=os.path.relpath(root/'experiments/ablation.ipynb', tmp_path), fixed=tiny)))
+    assert main([str(path), '--out', str(tmp_path/'runs')]) == 0
+    job, = plan_sweep(path, tmp_path/'runs', check=False).jobs
+    assert {'job.ipynb', 'job.json', 'job.log', 'config.json', 'metrics.jsonl', 'results.json', 'lora', 'checkpoints', 'rollouts'} <= {p.name for p in job.folder.iterdir()}
+    assert json.loads((job.folder/'config.json').read_text())['config'] | dict(job.values) == json.loads((job.folder/'config.json').read_text())['config']
+    rows = [json.loads(x) for x in (job.folder/'metrics.jsonl').read_text().splitlines()]
+    assert len(rows) == 2 and all({'identity', 'spread', 'push'} <= set(r) and set(r['push']) == {'if', 'cc'} for r in rows)     # what the monitor reads
+    assert load_results(tmp_path/'runs'/'one.json').points['defaults'].after.success_NT.shape == (1, 4, 2)                       # tested on more turns than trained
+
+def test_supervised_training_is_a_run_like_any_other(tmp_path):
+    from mt_editflow_nb.training import last_checkpoint, make_config, train
+    train(make_config(tiny | dict(algorithm='sft')), tmp_path/'run', progress=False)
+    rows = [json.loads(x) for x in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]
+    assert [r['iteration'] for r in rows] == [0, 1] and all(r['loss'] > 0 and r['rows'] == 2 for r in rows)
+    assert last_checkpoint(tmp_path/'run').name == '000002' and (tmp_path/'run'/'lora').is_dir() and list((tmp_path/'run'/'rollouts').glob('*.png'))
