@@ -342,7 +342,8 @@ def time_left(finished: list,  # seconds of each finished job
     if not guesses: return None
     each = sum(guesses)/len(guesses)
     rest = [e*(1 - f)/f if f and f > .1 else max(each - e, 0) for e, f in running]
-    return max([(waiting*each + sum(rest))/max(1, min(slots, waiting + len(running))), *rest])
+    last = each + (min(rest) if len(rest) >= slots else 0) if waiting else 0          # one that waits has all of its time before it
+    return max([(waiting*each + sum(rest))/max(1, min(slots, waiting + len(running))), last, *rest])
 
 def _clock(s): return '' if s is None else f'{s:.0f} s' if s < 90 else f'{s/60:.0f} min' if s < 5400 else f'{s/3600:.1f} h'
 
@@ -474,7 +475,7 @@ def main(argv=None):
             failed = [j for j in plan.jobs if result[j.folder.name] != 'done']
             print(f'\n{plan.name}: {len(plan.jobs) - len(failed)} of {len(plan.jobs)} jobs are done')
             for j in failed: print(f'  failed: {j.label}, seed {j.seed}: {job_state(j.folder).get("error") or "its process died"}\n          {j.folder}')
-            if any(result[j.folder.name] == 'left' for j in failed): print('  --retry-failed runs the failed jobs again, from their last checkpoints')
+            if failed: print('  --retry-failed runs the failed jobs again, from their last checkpoints')
             bad += len(failed)
             if len(failed) < len(plan.jobs): print(f'the report: mtef_report {Path(a.out)/plan.name}.json\n')
         if a.dry_run and len(plans) > 1:
