@@ -66,7 +66,8 @@ def test_stop_and_go_on(folder, how):
     "Whatever ends the sweep ends its jobs, they keep what they had, and the same command goes on from there."
     path = spec(folder, fixed=dict(iterations=300, seconds=.05))
     jobs = plan_sweep(path, folder/'runs').jobs
-    p = subprocess.Popen(command(path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(command(path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a shell's background jobs are born deaf to it
     wait_for(lambda: lines(jobs[0]) > 5)
     family = psutil.Process(p.pid).children(recursive=True)
     p.send_signal(how)
