@@ -176,6 +176,15 @@ def test_the_sweeps_of_the_paper_are_there_and_share_jobs(tmp_path):
     main_plans = [plans[n] for n in ('aggregation', 'fusion', 'credit', 'algorithm', 'paper')]
     assert all(len(p.sweep.seeds) >= 5 for p in main_plans)
 
+def test_sweeps_at_equal_compute(tmp_path):
+    "What a comment in the files says, with the configuration's defaults: as many turns, or transformer passes, as the baseline."
+    from mt_editflow_nb.training import Config
+    c, points = Config(), {n: plan_sweep(root/f'experiments/sweeps/{n}.yaml', tmp_path, check=False).points for n in ('paper', 'turns')}
+    turns = [p['turns']*p['sessions_per_iteration'] for p in (*points['turns'].values(), points['paper']['single-turn RL'])]
+    assert all(abs(t/(3*c.sessions_per_iteration) - 1) < .05 for t in turns), turns
+    passes = c.sessions_per_iteration*c.group*(c.num_steps + 4*c.times)             # a rollout, and for each noise level two forwards and a backward
+    assert abs(points['paper']['supervised']['sessions_per_iteration']*c.group*3/passes - 1) < .05
+
 def test_ablation_parameters_are_the_configuration():
     sys.path.insert(0, str(root/'experiments'))
     try: from parameters import source
