@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Point', 'Results', 'load_results', 't_pvalue', 'compare_points', 'holm', 'power', 'detectable', 'score_table',
-           'comparison_table', 'verdicts', 'save_table', 'plot_curves', 'plot_turns', 'plot_plane', 'plot_forest',
-           'plot_grid', 'find_plans', 'report_notebook', 'write_report', 'main']
+           'comparison_table', 'verdicts', 'save_table', 'monitor_table', 'plot_curves', 'plot_turns', 'plot_plane',
+           'plot_forest', 'plot_grid', 'find_plans', 'report_notebook', 'write_report', 'main']
 
 # %% ../nbs/11a_report.ipynb #b7dfa47e
 import json, math, sys
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from .sessions import InputError, atomic_write
 from .evaluation import Outcomes, _scores, t_quantile
+from .monitor import watch
 
 # %% ../nbs/11a_report.ipynb #cb0b4e91
 class Point(NamedTuple):
@@ -217,7 +218,14 @@ def save_table(t: pd.DataFrame, folder, name: str):
     atomic_write(Path(folder)/f'{name}.csv', t.to_csv())
     atomic_write(Path(folder)/f'{name}.tex', t.round(2).to_latex(escape=True, na_rep='--', float_format='%.2f'))
 
-# %% ../nbs/11a_report.ipynb #c41f0eb1
+# %% ../nbs/11a_report.ipynb #b750f345
+def monitor_table(r: Results) -> pd.DataFrame: # index point; a column a finding: the number of seeds with it, and `seeds`
+    "What the hacking monitor saw in the logs of a sweep."
+    seen = {p.label: [{f.name for f in watch(c)} for c in p.curves] for p in r.points.values()}
+    names = sorted({n for runs in seen.values() for run in runs for n in run})
+    return pd.DataFrame({label: {n: sum(n in run for run in runs) for n in names} | dict(seeds=len(runs)) for label, runs in seen.items()}).T.rename_axis('point')
+
+# %% ../nbs/11a_report.ipynb #5f5a6c40
 _colors = ('#000000', '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#8a6d00', '#7f7f7f')  # Okabe and Ito's, first the baseline
 _marks = 'os^DvP*X<'
 
@@ -316,7 +324,7 @@ def plot_grid(r: Results, metric: str = 'O'): # matplotlib figure, or None if th
     fig.colorbar(im)
     return fig
 
-# %% ../nbs/11a_report.ipynb #e2206d33
+# %% ../nbs/11a_report.ipynb #b4bcb672
 def find_plans(runs # a sweep's `NAME.json`, or a folder with some
               ) -> list: # paths
     "Sweeps to report."
