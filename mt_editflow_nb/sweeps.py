@@ -361,7 +361,7 @@ def run_sweep(plan: Plan,
     say = lambda s: None if not progress else tqdm.write(s, file=sys.stderr) if bars else print(time.strftime('%H:%M:%S'), s, file=sys.stderr, flush=True)
     status = {j.folder.name: job_status(j) for j in plan.jobs}
     result = {n: 'done' if s == 'done' else 'left' for n, s in status.items() if s == 'done' or (s == 'failed' and not retry_failed)}
-    waiting, elsewhere, running, free = deque(j for j in plan.jobs if j.folder.name not in result), [], {}, deque(range(len(slots)))
+    waiting, elsewhere, running, free, began = deque(j for j in plan.jobs if j.folder.name not in result), [], {}, deque(range(len(slots))), {}
     seconds, limit = [s for j in plan.jobs if result.get(j.folder.name) == 'done' and (s := job_state(j.folder).get('seconds'))], min(len(slots), len(waiting), 16)
     total = tqdm(total=len(plan.jobs), initial=len(result), desc=plan.name, position=0, disable=not bars, bar_format='{desc}: {bar:20} {n_fmt}/{total_fmt} jobs{postfix}')
     lines = [tqdm(position=i + 1, leave=False, disable=not bars, bar_format='  {desc:50.50} {bar:20} {n_fmt}/{total_fmt}{postfix}') for i in range(limit)]
@@ -376,10 +376,11 @@ def run_sweep(plan: Plan,
         total.update(1)
     def draw():
         now, shown = time.time(), []
-        for job, _, _, _, t in running.values():
-            n, of = job_progress(job)
-            shown.append((job, n, of, now - t))
-        left = _clock(time_left(seconds, [(e, n/of if of else None) for _, n, of, e in shown], len(waiting), len(slots)))
+        for key, (job, _, _, _) in running.items():
+            if job_state(job.folder).get('status') != 'running': continue             # in Ray's queue
+            shown.append((job, *job_progress(job), now - began.setdefault(key, now)))
+        left = _clock(time_left(seconds, [(e, n/of if of else None) for _, n, of, e in shown], len(waiting) + len(running) - len(shown),
+                                min(len(slots), max(1, len(shown)))))
         failed = sum(r != 'done' for r in result.values())
         if not bars: return left
         total.set_postfix_str((f'{failed} failed, ' if failed else '') + (f'about {left} left' if left else 'time left: not known yet'))
@@ -396,9 +397,9 @@ def run_sweep(plan: Plan,
         while waiting or running or elsewhere:
             while waiting and free:
                 job, slot = waiting.popleft(), free.popleft()
-                running[job.folder.name] = (job, *start(job, slots[slot]), slot, time.time())
+                running[job.folder.name] = (job, *start(job, slots[slot]), slot)
                 say(f'{name(job)}: {"started" if status[job.folder.name] == "new" else "goes on"}')
-            for job, poll, _, slot, _ in list(running.values()):
+            for job, poll, _, slot in list(running.values()):
                 if (code := poll()) is None: continue
                 del running[job.folder.name]; free.append(slot)
                 if code == _HELD: elsewhere.append(job); say(f'{name(job)}: is being run by another sweep')
@@ -413,10 +414,10 @@ def run_sweep(plan: Plan,
             if time.time() - drawn > .5: draw(); drawn = time.time()
             time.sleep(poll_seconds)
     finally:
-        for _, _, stop, _, _ in running.values(): stop()
+        for _, _, stop, _ in running.values(): stop()
         deadline = time.time() + 20
-        while any(poll() is None for _, poll, _, _, _ in running.values()) and time.time() < deadline: time.sleep(.05)
-        for _, poll, stop, _, _ in running.values():
+        while any(poll() is None for _, poll, _, _ in running.values()) and time.time() < deadline: time.sleep(.05)
+        for _, poll, stop, _ in running.values():
             if poll() is None: stop(force=True)
         if main: signal.signal(signal.SIGTERM, before)
         for line in reversed(lines): line.close()
