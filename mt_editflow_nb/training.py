@@ -220,7 +220,7 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
 # %% ../nbs/10_training.ipynb #3334e2d4
 def environment() -> dict:
     "Versions and commit, for `config.json`."
-    try: commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    try: commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(sys.modules['mt_editflow_nb'].__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired): commit = None
     return dict(python=platform.python_version(), commit=commit, threads=torch.get_num_threads(),
                 mt_editflow_nb=__version__, **{p: version(p) for p in ('torch', 'diffusers', 'transformers', 'peft')})
