@@ -22,7 +22,7 @@ setup(
                    'Programming Language :: Python :: 3', 'Development Status :: 3 - Alpha'],
     python_requires = '>=' + cfg['min_python'],
     install_requires = cfg['requirements'].split(),
-    extras_require = {'dev': cfg['dev_requirements'].split()},
+    extras_require = {'dev': cfg['dev_requirements'].split(), 'ray': cfg['ray_requirements'].split()},
     entry_points = {'console_scripts': cfg['console_scripts'].split()},
     packages = find_packages(include=[lib, lib + '.*']),
     package_data = {lib: ['assets/**']},

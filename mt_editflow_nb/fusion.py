@@ -30,10 +30,10 @@ def _deviations(r_MPGS, valid_PGS):
 
 def _fuse(R_MPGS, w, fusion):
     "Reward-level fusion of M rewards into one; the other levels keep the M."
-    if fusion == 'reward': return (R_MPGS*w.reshape(-1, 1, 1, 1)).sum(0, keepdim=True), w.new_ones(1)
+    if fusion in ('geometric', 'adaptive') and ((R_MPGS < 0).any() or (w < 0).any()):
+        raise InputError(f'`fusion`: {fusion} expects rewards and weights of at least 0, received a negative one')
+    if fusion in ('reward', 'adaptive'): return (R_MPGS*w.reshape(-1, 1, 1, 1)).sum(0, keepdim=True), w.new_ones(1)
     if fusion == 'geometric':
-        if (R_MPGS < 0).any() or (w < 0).any():
-            raise InputError('`fusion`: geometric expects rewards and weights of at least 0, received a negative one')
         return (R_MPGS**(w/w.sum()).reshape(-1, 1, 1, 1)).prod(0, keepdim=True), w.new_ones(1)
     return R_MPGS, w
 
@@ -87,11 +87,9 @@ def advantages(
     else: R_MPGS = aggregate(r_MPGT, aggregation, gamma)[..., None]                         # or one for all turns
     valid_PGS = ~R_MPGS.isnan().any(0)
 
-    if fusion == 'adaptive':
-        centred, _, batch_std = _deviations(R_MPGS, valid_PGS)
-        within = ((centred**2).sum((1, 2, 3))/valid_PGS.sum().clamp(min=1)).sqrt()
-        share = w*torch.where(batch_std.flatten() >= min_std, (within/batch_std.flatten())**2, 0)
-        w = share*w.sum()/share.sum() if share.any() else share
+    if fusion == 'adaptive':                                                                # each reward relative to its level
+        level_M11S = R_MPGS.where(valid_PGS, 0).sum((1, 2), keepdim=True)/valid_PGS.sum((0, 1)).clamp(min=1)
+        R_MPGS = torch.where(level_M11S != 0, R_MPGS/level_M11S.abs(), R_MPGS)
     R_MPGS, w = _fuse(R_MPGS, w, fusion)
     centred, group_std, batch_std = _deviations(R_MPGS, valid_PGS)
     scale = batch_std if std == 'global' else group_std

@@ -29,8 +29,10 @@ from .rewards import load_judge
 from .aggregation import AGGREGATIONS
 from .fusion import advantages
 from .losses import grpo_loss, guard_log_ratio, kl_to_base, nft_loss
+from .supervised import supervise
 from .evaluation import Outcomes, compare_scores, edival_scores, evaluate
 from .plan import advice, find_batch, plan, plan_text, trial_step
+from .monitor import diagnose, watch
 
 # %% ../nbs/10_training.ipynb #c1b912a0
 class Config(BaseModel, extra='forbid'):
@@ -53,7 +55,7 @@ class Config(BaseModel, extra='forbid'):
     group: int = Field(8, ge=2, description='G, members a session')
     keep: Optional[int] = Field(None, ge=1, description='members a group that are trained on, those with the largest advantages; None: all')
     num_steps: int = Field(3, ge=1, description='denoising steps, in rollouts and in evaluation')
-    algorithm: Literal['nft', 'grpo'] = Field('nft', description='the loss')
+    algorithm: Literal['nft', 'grpo', 'sft'] = Field('nft', description="the loss; 'sft' is supervised, on the shape world's perfect results")
     aggregation: Literal[AGGREGATIONS] = Field('mean', description='how turns become one score')
     fusion: Literal['reward', 'advantage', 'geometric', 'adaptive'] = Field('advantage', description='where rewards become one')
     credit: Literal['broadcast', 'local', 'to_go', 'until_failure'] = Field('broadcast', description='which turns get the advantage')
@@ -79,6 +81,7 @@ class Config(BaseModel, extra='forbid'):
     max_grad_norm: float = Field(1., gt=0, description='gradients are clipped to this norm')
     batch: int = Field(64, ge=1, description='rows a transformer call')
     eval_sessions: int = Field(512, ge=1, description='held-out sessions of the shape world')
+    eval_turns: Optional[int] = Field(None, ge=1, le=8, description='their turns; None: as in training')
     save_every: int = Field(10, ge=1, description='iterations between checkpoints')
     seed: int = Field(0, ge=0, description='of everything')
 
@@ -106,7 +109,7 @@ def session_source(c: Config, editor) -> tuple: # (batch: iteration -> P session
     if c.sessions == 'shapeworld':
         T = c.turns or 3
         batch = lambda i: fit_sessions(editor, shape_sessions(c.sessions_per_iteration, T, 'train', seed=c.seed, start=i*c.sessions_per_iteration))
-        return batch, fit_sessions(editor, shape_sessions(c.eval_sessions, T, 'heldout', seed=0))
+        return batch, fit_sessions(editor, shape_sessions(c.eval_sessions, c.eval_turns or T, 'heldout', seed=0))
     train = load_sessions(c.sessions)
     heldout = load_sessions(c.heldout) if c.heldout else train
     for name, ss in (('sessions', train), ('heldout', heldout)):
@@ -230,7 +233,9 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
     size = adv_PGT.abs().amax(-1)                                                  # members without an advantage teach nothing,
     loud = size >= size.topk(c.keep or c.group, 1).values[:, -1:]                  # and those with the largest teach most
     rows = ((size > 0) & loud).flatten().nonzero()[:, 0]
-    rows, T, K = rows[torch.randperm(len(rows), generator=g)], adv_NT.shape[1], c.times if nft else len(window)
+    if nft or c.updates > 1: rows = rows[torch.randperm(len(rows), generator=g)]
+    elif len(rows) and not c.keep: rows = torch.arange(len(adv_NT))                # GRPO scores the batches it sampled: the ratio is exactly 1
+    T, K = adv_NT.shape[1], c.times if nft else len(window)
     for group in opt.param_groups: group['lr'] = c.lr*(1 - iteration/c.iterations)  # falls to 0, so that the noise of single steps averages out
     log = {}
     for part in rows.chunk(c.updates) if len(rows) else ():
@@ -252,12 +257,13 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
     for m, name in enumerate(scores.names): metrics[name] = [round(x, 6) for x in scores.rewards_PGTM[..., m].nanmean((0, 1)).tolist()]
     metrics['success'] = [round(x, 6) for x in scores.success_PGT.float().mean((0, 1)).tolist()]
     metrics['all_right'] = [round(x, 6) for x in scores.success_PGT.float().cumprod(-1).mean((0, 1)).tolist()]
+    metrics |= diagnose(sessions[mine], ro.images_PGTHWC, scores, adv_PGT, load_judge('verifier') if world == 1 and c.sessions == 'shapeworld' and not c.judge.startswith('verifier') else None)
     return metrics, ro, scores, adv_PGT
 
 # %% ../nbs/10_training.ipynb #3334e2d4
 def environment() -> dict:
     "Versions and commit, for `config.json`."
-    try: commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    try: commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(sys.modules['mt_editflow_nb'].__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired): commit = None
     return dict(python=platform.python_version(), commit=commit, threads=torch.get_num_threads(),
                 mt_editflow_nb=__version__, **{p: version(p) for p in ('torch', 'diffusers', 'transformers', 'peft')})
@@ -273,7 +279,7 @@ def open_run(c: Config, run) -> Path:
         if diff := [f'{k} is {held.get(k)!r} there and {new.get(k)!r} here' for k in sorted(set(held) | set(new)) if held.get(k) != new.get(k)]:
             raise InputError(f'run: {run} already holds another configuration ({"; ".join(diff[:3])}); choose another folder')
         return run
-    if run.exists() and any(p.name != 'train.ipynb' for p in run.iterdir()): raise InputError(f'run: {run} exists and is not a run folder')
+    if run.exists() and any(p.name != 'train.ipynb' and p.stem != 'job' and p.name[0] != '.' for p in run.iterdir()): raise InputError(f'run: {run} exists and is not a run folder')
     (run/'rollouts').mkdir(parents=True, exist_ok=True); (run/'checkpoints').mkdir(exist_ok=True)
     atomic_write(file, json.dumps(dict(config=c.model_dump(), environment=environment()), indent=1))
     return run
@@ -375,13 +381,15 @@ def train(c: Config,           # from `make_config`
         for i in bar:
             t0 = time.time()
             sessions = batch(i)
-            metrics, *parts = iterate(c, editor, params, old, opt, sessions, judge, i)
+            metrics, *parts = (supervise if c.algorithm == 'sft' else iterate)(c, editor, params, old, opt, sessions, judge, i)
             if not main_process: continue                                # all hold the same adapter; one writes
             for name, line in (('metrics.jsonl', metrics), ('timings.jsonl', dict(iteration=i, seconds=round(time.time() - t0, 3)))):
                 with open(run/name, 'a') as f: f.write(json.dumps(line) + '\n')
-            bar.set_postfix(right=f"{metrics['all_right'][-1]:.2f}", cc=f"{metrics['cc'][-1]:.2f}" if 'cc' in metrics else '')
+            bar.set_postfix(right=f"{metrics['all_right'][-1]:.2f}" if 'all_right' in metrics else '', cc=f"{metrics['cc'][-1]:.2f}" if 'cc' in metrics else '')
             if (i + 1) % c.save_every == 0 or i + 1 == c.iterations or stop.is_set():
                 save_checkpoint(run, i + 1, params, old, opt)
+                for f in watch([json.loads(x) for x in (run/'metrics.jsonl').read_text().splitlines()]):
+                    if i - c.save_every < f.iteration <= i: tqdm.write(f'monitor: iteration {f.iteration}: {f.name}: {f.text}')
                 save_strips(run, i, sessions, *parts)
             if stop.is_set() and i + 1 < c.iterations:
                 print(f'stopped after iteration {i}; go on with: mtef_train --resume {run}', file=sys.stderr)

@@ -1,0 +1,26 @@
+"`python experiments/parameters.py` writes the parameters of ablation.ipynb from `Config`, so that every field has its type, default and explanation in one place."
+import json, typing
+from pathlib import Path
+from mt_editflow_nb.training import Config
+
+path = Path(__file__).resolve().parent/'ablation.ipynb'
+
+def kind(t):
+    "The annotation as papermill reads it: choices are texts, and checked by the next cell."
+    if typing.get_origin(t) is typing.Union: return f'Optional[{kind(typing.get_args(t)[0])}]'
+    if typing.get_origin(t) is typing.Literal: return 'str'
+    return t.__name__ if isinstance(t, type) and not typing.get_args(t) else str(t)
+
+def source():
+    lines = [("run: str = ''", 'folder of the run; empty: one in runs/ablation/ that is named by the configuration')]
+    for name, f in Config.model_fields.items():
+        choices = next((typing.get_args(t) for t in (f.annotation, *typing.get_args(f.annotation)) if typing.get_origin(t) is typing.Literal), ())
+        lines.append((f'{name}: {kind(f.annotation)} = {f.default!r}', f.description + (f' ({", ".join(choices)})' if len(choices) > 1 else '')))
+    wide = max(len(a) for a, _ in lines)
+    return '\n'.join(f'{a:{wide}}  # {b}' for a, b in lines)
+
+if __name__ == '__main__':
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    cell, = [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
+    cell['source'] = source().splitlines(keepends=True)
+    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
