@@ -74,7 +74,8 @@ def rollout(editor,                  # from `load_editor`
     image = editor.encode_image(first)[rows]                                        # encoded once a session
     images, texts, inputs, clean, path, nexts, means, logps = ([] for _ in range(8))
     for t in range(T):
-        noise = torch.randn(N, L, C, generator=generator).to(editor.device)
+        own = 1 if len(window) else group                                           # stochastic members share where they start
+        noise = torch.randn(P, own, L, C, generator=generator).expand(P, group, L, C).reshape(N, L, C).to(editor.device)
         turn_text = text[rows*T + t]
         x, before, after, mean, logp = sample(editor, turn_text, image, noise, sigmas, kind=kind, noise_level=noise_level, window=window, generator=generator, batch=batch)
         out = np.concatenate([editor.decode(x[c]) for c in _chunks(N, batch)])      # 8-bit pixels: what the user sees and edits next

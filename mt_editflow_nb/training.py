@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Config', 'make_config', 'session_source', 'swapped', 'base_only', 'nft_terms', 'grpo_terms', 'iterate', 'environment',
            'open_run', 'save_checkpoint', 'last_checkpoint', 'load_checkpoint', 'save_strips', 'train', 'experiment',
-           'results_table', 'plot_run', 'parse_overrides', 'read_recipe', 'run_notebook', 'main']
+           'results_frame', 'results_table', 'plot_run', 'parse_overrides', 'read_recipe', 'run_notebook', 'main']
 
 # %% ../nbs/10_training.ipynb #bffe2463
 import json, math, os, platform, shutil, signal, subprocess, sys, threading, time
@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Optional
-import numpy as np, torch
+import numpy as np, pandas as pd, torch
 from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError                                   # what a full disk raises in its save_file
 from tqdm.auto import tqdm
 from . import __version__
 from .sessions import InputError, atomic_write, load_sessions
@@ -201,7 +202,7 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
         for loss, stats, n in (nft_terms if nft else grpo_terms)(c, editor, params, old, ro, adv_NT, part, g):
             _finite(loss, 'loss', iteration)
             (loss*n/(len(part)*T*K)).backward()
-            for k, v in (stats | dict(loss=float(loss))).items(): log[k] = log.get(k, 0.) + v*n/(len(rows)*T*K)
+            for k, v in (stats | dict(loss=loss.item())).items(): log[k] = log.get(k, 0.) + v*n/(len(rows)*T*K)
         norm = torch.nn.utils.clip_grad_norm_(params, c.max_grad_norm)
         _finite(norm, 'gradient norm', iteration)
         opt.step()
@@ -252,9 +253,9 @@ def save_checkpoint(run, iteration, params, old, opt):
         (tmp/'state.json').write_text(json.dumps(dict(iteration=iteration, parameters=len(params))))
         with open(tmp/'state.safetensors', 'rb') as f: os.fsync(f.fileno())
         shutil.rmtree(final, ignore_errors=True); os.replace(tmp, final)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise InputError(f'checkpoint: cannot write {final}: {e.strerror or e}; the last good one is {last_checkpoint(run)}') from e
+        raise InputError(f'checkpoint: cannot write {final}: {e}; the last good one is {last_checkpoint(run)}') from e
     for p in sorted(folder.glob('[0-9]*'))[:-2]: shutil.rmtree(p, ignore_errors=True)
 
 def last_checkpoint(run):
@@ -373,6 +374,11 @@ def experiment(c: Config,           # from `make_config`
     atomic_write(run/'results.json', json.dumps(results, indent=1)); atomic_write(run/'results.csv', table.to_csv())
     return results
 
+def results_frame(results: dict # what `experiment` returns, or a `results.json`
+                 ) -> pd.DataFrame: # index (turn, metric), as `compare_scores` made it
+    "The final table for `plot_comparison` and pandas."
+    return pd.DataFrame(results['table']).set_index(['turn', 'metric'])
+
 def results_table(results: dict # what `experiment` returns, or a `results.json`
                  ) -> str:
     "The final table as text: percent, and the difference with its paired bootstrap 95 % interval."
@@ -430,7 +436,7 @@ def run_notebook(notebook, # a papermill notebook that runs `experiment` on the 
     if not notebook.is_file(): raise InputError(f'notebook: {notebook} does not exist')
     open_run(c, run)
     out, log, params = run/'train.ipynb', run/'papermill.log', run/'parameters.yaml'
-    atomic_write(params, yaml.safe_dump(dict(c.model_dump(), run=str(run.resolve()))))
+    atomic_write(params, yaml.safe_dump(dict(run=str(run), settings=c.model_dump(exclude_defaults=True))))
     with open(log, 'w') as f:
         job = subprocess.Popen([sys.executable, '-m', 'papermill', str(notebook), str(out), '-f', str(params), '--no-progress-bar'], stdout=f, stderr=f,
                                env=dict(os.environ, PYDEVD_DISABLE_FILE_VALIDATION='1'))
@@ -480,7 +486,7 @@ def main(argv=None):
         else: results = experiment(c, run)
     except InputError as e: print(f'mtef_train: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: return 130
-    except OSError as e: print(f'mtef_train: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr); return 2
+    except (OSError, SafetensorError) as e: print(f'mtef_train: {e}', file=sys.stderr); return 2
     print(f"\n{results['turns']}-turn editing on {results['sessions']} held-out sessions, in percent\n\n{results_table(results)}\n")
     if a.notebook: print(f'executed notebook: {out}')
     print(f'run folder:        {run}')

@@ -1,0 +1,188 @@
+"Whole runs: killed, interrupted, out of disk, from a user's own files, and from the command line."
+import json, os, random, resource, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest, torch
+from safetensors.torch import load_file
+import mt_editflow_nb
+from mt_editflow_nb.editors import load_editor, load_lora
+from mt_editflow_nb.evaluation import main as mtef_eval
+from mt_editflow_nb.rewards import load_judge
+from mt_editflow_nb.rollout import rollout
+from mt_editflow_nb.sessions import InputError, save_sessions
+from mt_editflow_nb.shapeworld import shape_sessions
+from mt_editflow_nb.training import last_checkpoint, load_checkpoint, main, make_config, train
+
+small = dict(sessions_per_iteration=1, group=2, turns=2, num_steps=2, lora_rank=2, iterations=8, save_every=2, eval_sessions=4)
+pairs = lambda **changes: [f'{k}={json.dumps(v)}' for k, v in (small | changes).items()]
+adapter = lambda run: load_file(Path(run)/'lora'/'pytorch_lora_weights.safetensors')
+lines = lambda run: (Path(run)/'metrics.jsonl').read_text().splitlines() if (Path(run)/'metrics.jsonl').is_file() else []
+
+def same_end(a, b):
+    x, y = adapter(a), adapter(b)
+    return lines(a) == lines(b) and x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A run that nothing happened to, on one thread as the processes below."
+    run, threads = tmp_path_factory.mktemp('whole')/'run', torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: assert main([*pairs(), '--run', str(run)]) == 0
+    finally: torch.set_num_threads(threads)
+    return run
+
+def start(run, *args):
+    return subprocess.Popen([sys.executable, '-m', 'mt_editflow_nb.training', *args, '--run', str(run)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+
+def wait_for_iteration(job, run, n):
+    while len(lines(run)) < n:
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(.01)
+
+@pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+def test_stopped_at_a_random_moment_and_resumed(whole, tmp_path, sent):
+    run = tmp_path/'a folder'
+    job = start(run, *pairs())
+    wait_for_iteration(job, run, random.randint(1, 4))
+    time.sleep(random.random()*.1)
+    job.send_signal(sent)
+    _, said = job.communicate(timeout=60)
+    if sent == signal.SIGINT: assert job.returncode == 130 and f'--resume {run}' in said
+    else: assert job.returncode == -signal.SIGKILL
+    assert len(lines(run)) < small['iterations']
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    try: assert main(['--resume', str(run)]) == 0
+    finally: torch.set_num_threads(threads)
+    assert same_end(whole, run)
+    assert json.loads((run/'results.json').read_text())['table'] == json.loads((whole/'results.json').read_text())['table']
+
+def test_what_a_run_folder_holds(whole):
+    config = json.loads((whole/'config.json').read_text())
+    assert config['config']['group'] == 2 and torch.__version__.startswith(config['environment']['torch'])
+    assert [json.loads(x)['iteration'] for x in lines(whole)] == list(range(8))
+    results = json.loads((whole/'results.json').read_text())
+    assert results['sessions'] == 4 and {(r['turn'], r['metric']) for r in results['table']} == {(t, m) for t in (1, 2) for m in ('IF', 'marginal', 'CC', 'O')}
+    assert (whole/'results.csv').is_file() and list((whole/'rollouts').glob('heldout_*.png'))
+    assert len(list((whole/'checkpoints').iterdir())) == 2
+    assert not [p for p in whole.rglob('*') if p.suffix in ('.pt', '.pkl', '.bin')]
+
+def test_adapter_of_a_run_in_plain_diffusers(whole):
+    "A pipeline that has never heard of this package plays the same session, turn after turn, from the same noise."
+    from diffusers import FluxKontextPipeline
+    from PIL import Image
+    editor, (session,) = load_editor(), shape_sessions(1, 2, 'heldout', seed=3)
+    untrained = rollout(editor, [session], group=1, num_steps=4, generator=torch.Generator().manual_seed(5))
+    load_lora(editor, whole/'lora')
+    ours = rollout(editor, [session], group=1, num_steps=4, generator=torch.Generator().manual_seed(5))
+    pipe, g, image = FluxKontextPipeline.from_pretrained(Path(mt_editflow_nb.__file__).parent/'assets'/'tiny_kontext'), torch.Generator().manual_seed(5), session.image
+    pipe.load_lora_weights(whole/'lora')
+    for t, instruction in enumerate(session.instructions):
+        noise = torch.randn(1, *editor.latent_shape, generator=g)
+        image = pipe(image=image, prompt=instruction, latents=noise, num_inference_steps=4, guidance_scale=editor.guidance, height=48, width=48,
+                     max_area=48*48, _auto_resize=False, max_sequence_length=editor.max_words).images[0]
+        assert np.abs(np.asarray(image).astype(int) - ours.images_PGTHWC[0, 0, t]).max() <= 1
+    assert not torch.equal(ours.clean_TNLC, untrained.clean_TNLC)
+
+@pytest.mark.parametrize('algorithm', ['nft', 'grpo'])
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, algorithm):
+    "A limit on the size of files stands in for a disk that fills up after the second checkpoint."
+    c, run, calls, limits = make_config(small | dict(algorithm=algorithm)), tmp_path/'run', [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    judge = load_judge(c.judge)
+    def fills_the_disk(sessions, images):
+        calls.append(1)
+        if len(calls) == 5: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        return judge(sessions, images)
+    try:
+        with pytest.raises(InputError, match='cannot write .*000006.*the last good one is .*000004'): train(c, run, judge=fills_the_disk, progress=False)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert last_checkpoint(run).name == '000004' and not list((run/'checkpoints').glob('.*'))
+    train(c, run, progress=False)
+    train(c, tmp_path/'whole', progress=False)
+    assert same_end(tmp_path/'whole', run)
+
+def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
+    import mt_editflow_nb.training as module
+    real, calls = module.nft_loss, []
+    def poisoned(*args, **kw):
+        calls.append(1)
+        loss, stats = real(*args, **kw)
+        return (loss*float('nan') if len(calls) == 11 else loss), stats
+    monkeypatch.setattr(module, 'nft_loss', poisoned)
+    with pytest.raises(InputError, match='iteration 2: loss is not finite') as e:
+        train(make_config(small | dict(times=2)), tmp_path/'run', progress=False)
+    assert last_checkpoint(tmp_path/'run').name == '000002' and '\n' not in str(e.value)
+
+def test_a_checkpoint_that_is_not_one(tmp_path, whole):
+    import shutil
+    run = tmp_path/'run'
+    shutil.copytree(whole, run)
+    for name in ('before.safetensors', 'after.safetensors'): (run/name).unlink()
+    (last_checkpoint(run)/'state.safetensors').write_bytes(b'not weights')
+    with pytest.raises(InputError, match='checkpoint: .*000008 is not a checkpoint of this run'): train(make_config(small), run, progress=False)
+
+bad = {'unknown parameter': (['agregation=min'], 'agregation'), 'wrong type': (['lr=fast'], 'lr'), 'no such aggregation': (['aggregation=median'], 'aggregation'),
+       'group of one': (['group=1'], 'group'), 'zero turns': (['turns=0'], 'turns'), 'nine turns': (['turns=9'], 'turns'), 'no value': (['lr'], 'field=value'),
+       'judge': (['judge=oracle'], 'judge'), 'missing file': (['sessions=none.jsonl'], 'none.jsonl'), 'missing recipe': (['none.yaml'], 'none.yaml'),
+       'editor': (['editor=./none'], 'editor'), 'resume': (['--resume', 'none'], '--resume'), 'notebook': (['--notebook', 'none.ipynb'], 'none.ipynb')}
+
+@pytest.mark.parametrize('name', bad)
+def test_bad_input_is_one_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv, part = bad[name]
+    assert main([*argv, *([] if name == 'resume' else ['--run', 'run'])]) == 2
+    err = capsys.readouterr().err
+    assert part in err and err.count('\n') == 1 and err.startswith('mtef_train: ')
+
+def broken_files(folder):
+    "Session files that cannot be trained on, and what the message names."
+    ok = shape_sessions(2, 2)
+    save_sessions(ok, folder/'ok')
+    line = (folder/'ok'/'sessions.jsonl').read_text().splitlines()[0]
+    picture = folder/'ok'/json.loads(line)['image']
+    write = lambda name, *rows: (folder/'ok'/name).write_text('\n'.join(rows)) and folder/'ok'/name
+    (folder/'ok'/'corrupt.png').write_bytes(picture.read_bytes()[:60])
+    d = json.loads(line)
+    (folder/'ok'/'empty.jsonl').write_text('')
+    yield folder/'ok'/'empty.jsonl', 'empty.jsonl'
+    yield write('missing.jsonl', json.dumps(d | dict(image='none.png'))), 'none.png'
+    yield write('corrupt.jsonl', json.dumps(d | dict(image='corrupt.png'))), 'corrupt.png'
+    yield write('uneven.jsonl', line, json.dumps(d | dict(id='b', instructions=d['instructions'][:1]))), 'uneven.jsonl:2'
+    yield write('words.jsonl', json.dumps(d | dict(instructions=['make it pop', 'add rain']))), 'make it pop'
+
+def test_bad_session_files_are_one_line(tmp_path, capsys):
+    for path, part in broken_files(tmp_path):
+        for command, argv in ((main, [f'sessions={path}', '--run', str(tmp_path/'run')]), (mtef_eval, ['--sessions', str(path), '--out', str(tmp_path/'out')])):
+            assert command(argv) == 2
+            err = capsys.readouterr().err.strip().splitlines()
+            assert part in err[-1] and err[-1].startswith('mtef_'), (path, err)
+
+@pytest.mark.parametrize('turns', [1, 8])
+def test_own_sessions_through_the_same_commands(tmp_path, turns, capsys):
+    file = save_sessions(shape_sessions(3, turns, seed=7), tmp_path/'mine')
+    run = tmp_path/'run'
+    fields = {k: v for k, v in small.items() if k not in ('turns', 'eval_sessions')} | dict(iterations=2, sessions=str(file))
+    assert main([*[f'{k}={v}' for k, v in fields.items()], '--run', str(run)]) == 0
+    assert json.loads((run/'results.json').read_text())['turns'] == turns
+    assert mtef_eval(['--sessions', str(file), '--steps', '2', '--lora', str(run/'lora'), '--out', str(tmp_path/'out')]) == 0
+    assert len((tmp_path/'out'/'scores.csv').read_text().splitlines()) == turns + 1
+    assert '3 sessions' in capsys.readouterr().out
+
+@pytest.mark.parametrize('kw', [dict(algorithm='grpo', sampler='flow'), dict(algorithm='grpo', sampler='cps', window=1), dict(algorithm='grpo', kl_weight=.1, guard=True),
+                                dict(algorithm='nft', kl_weight=.1, updates=2), dict(quantize='nf4')], ids=str)
+def test_only_the_adapter_changes(tmp_path, kw):
+    c = make_config(small | dict(iterations=2, num_steps=3, group=4) | kw)
+    before = load_editor(c.editor, quantize=c.quantize, lora_rank=2).transformer.state_dict()
+    after = train(c, tmp_path/'run', progress=False).transformer.state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed and all('lora_' in k for k in changed)
+
+@pytest.mark.skipif(not Path('experiments/train.ipynb').is_file(), reason='runs from the top of the repository')
+def test_the_main_job_through_papermill(tmp_path, capsys):
+    run = tmp_path/'with space'
+    assert main([*pairs(iterations=2), '--notebook', 'experiments/train.ipynb', '--run', str(run)]) == 0
+    out = capsys.readouterr().out
+    assert 'turn' in out and str(run/'train.ipynb') in out
+    import nbformat
+    cells = nbformat.read(run/'train.ipynb', 4).cells
+    pictures = [o for c in cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    assert len(pictures) >= 4 and not any(o.output_type == 'error' for c in cells for o in c.get('outputs', []))
