@@ -161,3 +161,67 @@ def test_two_processes_share_a_cache(tmp_path):
     assert [j.exitcode for j in jobs] == [0, 0]
     replies = Cached(Server('m', server.url), path, offline=True)([Ask((), f'question {i}') for i in range(600)])
     assert [r.text for r in replies] == [f'answer to question {i}' for i in range(600)]
+
+tiny_judge = Path(__file__).resolve().parents[1]/'mt_editflow_nb'/'assets'/'tiny_judge'
+
+def test_transformers_serve_gives_the_same_scores(tmp_path):
+    pytest.importorskip('fastapi'); pytest.importorskip('uvicorn')
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    url, log = f'http://127.0.0.1:{port}', open(tmp_path/'log', 'w')
+    job = subprocess.Popen([str(Path(sys.executable).with_name('transformers')), 'serve', str(tiny_judge), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu'],
+                           stdout=log, stderr=log, env=dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1'))
+    try:
+        for _ in range(1200):
+            assert job.poll() is None, (tmp_path/'log').read_text()[-2000:]
+            try: urllib.request.urlopen(url + '/health', timeout=5); break
+            except OSError: time.sleep(.5)
+        far, near = Server(str(tiny_judge), url + '/v1', timeout=300), Local('tiny')
+        for mode, tolerance in (('logit', 1e-3), ('direct', 0), ('checklist', 0)):
+            a, b = (Judge(e, load_mode(mode), TINY_PROMPTS)(sessions[:1], images[:1, :2, :2]) for e in (near, far))
+            assert a.failed == b.failed == 0 and torch.allclose(a.rewards_PGTM, b.rewards_PGTM, atol=tolerance, rtol=0), mode
+            assert len(a.rewards_PGTM.unique()) > 1
+        thought = load_mode('think')(far, Judge(None, None, TINY_PROMPTS).items(sessions[:1], images[:1, :1, :1], [0]).values(), TINY_PROMPTS)
+        assert all(0 <= v.score <= 1 and 'reasoning' in v.calls[-1]['answer'] for v in thought)
+    finally: job.kill(); job.wait(); log.close()
+
+def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(tmp_path, monkeypatch, capfd):
+    from mt_editflow_nb.training import main
+    key = 'sk-0123456789abcdefSECRET'
+    monkeypatch.setenv('OPENAI_API_KEY', key)
+    settings = ['sessions_per_iteration=1', 'group=2', 'num_steps=2', 'turns=2', 'iterations=2', 'eval_sessions=2', 'lora_rank=2', 'times=1', 'save_every=1']
+    down = [False]
+    with Faulty(lambda n, body: (500, f'no, {key}') if down[0] else Honest()(n, body)) as server:
+        judge = f'judge=m@{server.url}:think'
+        assert main([*settings, judge, '--run', str(tmp_path/'run')]) == 0
+        asked = len(server.seen)
+        assert 0 < asked <= 2*2*2*2 and main([*settings, judge, '--run', str(tmp_path/'run')]) == 0 and len(server.seen) == asked
+        down[0] = True
+        assert main([*settings, judge, 'seed=1', '--run', str(tmp_path/'down')]) == 2
+        down[0] = False
+        assert main(['--resume', str(tmp_path/'down')]) == 0
+    said = capfd.readouterr()
+    assert 'scores failed' in said.err and key not in said.out + said.err
+    files = [p for p in tmp_path.rglob('*') if p.is_file()]
+    assert any(p.name == 'judge.sqlite' for p in files)
+    assert not [p for p in files if key.encode() in p.read_bytes()]
+
+def test_no_key_in_notebooks():
+    root = Path(__file__).resolve().parents[1]
+    text = ''.join(p.read_text() for d in ('nbs', 'experiments', 'tests', 'mt_editflow_nb') for p in (root/d).rglob('*') if p.suffix in ('.ipynb', '.py', '.yaml', '.md') and p != Path(__file__).resolve())
+    assert not re.findall(r'sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|Bearer [A-Za-z0-9._-]{16,}', text)
+    assert not re.findall(r'''(?:OPENAI_API_KEY|HF_TOKEN)['"\]]*\s*=\s*['"]\w''', text)
+
+def test_coarse_judge_asks_once_a_session_and_a_turn_scorer_agrees():
+    with Faulty(Honest()) as server:
+        coarse = Judge(engine(server), think, coarse=True)
+        whole = coarse(sessions, images)
+        assert whole.rewards_PGTM.shape == (4, 4, 3, 2) and len(server.seen) <= 4*4*2 and (whole.rewards_PGTM[:, :, :1] == whole.rewards_PGTM).all()
+        for judge in (coarse, Judge(engine(server), think)):
+            with TurnScorer(judge, sessions, seed=3) as scorer:
+                for t in range(3): scorer(t, images[:, :, :t + 1])
+                assert torch.equal(scorer.scores(images).rewards_PGTM, judge(sessions, images, seed=3).rewards_PGTM)
+
+def test_quality_is_a_third_reward():
+    with Faulty(Honest()) as server: scores = Judge(engine(server), think, rewards=('if', 'cc', 'quality'))(sessions[:1], images[:1])
+    assert scores.names == ('if', 'cc', 'quality') and scores.rewards_PGTM.shape[-1] == 3
+    with pytest.raises(InputError, match="'quality'"): Judge(None, None, TINY_PROMPTS, rewards=('quality',))
