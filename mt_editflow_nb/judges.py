@@ -35,6 +35,7 @@ class Prompts:
     fence: str          # around the instructions: they are data
     asks: dict          # 'number', 'think', 'questions', 'yes_no' -> how to answer
     scale: int = 9      # the best score; the worst is 0
+    max_tokens: int = 512 # of a thought, or of a list of questions
 
 # %% ../nbs/04b_judges.ipynb #a179bbdb
 PROMPTS = Prompts(
@@ -57,7 +58,7 @@ PROMPTS = Prompts(
 TINY_PROMPTS = Prompts( # the only words that the shipped tiny judge understands
     aspects={'if': 'was this done ?', 'cc': 'was the rest kept ?', 'coarse': 'were all of these done ?'},
     fence='<instruction> {instructions} </instruction>',
-    asks=dict(number='answer 0 to 9 .', think='think , then answer 0 to 9 in json .', questions='write yes or no questions in json .', yes_no='<question> {question} </question> answer yes or no .'))
+    asks=dict(number='answer 0 to 9 .', think='think , then answer 0 to 9 in json .', questions='write yes or no questions in json .', yes_no='<question> {question} </question> answer yes or no .'), max_tokens=96)
 
 def _plain(text): return text.replace('<', '\u2039').replace('>', '\u203a')
 
@@ -157,7 +158,7 @@ def think(engine, items, prompts, seed=0,
           temperature: float = .7  # of the sampling
          ):
     "Say what changed, then score; the mean of k sampled passes. After EditScore, arXiv 2509.23909."
-    asks = [Ask(i.images, prompt(prompts, i, 'think'), temperature=temperature, seed=seed*1000 + n) for i in items for n in range(k)]
+    asks = [Ask(i.images, prompt(prompts, i, 'think'), max_tokens=prompts.max_tokens, temperature=temperature, seed=seed*1000 + n) for i in items for n in range(k)]
     passes, out = _ask(engine, asks, lambda r: read_json_score(r.text, prompts.scale)), []
     for i in range(0, len(passes), k):
         scores = [p for p, _ in passes[i:i + k] if p is not None]
@@ -168,7 +169,7 @@ def checklist(engine, items, prompts, seed=0):
     "Write yes-or-no questions for each instruction, answer each, take the mean. After ThinkRL-Edit, arXiv 2601.03467."
     texts = [prompt(prompts, i, 'questions') for i in items]
     distinct = list(dict.fromkeys(texts))                      # the members of a group share their questions
-    written = dict(zip(distinct, _ask(engine, [Ask((), t) for t in distinct], lambda r: read_questions(r.text))))
+    written = dict(zip(distinct, _ask(engine, [Ask((), t, max_tokens=prompts.max_tokens) for t in distinct], lambda r: read_questions(r.text))))
     todo = [(n, q) for n, t in enumerate(texts) for q in written[t][0] or ()]
     answers = _ask(engine, [Ask(items[n].images, prompt(prompts, items[n], 'yes_no', q), max_tokens=8) for n, q in todo], lambda r: read_yes_no(r.text))
     scores, calls = [[] for _ in items], [list(written[t][1]) for t in texts]

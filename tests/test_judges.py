@@ -180,7 +180,7 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
             a, b = (Judge(e, load_mode(mode), TINY_PROMPTS)(sessions[:1], images[:1, :2, :2]) for e in (near, far))
             assert a.failed == b.failed == 0 and torch.allclose(a.rewards_PGTM, b.rewards_PGTM, atol=tolerance, rtol=0), mode
             assert len(a.rewards_PGTM.unique()) > 1
-        thought = load_mode('think')(far, Judge(None, None, TINY_PROMPTS).items(sessions[:1], images[:1, :1, :1], [0]).values(), TINY_PROMPTS)
+        thought = load_mode('think')(far, list(Judge(None, None, TINY_PROMPTS).items(sessions[:1], images[:1, :1, :1], [0]).values()), TINY_PROMPTS)
         assert all(0 <= v.score <= 1 and 'reasoning' in v.calls[-1]['answer'] for v in thought)
     finally: job.kill(); job.wait(); log.close()
 
