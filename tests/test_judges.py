@@ -29,7 +29,7 @@ class Faulty:
                 with lock: me.seen.append(body); n = len(me.seen) - 1
                 what = me.script(n, body)
                 if what == 'close': self.close_connection = True; return self.connection.shutdown(socket.SHUT_RDWR)
-                if what == 'hang': time.sleep(1.2); what = good
+                if what == 'hang': time.sleep(2.5); what = good
                 if what == 'half': self.close_connection = True
                 status, text = (200, '{"id": "x", "choi') if what == 'half' else what if isinstance(what, tuple) else (200, json.dumps(dict(
                     id='x', object='chat.completion', created=0, model='m', usage=dict(prompt_tokens=5, completion_tokens=2, total_tokens=7),
@@ -56,19 +56,20 @@ def impatient(monkeypatch):
 
 picture = np.zeros((8, 8, 3), np.uint8)
 def engine(server, **kw): return Server('m', server.url, **dict(retries=2, timeout=10, concurrency=8) | kw)
+def patience(name): return .8 if name == 'hangs' else 10
 def item(n=0): return Item('if', (picture, picture + n), ('make it red',))
 think = load_mode('think')
 
 @pytest.mark.parametrize('name', faults)
 def test_one_fault_is_repaired_by_another_try(name):
-    with Faulty(lambda n, body: good if n else faults[name]) as server: verdict, = think(engine(server), [item()], PROMPTS)
+    with Faulty(lambda n, body: good if n else faults[name]) as server: verdict, = think(engine(server, timeout=patience(name)), [item()], PROMPTS)
     if name in ('html', 'no choices'): assert math.isnan(verdict.score) and 'no chat completion' in verdict.error   # no bad luck: another server
     else: assert verdict.score == 6/9 and len(server.seen) == 2
 
 @pytest.mark.parametrize('name', faults)
 def test_lasting_fault_is_a_missing_score(name):
     with Faulty(lambda n, body: faults[name]) as server:
-        verdict, = think(engine(server), [item()], PROMPTS)
+        verdict, = think(engine(server, timeout=patience(name)), [item()], PROMPTS)
     assert math.isnan(verdict.score) and verdict.error and '\n' not in verdict.error
     assert 1 <= len(server.seen) <= 3                                     # tried within bounds
 
