@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from mt_editflow_nb.engines import Ask, Cached, Local, Reply, Server
 from mt_editflow_nb.fusion import advantages
-from mt_editflow_nb.judges import Item, PROMPTS, TINY_PROMPTS, load_mode
+from mt_editflow_nb.judges import Item, PROMPTS, TINY_PROMPTS, load_mode, prompt
 from mt_editflow_nb.rewards import Judge, TurnScorer, load_judge
 from mt_editflow_nb.sessions import InputError
 from mt_editflow_nb.shapeworld import shape_sessions, teacher_images, verify
@@ -177,12 +177,12 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
             try: urllib.request.urlopen(url + '/health', timeout=5); break
             except OSError: time.sleep(.5)
         far, near = Server(str(tiny_judge), url + '/v1', timeout=300), Local('tiny')
-        for mode, tolerance in (('logit', 1e-3), ('direct', 0), ('checklist', 0)):
-            a, b = (Judge(e, load_mode(mode), TINY_PROMPTS)(sessions[:1], images[:1, :2, :2]) for e in (near, far))
-            assert a.failed == b.failed == 0 and torch.allclose(a.rewards_PGTM, b.rewards_PGTM, atol=tolerance, rtol=0), mode
-            assert len(a.rewards_PGTM.unique()) > 1
-        thought = load_mode('think')(far, list(Judge(None, None, TINY_PROMPTS).items(sessions[:1], images[:1, :1, :1], [0]).values()), TINY_PROMPTS)
-        assert all(0 <= v.score <= 1 and 'reasoning' in v.calls[-1]['answer'] for v in thought)
+        a, b = (Judge(e, load_mode('logit'), TINY_PROMPTS)(sessions[:1], images[:1, :2, :2]) for e in (near, far))
+        assert a.failed == b.failed == 0 and len(a.rewards_PGTM.unique()) > 1
+        assert torch.allclose(a.rewards_PGTM, b.rewards_PGTM, atol=1e-3, rtol=0)
+        items = list(Judge(None, None, TINY_PROMPTS).items(sessions[:1], images[:1, :2, :1], [0]).values())
+        asks = [Ask(i.images, prompt(TINY_PROMPTS, i, how), max_tokens=24) for i in items for how in ('number', 'think', 'questions')]
+        assert [r.text for r in near(asks)] == [r.text for r in far(asks)]                       # word for word where nothing is drawn
     finally: job.kill(); job.wait(); log.close()
 
 def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(tmp_path, monkeypatch, capfd):
