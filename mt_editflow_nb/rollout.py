@@ -67,7 +67,8 @@ def rollout(editor,                  # from `load_editor`
             noise_level: float = 0., # of the stochastic steps
             window=(),               # indices of the stochastic steps
             batch: int = 64,         # rows a transformer call
-            part: tuple = (0, 1)     # (i, n): these are the sessions of the i-th of n processes, and the noise is that of all of them
+            part: tuple = (0, 1),    # (i, n): these are the sessions of the i-th of n processes, and the noise is that of all of them
+            on_turn=None             # called after every turn with its number and all results so far, uint8 [P, G, t + 1, H, W, 3]
            ) -> Rollout:
     "Run whole sessions for a group of members each."
     P, T = len(sessions), len(sessions[0].instructions)
@@ -84,6 +85,7 @@ def rollout(editor,                  # from `load_editor`
         x, before, after, mean, logp = sample(editor, turn_text, image, noise, sigmas, kind=kind, noise_level=noise_level, window=window, generator=generator, batch=batch, part=part)
         out = np.concatenate([editor.decode(x[c]) for c in _chunks(N, batch)])      # 8-bit pixels: what the user sees and edits next
         images.append(out); texts.append(turn_text); inputs.append(image); clean.append(x)
+        if on_turn: on_turn(t, np.stack(images, 1).reshape(P, group, t + 1, *out.shape[1:]))    # a judge may look at it while the next turn is sampled
         path += before; nexts += after; means += mean; logps += logp
         if t < T - 1: image = torch.cat([editor.encode_image(out[c]) for c in _chunks(N, batch)])
     K, stack = len(window), lambda xs: torch.stack(xs) if xs else torch.zeros(0)

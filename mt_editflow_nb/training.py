@@ -25,7 +25,7 @@ from .shapeworld import read, shape_sessions
 from .editors import load_editor, lora_parameters, save_lora
 from .samplers import sde_step, sde_window
 from .rollout import fit_sessions, rollout, strip
-from .rewards import load_judge
+from .rewards import TurnScorer, load_judge
 from .aggregation import AGGREGATIONS
 from .fusion import advantages
 from .losses import grpo_loss, guard_log_ratio, kl_to_base, nft_loss
@@ -50,7 +50,8 @@ class Config(BaseModel, extra='forbid'):
     sessions: str = Field('shapeworld', description="'shapeworld', or a JSON Lines file of your own sessions")
     heldout: Optional[str] = Field(None, description='JSON Lines file to evaluate on, if `sessions` is a file')
     turns: Optional[int] = Field(None, ge=1, le=8, description="T; None: 3 in the shape world, the file's own otherwise")
-    judge: str = Field('verifier', description="'verifier' (graded instruction following) or 'verifier:binary'")
+    judge: str = Field('verifier', description="who rewards: 'verifier' (graded), 'verifier:binary', or MODEL:MODE such as 'tiny:think', see `load_judge`")
+    eval_judge: str = Field('verifier', description='who evaluates, before and after')
     sessions_per_iteration: int = Field(8, ge=1, description='P')
     group: int = Field(8, ge=2, description='G, members a session')
     keep: Optional[int] = Field(None, ge=1, description='members a group that are trained on, those with the largest advantages; None: all')
@@ -100,7 +101,7 @@ def make_config(values: dict # field -> value
     if c.weights is not None and len(c.weights) != 2: raise InputError(f'weights: got {c.weights}, expected two numbers, for if and cc')
     if c.aggregation == 'discounted' and c.gamma is None: raise InputError("gamma: got None, expected a number in (0, 1] with aggregation 'discounted'")
     if c.aggregation == 'none' and c.credit in ('broadcast', 'to_go'): raise InputError(f"aggregation: got 'none', expected a rule that collapses turns for credit {c.credit!r}")
-    load_judge(c.judge)
+    load_judge(c.judge); load_judge(c.eval_judge)
     return c
 
 # %% ../nbs/10_training.ipynb #7910165b
@@ -115,8 +116,8 @@ def session_source(c: Config, editor) -> tuple: # (batch: iteration -> P session
     for name, ss in (('sessions', train), ('heldout', heldout)):
         T = len(ss[0].instructions)
         if c.turns and T != c.turns: raise InputError(f'turns: got {c.turns}, but {name} has {T} turns a session')
-    for s in train + heldout:
-        for t in s.instructions: read(t)                                 # the only judge so far reads the shape world's words
+    for s in (train if c.judge.startswith('verifier') else []) + (heldout if c.eval_judge.startswith('verifier') else []):
+        for t in s.instructions: read(t)                                 # the verifier reads the shape world's words
     train, heldout = fit_sessions(editor, train), fit_sessions(editor, heldout)
     def batch(i):
         P, n = c.sessions_per_iteration, len(train)
@@ -221,10 +222,11 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
     if len(sessions) % world: raise InputError(f'sessions_per_iteration: got {len(sessions)}, expected a multiple of the {world} processes')
     mine = slice(rank*len(sessions)//world, (rank + 1)*len(sessions)//world)       # whole groups
     window = () if nft else sde_window(c.num_steps, c.window, generator=g)
-    with swapped(params, old) if nft else torch.no_grad():
-        ro = rollout(editor, sessions[mine], group=c.group, part=part, num_steps=c.num_steps, generator=g, batch=c.batch,
-                     kind='ode' if nft else c.sampler, noise_level=0. if nft else c.noise_level, window=window)
-    scores = judge(sessions[mine], ro.images_PGTHWC)
+    with TurnScorer(judge, sessions[mine], seed=c.seed*1_000_003 + iteration) as scorer:   # a judge that can scores turn t while turn t + 1 is sampled
+        with swapped(params, old) if nft else torch.no_grad():
+            ro = rollout(editor, sessions[mine], group=c.group, num_steps=c.num_steps, generator=g, batch=c.batch, part=part,
+                         kind='ode' if nft else c.sampler, noise_level=0. if nft else c.noise_level, window=window, on_turn=scorer)
+        scores = scorer.scores(ro.images_PGTHWC)
     if world > 1: scores = gather_scores(scores, editor.device)
     if torch.isinf(scores.rewards_PGTM).any() or scores.rewards_PGTM.isnan().all(): _finite(scores.rewards_PGTM, 'rewards_PGTM', iteration)
     adv_PGT = advantages(scores.rewards_PGTM, aggregation=c.aggregation, fusion=c.fusion, credit=c.credit, weights=c.weights, std=c.std,
@@ -255,6 +257,7 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
         for o, p in zip(old, params): o.lerp_(p, 1 - c.old_decay if nft else 1.)
     metrics = dict(iteration=iteration, rows=len(rows), **{k: round(v, 8) for k, v in log.items()})
     for m, name in enumerate(scores.names): metrics[name] = [round(x, 6) for x in scores.rewards_PGTM[..., m].nanmean((0, 1)).tolist()]
+    if scores.failed: metrics['judge_failed'] = scores.failed
     metrics['success'] = [round(x, 6) for x in scores.success_PGT.float().mean((0, 1)).tolist()]
     metrics['all_right'] = [round(x, 6) for x in scores.success_PGT.float().cumprod(-1).mean((0, 1)).tolist()]
     metrics |= diagnose(sessions[mine], ro.images_PGTHWC, scores, adv_PGT, load_judge('verifier') if world == 1 and c.sessions == 'shapeworld' and not c.judge.startswith('verifier') else None)
@@ -416,14 +419,15 @@ def experiment(c: Config,           # from `make_config`
                progress: bool = True# progress bars
               ) -> dict:            # what `results.json` holds
     "Evaluate, train, evaluate; writes `results.json`, `results.csv` and pictures. Called again, it goes on where it stopped."
-    judge, t0 = judge or load_judge(c.judge), time.time()
     run = open_run(c, run)
+    examiner = judge or load_judge(c.eval_judge)
+    judge = judge or load_judge(c.judge, cache=run/'judge.sqlite')                  # every answer is on record: a resumed run asks nothing twice
     if not (run/'before.safetensors').is_file() or not (run/'after.safetensors').is_file():
         base = load_for(c)
         _, heldout = session_source(c, base)
-        before, images = _outcomes(run, 'before', base, heldout, c, judge, progress)
+        before, images = _outcomes(run, 'before', base, heldout, c, examiner, progress)
         del base                                                         # a card has room for one
-        after, images2 = _outcomes(run, 'after', train(c, run, judge, progress), heldout, c, judge, progress)
+        after, images2 = _outcomes(run, 'after', train(c, run, judge, progress), heldout, c, examiner, progress)
         for i, s in enumerate(heldout[:len(images)]) if processes()[0] == 0 else ():
             fig = strip(s, np.stack([images[i], images2[i]]), marks_GT=[before.success_NT[i], after.success_NT[i]], title='above: before training, below: after')
             fig.savefig(run/'rollouts'/f'heldout_{i}.png', dpi=80)

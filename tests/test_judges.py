@@ -1,0 +1,228 @@
+"Judges behind HTTP: everything that a server can do wrong, two processes on one cache, replay, secrets, and a real `transformers serve`."
+import json, math, multiprocessing, os, re, socket, subprocess, sys, threading, time, urllib.request
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+import numpy as np, pytest, torch
+from mt_editflow_nb.engines import Ask, Cached, Local, Reply, Server
+from mt_editflow_nb.fusion import advantages
+from mt_editflow_nb.judges import Item, PROMPTS, TINY_PROMPTS, load_mode, prompt
+from mt_editflow_nb.rewards import Judge, TurnScorer, load_judge
+from mt_editflow_nb.sessions import InputError
+from mt_editflow_nb.shapeworld import shape_sessions, teacher_images, verify
+
+good = '{"reasoning": "it moved", "score": 6}'
+faults = { # name -> (status, body) of a try, or a word
+    '429': (429, '{"error": {"message": "slow down"}}'), '500': (500, 'Internal Server Error'), '503': (503, '<html>busy</html>'),
+    'hangs': 'hang', 'closes': 'close', 'closes in the middle': 'half', 'html': (200, '<html>It works!</html>'), 'no choices': (200, '{"choices": []}'),
+    'no json': 'The edit is a seven, I would say.', 'out of range': '{"reasoning": "", "score": 10}', 'nan': '{"reasoning": "", "score": NaN}',
+    'empty': '', 'refusal': "I'm sorry, but I can't help with that.", 'two scores': '{"score": 1} {"score": 9}'}
+
+class Faulty:
+    "A chat server on loopback. `script(n, request)` gives what try n gets: a fault, or an answer."
+    def __init__(self, script):
+        self.script, self.seen, lock, me = script, [], threading.Lock(), self
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *a): pass
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+                with lock: me.seen.append(body); n = len(me.seen) - 1
+                what = me.script(n, body)
+                if what == 'close': self.close_connection = True; return self.connection.shutdown(socket.SHUT_RDWR)
+                if what == 'hang': time.sleep(2.5); what = good
+                if what == 'half': self.close_connection = True
+                status, text = (200, '{"id": "x", "choi') if what == 'half' else what if isinstance(what, tuple) else (200, json.dumps(dict(
+                    id='x', object='chat.completion', created=0, model='m', usage=dict(prompt_tokens=5, completion_tokens=2, total_tokens=7),
+                    choices=[dict(index=0, finish_reason='stop', message=dict(role='assistant', content=what), logprobs=None)])))
+                data = text.encode()
+                try:
+                    self.send_response(status); self.send_header('Content-Type', 'application/json' if text[:1] == '{' else 'text/html')
+                    self.send_header('Content-Length', str(len(data) + (99 if what == 'half' else 0))); self.end_headers(); self.wfile.write(data)
+                except OSError: pass            # the client did not wait
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads, request_queue_size = True, 64
+            def handle_error(self, *a): pass
+        self.http = Quiet(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.http.server_port}/v1'
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+    def __enter__(self): return self
+    def __exit__(self, *_): self.http.shutdown(); self.http.server_close()
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    "The client's pauses between tries, a hundredth as long."
+    import openai._base_client as client
+    for name in ('INITIAL_RETRY_DELAY', 'MAX_RETRY_DELAY'): monkeypatch.setattr(client, name, .01)
+
+picture = np.zeros((8, 8, 3), np.uint8)
+def engine(server, **kw): return Server('m', server.url, **dict(retries=2, timeout=10, concurrency=8) | kw)
+def patience(name): return .8 if name == 'hangs' else 10
+def item(n=0): return Item('if', (picture, picture + n), ('make it red',))
+think = load_mode('think')
+
+@pytest.mark.parametrize('name', faults)
+def test_one_fault_is_repaired_by_another_try(name):
+    with Faulty(lambda n, body: good if n else faults[name]) as server: verdict, = think(engine(server, timeout=patience(name)), [item()], PROMPTS)
+    if name in ('html', 'no choices'): assert math.isnan(verdict.score) and 'no chat completion' in verdict.error   # no bad luck: another server
+    else: assert verdict.score == 6/9 and len(server.seen) == 2
+
+@pytest.mark.parametrize('name', faults)
+def test_lasting_fault_is_a_missing_score(name):
+    with Faulty(lambda n, body: faults[name]) as server:
+        verdict, = think(engine(server, timeout=patience(name)), [item()], PROMPTS)
+    assert math.isnan(verdict.score) and verdict.error and '\n' not in verdict.error
+    assert 1 <= len(server.seen) <= 3                                     # tried within bounds
+
+def test_prose_around_the_json_is_read():
+    with Faulty(lambda n, body: 'Let me see.\n```json\n' + good + '\n```\nThat is my verdict.') as server:
+        assert think(engine(server), [item()], PROMPTS)[0].score == 6/9 and len(server.seen) == 1
+
+def test_what_no_patience_repairs_stops_the_run(monkeypatch):
+    monkeypatch.setenv('OPENAI_API_KEY', 'sk-very-secret')
+    for status, part in ((401, 'refused the key'), (404, 'does not know')):
+        with Faulty(lambda n, body: (status, '{"error": {"message": "bad key sk-very-secret"}}')) as server:
+            with pytest.raises(InputError, match=part) as e: think(engine(server), [item()], PROMPTS)
+        assert 'secret' not in str(e.value) and '\n' not in str(e.value)
+
+sessions = shape_sessions(4, turns=3, seed=8)
+perfect = np.stack([teacher_images(s) for s in sessions])
+first = np.stack([np.asarray(s.image) for s in sessions])
+lazy = first[:, None].repeat(3, 1)
+images = np.stack([perfect, lazy, np.concatenate([perfect[:, :1], lazy[:, 1:]], 1), perfect[:, ::-1]], 1)   # [P, 4, T, ...]
+
+class Honest:
+    "What a script says to a request, by a hash of the pictures: always the same score for the same question."
+    def __init__(self, fails=lambda text: False): self.fails = fails
+    def __call__(self, n, body):
+        text = json.dumps(body['messages'])
+        h = int.from_bytes(__import__('hashlib').sha256(text.encode()).digest()[:4], 'big')
+        return (500, 'no') if self.fails(h) else '{"reasoning": "", "score": %d}' % (h % 10)
+
+def test_failed_scores_are_masked_counted_and_leave_the_rest_alone():
+    with Faulty(Honest(lambda h: h % 8 == 0)) as bad, Faulty(Honest()) as fine:
+        ask = lambda s: Judge(engine(s, give_up=1000), think, max_failed=.5)(sessions, images)
+        holed, whole = ask(bad), ask(fine)
+    assert 0 < holed.failed < 40 and whole.failed == 0 and holed.failed == int(holed.rewards_PGTM.isnan().sum())
+    assert torch.equal(holed.rewards_PGTM[holed.mask_PGTM], whole.rewards_PGTM[holed.mask_PGTM]) and (whole.rewards_PGTM == 0).any()
+    assert Counter(c['error'] != '' for c in holed.calls)[True] == holed.failed
+    how = dict(aggregation='mean', fusion='advantage', credit='broadcast')
+    got = advantages(holed.rewards_PGTM, **how)
+    for p in range(4):
+        ok = holed.mask_PGTM[p].all(-1).all(-1)
+        assert not got[p][~ok].any()
+        if ok.sum() > 1: assert torch.allclose(got[p][ok], advantages(whole.rewards_PGTM[p, ok][None], **how)[0])
+
+def test_dead_server_stops_soon_and_the_run_goes_on_when_it_is_back(tmp_path):
+    dead = [False]
+    with Faulty(lambda n, body: (500, 'no') if dead[0] or n >= 40 and not dead[0] and dead.__setitem__(0, True) is None else Honest()(n, body)) as server:
+        judge = Judge(Cached(engine(server, concurrency=4, give_up=4), tmp_path/'judge.sqlite'), think)
+        with pytest.raises(InputError, match='scores failed, more than the 20% allowed') as e: judge(sessions, images)
+        assert len(server.seen) < 40 + 3*10 and '\n' not in str(e.value)          # the rest was not even tried
+        server.script, n = Honest(), len(server.seen)
+        scores = judge(sessions, images)
+        assert scores.failed == 0 and len(server.seen) - n <= 96 - 36             # what it had said before was kept
+
+def test_logit_over_top_logprobs():
+    def answer(n, body):
+        assert body['logprobs'] and body['top_logprobs'] == 20 and body['max_tokens'] == 1
+        top = [('7', .5), (' 7', .1), ('2', .2), ('I', .1), ('9', 1e-9)]
+        tokens = [dict(token=t, logprob=math.log(p), bytes=None) for t, p in top]
+        return (200, json.dumps(dict(id='x', object='chat.completion', created=0, model='m', choices=[dict(
+            index=0, finish_reason='length', message=dict(role='assistant', content='7'), logprobs=dict(content=[dict(**tokens[0], top_logprobs=tokens)]))])))
+    with Faulty(answer) as server: verdict, = load_mode('logit')(engine(server), [item()], PROMPTS)
+    assert verdict.score == pytest.approx((7*.6 + 2*.2)/.8/9)
+
+def test_a_rerun_costs_no_call_and_samples_stay_samples(tmp_path):
+    script = lambda n, body: '{"reasoning": "", "score": %d}' % (body['seed'] % 10)
+    with Faulty(script) as server:
+        cached = Cached(engine(server), tmp_path/'c.sqlite')
+        run = lambda mode, **kw: [v.score*9 for v in load_mode(mode)(cached, [item(), item(1)], PROMPTS, **kw)]
+        assert run('think@4') == pytest.approx([1.5, 1.5]) and len(server.seen) == 8           # seeds 0 to 3
+        assert run('think@4') == pytest.approx([1.5, 1.5]) and len(server.seen) == 8
+        run('think@4', seed=1)
+        assert len(server.seen) == 16                                                           # another pass is another question
+        Judge(cached, think)(sessions, images); n = len(server.seen)
+        Judge(cached, think)(sessions, images); assert len(server.seen) == n
+    offline = Judge(Cached(Server('m', server.url), tmp_path/'c.sqlite', offline=True), think)   # the server is gone
+    assert offline(sessions, images).failed == 0
+    with pytest.raises(InputError, match='not recorded'): offline(sessions, images, seed=9)
+    with pytest.raises(InputError, match='nothing to replay'): Cached(Server('m', server.url), tmp_path/'none.sqlite', offline=True)
+    (tmp_path/'text.sqlite').write_text('this is no database, but it is long enough to be mistaken for one ' * 20)
+    with pytest.raises(InputError, match='cannot be used'): Cached(Server('m', server.url), tmp_path/'text.sqlite')
+
+def _writer(url, path, start):
+    Cached(Server('m', url, concurrency=4), path)([Ask((), f'question {i}') for i in range(start, start + 400)])
+
+def test_two_processes_share_a_cache(tmp_path):
+    path = tmp_path/'shared.sqlite'
+    with Faulty(lambda n, body: 'answer to ' + body['messages'][0]['content'][0]['text']) as server:
+        jobs = [multiprocessing.get_context('fork').Process(target=_writer, args=(server.url, path, s)) for s in (0, 200)]
+        for j in jobs: j.start()
+        for j in jobs: j.join(60)
+    assert [j.exitcode for j in jobs] == [0, 0]
+    replies = Cached(Server('m', server.url), path, offline=True)([Ask((), f'question {i}') for i in range(600)])
+    assert [r.text for r in replies] == [f'answer to question {i}' for i in range(600)]
+
+tiny_judge = Path(__file__).resolve().parents[1]/'mt_editflow_nb'/'assets'/'tiny_judge'
+
+def test_transformers_serve_gives_the_same_scores(tmp_path):
+    pytest.importorskip('fastapi'); pytest.importorskip('uvicorn')
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    url, log = f'http://127.0.0.1:{port}', open(tmp_path/'log', 'w')
+    job = subprocess.Popen([str(Path(sys.executable).with_name('transformers')), 'serve', str(tiny_judge), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu'],
+                           stdout=log, stderr=log, env=dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1'))
+    try:
+        for _ in range(1200):
+            assert job.poll() is None, (tmp_path/'log').read_text()[-2000:]
+            try: urllib.request.urlopen(url + '/health', timeout=5); break
+            except OSError: time.sleep(.5)
+        far, near = Server(str(tiny_judge), url + '/v1', timeout=300), Local('tiny')
+        a, b = (Judge(e, load_mode('logit'), TINY_PROMPTS)(sessions[:1], images[:1, :2, :2]) for e in (near, far))
+        assert a.failed == b.failed == 0 and len(a.rewards_PGTM.unique()) > 1
+        assert torch.allclose(a.rewards_PGTM, b.rewards_PGTM, atol=1e-3, rtol=0)
+        items = list(Judge(None, None, TINY_PROMPTS).items(sessions[:1], images[:1, :2, :1], [0]).values())
+        asks = [Ask(i.images, prompt(TINY_PROMPTS, i, how), max_tokens=24) for i in items for how in ('number', 'think', 'questions')]
+        assert [r.text for r in near(asks)] == [r.text for r in far(asks)]                       # word for word where nothing is drawn
+    finally: job.kill(); job.wait(); log.close()
+
+def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(tmp_path, monkeypatch, capfd):
+    from mt_editflow_nb.training import main
+    key = 'sk-0123456789abcdefSECRET'
+    monkeypatch.setenv('OPENAI_API_KEY', key)
+    settings = ['sessions_per_iteration=1', 'group=2', 'num_steps=2', 'turns=2', 'iterations=2', 'eval_sessions=2', 'lora_rank=2', 'times=1', 'save_every=1']
+    down = [False]
+    with Faulty(lambda n, body: (500, f'no, {key}') if down[0] else Honest()(n, body)) as server:
+        judge = f'judge=m@{server.url}:think'
+        assert main([*settings, judge, '--run', str(tmp_path/'run')]) == 0
+        asked = len(server.seen)
+        assert 0 < asked <= 2*2*2*2 and main([*settings, judge, '--run', str(tmp_path/'run')]) == 0 and len(server.seen) == asked
+        down[0] = True
+        assert main([*settings, judge, 'seed=1', '--run', str(tmp_path/'down')]) == 2
+        down[0] = False
+        assert main(['--resume', str(tmp_path/'down')]) == 0
+    said = capfd.readouterr()
+    assert 'scores failed' in said.err and key not in said.out + said.err
+    files = [p for p in tmp_path.rglob('*') if p.is_file()]
+    assert any(p.name == 'judge.sqlite' for p in files)
+    assert not [p for p in files if key.encode() in p.read_bytes()]
+
+def test_no_key_in_notebooks():
+    root = Path(__file__).resolve().parents[1]
+    text = ''.join(p.read_text() for d in ('nbs', 'experiments', 'tests', 'mt_editflow_nb') for p in (root/d).rglob('*') if p.suffix in ('.ipynb', '.py', '.yaml', '.md') and p != Path(__file__).resolve())
+    assert not re.findall(r'sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|Bearer [A-Za-z0-9._-]{16,}', text)
+    assert not re.findall(r'''(?:OPENAI_API_KEY|HF_TOKEN)['"\]]*\s*=\s*['"]\w''', text)
+
+def test_coarse_judge_asks_once_a_session_and_a_turn_scorer_agrees():
+    with Faulty(Honest()) as server:
+        coarse = Judge(engine(server), think, coarse=True)
+        whole = coarse(sessions, images)
+        assert whole.rewards_PGTM.shape == (4, 4, 3, 2) and len(server.seen) <= 4*4*2 and (whole.rewards_PGTM[:, :, :1] == whole.rewards_PGTM).all()
+        for judge in (coarse, Judge(engine(server), think)):
+            with TurnScorer(judge, sessions, seed=3) as scorer:
+                for t in range(3): scorer(t, images[:, :, :t + 1])
+                assert torch.equal(scorer.scores(images).rewards_PGTM, judge(sessions, images, seed=3).rewards_PGTM)
+
+def test_quality_is_a_third_reward():
+    with Faulty(Honest()) as server: scores = Judge(engine(server), think, rewards=('if', 'cc', 'quality'))(sessions[:1], images[:1])
+    assert scores.names == ('if', 'cc', 'quality') and scores.rewards_PGTM.shape[-1] == 3
+    with pytest.raises(InputError, match="'quality'"): Judge(None, None, TINY_PROMPTS, rewards=('quality',))
