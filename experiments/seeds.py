@@ -15,7 +15,7 @@ from mt_editflow_nb.training import environment
 ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 ap.add_argument('name'); ap.add_argument('settings', nargs='*')
 ap.add_argument('--seeds', type=int, default=5); ap.add_argument('--jobs', type=int, default=2, help='seeds at a time, each with cores/jobs threads')
-a = ap.parse_args()
+a = ap.parse_intermixed_args()
 runs, results = Path('runs')/a.name, Path('experiments/results')
 runs.mkdir(parents=True, exist_ok=True); results.mkdir(parents=True, exist_ok=True)
 
