@@ -7,7 +7,8 @@ __all__ = ['TINY', 'FAMILIES', 'add_lora', 'lora_parameters', 'save_lora', 'load
            'rest_encoders', 'load_editor']
 
 # %% ../nbs/02d_editors.ipynb #3d0e5ca9
-import json
+import json, warnings
+from contextlib import contextmanager, nullcontext
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,6 +106,20 @@ def rest_encoders(editor):
     for m in encoders: m.to('cpu')
     editor.encode_text = encode_text
 
+@contextmanager
+def _quietly():
+    "No bars and no advice: what is shipped loads in a blink."
+    from diffusers.utils import logging as d
+    from transformers.utils import logging as t
+    levels, bars = (d.get_verbosity(), t.get_verbosity()), [m for m in (d, t) if m.is_progress_bar_enabled()]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for m in (d, t): m.set_verbosity_error(); m.disable_progress_bar()
+        try: yield
+        finally:
+            for m, level in zip((d, t), levels): m.set_verbosity(level)
+            for m in bars: m.enable_progress_bar()
+
 def load_editor(name_or_path: str = TINY, # 'tiny', a pipeline directory, or a hub name
                 *, quantize: str = None,  # 'nf4' stores the transformer blocks in 4 bits
                 lora_rank: int = None,    # add a trainable LoRA of this rank
@@ -131,7 +146,8 @@ def load_editor(name_or_path: str = TINY, # 'tiny', a pipeline directory, or a h
         from diffusers.quantizers import PipelineQuantizationConfig
         kw['quantization_config'] = PipelineQuantizationConfig(quant_backend='bitsandbytes_4bit', components_to_quantize=['transformer', cls.encoders[-1]],
             quant_kwargs=dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype))
-    try: pipe = getattr(diffusers, family).from_pretrained(source, torch_dtype=dtype, **kw)
+    try:
+        with _quietly() if str(name_or_path) == TINY else nullcontext(): pipe = getattr(diffusers, family).from_pretrained(source, torch_dtype=dtype, **kw)
     except OSError as e: raise InputError(f'editor: {name_or_path} cannot be loaded: {str(e).splitlines()[0]}') from e
     pipe.to(device).set_progress_bar_config(disable=True)
     if quantize and device == 'cpu': quantize_nf4(pipe.transformer, dtype)

@@ -105,12 +105,13 @@ def make_config(values: dict # field -> value
     return c
 
 # %% ../nbs/10_training.ipynb #7910165b
-def session_source(c: Config, editor) -> tuple: # (batch: iteration -> P sessions, heldout: list of sessions)
-    "Where training and held-out sessions come from. Raises `InputError` for files that do not fit."
+def session_source(c: Config, editor=None) -> tuple: # (batch: iteration -> P sessions, heldout: list of sessions)
+    "Where training and held-out sessions come from, fitted to an editor if there is one. Raises `InputError` for files that do not fit."
+    fit = (lambda sessions: fit_sessions(editor, sessions)) if editor else list
     if c.sessions == 'shapeworld':
         T = c.turns or 3
-        batch = lambda i: fit_sessions(editor, shape_sessions(c.sessions_per_iteration, T, 'train', seed=c.seed, start=i*c.sessions_per_iteration))
-        return batch, fit_sessions(editor, shape_sessions(c.eval_sessions, c.eval_turns or T, 'heldout', seed=0))
+        batch = lambda i: fit(shape_sessions(c.sessions_per_iteration, T, 'train', seed=c.seed, start=i*c.sessions_per_iteration))
+        return batch, fit(shape_sessions(c.eval_sessions, c.eval_turns or T, 'heldout', seed=0))
     train = load_sessions(c.sessions)
     heldout = load_sessions(c.heldout) if c.heldout else train
     for name, ss in (('sessions', train), ('heldout', heldout)):
@@ -118,7 +119,7 @@ def session_source(c: Config, editor) -> tuple: # (batch: iteration -> P session
         if c.turns and T != c.turns: raise InputError(f'turns: got {c.turns}, but {name} has {T} turns a session')
     for s in (train if c.judge.startswith('verifier') else []) + (heldout if c.eval_judge.startswith('verifier') else []):
         for t in s.instructions: read(t)                                 # the verifier reads the shape world's words
-    train, heldout = fit_sessions(editor, train), fit_sessions(editor, heldout)
+    train, heldout = fit(train), fit(heldout)
     def batch(i):
         P, n = c.sessions_per_iteration, len(train)
         order = lambda epoch: np.random.default_rng((c.seed, epoch)).permutation(n)
@@ -419,6 +420,7 @@ def experiment(c: Config,           # from `make_config`
                progress: bool = True# progress bars
               ) -> dict:            # what `results.json` holds
     "Evaluate, train, evaluate; writes `results.json`, `results.csv` and pictures. Called again, it goes on where it stopped."
+    if c.sessions != 'shapeworld': session_source(c)                                 # files that do not fit are found before anything is loaded
     run = open_run(c, run)
     examiner = judge or load_judge(c.eval_judge)
     judge = judge or load_judge(c.judge, cache=run/'judge.sqlite')                  # every answer is on record: a resumed run asks nothing twice
@@ -489,7 +491,7 @@ def read_recipe(path) -> dict:
     "A YAML file of fields."
     import yaml
     try: d = yaml.safe_load(Path(path).read_text())
-    except OSError as e: raise InputError(f'recipe: cannot read {path}: {e.strerror}') from None
+    except OSError as e: raise InputError(f'{path}: expected a recipe file or field=value ({e.strerror})') from None
     except yaml.YAMLError as e: raise InputError(f'recipe: {path} is not YAML: {str(e).splitlines()[0]}') from None
     if not isinstance(d, dict): raise InputError(f'recipe: {path} holds a {type(d).__name__}, expected fields and values')
     return parse_overrides([f'{k}={v}' if isinstance(v, str) else f'{k}={json.dumps(v)}' for k, v in d.items()])
