@@ -71,7 +71,7 @@ def test_links_between_files_exist(path):
 @each(chapters)
 def test_begins_with_title_and_subtitle(path):
     cells = [c for c in nbformat.read(path, 4).cells if c.cell_type != 'raw']
-    assert cells[0].cell_type == 'markdown' and re.match(r'# \S.*\n+> \S', cells[0].source)
+    assert cells[0].cell_type == 'markdown' and re.match(r'# [^#\s].*\n+> \S', cells[0].source)
 
 def imported(name):
     "Modules of this package that a module imports, anywhere in it."

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from safetensors.torch import load_file
 import mt_editflow_nb
 from mt_editflow_nb.editors import load_editor, load_lora
-from mt_editflow_nb.evaluation import main as mtef_eval
+from mt_editflow_nb.card import main as mtef_eval
 from mt_editflow_nb.rewards import load_judge
 from mt_editflow_nb.rollout import rollout
 from mt_editflow_nb.sessions import InputError, save_sessions
@@ -164,7 +164,7 @@ def test_own_sessions_through_the_same_commands(tmp_path, turns, capsys):
     assert main([*[f'{k}={v}' for k, v in fields.items()], '--run', str(run)]) == 0
     assert json.loads((run/'results.json').read_text())['turns'] == turns
     assert mtef_eval(['--sessions', str(file), '--steps', '2', '--lora', str(run/'lora'), '--out', str(tmp_path/'out')]) == 0
-    assert len((tmp_path/'out'/'scores.csv').read_text().splitlines()) == turns + 1
+    assert len((tmp_path/'out'/'scores.csv').read_text().splitlines()) == 4*turns + 1
     assert '3 sessions' in capsys.readouterr().out
 
 @pytest.mark.parametrize('kw', [dict(algorithm='grpo', sampler='flow'), dict(algorithm='grpo', sampler='cps', window=1), dict(algorithm='grpo', kl_weight=.1, guard=True),
