@@ -152,13 +152,13 @@ def test_bench_measures_every_family(family, twins, monkeypatch):
     assert 0 < row['seconds_forward_row'] and row['edits_per_gpu_second'] == pytest.approx(c.sessions_per_iteration*c.group*3/row['seconds_iteration'])
 
 def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch):
-    from mt_editflow_nb import editors, evaluation
+    from mt_editflow_nb import card
     from mt_editflow_nb.editors import save_lora
     import json
     save_lora(load_editor(lora_rank=2), tmp_path/'run'/'lora')
     (tmp_path/'run'/'config.json').write_text(json.dumps(dict(config=dict(editor='tiny', size=48, guidance=2., num_steps=3, quantize=None))))
     asked = {}
-    monkeypatch.setattr(editors, 'load_editor', lambda name, **kw: (asked.update(kw, name=name), load_editor(name, **kw))[1])
-    assert evaluation.main(['--lora', str(tmp_path/'run'/'lora'), '--n', '2', '--turns', '1', '--steps', '2', '--out', str(tmp_path/'out')]) == 0
+    monkeypatch.setattr(card, 'load_editor', lambda name, **kw: (asked.update(kw, name=name), load_editor(name, **kw))[1])
+    assert card.main(['--lora', str(tmp_path/'run'/'lora'), '--n', '2', '--turns', '1', '--steps', '2', '--out', str(tmp_path/'out')]) == 0
     assert asked == dict(name='tiny', quantize=None, size=48, guidance=2.)
     assert 'warning: --steps 2, but the adapter was trained with 3' in capsys.readouterr().err
