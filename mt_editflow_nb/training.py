@@ -241,12 +241,13 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
     T, K = adv_NT.shape[1], c.times if nft else len(window)
     for group in opt.param_groups: group['lr'] = c.lr*(1 - iteration/c.iterations)  # falls to 0, so that the noise of single steps averages out
     log = {}
-    for part in rows.chunk(c.updates) if len(rows) else ():
+    first, end = mine.start*c.group, mine.stop*c.group                             # this process's rows
+    for chunk in rows.chunk(c.updates) if len(rows) else ():
         opt.zero_grad()
-        own = part[(part >= mine.start*c.group) & (part < mine.stop*c.group)] - mine.start*c.group
-        for loss, stats, n in (nft_terms if nft else grpo_terms)(c, editor, params, old, ro, adv_NT[mine.start*c.group:mine.stop*c.group], own, g, (rank, world)):
+        own = chunk[(chunk >= first) & (chunk < end)] - first
+        for loss, stats, n in (nft_terms if nft else grpo_terms)(c, editor, params, old, ro, adv_NT[first:end], own, g, part):
             _finite(loss, 'loss', iteration)
-            (loss*n/(len(part)*T*K)).backward()
+            (loss*n/(len(chunk)*T*K)).backward()
             for k, v in (stats | dict(loss=loss.item())).items(): log[k] = log.get(k, 0.) + v*n/(len(rows)*T*K)
         if world > 1: sum_gradients(params)
         norm = torch.nn.utils.clip_grad_norm_(params, c.max_grad_norm)
