@@ -16,7 +16,7 @@ from .shapeworld import BACKGROUNDS, look, shape_sessions, teacher_images
 from .rollout import fit_sessions
 from .rewards import Scores
 from .structures import STRUCTURES, plain_form, structured_sessions, verify_structured
-from .evaluation import Interval, Outcomes, evaluate, seed_interval, sessions_and_seeds
+from .evaluation import Interval, Outcomes, luck_of_seeds, evaluate
 
 # %% ../nbs/09b_exposure.ipynb #b6ebc7b4
 def perfect_state(
@@ -37,12 +37,12 @@ def measure_exposure(
     sessions: list, # N sessions of the shape world
     judge, # (sessions, images) -> `Scores`
     **kw, # num_steps, seed, batch, progress of `evaluate`
-) -> tuple: # (`Exposure`, images of the free run, uint8 [N, T, H, W, 3])
+) -> tuple: # (`Exposure`; of the free run `Outcomes` and images, uint8 [N, T, H, W, 3])
     "Run sessions freely, and each turn from the perfect picture. Turn 1 is the same in both."
     sessions = fit_sessions(editor, sessions)
     outcomes, images = evaluate(editor, sessions, judge, **kw)
     perfect = [outcomes.success_NT[:, :1]] + [evaluate(editor, perfect_state(sessions, t), judge, **kw)[0].success_NT for t in range(2, outcomes.success_NT.shape[1] + 1)]
-    return Exposure(outcomes.success_NT, np.concatenate(perfect, 1)), images
+    return Exposure(outcomes.success_NT, np.concatenate(perfect, 1)), outcomes, images
 
 # %% ../nbs/09b_exposure.ipynb #27c2c1d1
 def _draws(N, n_boot, seed): return np.concatenate([np.ones((1, N)), np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=n_boot)]).astype(float)
@@ -50,15 +50,18 @@ def _draws(N, n_boot, seed): return np.concatenate([np.ones((1, N)), np.random.d
 def _ratio(a, b): return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)
 
 class _Sample(NamedTuple):
-    "A quantity with its luck: over draws of sessions (the first is the data, seeds averaged), and over seeds."
+    "A quantity: the data (seeds averaged) and draws of its sessions; and of each seed."
     draws_B: np.ndarray
     seeds_S: np.ndarray
     def __sub__(self, other):
         with np.errstate(invalid='ignore'): return _Sample(self.draws_B - other.draws_B, self.seeds_S - other.seeds_S)
+    def luck(self):
+        "Draws of sessions and of seeds' mean, those that say something."
+        x_B = self.draws_B[1:] + luck_of_seeds(self.seeds_S[:, None], len(self.draws_B) - 1, np.random.default_rng(1))[:, 0]
+        return x_B[~np.isnan(x_B)]
     def interval(self):
-        ok = self.draws_B[1:][~np.isnan(self.draws_B[1:])]
-        over = Interval(self.draws_B[0], *(np.quantile(ok, [.025, .975], method='nearest') if len(ok) else (np.nan, np.nan))) # infinite half-lives are not averaged
-        return sessions_and_seeds(over, seed_interval(self.seeds_S)) if len(self.seeds_S) > 1 and np.isfinite(self.seeds_S).all() else over
+        x_B = self.luck()
+        return Interval(self.draws_B[0], *(np.quantile(x_B, [.025, .975], method='nearest') if len(x_B) else (np.nan, np.nan))) # infinite half-lives are not averaged
 
 def _samples(f, parts, n_boot, seed, scale=100.): # f: (weights [B, N], *parts [N, T]) -> {name: [B, T]}
     "{(turn, name): `_Sample`} of a function of weighted sums; parts are [S, N, T] or [N, T]."
@@ -74,7 +77,7 @@ def _changes(before, after, names, less=()): # `less`: quantities of which less 
     rows = {}
     for k in before:
         d = after[k] - before[k]
-        better = d.draws_B[1:][~np.isnan(d.draws_B[1:])] * (-1 if k[-1] in less else 1)
+        better = d.luck() * (-1 if k[-1] in less else 1)
         rows[k] = [before[k].draws_B[0], after[k].draws_B[0], *d.interval(), ((better > 1e-9) + .5 * (abs(better) <= 1e-9)).mean() if len(better) else np.nan]
     return pd.DataFrame(rows, ['before', 'after', 'difference', 'low', 'high', 'superiority']).T.rename_axis(names)
 
