@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 from .sessions import Session
 from .shapeworld import BACKGROUNDS, COLORS, OBJECTS, Edit, Scene, apply_edit, closeness, follows, look, read, read_scene, render, shape_sessions
-from .edival import QUESTIONS, Found, follows_rule, singular, object_term, background_term, slots_of
+from .edival import QUESTIONS, Found, follows_rule, kind_of, singular, object_term, background_term, slots_of
 
 # %% ../nbs/09c_truth.ipynb #5dbc3dce
 _cell = [np.array([c / 3, r / 3, (c + 1) / 3, (r + 1) / 3]) + [.02, .02, -.02, -.02] for r in range(3) for c in range(3)]
@@ -30,7 +30,7 @@ _patterns = {kind: re.compile(re.escape(q).replace(r'\{0\}', '(.+?)').replace(r'
 
 def shape_ask(images, question) -> str:
     "A model that answers the benchmark's questions about the shape world."
-    kind, m = next((k, m) for k, p in _patterns.items() if (m := p.fullmatch(question)))
+    m = _patterns[kind := kind_of(question)].fullmatch(question)
     if kind == 'name': return m[1]
     seen = [_codes(im) for im in images]
     at = lambda i, name: set(np.flatnonzero(seen[i].codes == OBJECTS.index(name))) if name in OBJECTS else set()
