@@ -148,8 +148,15 @@ def _editor(a):
 def _version():
     return ', '.join(f'{p} {version(p)}' for p in ('mt_editflow_nb', 'torch', 'diffusers', 'transformers'))
 
+def _differs(facts, against):
+    "Settings in which another run was made otherwise than this one, other than the editor's."
+    file = Path(against)/'results.json'
+    theirs = json.loads(file.read_text()).get('facts', {}) if file.is_file() else {}
+    return {k: f'{theirs[head][k]} there, {v} here' for head in ('Data', 'Protocol') if head in theirs for k, v in facts[head].items() if k != 'seconds_a_turn' and theirs[head].get(k, v) != v}
+
 def _finish(out, *, title, facts, sessions, outcomes, images, why_NT, extra={}, against=None):
     save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions])
+    if against and (differs := _differs(facts, against)): facts = facts | {f'Made otherwise than {against}': differs}
     if against: extra = extra | {f'Compared with {against}': compare(against, out).rename(columns=dict(a='that one', b='this one'))}
     table = score_intervals(outcomes)
     atomic_write(out/'scores.csv', table.to_csv())

@@ -91,8 +91,9 @@ class Desk:
     def _next(self):
         done = set(self._done())
         self.trial = next((t for t in self.trials if t['trial'] not in done), None)
-        self.left, self.since = len(self.trials) - len(done), time.monotonic()
+        self.left = len(self.trials) - len(done)
         if self.widget: self._draw()
+        self.since = time.monotonic()                                       # the picture is there now
 
     def press(self, key: str):
         "A key: 1, 2, 0, or u to take the last choice back. Others do nothing."
@@ -125,7 +126,7 @@ class Desk:
         def typed(change):
             if not change['new']: return
             self._box.value = ''
-            self.press(change['new'][-1].lower())
+            if time.monotonic() - self.since > .2: self.press(change['new'][-1].lower()) # a second key, typed while the next picture was drawn, is not a choice
         self._box.observe(typed, 'value')
         buttons = [w.Button(description=d) for d in ('1 upper', '2 lower', '0 no difference', 'u back')]
         for b in buttons: b.on_click(lambda b: self.press(b.description[0]))
