@@ -1,11 +1,11 @@
 """Evaluate the seeds of a finished `seeds.py NAME` on other held-out sessions, which no choice has seen: python experiments/confirm.py NAME
 
-Writes experiments/results/NAME_confirmed.json: gains over seeds and over sessions."""
+Writes experiments/results/NAME_confirmed.json: gains with their intervals over seeds, over sessions, and over both."""
 import argparse, json, shlex, sys
 from pathlib import Path
 import numpy as np
 from mt_editflow_nb.editors import load_editor, load_lora
-from mt_editflow_nb.evaluation import Outcomes, compare_scores, evaluate, seed_interval
+from mt_editflow_nb.evaluation import Outcomes, evaluate, seed_summary
 from mt_editflow_nb.rewards import load_judge
 from mt_editflow_nb.sessions import atomic_write
 from mt_editflow_nb.shapeworld import shape_sessions
@@ -26,10 +26,7 @@ def outcomes(lora=None):
     return evaluate(editor, sessions, judge, num_steps=c['num_steps'], progress=True, desc=str(lora or 'before'))[0]
 
 before, after = outcomes(), [outcomes(r) for r in runs]
-tables = [compare_scores(before, o) for o in after]
-over_sessions = compare_scores(Outcomes(*(np.stack([x]*len(after)) for x in before)), Outcomes(*map(np.stack, zip(*after))))
-summary = {f'turn{t}_{m}': dict(before=float(tables[0].loc[(t, m), 'before']), gain=float(np.mean(v := [x.loc[(t, m), 'difference'] for x in tables])),
-                               gain_ci=[float(x) for x in seed_interval(v)[1:]], gain_ci_sessions=over_sessions.loc[(t, m), ['low', 'high']].tolist()) for t, m in tables[0].index}
+summary = seed_summary(before, Outcomes(*map(np.stack, zip(*after))))
 atomic_write(Path('experiments/results')/f'{a.name}_confirmed.json', json.dumps(dict(command=shlex.join(['python', 'experiments/confirm.py', *sys.argv[1:]]),
     commit=environment()['commit'], seeds=len(runs), sessions=a.n, sessions_seed=a.sessions_seed, summary=summary), indent=1))
-for k, v in summary.items(): print(k, round(v['before'], 2), f"{v['gain']:+.2f}", np.round(v['gain_ci'], 2), 'sessions', np.round(v['gain_ci_sessions'], 2))
+for k, v in summary.items(): print(k, round(v['before'], 2), f"{v['gain']:+.2f}", np.round(v['gain_ci'], 2), 'sessions', np.round(v['gain_ci_sessions'], 2), 'both', np.round(v['gain_ci_both'], 2))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd
 from safetensors.numpy import load_file
-from mt_editflow_nb.evaluation import Outcomes, compare_scores, seed_interval
+from mt_editflow_nb.evaluation import Outcomes, seed_summary
 from mt_editflow_nb.sessions import atomic_write
 from mt_editflow_nb.training import environment
 
@@ -36,13 +36,8 @@ def outcomes(name):
     saved = [load_file(runs/f'seed_{s}'/f'{name}.safetensors') for s in range(a.seeds)]
     return Outcomes(*(np.stack([x[k] for x in saved]) for k in Outcomes._fields))
 
-over_sessions = compare_scores(outcomes('before'), outcomes('after'))     # seeds averaged, sessions drawn: what other sessions would change
-gain = {(r['turn'], r['metric']): [] for r in rows[0]['table']}
-for res in rows:
-    for r in res['table']: gain[r['turn'], r['metric']].append(r['difference'])
 T = rows[0]['turns']
-summary = {f'turn{t}_{m}': dict(before=next(r['before'] for r in rows[0]['table'] if (r['turn'], r['metric']) == (t, m)), gain=float(np.mean(v)),
-                               gain_ci=[float(x) for x in seed_interval(v)[1:]], gain_ci_sessions=over_sessions.loc[(t, m), ['low', 'high']].tolist()) for (t, m), v in gain.items()}
+summary = seed_summary(outcomes('before'), outcomes('after'))
 top = summary[f'turn{T}_O']
 atomic_write(results/f'{a.name}.json', json.dumps({
     'command': shlex.join(['python', 'experiments/seeds.py', *sys.argv[1:]]), 'commit': environment()['commit'], 'seeds': a.seeds, 'sessions': rows[0]['sessions'],

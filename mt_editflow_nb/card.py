@@ -20,7 +20,7 @@ from .editors import load_editor, load_lora
 from .rollout import fit_sessions, strip
 from .rewards import load_judge
 from .exposure import structured_judge
-from .evaluation import Outcomes, compare, evaluate, load_outcomes, save_outcomes, score_intervals, trained_with, wilson
+from .evaluation import Outcomes, compare, evaluate, load_outcomes, save_outcomes, score_intervals, trained_with, wilson, with_intervals
 from . import edival
 
 # %% ../nbs/09d_card.ipynb #c01b08db
@@ -95,7 +95,7 @@ def write_card(
     fail = taxonomy([s.task_types or ['(no type)'] * outcomes.success_NT.shape[1] for s in sessions], outcomes.success_NT, why_NT)
     parts = [('h1', title)]
     for head, d in facts.items(): parts += [('h2', head), ('table', pd.DataFrame(d.items(), columns=['', ' ']), False)]
-    wide = table.apply(lambda r: 'none valid' if np.isnan(r.value) else f'{r.value:.1f} [{r.low:.1f}, {r.high:.1f}]', axis=1).unstack('metric')[['IF', 'marginal', 'CC', 'O']]
+    wide = with_intervals(table).unstack('metric')[['IF', 'marginal', 'CC', 'O']]
     parts += [('h2', 'Results'), ('p', 'Percent, with 95 % bootstrap intervals over sessions. IF: all instructions so far followed; marginal: this one followed; '
                                        'CC: content consistency with the first image; O: geometric mean of IF and CC.'), ('table', wide, True)]
     for head, df in extra.items(): parts += [('h2', head), ('table', df, True)]
@@ -148,8 +148,15 @@ def _editor(a):
 def _version():
     return ', '.join(f'{p} {version(p)}' for p in ('mt_editflow_nb', 'torch', 'diffusers', 'transformers'))
 
+def _differs(facts, against):
+    "Settings in which another run was made otherwise than this one, other than the editor's."
+    file = Path(against)/'results.json'
+    theirs = json.loads(file.read_text()).get('facts', {}) if file.is_file() else {}
+    return {k: f'{theirs[head][k]} there, {v} here' for head in ('Data', 'Protocol') if head in theirs for k, v in facts[head].items() if k != 'seconds_a_turn' and theirs[head].get(k, v) != v}
+
 def _finish(out, *, title, facts, sessions, outcomes, images, why_NT, extra={}, against=None):
     save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions])
+    if against and (differs := _differs(facts, against)): facts = facts | {f'Made otherwise than {against}': differs}
     if against: extra = extra | {f'Compared with {against}': compare(against, out).rename(columns=dict(a='that one', b='this one'))}
     table = score_intervals(outcomes)
     atomic_write(out/'scores.csv', table.to_csv())
@@ -190,13 +197,15 @@ def _edival(a, out, tools=None):
     edival.protocol_file(out, 'judges.json', dict(detector=a.detector, vlm=a.vlm, features=a.features, quality=a.quality))
     unscored = any(not (out/'scores'/f'{s.id}.json').is_file() for s in sessions)
     if tools is None and unscored:
-        tools = (edival.load_detector(a.detector), edival.load_asker(a.vlm), edival.load_features(a.features), edival.load_quality(a.quality) if a.quality else None)
+        tools = (edival.load_detector(a.detector), edival.load_asker(a.vlm, cache=a.cache or out/'judge.sqlite', offline=a.offline), edival.load_features(a.features), edival.load_quality(a.quality) if a.quality else None)
     scored = edival.score_edival(sessions, out, *(tools or (None,)*4), progress=True)
     outcomes = edival.outcomes_of(scored)
     extra = {}
     if 'quality' in scored[0][0]:
         q_NT, first_N = np.array([[r['quality'] for r in rows] for rows in scored]), np.array([rows[0]['quality_first'] for rows in scored])
-        extra['Quality'] = pd.DataFrame(dict(turn=range(1, q_NT.shape[1] + 1), quality=q_NT.mean(0), change=q_NT.mean(0) - first_N.mean(), half_width=1.96 * (q_NT - first_N[:, None]).std(0) / len(q_NT)**.5)).set_index('turn')
+        half = lambda x_NT: 1.96 * x_NT.std(0, ddof=1) / len(x_NT)**.5 if len(x_NT) > 1 else np.full(x_NT.shape[1], np.nan)
+        mean = lambda x_NT: with_intervals(pd.DataFrame(dict(value=x_NT.mean(0), low=x_NT.mean(0) - half(x_NT), high=x_NT.mean(0) + half(x_NT))), digits=2).to_numpy()
+        extra['Quality'] = pd.DataFrame(dict(turn=range(1, q_NT.shape[1] + 1), quality=mean(q_NT), change=mean(q_NT - first_N[:, None]))).set_index('turn')
     facts = dict(Editor=dict(editor=a.editor, adapter=a.lora or 'none', weights=a.quantize or 'not quantised', versions=_version()), Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {outcomes.success_NT.shape[1]} turns', instructions=csv.name),
                  Protocol=dict(steps=a.steps, seed=f'{edival.SEED} in every turn', size=f'{edival.SIDE} pixels between turns', mode='multipass', detector=a.detector, vlm=a.vlm, features=a.features, quality=a.quality or 'not scored', questions='own wording'))
     save_run_images(out, sessions)
@@ -217,7 +226,9 @@ def main(argv=None, tools=None):
     ap.add_argument('--turns', type=int, default=3, help='turns of the shape world, 1 to 8')
     ap.add_argument('--structure', choices=STRUCTURES, help='sessions of the shape world in which every second turn looks back (default: a chain)')
     ap.add_argument('--plain', action='store_true', help='with --structure: every turn says in plain words what is meant')
-    ap.add_argument('--judge', default='verifier', help='of the shape world')
+    ap.add_argument('--judge', default='verifier', help="of the shape world: 'verifier', or MODEL:MODE as in training (default: %(default)s)")
+    ap.add_argument('--cache', metavar='FILE', help='SQLite file that keeps every answer of a judge or VLM (default: judge.sqlite in --out)')
+    ap.add_argument('--offline', action='store_true', help='ask no judge or VLM: what the file does not hold is an error')
     ap.add_argument('--steps', type=int, help='denoising steps (default: 3, for edival 28)')
     ap.add_argument('--batch', type=int, help='sessions at a time (default: 64, for edival 4)')
     ap.add_argument('--keep', type=int, default=32, help='sessions of the shape world whose pictures are kept, for rating (default: 32)')
@@ -228,7 +239,7 @@ def main(argv=None, tools=None):
     g.add_argument('--csv', help='its instruction file (default: oai_instruction_generation_output.csv in --images)')
     g.add_argument('--generate-only', action='store_true', help='make the pictures, score nothing')
     g.add_argument('--detector', default=edival.DETECTOR, help='Grounding DINO (default: %(default)s)')
-    g.add_argument('--vlm', default=edival.ASKER, help='vision-language model (default: %(default)s)')
+    g.add_argument('--vlm', default=edival.ASKER, help="vision-language model: MODEL or MODEL@URL, with :direct (default), :logit or :think@k behind (default: %(default)s)")
     g.add_argument('--features', default=edival.FEATURES, help='DINOv3 or DINOv2 (default: %(default)s)')
     g.add_argument('--quality', help=f'human-preference model, such as {edival.QUALITY} (default: none)')
     a = ap.parse_args(argv)
@@ -249,7 +260,7 @@ def main(argv=None, tools=None):
         if a.plain and not a.structure: raise InputError('--plain: expected --structure as well')
         if is_edival: table, sessions = _edival(a, out, tools)
         else:
-            table, sessions = _free(a, load_judge(a.judge), _editor(a), out)
+            table, sessions = _free(a, load_judge(a.judge, cache=a.cache or out/'judge.sqlite', offline=a.offline), _editor(a), out)
     except InputError as e: print(f'mtef_eval: {e}', file=sys.stderr); return 2
     except OSError as e: print(f'mtef_eval: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print(f'\nmtef_eval: stopped; the same command goes on', file=sys.stderr); return 130

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'SIDE', 'QUESTIONS', 'RULES', 'DETECTOR', 'ASKER', 'FEATURES', 'QUALITY', 'SEED', 'slots_of', 'Found', 'iou',
-           'contains', 'count_distinct', 'centers', 'beyond', 'crop', 'Verdict', 'subject_add', 'subject_remove',
-           'singular', 'subject_replace', 'position_change', 'count_change', 'attribute_alter', 'color_alter',
-           'material_alter', 'text_change', 'background_change', 'follows_rule', 'object_term', 'background_weights',
-           'grid_of', 'background_term', 'to_square', 'score_session', 'outcomes_of', 'published_overall',
-           'load_detector', 'load_asker', 'load_features', 'load_quality', 'turn_file', 'save_png', 'edit_images',
-           'protocol_file', 'generate_edival', 'missing_images', 'score_edival']
+           'contains', 'count_distinct', 'centers', 'beyond', 'crop', 'kind_of', 'choices_of', 'Verdict', 'subject_add',
+           'subject_remove', 'singular', 'subject_replace', 'position_change', 'count_change', 'attribute_alter',
+           'color_alter', 'material_alter', 'text_change', 'background_change', 'follows_rule', 'object_term',
+           'background_weights', 'grid_of', 'background_term', 'to_square', 'score_session', 'outcomes_of',
+           'published_overall', 'load_detector', 'load_asker', 'load_features', 'load_quality', 'turn_file', 'save_png',
+           'edit_images', 'protocol_file', 'generate_edival', 'missing_images', 'score_edival']
 
 # %% ../nbs/09a_edival.ipynb #755d1e64
 import io, json, re
@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 from .sessions import InputError, atomic_write, load_edival, open_image
+from .engines import Ask
+from .judges import MODES, _ask
+from .rewards import load_judge
 from .rollout import sample
 from .evaluation import Outcomes, edival_scores
 
@@ -108,6 +111,14 @@ QUESTIONS = dict(
     text='Which text is written in this image? Reply with that text alone.',
     background='Judge only the background of this image: is it [{0}]? Answer YES or NO.',
     name='Give the plain name of this object: leave out colors and materials, keep everything else. Reply with the name alone. Object: {0}')
+
+def kind_of(question: str) -> str:
+    "Which of the `QUESTIONS` this is."
+    return next(k for k, q in QUESTIONS.items() if question.startswith(q.split('{')[0]))
+
+def choices_of(kind: str) -> tuple: # ('YES', 'NO') as the question spells them; empty: it wants other words
+    "What a question wants to hear."
+    return tuple(dict.fromkeys(re.findall(r'\b(?:yes|no)\b', QUESTIONS[kind], re.I)))
 
 def _yes(answer): return 'yes' in answer.lower()
 
@@ -354,22 +365,39 @@ def load_detector(
         return Found(found.boxes_N4[keep], found.scores_N[keep])
     return detect
 
+_think = ' First say what you see. Then answer with one JSON object and nothing else: {{"reasoning": "what you see, in short", "answer": "{0}"}}'
+
+def _vote(text, choices):
+    "The one of `choices` that a JSON answer holds. Raises `ValueError`."
+    found = re.findall(r'"answer"\s*:\s*"?(\w+)', text)
+    if len(found) != 1 or found[0].lower() not in [c.lower() for c in choices]: raise ValueError(f'expected a JSON object with "answer": {" or ".join(choices)}, received {text[:60]!r}')
+    return found[0]
+
 def load_asker(
-    name: str = ASKER, # an image-text-to-text directory or hub name with a chat template
-    device: str = 'auto',
-    max_new_tokens: int = 64, # of an answer
+    name: str = ASKER, # as for `load_judge`: MODEL (a folder or hub name, `+nf4` for 4 bits) or MODEL@URL, with `:direct` (taken if none is given), `:logit` or `:think@k` behind
+    max_tokens: int = 64, # of an answer in words
+    **kw, # cache, offline and engine settings of `load_judge`
 ):  # (images, question) -> text
-    "A vision-language model that answers without sampling."
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    device = _device(device)
-    model = _load(AutoModelForImageTextToText, name, 'vlm', device, dtype=torch.float32 if device == 'cpu' else torch.bfloat16)
-    processor = _processor(AutoProcessor, name, 'vlm')
-    @torch.no_grad()
+    """A vision-language model through the engines that rewards use.
+
+    `direct` is the benchmark's way: the likeliest words. The others are for yes-or-no questions (which text is read is always asked in words): `logit` takes the
+    likelier of the two words, `think@k` the majority of k sampled thoughts; a tie is a no. An answer that cannot be had raises `InputError`."""
+    model, _, mode = name.rpartition(':')
+    if mode.partition('@')[0] not in MODES: model, mode = name, 'direct'
+    if mode == 'checklist': raise InputError('vlm: EdiVal asks questions of its own, expected mode direct, logit or think@k, received checklist')
+    judge = load_judge(f'{model}:{mode}', **kw)
+    votes = int(mode.partition('@')[2] or 1)
     def ask(images, question):
-        content = [dict(type='image', image=im) for im in images] + [dict(type='text', text=question)]
-        x = processor.apply_chat_template([dict(role='user', content=content)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors='pt').to(device)
-        y = model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False)
-        return processor.batch_decode(y[:, x['input_ids'].shape[1]:], skip_special_tokens=True)[0].strip()
+        choices = choices_of(kind_of(question)) if mode != 'direct' else ()
+        pixels = tuple(np.asarray(im.convert('RGB')) for im in images)
+        if not choices: asks, parse = [Ask(pixels, question, max_tokens=max_tokens)], lambda r: r.text
+        elif mode == 'logit': asks, parse = [Ask(pixels, question, choices)], lambda r: max(choices[::-1], key=lambda c: r.probs.get(c, 0.))
+        else: asks, parse = [Ask(pixels, question + _think.format(' or '.join(choices)), max_tokens=512, temperature=.7, seed=k) for k in range(votes)], lambda r: _vote(r.text, choices)
+        try: said = _ask(judge.engine, asks, parse)
+        except ImportError as e: raise InputError(f'vlm: {model} cannot be loaded: {str(e).strip().splitlines()[0]}') from e # such as a processor that needs torchvision for videos
+        heard = [p for p, _ in said if p is not None]
+        if 2 * len(heard) <= len(said): raise InputError(f'vlm: no answer to {question[:60]!r}: {said[0][1][-1]["error"]}. What has been scored is kept; the same command goes on')
+        return heard[0] if len(said) == 1 else choices[0] if 2 * sum(map(_yes, heard)) > len(heard) else choices[1]
     return ask
 
 def load_features(

@@ -117,7 +117,7 @@ def _one(rng, id, structure, turns, split):
             added = OBJECTS[edits[-1].obj]
             same = [o for o in absent if OBJECTS[o].split()[1] == added.split()[1]]
             text = pick([f'move the one you just added to the {POSITIONS[pick(free)]}', 'remove the one you just added',
-                         f'replace the one you just added with {_a(OBJECTS[pick(absent)])}'] + [f'change the color of the one you just added to {OBJECTS[pick(same)].split()[0]}'] * bool(same))
+                         f'replace the one you just added with {_a(OBJECTS[pick(absent)])}'] + ([f'change the color of the one you just added to {OBJECTS[pick(same)].split()[0]}'] if same else []))
         elif structure == 'conditional' and back:
             name = OBJECTS[pick(here if rng.random() < .5 else absent)]
             text = f'if there is {_a(name)}, remove it, otherwise add {_a(OBJECTS[pick([o for o in absent if OBJECTS[o] != name])])} at the {POSITIONS[pick(free)]}'

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'make_trials', 'append_line', 'read_choices', 'Desk', 'bradley_terry', 'preference', 'krippendorff_alpha',
-           'rater_agreement', 'judge_agreement', 'export_labels']
+           'rater_agreement', 'judge_scores', 'judge_agreement', 'export_labels']
 
 # %% ../nbs/09e_user_study.ipynb #b9fdb098
 import hashlib, json, os, time
 from pathlib import Path
+from urllib.parse import quote
 import numpy as np, pandas as pd
+from PIL import Image
 from .sessions import InputError, atomic_write
 from .rollout import strip
+from .rewards import load_judge
 from .evaluation import Interval
+from .edival import save_png
 
 # %% ../nbs/09e_user_study.ipynb #bf2f2d8f
 def make_trials(
@@ -87,8 +91,9 @@ class Desk:
     def _next(self):
         done = set(self._done())
         self.trial = next((t for t in self.trials if t['trial'] not in done), None)
-        self.left, self.since = len(self.trials) - len(done), time.monotonic()
+        self.left = len(self.trials) - len(done)
         if self.widget: self._draw()
+        self.since = time.monotonic()                                       # the picture is there now
 
     def press(self, key: str):
         "A key: 1, 2, 0, or u to take the last choice back. Others do nothing."
@@ -121,7 +126,7 @@ class Desk:
         def typed(change):
             if not change['new']: return
             self._box.value = ''
-            self.press(change['new'][-1].lower())
+            if time.monotonic() - self.since > .2: self.press(change['new'][-1].lower()) # a second key, typed while the next picture was drawn, is not a choice
         self._box.observe(typed, 'value')
         buttons = [w.Button(description=d) for d in ('1 upper', '2 lower', '0 no difference', 'u back')]
         for b in buttons: b.on_click(lambda b: self.press(b.description[0]))
@@ -172,34 +177,58 @@ def preference(
     return pd.DataFrame(dict(strength=strength[0], low=q(strength)[0], high=q(strength)[1], win_rate=rate[0], win_low=q(rate)[0], win_high=q(rate)[1]), pd.Index(systems, name='system'))
 
 # %% ../nbs/09e_user_study.ipynb #09c26514
+def _coincidences(labels_RN):
+    "How often two labels meet in each unit, `[N, L, L]`."
+    x = np.array(labels_RN, dtype=object)
+    names = sorted({str(v) for v in x.ravel() if not pd.isna(v)})
+    count = np.array([[sum(not pd.isna(v) and str(v) == n for v in unit) for n in names] for unit in x.T], float).reshape(x.shape[1], len(names)) # [N, L]
+    m = count.sum(1)[:, None, None]
+    return np.where(m >= 2, count[:, :, None] * (count[:, None] - np.eye(len(names))) / np.maximum(m - 1, 1), 0)
+
+def _alpha(o_LL):
+    n, totals = o_LL.sum(), o_LL.sum(1)
+    expected = (n**2 - (totals**2).sum()) / (n - 1) if n > 1 else 0
+    return float(1 - (n - np.trace(o_LL)) / expected) if expected > 0 else np.nan
+
 def krippendorff_alpha(
     labels_RN, # [R, N]: what each rater said of each unit; None or NaN: nothing
 ) -> float: # 1: agreement, 0: as by chance; NaN where no unit has two labels or all labels are equal
     "Nominal alpha (Krippendorff 2011)."
-    x = np.array(labels_RN, dtype=object)
-    names = sorted({str(v) for v in x.ravel() if not pd.isna(v)})
-    count = np.array([[sum(not pd.isna(v) and str(v) == n for v in unit) for n in names] for unit in x.T], float).reshape(x.shape[1], len(names)) # [N, labels]
-    count = count[count.sum(1) >= 2]
-    m = count.sum(1, keepdims=True)
-    o = (count[:, :, None] * (count[:, None] - np.eye(len(names))) / (m[..., None] - 1)).sum(0) if len(count) else np.zeros((1, 1))
-    n = o.sum()
-    totals = o.sum(1)
-    expected = (n**2 - (totals**2).sum()) / (n - 1) if n > 1 else 0
-    return float(1 - (n - np.trace(o)) / expected) if expected > 0 else np.nan
+    return _alpha(_coincidences(labels_RN).sum(0))
 
-def rater_agreement(choices: pd.DataFrame) -> float:
-    "Krippendorff's alpha of the winners that raters named."
-    t = choices.pivot_table(index='rater', columns='session', values='winner', aggfunc='last')
-    return krippendorff_alpha(t.to_numpy(dtype=object))
+def rater_agreement(
+    choices: pd.DataFrame, # from `read_choices`
+    n_boot: int = 1000,
+    seed: int = 0, # of the draws
+) -> Interval:
+    "Krippendorff's alpha of the winners that raters named, with a 95 % bootstrap interval over sessions."
+    o_NLL = _coincidences(choices.pivot_table(index='rater', columns='session', values='winner', aggfunc='last').to_numpy(dtype=object))
+    N = len(o_NLL)
+    draws = np.array([_alpha(o) for o in np.einsum('bn,nkl->bkl', np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), n_boot), o_NLL)])
+    ok = draws[~np.isnan(draws)]
+    return Interval(_alpha(o_NLL.sum(0)), *(np.quantile(ok, [.025, .975]) if len(ok) else (np.nan, np.nan)))
 
 # %% ../nbs/09e_user_study.ipynb #bb10211f
+def judge_scores(
+    judges: list, # names for `load_judge`, such as 'verifier' or 'tiny:think'
+    sessions: list, # N `Session`s
+    images: dict, # two names -> uint8 [N, T, H, W, 3]
+    **kw, # cache, offline and engine settings of `load_judge`
+) -> dict: # judge -> {system: {session id: score}}; NaN where the judge gave none
+    "The mean of everything that a judge says about a system's session: all turns, all rewards."
+    both_PGTHWC, out = np.stack(list(images.values()), 1), {}
+    for name in judges:
+        score_PG = load_judge(name, **kw)(sessions, both_PGTHWC).rewards_PGTM.double().nanmean((2, 3))
+        out[name] = {system: {s.id: float(score_PG[p, g]) for p, s in enumerate(sessions)} for g, system in enumerate(images)}
+    return out
+
 def judge_agreement(
     choices: pd.DataFrame, # from `read_choices`
     scores: dict, # judge mode -> {system: {session id: score}}
     n_boot: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame: # index judge; agreement, low, high in percent, and votes
-    "How often each judge mode prefers what people prefer; ties of people are left out. Intervals draw sessions."
+    "How often each judge mode prefers what people prefer; ties of people, and scores that failed, are left out. Intervals draw sessions."
     d, rows = choices[choices.winner != 'tie'], {}
     if not len(d): raise InputError('choices: expected at least one that is not a tie')
     ids, which = np.unique(d.session, return_inverse=True)
@@ -207,20 +236,29 @@ def judge_agreement(
     for mode, s in scores.items():
         try: gap = np.array([s[a][i] - s[b][i] for i, a, b in zip(d.session, d['first'], d['second'])], float)
         except KeyError as e: raise InputError(f'scores: judge {mode!r} has no score for {e.args[0]!r}') from None
-        hit = np.where(gap == 0, .5, (gap > 0) == (d.winner == d['first']).to_numpy())
-        hits, votes = np.bincount(which, hit), np.bincount(which)
-        share = 100 * (draws @ hits) / np.maximum(draws @ votes, 1e-9)
-        rows[mode] = dict(agreement=share[0], low=np.quantile(share[1:], .025), high=np.quantile(share[1:], .975), votes=len(d))
+        valid = ~np.isnan(gap)
+        hit = np.where(abs(gap) < 1e-9, .5, (gap > 0) == (d.winner == d['first']).to_numpy())
+        hits, votes = np.bincount(which, np.where(valid, hit, 0)), np.bincount(which, valid)
+        share = 100 * np.divide(draws @ hits, draws @ votes, out=np.full(len(draws), np.nan), where=draws @ votes > 0)
+        rows[mode] = dict(agreement=share[0], low=np.nanquantile(share[1:], .025), high=np.nanquantile(share[1:], .975), votes=int(votes.sum()))
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('judge')
 
 def export_labels(
     choices: pd.DataFrame, # from `read_choices`
-    path: str|Path, # a JSON Lines file
+    sessions: list, # N `Session`s
+    images: dict, # two names -> uint8 [N, T, H, W, 3]
+    path: str|Path, # a JSON Lines file; the pictures go to a folder of its name beside it
 ) -> Path:
-    "What people prefer, a line a session: `session`, `a`, `b` (systems in alphabetical order), `prefer_a` (share of votes in [0, 1], ties half), `votes`."
-    lines = []
+    "What people prefer, as `agreement.load_labels` reads it: for each rated session and system the first picture, the last, all instructions, and the share of votes in [0, 1] (ties half); the two systems of a session are a group."
+    path, lines, by_id = Path(path), [], {s.id: (n, s) for n, s in enumerate(sessions)}
     for id, g in choices.groupby('session', sort=True):
-        a, b = sorted({*g['first'], *g['second']})
-        lines.append(json.dumps(dict(session=id, a=a, b=b, prefer_a=float(np.mean([.5 if w == 'tie' else float(w == a) for w in g.winner])), votes=len(g)), ensure_ascii=False))
+        if id not in by_id: raise InputError(f'choices: session {id!r} is not among the {len(sessions)} sessions')
+        n, s = by_id[id]
+        name = lambda what: f'{path.stem}/{quote(id, safe="")}_{quote(what, safe="")}.png'
+        save_png(s.image, path.parent/name('before'))
+        for k, system in enumerate(images):
+            save_png(Image.fromarray(images[system][n][-1]), path.parent/name(f'after_{k}'))
+            share = np.mean([.5 if w == 'tie' else float(w == system) for w in g.winner])
+            lines.append(json.dumps(dict(before=name('before'), after=name(f'after_{k}'), instructions=s.instructions, score=share, aspect='coarse', group=id, type='session'), ensure_ascii=False))
     if not lines: raise InputError('choices: expected at least one')
     return atomic_write(path, '\n'.join(lines) + '\n')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['shape_detect', 'shape_ask', 'worse', 'edival_words', 'attempts', 'judge_rules', 'judge_images', 'rule_table',
-           'pixel_features', 'damaged', 'consistency_against_truth']
+           'pixel_features', 'damaged', 'consistency_against_truth', 'rank_correlation', 'edival_session',
+           'edival_outcomes']
 
 # %% ../nbs/09c_truth.ipynb #3a2ecf6f
 import re
@@ -12,13 +13,14 @@ from dataclasses import replace
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from .sessions import Session
-from .shapeworld import BACKGROUNDS, COLORS, OBJECTS, Edit, Scene, apply_edit, closeness, follows, look, read, read_scene, render, shape_sessions
-from .edival import QUESTIONS, Found, follows_rule, singular, object_term, background_term, slots_of
+from .shapeworld import BACKGROUNDS, COLORS, OBJECTS, SIDE, Edit, Scene, apply_edit, closeness, follows, look, read, read_scene, render, shape_sessions
+from .evaluation import Interval, Outcomes, wilson
+from .edival import QUESTIONS, Found, background_term, follows_rule, kind_of, object_term, outcomes_of, score_session, singular, slots_of
 
 # %% ../nbs/09c_truth.ipynb #5dbc3dce
 _cell = [np.array([c / 3, r / 3, (c + 1) / 3, (r + 1) / 3]) + [.02, .02, -.02, -.02] for r in range(3) for c in range(3)]
 
-def _codes(image): return look(np.asarray(image)[None])[0]
+def _codes(image): return look(np.asarray(image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE), Image.BOX))[None])[0]
 
 def shape_detect(image, names, threshold) -> Found:
     "A detector for the shape world: a box for each cell that shows one of `names`, whole or with a plural ending cut off."
@@ -30,7 +32,7 @@ _patterns = {kind: re.compile(re.escape(q).replace(r'\{0\}', '(.+?)').replace(r'
 
 def shape_ask(images, question) -> str:
     "A model that answers the benchmark's questions about the shape world."
-    kind, m = next((k, m) for k, p in _patterns.items() if (m := p.fullmatch(question)))
+    m = _patterns[kind := kind_of(question)].fullmatch(question)
     if kind == 'name': return m[1]
     seen = [_codes(im) for im in images]
     at = lambda i, name: set(np.flatnonzero(seen[i].codes == OBJECTS.index(name))) if name in OBJECTS else set()
@@ -93,7 +95,7 @@ def judge_rules(
     sessions: list, # of the shape world
     detect=shape_detect, ask=shape_ask, # the tools
     seed: int = 0, # of the attempts
-) -> pd.DataFrame: # a row an attempt: type, attempt, truth, rule (bool), why
+) -> pd.DataFrame: # a row an attempt: session, type, attempt, truth, rule (bool), why
     "What the exact verifier and what EdiVal's rules say about many attempts."
     rng, rows = np.random.default_rng(seed), []
     edits = [[read(t) for t in s.instructions] for s in sessions]
@@ -109,7 +111,7 @@ def judge_rules(
             if formatted:
                 for (name, _), picture in zip(tries.items(), pictures[1:]):
                     v = follows_rule(kind, slots_of(kind, formatted, natural), pictures[0], picture, detect, ask)
-                    rows.append(dict(type=kind, attempt=name, truth=follows(e, _codes(pictures[0]), _codes(picture))[0], rule=v.success, why=v.why))
+                    rows.append(dict(session=s.id, type=kind, attempt=name, truth=follows(e, _codes(pictures[0]), _codes(picture))[0], rule=v.success, why=v.why))
             scene = tries['right']
     return pd.DataFrame(rows)
 
@@ -127,15 +129,28 @@ def judge_images(
             kind, formatted, natural = edival_words(e, Scene(tuple(np.maximum(seen.codes, 0).tolist()), list(BACKGROUNDS)[max(0, seen.background)]))
             if not formatted: continue
             v = follows_rule(kind, slots_of(kind, formatted, natural), before, after, detect, ask)
-            rows.append(dict(type=kind, attempt=f'turn {t + 1}', truth=follows(e, seen, _codes(after))[0], rule=v.success, why=v.why))
+            rows.append(dict(session=s.id, type=kind, attempt=f'turn {t + 1}', truth=follows(e, seen, _codes(after))[0], rule=v.success, why=v.why))
     return pd.DataFrame(rows)
 
-def rule_table(judged: pd.DataFrame) -> pd.DataFrame: # index type; attempts, agreement, passes_wrong, fails_right in percent
-    "How often a rule agrees with the truth, lets a wrong edit pass, fails a right one."
-    def row(g):
-        wrong, right = g[~g.truth], g[g.truth]
-        return pd.Series(dict(attempts=len(g), agreement=100 * (g.rule == g.truth).mean(), passes_wrong=100 * wrong.rule.mean() if len(wrong) else np.nan, fails_right=100 * (~right.rule.astype(bool)).mean() if len(right) else np.nan))
-    return pd.DataFrame({k: row(g) for k, g in [*judged.groupby('type'), ('all', judged)]}).T.astype(dict(attempts=int))
+def _draws(N, n_boot, seed): return np.concatenate([np.ones((1, N)), np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), n_boot)])
+
+def rule_table(
+    judged: pd.DataFrame, # from `judge_rules` or `judge_images`
+    n_boot: int = 500,
+    seed: int = 0, # of the draws
+) -> pd.DataFrame: # index (type, measure); value, low, high in percent, and n, the attempts that it is about
+    "How often a rule agrees with the truth, lets a wrong edit pass, fails a right one. Intervals draw sessions; where all or none do, Wilson's."
+    ids, which = np.unique(judged.session, return_inverse=True)
+    w, truth, rule, rows = _draws(len(ids), n_boot, seed), judged.truth.to_numpy(bool), judged.rule.to_numpy(bool), {}
+    per = lambda mask: w @ np.bincount(which, mask, len(ids))
+    for kind in [*sorted(judged.type.unique()), 'all']:
+        of = np.ones(len(judged), bool) if kind == 'all' else (judged.type == kind).to_numpy()
+        for name, among, hit in (('agreement', of, truth == rule), ('passes_wrong', of & ~truth, rule), ('fails_right', of & truth, ~rule)):
+            n, k = int(among.sum()), int((among & hit).sum())
+            share = 100 * np.divide(per(among & hit), total := per(among), out=np.full(len(w), np.nan), where=total > 0)
+            ends = [100 * x for x in wilson(k, n)] if n and k in (0, n) else np.nanquantile(share[1:], [.025, .975]) if n else (np.nan, np.nan)
+            rows[kind, name] = dict(value=share[0], low=ends[0], high=ends[1], n=n)
+    return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['type', 'measure'])
 
 # %% ../nbs/09c_truth.ipynb #41772dcb
 def pixel_features(images) -> tuple: # (cls [N, 48], patches [N, 16, 3])
@@ -151,15 +166,53 @@ def damaged(scene: Scene, objects: int, shift: int, rng) -> Image.Image:
     ground = (keep == np.array(BACKGROUNDS[scene.background])).all(-1, keepdims=True)
     return Image.fromarray(np.where(ground, np.where(x > 127, x - shift, x + shift), x).astype(np.uint8))
 
-def consistency_against_truth(n: int = 40, seed: int = 0) -> pd.DataFrame: # a row a picture: lost, shift, object_cc, background_cc
+def consistency_against_truth(n: int = 40, seed: int = 0) -> pd.DataFrame: # a row a picture: session, lost, shift, object_cc, background_cc
     "EdiVal's two terms on pictures whose damage is known."
     rng, rows = np.random.default_rng(seed), []
-    for s in shape_sessions(n, 1, 'heldout', seed):
+    for i, s in enumerate(shape_sessions(n, 1, 'heldout', seed)):
         scene = read_scene(np.asarray(s.image))
         names = [OBJECTS[o] for o in scene.cells if o]
         for lost in range(len(names) + 1):
             shift = int(rng.integers(0, 61))
             now = damaged(scene, lost, shift, rng)
-            rows.append(dict(lost=lost / len(names), shift=shift, object_cc=object_term(s.image, now, names, shape_detect, pixel_features),
+            rows.append(dict(session=i, lost=lost / len(names), shift=shift, object_cc=object_term(s.image, now, names, shape_detect, pixel_features),
                              background_cc=background_term(s.image, now, names, shape_detect, pixel_features)))
     return pd.DataFrame(rows)
+
+def rank_correlation(
+    x, y, # numbers; pairs with a NaN are left out
+    session, # which session each pair is of
+    n_boot: int = 500,
+    seed: int = 0, # of the draws
+) -> Interval:
+    "Spearman's rank correlation with a 95 % bootstrap interval over sessions."
+    d = pd.DataFrame(dict(x=np.asarray(x, float), y=np.asarray(y, float), s=np.asarray(session))).dropna().reset_index(drop=True)
+    rho = lambda d: d.x.rank().corr(d.y.rank())
+    parts, rng = list(d.groupby('s').indices.values()), np.random.default_rng(seed)
+    boot = [rho(d.iloc[np.concatenate([parts[i] for i in rng.integers(len(parts), size=len(parts))])]) for _ in range(n_boot)]
+    return Interval(rho(d), *np.nanquantile(boot, [.025, .975]))
+
+# %% ../nbs/09c_truth.ipynb #4e0bef97
+def edival_session(
+    session, # of the shape world
+) -> Session: # with EdiVal-Bench's `meta`; None where a turn cannot be said in its words
+    "A session of the shape world in the benchmark's words, as `edival.score_session` takes it."
+    edits, scene = [read(t) for t in session.instructions], read_scene(np.asarray(session.image))
+    first, said, ever, named, rows = {o for o in scene.cells if o}, [], {o for o in scene.cells if o}, set(), []
+    for e in edits:
+        kind, formatted, natural = edival_words(e, scene)
+        if not formatted: return None
+        scene = apply_edit(scene, e)
+        named |= {o for o in (e.obj, e.new) if o}; ever |= {o for o in scene.cells if o}
+        said.append((kind, formatted, natural or formatted.replace('[', '').replace(']', '')))
+        names = lambda objects: [OBJECTS[o] for o in sorted(objects)]
+        rows.append(dict(format_instructions=formatted, bg_consistency=not any(k == 'background_change' for k, *_ in said), unchanged_objects=names(first - named), all_objects=names(ever)))
+    return replace(session, instructions=[n for *_, n in said], task_types=[k for k, *_ in said], meta={k: [r[k] for r in rows] for k in rows[0]})
+
+def edival_outcomes(
+    sessions: list, # N sessions from `edival_session`
+    images_NTHWC: np.ndarray, # uint8, every turn's result
+    detect=shape_detect, ask=shape_ask, features=None, # the tools; features: `pixel_features`
+) -> Outcomes: # [N, T]
+    "What EdiVal's scoring says about an editor in the shape world."
+    return outcomes_of([score_session(s, list(map(Image.fromarray, x)), detect, ask, features or pixel_features) for s, x in zip(sessions, images_NTHWC)])

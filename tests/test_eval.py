@@ -67,6 +67,22 @@ def test_scored_by_models_of_the_real_classes(bench, tmp_path, capsys):
     error = capsys.readouterr().err
     assert 'quality is' in error and error.count('\n') == 1
 
+def test_judged_by_an_engine_of_the_rewards_and_replayed(bench, tmp_path, capsys):
+    "The shipped tiny judge answers the benchmark's questions (without knowing the words); its answers are kept, and replayed without it."
+    out, models = tmp_path/'out', tiny_models(tmp_path) | dict(vlm='tiny:logit')
+    command = args(bench, out) + [x for k, v in models.items() if k != 'quality' for x in (f'--{k}', str(v))]
+    assert main(command) == 0, capsys.readouterr().err
+    said = {f.name: f.read_bytes() for f in (out/'scores').iterdir()}
+    assert (out/'judge.sqlite').is_file() and '| vlm | tiny:logit |' in (out/'card.md').read_text()
+    for f in (out/'scores').iterdir(): f.unlink()
+    assert main(command + ['--offline']) == 0, capsys.readouterr().err
+    assert {f.name: f.read_bytes() for f in (out/'scores').iterdir()} == said
+    for f in (out/'scores').iterdir(): f.unlink()
+    capsys.readouterr()
+    assert main(command + ['--offline', '--cache', str(tmp_path/'none.sqlite')]) == 2
+    error = capsys.readouterr().err
+    assert 'nothing to replay' in error.splitlines()[-1] and 'Traceback' not in error
+
 real = Path(os.environ.get('EDIVAL_CSV') or root/'../shared/data/edival_bench_sessions.csv')
 
 @pytest.mark.skipif(not real.is_file(), reason="EdiVal-Bench's CSV is not part of the repository")
