@@ -19,7 +19,7 @@ from mt_editflow_nb.training import make_config, parse_overrides, read_recipe
 def real_editor(c, about, device, dtype, nf4):
     "The transformer with random weights on the device; each block is quantised as soon as it exists, so that bf16 is never held whole."
     e = meta_editor(about, size=c.size or about.get('size'), guidance=c.guidance, dtype=dtype)
-    e.vae.device = device
+    e.device = device
     def fill(m):
         m.to_empty(device=device)
         for n, p in m.named_parameters(): p.data.normal_(0, .02) if p.ndim > 1 else p.data.fill_(1. if 'norm' in n else 0.)

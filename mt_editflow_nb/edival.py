@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 from .sessions import InputError, atomic_write, load_edival, open_image
+from .kontext import as_square
 from .engines import Ask
 from .judges import MODES, _ask
 from .rewards import load_judge
@@ -456,9 +457,10 @@ def edit_images(
     seed: int = SEED, # every row gets the same noise, whatever is in the batch with it
 ) -> list: # N PIL images at the editor's size
     "One edit of each image."
-    x = editor.encode_image(np.stack([editor.prepare(im) for im in images]))
+    squares = np.stack([as_square(im, editor.size) for im in images])
+    x = editor.encode_image(squares)
     noise = torch.randn(1, *editor.latent_shape, generator=torch.Generator().manual_seed(seed)).expand(len(images), -1, -1).to(x.device)
-    clean = sample(editor, editor.encode_text(texts), x, noise, editor.sigmas(num_steps), batch=len(images))[0]
+    clean = sample(editor, editor.encode_text(texts, squares), x, noise, editor.sigmas(num_steps), batch=len(images))[0]
     return [Image.fromarray(a) for a in editor.decode(clean)]
 
 def protocol_file(folder, name: str, protocol: dict):

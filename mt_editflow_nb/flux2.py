@@ -8,31 +8,19 @@ __all__ = ['Flux2Editor', 'byte_tokenizer', 'tiny_klein']
 # %% ../nbs/02b_flux2.ipynb #e433287c
 from functools import cached_property
 import numpy as np, torch
-from PIL import Image
-from .kontext import Text, as_square, distinct, shifted_sigmas, to_uint8, to_vae
+from .kontext import Text, distinct, shifted_sigmas, take_apart, to_uint8, to_vae
 
 # %% ../nbs/02b_flux2.ipynb #fcfc7080
 class Flux2Editor:
     "A `Flux2KleinPipeline` taken apart; the functions are those of `KontextEditor`."
     encoders = ('text_encoder',)
+    guidance = 4.                                                       # classifier-free, as the model cards of klein-base have it; 1 is none
     def __init__(self,
-                 pipe,                # a loaded `Flux2KleinPipeline`
-                 guidance: float = 4. # of classifier-free guidance, diffusers' default; 1 is none; distilled models take none
+                 pipe,                  # a loaded `Flux2KleinPipeline`
+                 guidance: float = None # None: the published one; distilled models take none
                 ):
-        self.pipe, self.guidance = pipe, 1. if pipe.config.is_distilled else guidance
-        self.transformer, self.vae = pipe.transformer, pipe.vae
-        self.token = pipe.vae_scale_factor*2
-        self.size = self.vae.config.sample_size
+        take_apart(self, pipe, pipe.vae.config.sample_size, 1. if pipe.config.is_distilled else guidance)
         self.max_words = min(pipe.tokenizer_max_length, pipe.tokenizer.model_max_length)
-        self.channels = self.transformer.config.in_channels
-
-    @property
-    def device(self): return self.vae.device
-    @property
-    def side(self): return self.size//self.token
-    @property
-    def latent_shape(self): return self.side**2, self.channels
-    def prepare(self, image: Image.Image) -> np.ndarray: return as_square(image, self.size)
 
     @torch.no_grad()
     def encode_text(self, texts: list, images: np.ndarray = None) -> Text:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
-from .kontext import Text, as_square, distinct, shifted_sigmas, to_uint8, to_vae
+from .kontext import Text, distinct, linear_shift, shifted_sigmas, take_apart, to_uint8, to_vae
 from .flux2 import byte_tokenizer
 
 # %% ../nbs/02c_qwen.ipynb #e70225de
@@ -25,26 +25,16 @@ def still_processor(name):
 class QwenEditor:
     "A `QwenImageEditPipeline` or `QwenImageEditPlusPipeline` taken apart; the functions are those of `KontextEditor`."
     encoders = ('text_encoder',)
+    guidance = 4.                                                            # classifier-free, as the model cards have it; 1 is none
     def __init__(self,
-                 pipe,                # a loaded pipeline
-                 guidance: float = 4. # of classifier-free guidance, the published setting; 1 is none
+                 pipe,                  # a loaded pipeline
+                 guidance: float = None # None: the published one
                 ):
-        self.pipe, self.guidance = pipe, guidance
-        self.transformer, self.vae = pipe.transformer, pipe.vae
-        self.token, self.size = pipe.vae_scale_factor*2, 1024
+        take_apart(self, pipe, 1024, guidance)
         self.plus = type(pipe).__name__ == 'QwenImageEditPlusPipeline'
-        self.channels = self.transformer.config.in_channels
 
     @staticmethod
     def components(name): return dict(processor=still_processor(name))       # what the loader hands to the pipeline
-
-    @property
-    def device(self): return self.vae.device
-    @property
-    def side(self): return self.size//self.token
-    @property
-    def latent_shape(self): return self.side**2, self.channels
-    def prepare(self, image: Image.Image) -> np.ndarray: return as_square(image, self.size)
 
     def _see(self, image):
         "The picture as the text encoder is shown it."
@@ -103,9 +93,7 @@ class QwenEditor:
 
     def sigmas(self, num_steps: int) -> torch.Tensor: # [K+1], from 1 to 0
         "The pipeline's noise levels."
-        from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_shift
-        c = self.pipe.scheduler.config
-        return shifted_sigmas(self.pipe.scheduler, num_steps, calculate_shift(self.side**2, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift))
+        return shifted_sigmas(self.pipe.scheduler, num_steps, linear_shift(self.pipe.scheduler, self.side**2))
 
 # %% ../nbs/02c_qwen.ipynb #e0e6e7ab
 def tiny_qwen(folder,             # to create

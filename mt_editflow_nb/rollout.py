@@ -11,7 +11,7 @@ import numpy as np, torch
 from PIL import Image
 from .sessions import InputError
 from .samplers import sde_step
-from .editors import Text
+from .kontext import Text, as_square
 
 # %% ../nbs/04_rollout.ipynb #653ef0c3
 @dataclass
@@ -30,7 +30,7 @@ class Rollout:
 
 def fit_sessions(editor, sessions: list) -> list:
     "The same sessions with their first images as the editor takes them, so that a judge sees what the editor saw."
-    return [replace(s, image=Image.fromarray(editor.prepare(s.image))) for s in sessions]
+    return [replace(s, image=Image.fromarray(as_square(s.image, editor.size))) for s in sessions]
 
 def _noise(shape, generator, part=(0, 1)):
     "This process's part of the noise of a batch that n processes share; one process draws the same."

@@ -9,10 +9,11 @@ __all__ = ['Config', 'make_config', 'session_source', 'swapped', 'base_only', 'p
            'results_frame', 'results_table', 'plot_run', 'parse_overrides', 'read_recipe', 'run_notebook', 'main']
 
 # %% ../nbs/10_training.ipynb #bffe2463
-import json, math, os, platform, shutil, signal, subprocess, sys, threading, time
+import gc, json, math, os, platform, shutil, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Optional
 import numpy as np, pandas as pd, torch
@@ -40,13 +41,13 @@ class Config(BaseModel, extra='forbid'):
     editor: str = Field('tiny', description="'tiny', a pipeline directory, or a hub name")
     quantize: Optional[Literal['nf4']] = Field(None, description="'nf4' stores the frozen weights in 4 bits")
     size: Optional[int] = Field(None, ge=16, description="side of the images in pixels, if not the autoencoder's own")
-    guidance: float = Field(2.5, description='embedded guidance, in rollouts and in evaluation')
+    guidance: Optional[float] = Field(None, ge=0, description="embedded or classifier-free, in rollouts and in evaluation; None: what the editor's family publishes")
     lora_rank: int = Field(16, ge=1, description='rank of the trained adapter')
     lora_alpha: Optional[float] = Field(None, gt=0, description="the adapter's output is scaled by alpha/rank; None: by 1")
     lora_targets: Literal['all', 'attention'] = Field('all', description="linear layers with an adapter: 'all' of the transformer blocks, or those of 'attention'")
     checkpointing: bool = Field(False, description='gradient checkpointing: less memory, a third more computing')
     offload: bool = Field(False, description='text encoders rest in host memory between uses')
-    adam8bit: bool = Field(False, description='8-bit AdamW states, on a GPU')
+    adam8bit: bool = Field(False, description='8-bit AdamW states')
     sessions: str = Field('shapeworld', description="'shapeworld', or a JSON Lines file of your own sessions")
     heldout: Optional[str] = Field(None, description='JSON Lines file to evaluate on, if `sessions` is a file')
     turns: Optional[int] = Field(None, ge=1, le=8, description="T; None: 3 in the shape world, the file's own otherwise")
@@ -361,7 +362,7 @@ def load_for(c: Config, **kw):
 def optimizer(c: Config, params):
     "AdamW, with 8-bit states where `adam8bit` asks for them."
     if not c.adam8bit: return torch.optim.AdamW(params, c.lr, weight_decay=c.weight_decay)
-    if not torch.cuda.is_available(): raise InputError('adam8bit: got true, expected false without a GPU')
+    if not find_spec('bitsandbytes'): raise InputError('adam8bit: got true, but bitsandbytes is not installed: pip install bitsandbytes')
     import bitsandbytes as bnb
     return bnb.optim.AdamW8bit(params, c.lr, weight_decay=c.weight_decay)
 
@@ -374,8 +375,8 @@ def train(c: Config,           # from `make_config`
     judge = judge or load_judge(c.judge)
     editor, main_process = load_for(c, lora_rank=c.lora_rank), processes()[0] == 0
     batch, _ = session_source(c, editor)
-    run = open_run(c, run)
-    if editor.device.type == 'cuda': c = c.model_copy(update=dict(batch=find_batch(lambda n: trial_step(editor, n), c.batch, run/'batch.json')))
+    run, asked, short = open_run(c, run), c, False
+    if editor.device.type == 'cuda' or (run/'batch.json').is_file(): c = c.model_copy(update=dict(batch=find_batch(lambda n: trial_step(editor, n), c.batch, run/'batch.json')))
     params = lora_parameters(editor)
     old = [p.detach().clone() for p in params]
     opt = optimizer(c, params)
@@ -386,7 +387,10 @@ def train(c: Config,           # from `make_config`
         for i in bar:
             t0 = time.time()
             sessions = batch(i)
-            metrics, *parts = (supervise if c.algorithm == 'sft' else iterate)(c, editor, params, old, opt, sessions, judge, i)
+            try: metrics, *parts = (supervise if c.algorithm == 'sft' else iterate)(c, editor, params, old, opt, sessions, judge, i)
+            except torch.OutOfMemoryError:
+                if short := c.batch > 1 and processes()[1] == 1: break
+                raise
             if not main_process: continue                                # all hold the same adapter; one writes
             for name, line in (('metrics.jsonl', metrics), ('timings.jsonl', dict(iteration=i, seconds=round(time.time() - t0, 3)))):
                 with open(run/name, 'a') as f: f.write(json.dumps(line) + '\n')
@@ -399,6 +403,11 @@ def train(c: Config,           # from `make_config`
             if stop.is_set() and i + 1 < c.iterations:
                 print(f'stopped after iteration {i}; go on with: mtef_train --resume {run}', file=sys.stderr)
                 raise KeyboardInterrupt
+    if short:                                                            # what the trial did not foresee: on from the last checkpoint with half the rows
+        bar.close(); del editor, params, old, opt, batch; gc.collect()
+        atomic_write(run/'batch.json', json.dumps(dict(batch=c.batch//2)))
+        print(f'out of memory in iteration {i} with {c.batch} rows a transformer call: going on with {c.batch//2}', file=sys.stderr)
+        return train(asked, run, judge, progress)
     if main_process: save_lora(editor, run/'lora')
     return editor
 
@@ -423,13 +432,13 @@ def experiment(c: Config,           # from `make_config`
     "Evaluate, train, evaluate; writes `results.json`, `results.csv` and pictures. Called again, it goes on where it stopped."
     if c.sessions != 'shapeworld': session_source(c)                                 # files that do not fit are found before anything is loaded
     run = open_run(c, run)
-    examiner = judge or load_judge(c.eval_judge)
-    judge = judge or load_judge(c.judge, cache=run/'judge.sqlite')                  # every answer is on record: a resumed run asks nothing twice
+    judge, given = judge or load_judge(c.judge, cache=run/'judge.sqlite'), judge    # every answer is on record: a resumed run asks nothing twice
+    examiner = given or (judge if c.eval_judge == c.judge else load_judge(c.eval_judge))    # one model is loaded once
     if not (run/'before.safetensors').is_file() or not (run/'after.safetensors').is_file():
         base = load_for(c)
         _, heldout = session_source(c, base)
         before, images = _outcomes(run, 'before', base, heldout, c, examiner, progress)
-        del base                                                         # a card has room for one
+        del base; gc.collect()                                           # a card has room for one
         after, images2 = _outcomes(run, 'after', train(c, run, judge, progress), heldout, c, examiner, progress)
         for i, s in enumerate(heldout[:len(images)]) if processes()[0] == 0 else ():
             fig = strip(s, np.stack([images[i], images2[i]]), marks_GT=[before.success_NT[i], after.success_NT[i]], title='above: before training, below: after')

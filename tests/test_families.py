@@ -7,11 +7,13 @@ from PIL import Image
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from mt_editflow_nb.editors import FAMILIES, add_lora, find_editor, load_editor, load_lora, lora_parameters, save_lora
 from mt_editflow_nb.flux2 import tiny_klein
+from mt_editflow_nb.plan import describe, meta_editor, plan
 from mt_editflow_nb.qwen import tiny_qwen
 from mt_editflow_nb.rewards import Scores
 from mt_editflow_nb.rollout import rollout
 from mt_editflow_nb.sessions import InputError, Session
-from mt_editflow_nb.training import iterate, make_config
+from mt_editflow_nb.shapeworld import shape_sessions
+from mt_editflow_nb.training import iterate, load_for, make_config
 
 SIZE, STEPS = 64, 3
 GUIDANCE = dict(FluxKontextPipeline=2.5, Flux2KleinPipeline=4., QwenImageEditPipeline=4., QwenImageEditPlusPipeline=4.)
@@ -62,6 +64,36 @@ def test_same_picture_as_diffusers_own_call(folder, editor, session):
     noise = torch.randn(1, *editor.latent_shape, generator=torch.Generator().manual_seed(1))
     ours, theirs = first_image(editor, session, noise), plain(editor.pipe, family, session, noise)
     assert ours.std() > .01 and np.abs(ours - theirs).max() < 1e-4
+
+def test_guidance_is_the_published_one(folder, editor):
+    "Of an editor that is loaded, of one that is planned, and of a run that says nothing; a run that names one has that one."
+    family = find_editor(folder)[1]
+    quiet, named = make_config(dict(editor=str(folder), size=SIZE)), make_config(dict(editor=str(folder), size=SIZE, guidance=1.5))
+    assert editor.guidance == load_for(quiet).guidance == meta_editor(describe(folder), size=SIZE).guidance == GUIDANCE[family]
+    assert load_for(named).guidance == 1.5
+    passes = plan(quiet)['passes'], plan(make_config(dict(editor=str(folder), size=SIZE, guidance=1.)))['passes']
+    assert passes == ((1, 1) if 'Kontext' in family else (2, 1))
+
+def test_autoencoder_in_tiles(folder, editor):
+    """Above `TILED` pixels the autoencoder works in tiles: the first is what it makes of that tile alone, up to where it is blended with the next.
+
+    The editor that is shipped, trained on pictures of a tile's size, gives a picture back; Qwen's autoencoder, which normalises no
+    statistics of a whole picture, gives nearly the same with and without tiles even with random weights."""
+    family = find_editor(folder)[1]
+    tile = 64 if 'Qwen' in family else editor.vae.config.sample_size
+    stride = tile*3//4
+    with patch('mt_editflow_nb.editors.TILED', 2*tile - 1): one, four = load_editor(folder, size=tile), load_editor(folder, size=2*tile)
+    assert four.vae.use_tiling and not one.vae.use_tiling
+    if 'Qwen' in family: four.vae.enable_tiling(tile, tile, stride, stride)                       # its own are of 256 pixels
+    x = np.stack([np.asarray(s.image.resize((tile, tile))) for s in shape_sessions(4, turns=1, seed=4)])
+    x = x.reshape(2, 2, tile, tile, 3).transpose(0, 2, 1, 3, 4).reshape(1, 2*tile, 2*tile, 3)
+    tokens = four.encode_image(x)
+    first = tokens.reshape(1, four.side, four.side, -1)[:, :one.side, :one.side].reshape(1, *one.latent_shape)
+    picture = four.decode(tokens)
+    assert np.abs(picture[:, :stride, :stride].astype(int) - one.decode(first)[:, :stride, :stride]).max() <= 1         # a step of 8 bits
+    same = lambda a, b: np.corrcoef(a.ravel(), b.ravel())[0, 1]
+    if 'Kontext' in family: assert same(picture, x) > .9
+    if 'Qwen' in family: four.vae.disable_tiling(); assert same(picture, four.decode(tokens)) > .98
 
 def judge(sessions, images_PGTHWC):
     "Darkness and redness: two scores that differ between members."
