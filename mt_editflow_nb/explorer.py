@@ -30,7 +30,7 @@ STYLE = '''<style>
 .mtef {color: var(--jp-content-font-color1, inherit); font-size: 13px; line-height: 1.35; overflow-x: auto}
 .mtef table {border-collapse: collapse; border: none; margin: 4px 0; font-size: 12px; color: inherit}
 .mtef th, .mtef td {padding: 3px 6px; text-align: center; vertical-align: top; max-width: 22em; font-weight: normal; border: none; background: none; white-space: normal}
-.mtef th {font-weight: 600} .mtef th[scope=row], .mtef td.text {text-align: left}
+.mtef th {font-weight: 600; min-width: 2em} .mtef th[scope=row] {text-align: left; white-space: nowrap} .mtef td.text {text-align: left}
 .mtef tbody tr {background: none} .mtef tr.line td, .mtef tr.line th {border-top: 1px solid var(--jp-border-color2, #8888)}
 .mtef .pic {position: relative; display: inline-block; border: 3px solid transparent; line-height: 0}
 .mtef .pic img {width: var(--side, 84px); height: auto; image-rendering: pixelated; max-width: none; background: none}
@@ -38,7 +38,7 @@ STYLE = '''<style>
 .mtef .over {visibility: hidden; position: absolute; inset: 0}
 .mtef .pic:hover .over, .mtef .pic:focus .over {visibility: visible}
 .mtef .pic:focus {outline: 2px solid var(--jp-brand-color1, #0072B2)}
-.mtef .soft {opacity: .8} .mtef .error {border-left: 4px dotted #D55E00; padding-left: 8px}
+.mtef .soft {opacity: .8} .mtef .nums {white-space: nowrap} .mtef .error {border-left: 4px dotted #D55E00; padding-left: 8px}
 .mtef pre {white-space: pre-wrap; text-align: left; margin: 0; font-size: 11px; color: inherit; background: none}
 .mtef summary {cursor: pointer}
 </style>'''
@@ -221,7 +221,7 @@ def session_strip(s: Strips,
             d = difference(now, before) if now.shape == before.shape else None
             shown, over = (d, now) if differences and d is not None else (now, d)
             word = 'followed' if ok else 'not followed'
-            cells.append(f'<td>{picture(shown, f"turn {t + 1}: {session.instructions[t]}: {word}", ok, over)}<br>{"✓" if ok else "✗"} {_values(s, p, g, t)}</td>')
+            cells.append(f'<td>{picture(shown, f"turn {t + 1}: {session.instructions[t]}: {word}", ok, over)}<br><span class="nums">{"✓" if ok else "✗"} {_values(s, p, g, t)}</span></td>')
         rows.append(f'<tr class="line"><th scope="row">{_esc(s.members[g] if s.members else f"member {g}")}</th><td></td>{"".join(cells)}</tr>')
     return page(f'<table><thead><tr><th></th><th scope="col">first image</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>')
 
@@ -326,8 +326,6 @@ def _shade(x, top, text, frame=False):
     a = min(1., abs(x)/top)*.6 if x == x and top else 0
     return f'<td style="background: rgba({"0,114,178" if x >= 0 else "230,159,0"},{a:.2f}){"; outline: 2px dashed #CC79A7; outline-offset: -2px" if frame else ""}">{text}</td>'
 
-def _sign(x): return '▲' if x > 0 else '▼' if x < 0 else '·'
-
 def advantage_lab(scores: Scores,
                   p: int = 0,            # the session that is shown
                   against: dict = None,  # other settings to compare with
@@ -343,7 +341,7 @@ def advantage_lab(scores: Scores,
     rows = []
     for g in a.mean(-1).argsort(descending=True).tolist() if sort else range(G):
         cells = ''.join(_shade(float(r[g, t, m]), 1., '—' if r[g, t, m] != r[g, t, m] else f'{r[g, t, m]:.2f}') for m in range(len(scores.names)) for t in range(T))
-        mine = ''.join(_shade(float(a[g, t]), float(A.abs().max()), f'{_sign(a[g, t])} {a[g, t]:+.2f}', bool(turned[p, g, t])) for t in range(T))
+        mine = ''.join(_shade(float(a[g, t]), float(A.abs().max()), f'▲ {a[g, t]:+.2f}' if a[g, t] > 0 else f'▼ {a[g, t]:+.2f}' if a[g, t] < 0 else '·', bool(turned[p, g, t])) for t in range(T))
         rows.append(f'<tr><th scope="row">member {g}</th>{cells}<td></td>{mine}</tr>')
     heads = ''.join(f'<th colspan="{T}" scope="colgroup">{_esc(n)}</th>' for n in scores.names)
     said = f'{int((A > 0).sum())} of {A.numel()} turns of the batch are pushed up, {int((A < 0).sum())} down, {int((A == 0).sum())} not at all.'
@@ -367,6 +365,6 @@ def explore_advantages(scores: Scores) -> View:
         for k, v in (dict(whiten=False) | PRESETS[preset.value]).items(): controls[k].value = v
     preset.observe(apply, 'value'); apply()
     view = View(draw, controls)
-    view.children = [preset, *view.children]
+    view.children = [widgets.HBox([preset]), *view.children]
     view.preset = preset
     return view

@@ -63,7 +63,7 @@ def explore_editor(editor,          # from `load_editor`; with an adapter, befor
                   ) -> View:
     "A scene or a picture, and instructions turn after turn."
     members = ['before training', 'after training'] if getattr(editor.transformer, 'peft_config', None) else ['editor']
-    state, rng, task = dict(first=None, told=[], images=[]), np.random.default_rng(seed), Task()
+    state, rng, task = dict(first=None, told=[], images=[], quiet=False), np.random.default_rng(seed), Task()
     cells = [widgets.Dropdown(options=[(o, i) for i, o in enumerate(OBJECTS)], layout=dict(width='118px'), tooltip=place) for place in POSITIONS]
     ground = _options('background', BACKGROUNDS)
     upload = widgets.FileUpload(description='open a picture', accept='image/*', multiple=False)
@@ -81,13 +81,13 @@ def explore_editor(editor,          # from `load_editor`; with an adapter, befor
         return session_strip(shown())
     def still(**_): return strip_figure(shown()) if state['told'] else strip_figure(_played(state['first'], ['nothing yet'], [[state['first']]], members[:1]))
     def begin(image): state.update(first=editor.prepare(image), told=[], images=[]); suggest(); view.update()
-    def scene(_=None): begin(Image.fromarray(render([Scene(tuple(c.value for c in cells), ground.value)])[0]))
+    def scene(_=None):
+        if not state['quiet']: begin(Image.fromarray(render([Scene(tuple(c.value for c in cells), ground.value)])[0]))
     def put(s):
-        for c in [*cells, ground]: c.unobserve_all('value')
+        state['quiet'] = True
         for c, o in zip(cells, s.cells): c.value = o
         ground.value = s.background
-        for c in [*cells, ground]: c.observe(scene, 'value')
-        scene()
+        state['quiet'] = False; scene()
     def random_scene(_=None): put(read_scene(np.asarray(shape_sessions(1, 1, 'heldout', seed=int(rng.integers(1e6)))[0].image)))
     def opened(change):
         if not change.new: return
@@ -110,6 +110,7 @@ def explore_editor(editor,          # from `load_editor`; with an adapter, befor
     def again(_): state.update(told=[], images=[]); suggest(); view.update()
     for n, f in dict(edit=edit, suggest=pick, undo=undo, **{'start again': again, 'random scene': random_scene}).items(): buttons[n].on_click(f)
     upload.observe(opened, 'value')
+    for c in [*cells, ground]: c.observe(scene, 'value')
     first = read_scene(np.asarray(shape_sessions(1, 1, 'heldout', seed=seed)[0].image))
     state['first'] = editor.prepare(Image.fromarray(render([first])[0]))
     view = View(draw, dict(steps=steps), still, below=[task])
@@ -131,16 +132,18 @@ def _rows(path):
 @lru_cache(256)
 def _findings(path, n): return watch(_rows(path)[:n])
 
-def read_training(run) -> dict: # iterations, of, rows, seconds_left, findings, strip, state
+def read_training(run) -> dict: # iterations, of, rows, seconds_left, state, findings, strip
     "What a run folder says about its training, now."
     run = Path(run)
     try: of = json.loads((run/'config.json').read_text())['config']['iterations']
-    except (OSError, ValueError, KeyError): raise InputError(f'{run}: expected the folder of a run (it holds no config.json)') from None
+    except (OSError, ValueError, KeyError): of = None                              # the first thing that a run writes
     rows, took = _rows(run/'metrics.jsonl'), [x['seconds'] for x in _rows(run/'timings.jsonl')[-20:]]
-    strips = sorted((run/'rollouts').glob('[0-9]*.png'))
-    state = 'finished' if (run/'results.json').is_file() else 'trained' if len(rows) >= of else 'training' if rows else 'starting'
-    return dict(name=run.name, iterations=len(rows), of=of, rows=rows, seconds_left=(of - len(rows))*sum(took)/len(took) if took else None, state=state,
-                findings=_findings(run/'metrics.jsonl', len(rows)), strip=strips[-1] if strips else None)
+    strips, n = sorted((run/'rollouts').glob('[0-9]*.png')), len(rows)
+    state = 'not started' if of is None else 'finished' if (run/'results.json').is_file() else 'evaluating' if n >= of or not n else 'training'
+    return dict(iterations=n, of=of or 0, rows=rows, seconds_left=(of - n)*sum(took)/len(took) if of and took else None, state=state,
+                findings=_findings(run/'metrics.jsonl', n), strip=strips[-1] if strips else None)
+
+def _named(runs): return {n: Path(r) for n, r in (runs.items() if isinstance(runs, dict) else ((Path(r).name, r) for r in runs))}
 
 def _window(y, n):
     "Mean and standard error over the last n values, at every point that has them."
@@ -148,61 +151,62 @@ def _window(y, n):
     w = np.lib.stride_tricks.sliding_window_view(y, n)
     return np.arange(n - 1, len(y)), w.mean(1), w.std(1)/n**.5
 
-def plot_training(runs: list,      # run folders
+def plot_training(runs,            # folders, or a dict name -> folder
                   window: int = 10 # iterations that are averaged
                  ): # matplotlib figure
     "Learning curves of several runs."
     from matplotlib.figure import Figure
-    logs = [read_training(r) for r in runs]
-    panels = [k for k in ('all_right', 'if', 'cc', 'loss') if any(k in l['rows'][-1] for l in logs if l['rows'])][:3] or ['all_right']
+    logs = {n: read_training(r)['rows'] for n, r in _named(runs).items()}
+    panels = [k for k in ('all_right', 'if', 'cc', 'loss') if any(k in rows[-1] for rows in logs.values() if rows)][:3] or ['all_right']
+    gray = '#808080'                                                                # read on white and on black
     fig = Figure(figsize=(10, 2.7)); fig.patch.set_alpha(0)
     axs = fig.subplots(1, len(panels), squeeze=False)[0]; fig.subplots_adjust(.05, .17, .99, .87, .18)
     for ax, k in zip(axs, panels):
-        ax.patch.set_alpha(0)
-        for i, l in enumerate(logs):
-            y = [r[k][-1] if k == 'all_right' else np.nanmean(r[k]) for r in l['rows'] if k in r]
+        for i, (name, rows) in enumerate(logs.items()):
+            y = [r[k][-1] if k == 'all_right' else np.nanmean(r[k]) for r in rows if k in r]
             if not y: continue
             x, mean, se = _window(y, window)
-            ax.fill_between(x, mean - 2*se, mean + 2*se, color=PALETTE[i % 7], alpha=.25, lw=0)
-            ax.plot(x, mean, color=PALETTE[i % 7], ls=('-', '--', ':', '-.')[i % 4], label=l['name'][:40])
-        ax.set_title(dict(all_right='all turns right').get(k, k), color='#808080', fontsize=10); ax.set_xlabel('iteration', color='#808080', fontsize=9)
-        ax.tick_params(colors='#808080', labelsize=8); ax.grid(color='#808080', alpha=.25)
-        for side in ax.spines.values(): side.set_color('#808080')
-    if len(axs[0].lines): axs[0].legend(fontsize=7, labelcolor='#808080', framealpha=0)
+            ax.fill_between(x, mean - 2*se, mean + 2*se, color=PALETTE[i % 7], alpha=.2, lw=0)
+            ax.plot(x, mean, color=PALETTE[i % 7], ls=('-', '--', ':', '-.')[i % 4], marker='.' if len(x) == 1 else None, label=name[:40])
+        ax.patch.set_alpha(0); ax.tick_params(colors=gray, labelsize=8); ax.grid(color=gray, alpha=.25)
+        ax.set_title(dict(all_right='all turns right').get(k, k), color=gray, fontsize=10); ax.set_xlabel('iteration', color=gray, fontsize=9)
+        for side in ax.spines.values(): side.set_color(gray)
+    if len(axs[0].lines): axs[0].legend(fontsize=7, labelcolor=gray, framealpha=0)
     return fig
 
-def training_monitor(runs: list, window: int = 10, strips: bool = True) -> str: # HTML
+def training_monitor(runs, window: int = 10, strips: bool = True) -> str: # HTML
     "Curves, state, time left, what the hacking monitor sees, and the latest sessions."
-    logs = [read_training(r) for r in runs]
-    curves = base64.b64encode(figure_png(plot_training(runs, window))).decode()
-    line = lambda l: (f'<tr class="line"><th scope="row">{_esc(l["name"])}</th><td>{l["state"]}</td><td>{l["iterations"]} of {l["of"]}<br><progress max="{max(1, l["of"])}" value="{l["iterations"]}"></progress></td><td>{_clock(l["seconds_left"]) if l["state"] == "training" else ""}</td>'
-                      f'<td class="text">{"<br>".join(f"⚠ iteration {f.iteration}: {_esc(f.name)}: {_esc(f.text)}" for f in l["findings"]) or "nothing seen"}</td></tr>')
-    image = lambda l: f'<details open><summary>{_esc(l["name"])}, sessions of iteration {int(l["strip"].stem)}</summary><img style="max-width: 520px" src="data:image/png;base64,{base64.b64encode(l["strip"].read_bytes()).decode()}" alt="the members of one session, best first"></details>'
-    return page(f'<img src="data:image/png;base64,{curves}" alt="learning curves of {_esc(", ".join(l["name"] for l in logs))}">',
-                f'<table><thead><tr><th>run</th><th>state</th><th>iterations</th><th>time left</th><th>hacking monitor</th></tr></thead><tbody>{"".join(map(line, logs))}</tbody></table>',
-                *(image(l) for l in logs if strips and l['strip']))
+    logs = {n: read_training(r) for n, r in _named(runs).items()}
+    url = lambda data: 'data:image/png;base64,' + base64.b64encode(data).decode()
+    line = lambda n, l: (f'<tr class="line"><th scope="row">{_esc(n)}</th><td>{l["state"]}</td><td>{l["iterations"]} of {l["of"]}<br><progress max="{max(1, l["of"])}" value="{l["iterations"]}"></progress></td><td>{_clock(l["seconds_left"]) if l["state"] == "training" else ""}</td>'
+                         f'<td class="text">{"<br>".join(f"⚠ iteration {f.iteration}: {_esc(f.name)}: {_esc(f.text)}" for f in l["findings"]) or "nothing seen"}</td></tr>')
+    image = lambda n, l: f'<details><summary>{_esc(n)}: a group of iteration {int(l["strip"].stem)}, best member first</summary><img style="max-width: 520px" src="{url(l["strip"].read_bytes())}" alt="the members of one session, best first"></details>'
+    return page(f'<img src="{url(figure_png(plot_training(runs, window)))}" alt="learning curves of {_esc(", ".join(logs))}">',
+                f'<table><thead><tr><th>run</th><th>state</th><th>iterations</th><th>time left</th><th>hacking monitor</th></tr></thead><tbody>{"".join(line(*x) for x in logs.items())}</tbody></table>',
+                *(image(*x) for x in logs.items() if strips and x[1]['strip']))
 
-def explore_training(runs,              # a run folder, or several
+def explore_training(runs,              # a run folder, several, or a dict name -> folder; they need not have begun
                      every: float = 2., # seconds between looks
                      window: int = 10
                     ) -> View:
     "Follow runs while they train."
-    runs = [Path(r) for r in ([runs] if isinstance(runs, (str, Path)) else runs)]
-    chosen = widgets.SelectMultiple(description='runs', options=[(r.name, r) for r in runs], value=runs, rows=min(6, max(2, len(runs))))
+    runs = _named([runs] if isinstance(runs, (str, Path)) else runs)
+    chosen = widgets.SelectMultiple(description='runs', options=list(runs), value=list(runs), rows=min(6, max(2, len(runs))))
     controls = dict(runs=chosen, window=widgets.IntSlider(description='average over', value=window, min=1, max=50, continuous_update=False, style=dict(description_width='initial')), strips=_check('sessions', True))
-    def draw(runs, **kw): return training_monitor(list(runs), **kw) if runs else page('<p>Choose a run.</p>')
-    view, follow, stamp = View(draw, controls, lambda runs, window, **_: plot_training(list(runs), window)), _check('follow', True), [None]
-    def signature(): return [(f.stat().st_size, f.stat().st_mtime_ns) for r in runs for n in ('metrics.jsonl', 'results.json') if (f := r/n).is_file()]
+    pick = lambda names: {n: runs[n] for n in names}
+    def draw(runs, **kw): return training_monitor(pick(runs), **kw) if runs else page('<p>Choose a run.</p>')
+    view, follow = View(draw, controls, lambda runs, window, **_: plot_training(pick(runs), window)), _check('follow', True)
+    def signature(): return [(f.stat().st_size, f.stat().st_mtime_ns) for r in runs.values() for n in ('config.json', 'metrics.jsonl', 'results.json') if (f := r/n).is_file()]
     def loop():
+        last = None
         while follow.value and view.comm is not None:
-            if (now := signature()) != stamp[0]: stamp[0] = now; view.update()
-            if all((r/'results.json').is_file() for r in runs): follow.value = False; return
+            if (now := signature()) != last: last = now; view.update()
+            if all((r/'results.json').is_file() for r in runs.values()): follow.value = False; return
             time.sleep(every)
     def turn(_=None):
         if follow.value: threading.Thread(target=loop, daemon=True).start()
-    follow.observe(turn, 'value'); stamp[0] = signature(); turn()
-    view.children = [*view.children, follow]
-    view.follow = follow
+    follow.observe(turn, 'value'); turn()
+    view.children, view.follow = [*view.children, follow], follow
     return view
 
 # %% ../nbs/12a_live.ipynb #c12a002b
