@@ -40,7 +40,8 @@ STYLE = '''<style>
 .mtef .pic:focus {outline: 2px solid var(--jp-brand-color1, #0072B2)}
 .mtef .soft {opacity: .8} .mtef .nums {white-space: nowrap} .mtef .error {border-left: 4px dotted #D55E00; padding-left: 8px}
 .mtef pre {white-space: pre-wrap; text-align: left; margin: 0; font-size: 11px; color: inherit; background: none}
-.mtef summary {cursor: pointer}
+.mtef summary {cursor: pointer} .mtef .scroll {max-height: 640px; overflow: auto}
+.mtef .scroll thead th {position: sticky; top: 0; z-index: 1; background: var(--jp-layout-color0, Canvas)}
 </style>'''
 
 def page(*parts) -> str: # HTML
@@ -223,7 +224,7 @@ def session_strip(s: Strips,
             word = 'followed' if ok else 'not followed'
             cells.append(f'<td>{picture(shown, f"turn {t + 1}: {session.instructions[t]}: {word}", ok, over)}<br><span class="nums">{"✓" if ok else "✗"} {_values(s, p, g, t)}</span></td>')
         rows.append(f'<tr class="line"><th scope="row">{_esc(s.members[g] if s.members else f"member {g}")}</th><td></td>{"".join(cells)}</tr>')
-    return page(f'<table><thead><tr><th></th><th scope="col">first image</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>')
+    return page(f'<div class="scroll"><table><thead><tr><th></th><th scope="col">first image</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
 
 def strip_figure(s: Strips, p: int = 0, sort: str = 'member', rows: int = 4, **_):
     "The best rows of a session as a figure."
