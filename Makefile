@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lab readme
+.PHONY: help install demo browser test lab readme
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,9 +23,15 @@ $(STAMP): settings.ini pyproject.toml setup.py constraints.txt
 demo: $(STAMP) ## train the tiny editor on the shape world, evaluate, and show where the results are
 	$(BIN)/mtef_train --notebook experiments/train.ipynb --run runs/demo
 
-test: $(STAMP) ## test every notebook, then the whole flows
+# Only where it can be done without asking: as root, on a system with apt-get. Without a browser its tests are skipped, and say so.
+browser: ## install the system's Chromium, which tests drive JupyterLab with
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
+	  echo 'No Chromium, and it cannot be installed from here: tests in a browser will be skipped.'
+
+test: $(STAMP) browser ## test every notebook, then the whole flows
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --do_print
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs
 
 lab: $(STAMP) ## open the notebooks
 	$(BIN)/jupyter lab
