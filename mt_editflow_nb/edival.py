@@ -430,7 +430,7 @@ def edit_images(
     "One edit of each image."
     x = editor.encode_image(np.stack([editor.prepare(im) for im in images]))
     noise = torch.randn(1, *editor.latent_shape, generator=torch.Generator().manual_seed(seed)).expand(len(images), -1, -1).to(x.device)
-    clean = sample(editor, editor.encode_text(texts), x, noise, editor.sigmas(num_steps), batch=len(images))[0]
+    clean = sample(editor, editor.encode_text(texts), x, noise, editor.sigmas(num_steps))[0]
     return [Image.fromarray(a) for a in editor.decode(clean)]
 
 def protocol_file(folder, name: str, protocol: dict):
