@@ -460,7 +460,7 @@ def edit_images(
     squares = np.stack([as_square(im, editor.size) for im in images])
     x = editor.encode_image(squares)
     noise = torch.randn(1, *editor.latent_shape, generator=torch.Generator().manual_seed(seed)).expand(len(images), -1, -1).to(x.device)
-    clean = sample(editor, editor.encode_text(texts, squares), x, noise, editor.sigmas(num_steps), batch=len(images))[0]
+    clean = sample(editor, editor.encode_text(texts, squares), x, noise, editor.sigmas(num_steps))[0]
     return [Image.fromarray(a) for a in editor.decode(clean)]
 
 def protocol_file(folder, name: str, protocol: dict):

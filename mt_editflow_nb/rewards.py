@@ -49,7 +49,7 @@ def verifier(sessions: list,            # P `Session`s in the words of the shape
 # %% ../nbs/05_rewards.ipynb #a51c0002
 class Judge:
     "A vision-language model that scores whole sessions, or one turn of them."
-    by_turn = True                           # see `TurnScorer`
+    by_turn = True                           # see `TurnScorer`: it need not wait for the last turn
     def __init__(self,
                  engine,                     # (list of `Ask`) -> list of `Reply`
                  mode,                       # from `load_mode`
@@ -76,21 +76,31 @@ class Judge:
                         out[p, g, t, m] = Item('coarse' if self.coarse and name == 'if' else name, (first if whole else before, images_PGTHWC[p, g, t]), tuple(told))
         return out
 
-    def __call__(self,
-                 sessions: list,            # P `Session`s
-                 images_PGTHWC: np.ndarray, # uint8, results of all turns (so far)
-                 turn: int = None,          # score this turn alone; None: all
-                 seed: int = 0              # of modes that sample: another seed is another opinion
-                ) -> Scores:                # of the turns asked for; a coarse judge has nothing to say before the last turn
-        "Raises `InputError` when more than `max_failed` of the scores failed."
+    def check(self, scores: Scores, of: int = None # scores that there will be; None: these
+             ):
+        "Raises `InputError` when more than `max_failed` of them failed."
+        if scores.failed <= self.max_failed*(of or scores.rewards_PGTM.numel()): return
+        why = [c['error'] for c in scores.calls if math.isnan(c['score']) and c['error']] or ['no answer could be used']
+        raise InputError(f'judge: {scores.failed} of {of or scores.rewards_PGTM.numel()} scores failed, more than the {self.max_failed:.0%} allowed; most often: {max(set(why), key=why.count)}. The last checkpoint is kept; go on when this is repaired')
+
+    def __call__(self, sessions, images_PGTHWC, seed=0) -> Scores:
+        "Score all turns, and `check`."
+        scores = self.score(sessions, images_PGTHWC, seed=seed)
+        self.check(scores)
+        return scores
+
+    def score(self,
+              sessions: list,            # P `Session`s
+              images_PGTHWC: np.ndarray, # uint8, results of all turns (so far)
+              turn: int = None,          # score this turn alone; None: all
+              seed: int = 0              # of modes that sample: another seed is another opinion
+             ) -> Scores:                # of the turns asked for; a coarse judge has nothing to say before the last turn
+        "Ask for every entry of the cube; what fails is NaN."
         P, G, T = images_PGTHWC.shape[:3]
         turns = range(T) if turn is None else [turn]
         if self.coarse: turns = [T - 1] if turn in (None, len(sessions[0].instructions) - 1) else []
         at = self.items(sessions, images_PGTHWC, turns)
         verdicts = dict(zip(at, self.mode(self.engine, list(at.values()), self.prompts, seed=seed))) if at else {}
-        failures = [v.error for v in verdicts.values() if math.isnan(v.score)]
-        if len(failures) > self.max_failed*len(verdicts):
-            raise InputError(f'judge: {len(failures)} of {len(verdicts)} scores failed, more than the {self.max_failed:.0%} allowed; most often: {max(set(failures), key=failures.count)}. The last checkpoint is kept; go on when this is repaired')
         values = np.array([v.score for v in verdicts.values()], np.float32).reshape(P, G, len(turns), len(self.rewards))
         if self.coarse and len(turns): values = values.repeat(T, 2)
         rewards, nan = torch.from_numpy(values), torch.full(values.shape[:3], torch.nan)
@@ -123,23 +133,35 @@ def load_judge(name: str,           # 'verifier', 'verifier:binary', or MODEL:MO
     return Judge(ask, mode, TINY_PROMPTS if tiny else PROMPTS, rewards=rewards, coarse=fine != name, max_failed=max_failed)
 
 # %% ../nbs/05_rewards.ipynb #a51c0005
+def _join(scores, axis=0):
+    "Scores of several sessions (axis 0) or turns (axis 2) as one."
+    cat = lambda name: torch.cat([getattr(s, name) for s in scores], axis)
+    return Scores(scores[0].names, *map(cat, ('rewards_PGTM', 'success_PGT', 'object_cc_PGT', 'background_cc_PGT')), sum((s.calls for s in scores), ()))
+
 class TurnScorer:
-    "Scores the turns of a rollout in a thread, one after the other: pass it to `rollout` as `on_turn`, then ask for the `scores`."
+    "Scores a rollout in a thread, piece after piece: pass it to `rollout` as `on_turn`, then ask for the `scores`."
     def __init__(self,
                  judge,         # from `load_judge`; one that cannot score single turns is asked at the end
                  sessions: list,
+                 group: int,    # members of each
                  **kw           # for the judge, such as `seed`
                 ):
-        self.judge, self.sessions, self.parts = judge, sessions, []
-        self.kw = kw if getattr(judge, 'by_turn', False) else {}
+        self.judge, self.sessions, self.parts, self.by_turn = judge, sessions, {}, getattr(judge, 'by_turn', False)
+        self.kw, self.of, self.lost = kw if self.by_turn else {}, len(sessions)*group*len(sessions[0].instructions)*len(getattr(judge, 'rewards', ())), []
     def __enter__(self): self.pool = ThreadPoolExecutor(1); return self
     def __exit__(self, *_): self.pool.shutdown(cancel_futures=True)
-    def __call__(self, t, images_PGTHWC):
-        if getattr(self.judge, 'by_turn', False): self.parts.append(self.pool.submit(self.judge, self.sessions, images_PGTHWC, turn=t, **self.kw))
+    def __call__(self, t, p, images_PGTHWC):
+        if self.by_turn: self.parts[t, p.start] = self.pool.submit(self._score, t, p, images_PGTHWC)
+    def _score(self, t, p, images_PGTHWC):
+        if self.lost: self.judge.check(_join(self.lost), self.of)                # too much is lost already: not one call more
+        s = self.judge.score(self.sessions[p], images_PGTHWC, turn=t, **self.kw)
+        if s.failed: self.lost.append(s)
+        return s
     def scores(self, images_PGTHWC # the rollout's
               ) -> Scores:
-        "Wait for the last turn and put them together."
-        if not self.parts: return self.judge(self.sessions, images_PGTHWC, **self.kw)
-        parts = [p.result() for p in self.parts]
-        cat = lambda name: torch.cat([getattr(s, name) for s in parts], 2)
-        return Scores(parts[0].names, *map(cat, ('rewards_PGTM', 'success_PGT', 'object_cc_PGT', 'background_cc_PGT')), sum((s.calls for s in parts), ()))
+        "Wait for the last piece and put them together."
+        if not self.by_turn: return self.judge(self.sessions, images_PGTHWC, **self.kw)
+        turns = [_join([f.result() for (u, _), f in sorted(self.parts.items()) if u == t], 0) for t in range(images_PGTHWC.shape[2])]
+        whole = _join(turns, 2)
+        self.judge.check(whole)
+        return whole

@@ -40,19 +40,14 @@ def _noise(shape, generator, part=(0, 1)):
 def _chunks(n, size): return [slice(i, min(i + size, n)) for i in range(0, n, size or n)]
 
 @torch.no_grad()
-def sample(editor, text, image_NLC, noise_NLC, sigmas, *, kind='ode', noise_level=0., window=(), generator=None, batch=64, part=(0, 1)):
-    "Denoise N rows; returns the clean latents and, for the steps in `window`, lists of latents before, after, and on average, and of log-probabilities."
-    x, before, after, means, logps = noise_NLC, [], [], [], []
+def sample(editor, text, image_NLC, noise_NLC, sigmas, *, kind='ode', noise_level=0., window=(), eps_KNLC=()):
+    "Denoise N rows; returns the clean latents and, for the K steps in `window`, which take the noise `eps_KNLC`, lists of latents before, after, and on average, and of log-probabilities."
+    x, eps, before, after, means, logps = noise_NLC, iter(eps_KNLC), [], [], [], []
     for k in range(len(sigmas) - 1):
-        stochastic = k in window
-        eps = _noise(x.shape, generator, part).to(x.device) if stochastic else None
-        out = []
-        for c in _chunks(len(x), batch):
-            s = sigmas[k].to(x.device)
-            v = editor.velocity(x[c], s.expand(len(x[c])), text[c], image_NLC[c])
-            out.append(sde_step(x[c], v, s, sigmas[k + 1], kind=kind if stochastic else 'ode', noise_level=noise_level,
-                                sigma_max=sigmas[1], noise=eps[c] if stochastic else None))
-        x_next, mean, _, logp = (torch.cat(o) if o[0].ndim else o[0] for o in zip(*out))
+        stochastic, s = k in window, sigmas[k].to(x.device)
+        v = editor.velocity(x, s.expand(len(x)), text, image_NLC)
+        x_next, mean, _, logp = sde_step(x, v, s, sigmas[k + 1], kind=kind if stochastic else 'ode', noise_level=noise_level,
+                                         sigma_max=sigmas[1], noise=next(eps) if stochastic else None)
         if stochastic: before.append(x); after.append(x_next); means.append(mean); logps.append(logp)
         x = x_next
     return x, before, after, means, logps
@@ -68,7 +63,7 @@ def rollout(editor,                  # from `load_editor`
             window=(),               # indices of the stochastic steps
             batch: int = 64,         # rows a transformer call
             part: tuple = (0, 1),    # (i, n): these are the sessions of the i-th of n processes, and the noise is that of all of them
-            on_turn=None             # called after every turn with its number and all results so far, uint8 [P, G, t + 1, H, W, 3]
+            on_turn=None             # called with a turn's number, a slice of sessions as soon as they are through it, and their results so far, uint8 [their number, G, t + 1, H, W, 3]
            ) -> Rollout:
     "Run whole sessions for a group of members each."
     P, T = len(sessions), len(sessions[0].instructions)
@@ -77,20 +72,27 @@ def rollout(editor,                  # from `load_editor`
     sigmas = editor.sigmas(num_steps)
     out = np.stack([np.asarray(s.image) for s in fit_sessions(editor, sessions)])   # the input of turn 1
     image, out = editor.encode_image(out)[rows], out[rows.numpy()]                        # encoded once a session
-    images, texts, inputs, clean, path, nexts, means, logps = ([] for _ in range(8))
+    images_NTHWC = np.empty((N, T, *out.shape[1:]), np.uint8)
+    texts, inputs, clean, path, nexts, means, logps = ([] for _ in range(7))
     for t in range(T):
         own = 1 if len(window) else group                                           # stochastic members share where they start
         noise = _noise((P*own, L, C), generator, part).reshape(P, own, L, C).expand(P, group, L, C).reshape(N, L, C).to(editor.device)
-        turn_text = editor.encode_text([s.instructions[t] for s in sessions for _ in range(group)], out)
-        x, before, after, mean, logp = sample(editor, turn_text, image, noise, sigmas, kind=kind, noise_level=noise_level, window=window, generator=generator, batch=batch, part=part)
-        out = np.concatenate([editor.decode(x[c]) for c in _chunks(N, batch)])      # 8-bit pixels: what the user sees and edits next
-        images.append(out); texts.append(turn_text); inputs.append(image); clean.append(x)
-        if on_turn: on_turn(t, np.stack(images, 1).reshape(P, group, t + 1, *out.shape[1:]))    # a judge may look at it while the next turn is sampled
-        path += before; nexts += after; means += mean; logps += logp
-        if t < T - 1: image = torch.cat([editor.encode_image(out[c]) for c in _chunks(N, batch)])
+        eps = [_noise((N, L, C), generator, part).to(editor.device) for _ in window]
+        turn_text = editor.encode_text([s.instructions[t] for s in sessions for _ in range(group)], images_NTHWC[:, t - 1] if t else out)
+        made, ready = [], 0
+        for c in _chunks(N, batch):
+            made.append(sample(editor, turn_text[c], image[c], noise[c], sigmas, kind=kind, noise_level=noise_level, window=window, eps_KNLC=[e[c] for e in eps]))
+            images_NTHWC[c, t] = editor.decode(made[-1][0])                          # 8-bit pixels: what the user sees and edits next
+            if on_turn and c.stop//group > ready:                                   # a judge may look at them while the next rows, or the next turn, are sampled
+                p, ready = slice(ready, c.stop//group), c.stop//group
+                on_turn(t, p, images_NTHWC[p.start*group:p.stop*group, :t + 1].reshape(-1, group, t + 1, *out.shape[1:]).copy())
+        x, *tracks = zip(*made)
+        texts.append(turn_text); inputs.append(image); clean.append(torch.cat(x))
+        for whole, parts in zip((path, nexts, means, logps), tracks): whole += map(torch.cat, zip(*parts))     # a tensor a step
+        if t < T - 1: image = torch.cat([editor.encode_image(images_NTHWC[c, t]) for c in _chunks(N, batch)])
     K, stack = len(window), lambda xs: torch.stack(xs) if xs else torch.zeros(0)
     shaped = lambda xs, *tail: stack(xs).reshape(T, K, *tail)
-    return Rollout(np.stack(images, 1).reshape(P, group, T, *out.shape[1:]), texts, torch.stack(inputs), torch.stack(clean),
+    return Rollout(images_NTHWC.reshape(P, group, T, *out.shape[1:]), texts, torch.stack(inputs), torch.stack(clean),
                    shaped(path, N, L, C), shaped(nexts, N, L, C), shaped(means, N, L, C), shaped(logps, N), list(window), sigmas)
 
 # %% ../nbs/04_rollout.ipynb #dafa051f

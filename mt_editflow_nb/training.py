@@ -224,7 +224,7 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
     if len(sessions) % world: raise InputError(f'sessions_per_iteration: got {len(sessions)}, expected a multiple of the {world} processes')
     mine = slice(rank*len(sessions)//world, (rank + 1)*len(sessions)//world)       # whole groups
     window = () if nft else sde_window(c.num_steps, c.window, generator=g)
-    with TurnScorer(judge, sessions[mine], seed=c.seed*1_000_003 + iteration) as scorer:   # a judge that can scores turn t while turn t + 1 is sampled
+    with TurnScorer(judge, sessions[mine], c.group, seed=c.seed*1_000_003 + iteration) as scorer:   # a judge that can scores sessions while the next are sampled
         with swapped(params, old) if nft else torch.no_grad():
             ro = rollout(editor, sessions[mine], group=c.group, num_steps=c.num_steps, generator=g, batch=c.batch, part=part,
                          kind='ode' if nft else c.sampler, noise_level=0. if nft else c.noise_level, window=window, on_turn=scorer)

@@ -218,9 +218,26 @@ def test_coarse_judge_asks_once_a_session_and_a_turn_scorer_agrees():
         whole = coarse(sessions, images)
         assert whole.rewards_PGTM.shape == (4, 4, 3, 2) and len(server.seen) <= 4*4*2 and (whole.rewards_PGTM[:, :, :1] == whole.rewards_PGTM).all()
         for judge in (coarse, Judge(engine(server), think)):
-            with TurnScorer(judge, sessions, seed=3) as scorer:
-                for t in range(3): scorer(t, images[:, :, :t + 1])
+            with TurnScorer(judge, sessions, 4, seed=3) as scorer:
+                for t in range(3):
+                    for p in (slice(0, 1), slice(1, 4)): scorer(t, p, images[p, :, :t + 1])
                 assert torch.equal(scorer.scores(images).rewards_PGTM, judge(sessions, images, seed=3).rewards_PGTM)
+
+@pytest.mark.parametrize('lost', (1, 4))
+def test_share_of_failures_is_that_of_the_whole_rollout(lost):
+    "A piece may fail altogether; once more than the share of everything is lost, nothing more is asked."
+    from mt_editflow_nb.engines import _url
+    bad = {_url(images[p, g, 0]) for p in range(lost) for g in range(4)}
+    fails = lambda body: body['messages'][0]['content'][1]['image_url']['url'] in bad
+    with Faulty(lambda n, body: (500, 'no') if fails(body) else Honest()(n, body)) as server:
+        judge = Judge(engine(server, give_up=1000, retries=0), think, rewards=('if',), max_failed=.25)
+        with TurnScorer(judge, sessions, 4) as scorer:
+            for t in range(3):
+                for p in range(4): scorer(t, slice(p, p + 1), images[p:p + 1, :, :t + 1])
+            if lost == 1: s = scorer.scores(images); assert 0 < s.failed <= 12 and s.rewards_PGTM.shape == (4, 4, 3, 1)
+            else:
+                with pytest.raises(InputError, match='of 48 scores failed, more than the 25% allowed'): scorer.scores(images)
+                assert len(server.seen) < 48*.6
 
 def test_quality_is_a_third_reward():
     with Faulty(Honest()) as server: scores = Judge(engine(server), think, rewards=('if', 'cc', 'quality'))(sessions[:1], images[:1])
