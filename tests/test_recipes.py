@@ -29,11 +29,13 @@ def noise_session(id, seed): return Session(id, Image.fromarray(np.random.defaul
 
 @pytest.mark.parametrize('path', recipes, ids=lambda p: p.stem)
 def test_recipe(path, twins):
-    assert 'Published starting point' in path.read_text() and 'Ours' in path.read_text()
+    assert 'Published starting point' in path.read_text()
+    sources = ('Edit-R1', 'Flow-GRPO', 'DiffusionNFT', 'Flow-Factory', 'UniRL', 'verl-omni', 'MT-EditFlow', 'ours')
+    for line in path.read_text().splitlines(): assert line.startswith(('#', 'editor:')) or any(x in line.partition('  # ')[2] for x in sources), line
     published = make_config(read_recipe(path))
     assert published.editor in PUBLISHED and published.size == 512 and published.quantize == 'nf4'
     small = dict(editor=str(twins[PUBLISHED[published.editor]['pipeline']]), size=64, sessions_per_iteration=2, group=2, num_steps=min(published.num_steps, 4), turns=2,
-                 window=min(published.window, 2), min_std=0., iterations=2)
+                 window=min(published.window, 2), min_std=0., iterations=2, judge='verifier')    # another judge scores below
     c = make_config(read_recipe(path) | small)
     editor, passes = load_for(c, lora_rank=c.lora_rank), []
     params = lora_parameters(editor)
@@ -264,6 +266,25 @@ def test_bench_measures_every_family(family, twins, monkeypatch):
     row = bench_gpu.measure(c, describe(c.editor), True, False, torch.device('cpu'), torch.float32, 1)
     assert 0 < row['seconds_forward_row'] and row['edits_per_gpu_second'] == pytest.approx(c.sessions_per_iteration*c.group*3/row['seconds_iteration'])
 
+def test_bench_command(tmp_path, monkeypatch, capsys):
+    "The whole script at toy size: 4 bits against bfloat16, with and without the compiler, a table and a file; a compiler that fails spoils no other row."
+    monkeypatch.syspath_prepend(str(root/'experiments'))
+    import bench_gpu
+    recipe = str(root/'experiments/recipes/kontext_nft.yaml')
+    monkeypatch.setattr('sys.argv', ['bench_gpu.py', recipe, '--toy', '--repeat', '1', '--out', str(tmp_path)])
+    bench_gpu.main()
+    result, table = json.loads((tmp_path/'bench_tiny_toy.json').read_text()), capsys.readouterr().out
+    assert [(r['weights'], r['compiled']) for r in result['rows']] == [('nf4', False), ('nf4', True), ('bfloat16', False), ('bfloat16', True)]
+    assert all(0 < r['kernel_share'] < 1 and r['edits_per_gpu_second'] > 0 and 'error' not in r for r in result['rows'])
+    assert result['toy'] and all(x in table for x in ('seconds_iteration', 'kernel_share', 'peak_GB', 'planned', 'say nothing about a GPU'))
+    measure = bench_gpu.measure
+    def broken(c, about, nf4, compiled, *args):
+        if compiled: raise NotImplementedError('no compiler')
+        return measure(c, about, nf4, compiled, *args)
+    monkeypatch.setattr(bench_gpu, 'measure', broken)
+    bench_gpu.main()
+    assert [r.get('error') for r in json.loads((tmp_path/'bench_tiny_toy.json').read_text())['rows']] == [None, 'NotImplementedError: no compiler']*2
+
 def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch):
     from mt_editflow_nb import card
     from mt_editflow_nb.editors import save_lora
@@ -275,3 +296,10 @@ def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch
     assert card.main(['--lora', str(tmp_path/'run'/'lora'), '--n', '2', '--turns', '1', '--steps', '2', '--out', str(tmp_path/'out')]) == 0
     assert asked == dict(name='tiny', quantize=None, size=48, guidance=2.)
     assert 'warning: --steps 2, but the adapter was trained with 3' in capsys.readouterr().err
+    (tmp_path/'run'/'config.json').write_text(json.dumps(dict(config=dict(editor='tiny', size=None, guidance=None, num_steps=2, quantize=None))))     # as most runs: the editor's own
+    again = ['--lora', str(tmp_path/'run'/'lora'), '--n', '2', '--turns', '1']
+    assert card.main([*again, '--out', str(tmp_path/'same')]) == 0 and 'warning' not in capsys.readouterr().err
+    assert asked == dict(name='tiny', quantize=None, size=None, guidance=None)
+    assert card.main([*again, '--guidance', '4', '--quantize', 'nf4', '--out', str(tmp_path/'other')]) == 0
+    warned = capsys.readouterr().err
+    assert all(f'warning: --{x}, but the adapter was trained with the default' in warned for x in ('guidance 4.0', 'quantize nf4'))
