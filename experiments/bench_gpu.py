@@ -65,7 +65,7 @@ def measure(c, about, nf4, compiled, device, dtype, repeat):
     gc.collect()
     if device.type == 'cuda': torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
     e = real_editor(c, about, device, dtype, nf4)
-    if compiled: e.transformer.compile_repeated_blocks() if device.type == 'cuda' else e.transformer.compile(backend='eager')
+    if compiled: e.transformer.compile_repeated_blocks(**({} if device.type == 'cuda' else dict(backend='eager')))
     text, opt, n = like(meta_text(e, about['words'], c.batch), device), optimizer(c, lora_parameters(e)), c.batch
     x, image, s = torch.randn(n, *e.latent_shape, device=device), torch.randn(n, *e.latent_shape, device=device), torch.full((n,), .5, device=device)
     def sample():

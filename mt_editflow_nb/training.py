@@ -573,7 +573,7 @@ def main(argv=None):
             results = json.loads((Path(run)/'results.json').read_text())
         else: results = experiment(c, run)
     except InputError as e: print(f'mtef_train: {e}', file=sys.stderr); return 2
-    except torch.OutOfMemoryError: print(f'mtef_train: the GPU has too little memory for a single row; {advice(plan(c))}', file=sys.stderr); return 2
+    except torch.OutOfMemoryError: print(f'mtef_train: the GPU has too little memory; {advice(plan(c))}', file=sys.stderr); return 2
     except KeyboardInterrupt: return 130
     except (OSError, SafetensorError) as e: print(f'mtef_train: {e}', file=sys.stderr); return 2
     if processes()[0]: return 0

@@ -74,6 +74,12 @@ def test_guidance_is_the_published_one(folder, editor):
     passes = plan(quiet)['passes'], plan(make_config(dict(editor=str(folder), size=SIZE, guidance=1.)))['passes']
     assert passes == ((1, 1) if 'Kontext' in family else (2, 1))
 
+def test_distilled_models_take_no_guidance(tmp_path):
+    index = tiny_klein(tmp_path/'distilled')/'model_index.json'
+    index.write_text(json.dumps(json.loads(index.read_text()) | dict(is_distilled=True)))
+    assert load_editor(index.parent).guidance == 1
+    assert plan(make_config(dict(editor=str(index.parent))))['passes'] == 1
+
 def test_autoencoder_in_tiles(folder, editor):
     """Above `TILED` pixels the autoencoder works in tiles: the first is what it makes of that tile alone, up to where it is blended with the next.
 
