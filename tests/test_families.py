@@ -129,6 +129,29 @@ def test_training_changes_the_adapter_only(folder, session, algorithm):
     if algorithm == 'grpo': assert abs(metrics['ratio_mean'] - 1) < 1e-5
     else: assert any('Linear4bit' in type(m).__name__ for m in editor.transformer.modules())
 
+def test_bfloat16_computes_and_float32_keeps(folder, session):
+    "As on a GPU: the transformer in bfloat16; adapter, latents, log-probabilities and loss in float32."
+    editor = load(folder, lora_rank=2, dtype='bfloat16', checkpointing=True)
+    kept = {}
+    def watched(*args, **kw): kept['ro'] = rollout(*args, **kw); return kept['ro']
+    with patch('mt_editflow_nb.training.rollout', watched): metrics = one_iteration(editor, session, algorithm='grpo')
+    ro = kept['ro']
+    assert {p.dtype for n, p in editor.transformer.named_parameters() if 'lora_' not in n} == {torch.bfloat16} and ro.texts_T[0].embeds.dtype == torch.bfloat16
+    assert {x.dtype for x in (*lora_parameters(editor), ro.inputs_TNLC, ro.clean_TNLC, ro.path_TKNLC, ro.mean_TKNLC, ro.logp_TKN, ro.sigmas)} == {torch.float32}
+    assert np.isfinite(metrics['loss']) and metrics['grad_norm'] > 0 and abs(metrics['ratio_mean'] - 1) < 1e-5
+
+@pytest.mark.parametrize('quantize', [None, 'nf4'])
+def test_what_a_gpu_is_asked_for(folder, quantize):
+    "Without one only the question can be tested: diffusers' own loader, bfloat16, and 4 bits for the transformer and the large text encoder."
+    family, asked = find_editor(folder)[1], {}
+    def loader(source, **kw): asked.update(kw); raise OSError('no further')
+    with patch.object(getattr(diffusers, family), 'from_pretrained', loader), pytest.raises(InputError, match='no further'): load_editor(folder, quantize=quantize, device='cuda')
+    assert asked['torch_dtype'] == torch.bfloat16 and ('quantization_config' in asked) == bool(quantize)
+    if quantize:
+        q = asked['quantization_config']
+        assert q.components_to_quantize == ['transformer', FAMILIES[family].encoders[-1]] and q.quant_backend == 'bitsandbytes_4bit'
+        assert q.quant_kwargs == dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.bfloat16)
+
 def test_adapter_loads_in_plain_diffusers(folder, session, tmp_path):
     family = find_editor(folder)[1]
     editor = load(folder, lora_rank=2, lora_alpha=6)
