@@ -12,7 +12,7 @@ from mt_editflow_nb import training
 from mt_editflow_nb.editors import find_editor, load_editor, lora_parameters
 from mt_editflow_nb.flux2 import tiny_klein
 from mt_editflow_nb.kontext import Text
-from mt_editflow_nb.plan import PAINTING, PUBLISHED, TRANSFORMERS, advice, count_rows, describe, find_batch, judge_bytes, listen, meta_editor, meta_text, plan, plan_text, weight_bytes
+from mt_editflow_nb.plan import PAINTING, PEAK, PUBLISHED, TRANSFORMERS, advice, count_rows, describe, find_batch, judge_bytes, listen, meta_editor, meta_text, plan, plan_text, weight_bytes
 from mt_editflow_nb.qwen import tiny_qwen
 from mt_editflow_nb.sessions import InputError, Session
 from mt_editflow_nb.training import iterate, load_for, main, make_config, optimizer, read_recipe
@@ -194,6 +194,23 @@ def test_advice_and_size():
     assert 'on a card of 16.0 GB' in advice(dict(memory={'judge': 1e9}, gpu_bytes=16e9)) and '+nf4' in advice(dict(memory={'judge': 1e9}))
     p = dict(memory={'transformer': 24e9, 'activations (batch 64)': 9e9, 'judge': 0})
     assert 'quantize=nf4' in advice(p) and '24.0 GB' in advice(p) and 'checkpointing' in advice(p) and '\n' not in advice(p)
+
+def test_the_card_that_is_found(monkeypatch):
+    "Minutes are those of the card, too little memory is said with what to lower, and a card without a known peak gets no number."
+    name, size = ['NVIDIA GeForce RTX 4090'], [24e9]
+    c = make_config(dict(lora_rank=4))
+    here = plan(c)
+    assert 'no GPU is found here' in plan_text(here) and here['gpu'] == 'H100'
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.get_device_name', lambda: name[0])
+    monkeypatch.setattr('torch.cuda.get_device_properties', lambda i: SimpleNamespace(total_memory=size[0]))
+    p = plan(c)
+    assert p['minutes'] == pytest.approx(here['minutes']*PEAK['H100']/PEAK['RTX 4090'])
+    assert 'estimate on NVIDIA GeForce RTX 4090' in plan_text(p) and 'no GPU' not in plan_text(p) and 'too much' not in plan_text(p)
+    size[0] = 1e8
+    assert "too much for this card's 0.1 GB" in plan_text(plan(c)) and 'a smaller batch' in plan_text(plan(c))
+    name[0] = 'Tesla T4'
+    assert plan(c)['minutes'] is None and 'no peak is known for Tesla T4' in plan_text(plan(c))
 
 def test_batch_is_found_and_remembered(tmp_path):
     tried = []
