@@ -3,18 +3,19 @@
 Builds the full-size transformer from its published configuration with random weights (speed and memory do not depend on their
 values), block by block, in NF4 and in bf16, with and without torch.compile, and measures what an iteration is made of: rows that only
 go forward (sampling) and rows that go forward and backward (training). Text encoders and autoencoder are not built: their time is
-the plan's only blind spot, and the printed share of transformer kernels says how much of a measured step lies outside of them.
+the plan's only blind spot, and `kernel_share` says which part of a training step's time lies in matrix products, attention and
+4-bit kernels.
 
 Prints a table and writes experiments/results/bench_NAME.json. Without a GPU it runs the tiny editor's configuration on the CPU
-(`--toy` asks for that anywhere): that tests the script, its numbers say nothing about a GPU."""
+(`--toy` asks for that anywhere), compiled without a code generator: that tests the script, its numbers say nothing about a GPU."""
 import argparse, gc, json, platform, time
 from pathlib import Path
-import torch
+import pandas as pd, torch
 from mt_editflow_nb.editors import add_lora, lora_parameters, quantize_nf4
 from mt_editflow_nb.plan import PEAK, count_rows, describe, listen, meta_editor, meta_text, plan
 from mt_editflow_nb.kontext import Text
 from mt_editflow_nb.sessions import atomic_write
-from mt_editflow_nb.training import make_config, parse_overrides, read_recipe
+from mt_editflow_nb.training import make_config, optimizer, parse_overrides, read_recipe
 
 def real_editor(c, about, device, dtype, nf4):
     "The transformer with random weights on the device; each block is quantised as soon as it exists, so that bf16 is never held whole."
@@ -47,21 +48,25 @@ def seconds(f, device, repeat):
     sync()
     return (time.perf_counter() - t)/repeat
 
+KERNELS = ('gemm', 'cutlass', 'flash', 'attention', 'fmha', 'sm90', 'sm80', 'dequant', 'kgemm', 'nvjet')      # on a GPU, parts of their names
+OPERATORS = ('addmm', 'aten::mm', 'bmm', 'attention', '4bit')                                                # on the CPU, which has no kernels
+
 def kernel_share(f, device):
-    "The part of a step's time on the device that lies in matrix products, attention and 4-bit kernels."
-    if device.type != 'cuda': return None
+    "The part of a step's time that lies in matrix products, attention and 4-bit kernels."
     from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CUDA]) as prof: f(); torch.cuda.synchronize()
-    events = [(e.key.lower(), e.self_device_time_total) for e in prof.key_averages()]
-    busy = sum(t for k, t in events if any(s in k for s in ('gemm', 'cutlass', 'flash', 'attention', 'fmha', 'sm90', 'sm80', 'dequant', 'kgemm', 'nvjet')))
-    return busy/max(1, sum(t for _, t in events))
+    cuda = device.type == 'cuda'
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as prof:
+        f()
+        if cuda: torch.cuda.synchronize()
+    events = [(e.key.lower(), e.self_device_time_total if cuda else e.self_cpu_time_total) for e in prof.key_averages()]
+    return sum(t for k, t in events if any(s in k for s in (KERNELS if cuda else OPERATORS)))/max(1, sum(t for _, t in events))
 
 def measure(c, about, nf4, compiled, device, dtype, repeat):
     gc.collect()
     if device.type == 'cuda': torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
     e = real_editor(c, about, device, dtype, nf4)
-    if compiled: e.transformer.compile_repeated_blocks() if device.type == 'cuda' else e.transformer.compile(backend='eager')
-    text, opt, n = like(meta_text(e, about['words'], c.batch), device), torch.optim.AdamW(lora_parameters(e), c.lr), c.batch
+    if compiled: e.transformer.compile_repeated_blocks(**({} if device.type == 'cuda' else dict(backend='eager')))
+    text, opt, n = like(meta_text(e, about['words'], c.batch), device), optimizer(c, lora_parameters(e)), c.batch
     x, image, s = torch.randn(n, *e.latent_shape, device=device), torch.randn(n, *e.latent_shape, device=device), torch.full((n,), .5, device=device)
     def sample():
         with torch.no_grad(): e.velocity(x, s, text, image)
@@ -94,15 +99,18 @@ def main():
     for s in a.settings: values |= read_recipe(s) if '=' not in s else parse_overrides([s])
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     toy = a.toy or device.type == 'cpu'
-    if toy: values |= dict(lora_rank=4, batch=2, adam8bit=False) | ({} if Path(str(values.get('editor'))).is_dir() else dict(editor='tiny', size=48))
+    if toy: values |= dict(lora_rank=4, batch=2) | ({} if Path(str(values.get('editor'))).is_dir() else dict(editor='tiny', size=48))
     c = make_config(values)
-    about, dtype = describe(c.editor), torch.bfloat16 if device.type == 'cuda' else torch.float32
+    about, dtype = describe(c.editor), torch.bfloat16
     rows = []
     for nf4 in (True, False):
         for compiled in (False, True):
             try: rows.append(measure(c, about, nf4, compiled, device, dtype, a.repeat))
             except torch.OutOfMemoryError: rows.append(dict(weights='nf4' if nf4 else 'bfloat16', compiled=compiled, error='out of memory'))
-            print(json.dumps(rows[-1]), flush=True)
+            except Exception as e:                                       # a compiler that cannot do it spoils no other row
+                if not compiled: raise
+                rows.append(dict(weights='nf4' if nf4 else 'bfloat16', compiled=compiled, error=f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'))
+    print(pd.DataFrame(rows).T.to_string(header=False, float_format='{:.4g}'.format))
     planned = plan(c)
     name = Path(c.editor).name + ('_toy' if toy else '')
     atomic_write(Path(a.out)/f'bench_{name}.json', json.dumps(dict(device=torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine() + ' CPU', toy=toy, torch=torch.__version__,

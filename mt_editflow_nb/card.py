@@ -249,9 +249,10 @@ def main(argv=None, tools=None):
     out = Path(a.out)
     try:
         trained = trained_with(a.lora) if a.lora else {}
+        for name, value in trained.items():
+            if getattr(a, name) not in (None, value): print(f'mtef_eval: warning: --{name} {getattr(a, name)}, but the adapter was trained with {"the default" if value is None else value}', file=sys.stderr)
         for name, value in (dict(editor='tiny', steps=28 if is_edival else 3) | {k: v for k, v in trained.items() if v is not None}).items():
             if getattr(a, name) is None: setattr(a, name, value)
-            elif getattr(a, name) != value and trained: print(f'mtef_eval: warning: --{name} {getattr(a, name)}, but the adapter was trained with {value}', file=sys.stderr)
         if not 1 <= a.turns <= 8: raise InputError(f'--turns: got {a.turns}, expected 1 to 8')
         if a.against: load_outcomes(a.against)                           # before anything is computed
         for name in ('n', 'steps', 'batch', 'keep', 'size'):

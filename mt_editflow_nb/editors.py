@@ -7,7 +7,7 @@ __all__ = ['TINY', 'TILED', 'FAMILIES', 'add_lora', 'lora_parameters', 'save_lor
            'rest_encoders', 'load_editor']
 
 # %% ../nbs/02d_editors.ipynb #3d0e5ca9
-import json, warnings
+import json, logging, warnings
 from contextlib import contextmanager, nullcontext
 from importlib.resources import files
 from importlib.util import find_spec
@@ -17,6 +17,8 @@ from .sessions import InputError
 from .kontext import KontextEditor, Text, set_size
 from .flux2 import Flux2Editor
 from .qwen import QwenEditor
+
+logging.getLogger('bitsandbytes.backends.cpu.ops').addFilter(lambda r: 'gemm_4bit_forward' not in str(r.msg))   # it misses a kernel that only inference would use
 
 # %% ../nbs/02d_editors.ipynb #f0ae2381
 TINY = 'tiny'   # the name of the editor that is shipped with the package
@@ -142,12 +144,13 @@ def load_editor(name_or_path: str = TINY, # 'tiny', a pipeline directory, or a h
     cls = FAMILIES[family]
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     dtype = {'auto': torch.bfloat16 if device != 'cpu' else torch.float32, 'bfloat16': torch.bfloat16, 'float32': torch.float32}.get(dtype, dtype)
-    kw = getattr(cls, 'components', lambda name: {})(source)
+    kw = {}
     if quantize and device != 'cpu':
         from diffusers.quantizers import PipelineQuantizationConfig
         kw['quantization_config'] = PipelineQuantizationConfig(quant_backend='bitsandbytes_4bit', components_to_quantize=['transformer', cls.encoders[-1]],
             quant_kwargs=dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype))
     try:
+        kw |= getattr(cls, 'components', lambda name: {})(source)
         with _quietly() if str(name_or_path) == TINY else nullcontext(): pipe = getattr(diffusers, family).from_pretrained(source, torch_dtype=dtype, **kw)
     except OSError as e: raise InputError(f'editor: {name_or_path} cannot be loaded: {str(e).splitlines()[0]}') from e
     pipe.to(device).set_progress_bar_config(disable=True)

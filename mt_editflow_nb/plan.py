@@ -207,7 +207,8 @@ def advice(p: dict) -> str: # one line
              'judge': 'MODEL+nf4:MODE, or MODEL@URL:MODE on another card'}
     parts = sorted(p['memory'].items(), key=lambda kv: -kv[1])[:3]
     say = lambda k: lower.get(k, 'checkpointing=true, a smaller batch or size' if k.startswith('activations') else 'a smaller size' if k == 'autoencoder' else 'nothing')
-    return f"planned are {sum(p['memory'].values())/1e9:.1f} GB: " + '; '.join(f'{k} {v/1e9:.1f} GB ({say(k)})' for k, v in parts)
+    card = f" on a card of {p['gpu_bytes']/1e9:.1f} GB" if p.get('gpu_bytes') else ''
+    return f"planned are {sum(p['memory'].values())/1e9:.1f} GB{card}: " + '; '.join(f'{k} {v/1e9:.1f} GB ({say(k)})' for k, v in parts)
 
 def plan_text(p: dict) -> str:
     "A plan as a table for people."

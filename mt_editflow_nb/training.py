@@ -418,7 +418,7 @@ def _outcomes(run, name, editor, heldout, c, judge, progress):
     file = Path(run)/f'{name}.safetensors'
     while processes()[0] and not file.is_file(): time.sleep(1)                       # one process evaluates, the others wait
     if not file.is_file():
-        batch = c.batch if editor.device.type != 'cuda' else find_batch(lambda n: evaluate(editor, heldout[:n], judge, num_steps=1, batch=n), c.batch, Path(run)/'batch_evaluation.json')
+        batch = c.batch if editor.device.type != 'cuda' else find_batch(lambda n: evaluate(editor, heldout[:n], judge, num_steps=2, batch=n), c.batch, Path(run)/'batch_evaluation.json')
         outcomes, images_NTHWC = evaluate(editor, heldout, judge, num_steps=c.num_steps, batch=batch, progress=progress, desc=name)
         save_file(dict(outcomes._asdict(), images=images_NTHWC[:8]), file.with_suffix('.tmp')); os.replace(file.with_suffix('.tmp'), file)
     saved = load_file(file)
@@ -573,7 +573,7 @@ def main(argv=None):
             results = json.loads((Path(run)/'results.json').read_text())
         else: results = experiment(c, run)
     except InputError as e: print(f'mtef_train: {e}', file=sys.stderr); return 2
-    except torch.OutOfMemoryError: print(f'mtef_train: the GPU has too little memory for a single row; {advice(plan(c))}', file=sys.stderr); return 2
+    except torch.OutOfMemoryError: print(f'mtef_train: the GPU has too little memory; {advice(plan(c))}', file=sys.stderr); return 2
     except KeyboardInterrupt: return 130
     except (OSError, SafetensorError) as e: print(f'mtef_train: {e}', file=sys.stderr); return 2
     if processes()[0]: return 0

@@ -1,24 +1,19 @@
-"Two processes with the same global batch give the adapter that one gives. accelerate finds the others by the variables that its launcher sets."
+"Two processes with the same global batch give the adapter that one gives, started by accelerate's launcher as a user would."
 import json, os, socket, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file
+from mt_editflow_nb.training import main
 
 settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2', 'batch=16', 'lora_rank=2', 'updates=2', 'std=global', 'whiten=true', 'lr=2e-4']   # AdamW divides by the gradient's size: rounding grows with lr
-
-def start(run, extra, **env):
-    return subprocess.Popen([sys.executable, '-m', 'mt_editflow_nb.training', *settings, *extra, '--run', str(run)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=dict(os.environ, OMP_NUM_THREADS='1', **env))
-
-def finish(*jobs):
-    for j in jobs:
-        out = j.communicate(timeout=900)[0]
-        assert j.returncode == 0, out[-2000:]
 
 @pytest.mark.parametrize('extra', [['algorithm=nft', 'times=1'], ['algorithm=grpo', 'clip=1e-2']], ids=['nft', 'grpo'])
 def test_two_processes_are_one(tmp_path, extra):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = str(s.getsockname()[1])
-    finish(start(tmp_path/'one', extra))
-    finish(*(start(tmp_path/'two', extra, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for r in range(2)))
+    run = lambda name: [*settings, *extra, '--run', str(tmp_path/name)]
+    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--main_process_port', port, '-m', 'mt_editflow_nb.training', *run('two')],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert main(run('one')) == 0
     one, two = (load_file(tmp_path/n/'lora'/'pytorch_lora_weights.safetensors') for n in ('one', 'two'))
     assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
     assert any(one[k].abs().max() > 1e-4 for k in one if 'lora_B' in k)                     # it was trained

@@ -12,7 +12,7 @@ from mt_editflow_nb import training
 from mt_editflow_nb.editors import find_editor, load_editor, lora_parameters
 from mt_editflow_nb.flux2 import tiny_klein
 from mt_editflow_nb.kontext import Text
-from mt_editflow_nb.plan import PAINTING, PUBLISHED, TRANSFORMERS, advice, count_rows, describe, find_batch, judge_bytes, listen, meta_editor, meta_text, plan, plan_text, weight_bytes
+from mt_editflow_nb.plan import PAINTING, PEAK, PUBLISHED, TRANSFORMERS, advice, count_rows, describe, find_batch, judge_bytes, listen, meta_editor, meta_text, plan, plan_text, weight_bytes
 from mt_editflow_nb.qwen import tiny_qwen
 from mt_editflow_nb.sessions import InputError, Session
 from mt_editflow_nb.training import iterate, load_for, main, make_config, optimizer, read_recipe
@@ -29,11 +29,13 @@ def noise_session(id, seed): return Session(id, Image.fromarray(np.random.defaul
 
 @pytest.mark.parametrize('path', recipes, ids=lambda p: p.stem)
 def test_recipe(path, twins):
-    assert 'Published starting point' in path.read_text() and 'Ours' in path.read_text()
+    assert 'Published starting point' in path.read_text()
+    sources = ('Edit-R1', 'Flow-GRPO', 'DiffusionNFT', 'Flow-Factory', 'UniRL', 'verl-omni', 'MT-EditFlow', 'ours')
+    for line in path.read_text().splitlines(): assert line.startswith(('#', 'editor:')) or any(x in line.partition('  # ')[2] for x in sources), line
     published = make_config(read_recipe(path))
     assert published.editor in PUBLISHED and published.size == 512 and published.quantize == 'nf4'
     small = dict(editor=str(twins[PUBLISHED[published.editor]['pipeline']]), size=64, sessions_per_iteration=2, group=2, num_steps=min(published.num_steps, 4), turns=2,
-                 window=min(published.window, 2), min_std=0., iterations=2)
+                 window=min(published.window, 2), min_std=0., iterations=2, judge='verifier')    # another judge scores below
     c = make_config(read_recipe(path) | small)
     editor, passes = load_for(c, lora_rank=c.lora_rank), []
     params = lora_parameters(editor)
@@ -189,8 +191,26 @@ def test_activations_of_a_loaded_editor():
 def test_advice_and_size():
     c = make_config(dict(editor='black-forest-labs/FLUX.2-klein-base-4B', size=520, guidance=1.))
     with pytest.raises(InputError, match='multiple of 16'): plan(c)
+    assert 'on a card of 16.0 GB' in advice(dict(memory={'judge': 1e9}, gpu_bytes=16e9)) and '+nf4' in advice(dict(memory={'judge': 1e9}))
     p = dict(memory={'transformer': 24e9, 'activations (batch 64)': 9e9, 'judge': 0})
     assert 'quantize=nf4' in advice(p) and '24.0 GB' in advice(p) and 'checkpointing' in advice(p) and '\n' not in advice(p)
+
+def test_the_card_that_is_found(monkeypatch):
+    "Minutes are those of the card, too little memory is said with what to lower, and a card without a known peak gets no number."
+    name, size = ['NVIDIA GeForce RTX 4090'], [24e9]
+    c = make_config(dict(lora_rank=4))
+    here = plan(c)
+    assert 'no GPU is found here' in plan_text(here) and here['gpu'] == 'H100'
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.get_device_name', lambda: name[0])
+    monkeypatch.setattr('torch.cuda.get_device_properties', lambda i: SimpleNamespace(total_memory=size[0]))
+    p = plan(c)
+    assert p['minutes'] == pytest.approx(here['minutes']*PEAK['H100']/PEAK['RTX 4090'])
+    assert 'estimate on NVIDIA GeForce RTX 4090' in plan_text(p) and 'no GPU' not in plan_text(p) and 'too much' not in plan_text(p)
+    size[0] = 1e8
+    assert "too much for this card's 0.1 GB" in plan_text(plan(c)) and 'a smaller batch' in plan_text(plan(c))
+    name[0] = 'Tesla T4'
+    assert plan(c)['minutes'] is None and 'no peak is known for Tesla T4' in plan_text(plan(c))
 
 def test_batch_is_found_and_remembered(tmp_path):
     tried = []
@@ -264,6 +284,24 @@ def test_bench_measures_every_family(family, twins, monkeypatch):
     row = bench_gpu.measure(c, describe(c.editor), True, False, torch.device('cpu'), torch.float32, 1)
     assert 0 < row['seconds_forward_row'] and row['edits_per_gpu_second'] == pytest.approx(c.sessions_per_iteration*c.group*3/row['seconds_iteration'])
 
+def test_bench_command(tmp_path, monkeypatch, capsys):
+    "The whole script at toy size: 4 bits against bfloat16, with and without the compiler, a table and a file; a compiler that fails spoils no other row."
+    monkeypatch.syspath_prepend(str(root/'experiments'))
+    import bench_gpu
+    recipe = str(root/'experiments/recipes/kontext_nft.yaml')
+    monkeypatch.setattr('sys.argv', ['bench_gpu.py', recipe, 'checkpointing=false', '--toy', '--repeat', '1', '--out', str(tmp_path)])
+    bench_gpu.main()
+    result, table = json.loads((tmp_path/'bench_tiny_toy.json').read_text()), capsys.readouterr().out
+    assert [(r['weights'], r['compiled']) for r in result['rows']] == [('nf4', False), ('nf4', True), ('bfloat16', False), ('bfloat16', True)]
+    assert all(0 < r['kernel_share'] < 1 and r['edits_per_gpu_second'] > 0 and 'error' not in r for r in result['rows'])
+    assert result['toy'] and all(x in table for x in ('seconds_iteration', 'kernel_share', 'peak_GB', 'planned', 'say nothing about a GPU'))
+    def broken(c, about, nf4, compiled, *args):
+        if compiled: raise NotImplementedError('no compiler')
+        return result['rows'][0]
+    monkeypatch.setattr(bench_gpu, 'measure', broken)
+    bench_gpu.main()
+    assert [r.get('error') for r in json.loads((tmp_path/'bench_tiny_toy.json').read_text())['rows']] == [None, 'NotImplementedError: no compiler']*2
+
 def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch):
     from mt_editflow_nb import card
     from mt_editflow_nb.editors import save_lora
@@ -275,3 +313,10 @@ def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch
     assert card.main(['--lora', str(tmp_path/'run'/'lora'), '--n', '2', '--turns', '1', '--steps', '2', '--out', str(tmp_path/'out')]) == 0
     assert asked == dict(name='tiny', quantize=None, size=48, guidance=2.)
     assert 'warning: --steps 2, but the adapter was trained with 3' in capsys.readouterr().err
+    (tmp_path/'run'/'config.json').write_text(json.dumps(dict(config=dict(editor='tiny', size=None, guidance=None, num_steps=2, quantize=None))))     # as most runs: the editor's own
+    again = ['--lora', str(tmp_path/'run'/'lora'), '--n', '2', '--turns', '1']
+    assert card.main([*again, '--out', str(tmp_path/'same')]) == 0 and 'warning' not in capsys.readouterr().err
+    assert asked == dict(name='tiny', quantize=None, size=None, guidance=None)
+    assert card.main([*again, '--guidance', '4', '--quantize', 'nf4', '--out', str(tmp_path/'other')]) == 0
+    warned = capsys.readouterr().err
+    assert all(f'warning: --{x}, but the adapter was trained with the default' in warned for x in ('guidance 4.0', 'quantize nf4'))
