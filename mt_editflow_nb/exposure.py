@@ -16,7 +16,7 @@ from .shapeworld import BACKGROUNDS, look, shape_sessions, teacher_images
 from .rollout import fit_sessions
 from .rewards import Scores
 from .structures import STRUCTURES, plain_form, structured_sessions, verify_structured
-from .evaluation import Interval, Outcomes, luck_of_seeds, evaluate
+from .evaluation import Interval, Outcomes, luck_of_seeds, evaluate, wilson
 
 # %% ../nbs/09b_exposure.ipynb #b6ebc7b4
 def perfect_state(
@@ -86,6 +86,18 @@ def _so_far(success):
     so_far = np.cumprod(success, -1)
     return so_far, np.concatenate([np.ones_like(so_far[..., :1]), so_far[..., :-1]], -1)
 
+def _ends(table, success):
+    "Where all or none succeeded, draws know no luck: Wilson's interval, and for `lost` that of its two parts together."
+    so_far, before = (x.reshape(-1, *x.shape[-2:]).mean(0) for x in _so_far(np.asarray(success, float)))
+    get = lambda t, q: table.loc[(t, q), ['value', 'low', 'high']].to_numpy()
+    for t, q in table.index:
+        n = before[:, t - 1].sum() if q == 'given_right' else len(before)
+        if q in ('free', 'perfect', 'given_right', 'all_right') and n and table.value[t, q] in (0, 100): table.loc[(t, q), ['low', 'high']] = [100 * x for x in wilson(n * table.value[t, q] / 100, n)]
+    for t in {t for t, q in table.index if q == 'lost' and t > 1 and table.value[t, 'given_right'] in (0, 100)}:
+        g, f = get(t, 'given_right'), get(t, 'free')
+        table.loc[(t, 'lost'), ['low', 'high']] = [g[0] - f[0] - np.hypot(g[0] - g[1], f[2] - f[0]), g[0] - f[0] + np.hypot(g[2] - g[0], f[0] - f[1])]
+    return table
+
 def _exposure(e, n_boot, seed):
     free, perfect = (np.asarray(x, float) for x in e)
     if free.shape != perfect.shape: raise InputError(f'perfect_NT: expected shape {list(free.shape)} as free_NT, received {list(perfect.shape)}')
@@ -100,7 +112,7 @@ def exposure_table(
     seed: int = 0, # of the draws
 ) -> pd.DataFrame: # index (turn, quantity); value, low, high in percent
     "free, perfect, gap, given right, and all right so far, for every turn."
-    return _table(_exposure(exposure, n_boot, seed), ['turn', 'quantity'])
+    return _ends(_table(_exposure(exposure, n_boot, seed), ['turn', 'quantity']), exposure.free_NT)
 
 def exposure_change(
     before: Exposure, # of the base editor
@@ -119,7 +131,7 @@ def decay_table(
     "What real images allow: free, given right, and `lost`, their difference, which stands in for the exposure gap."
     free = np.asarray(success_NT, float)
     def f(w, free, so_far, before): return dict(free=w @ free / len(free), given_right=(g := _ratio(w @ so_far, w @ before)), lost=g - w @ free / len(free))
-    return _table(_samples(f, (free, *_so_far(free)), n_boot, seed), ['turn', 'quantity'])
+    return _ends(_table(_samples(f, (free, *_so_far(free)), n_boot, seed), ['turn', 'quantity']), free)
 
 def _half_life(success_NT, n_boot, seed):
     def f(w, so_far, tried):
