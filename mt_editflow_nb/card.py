@@ -172,7 +172,7 @@ def _free(a, judge, editor, out):
     if a.structure:
         sessions = structured_sessions(a.n, a.structure, a.turns)
         if a.plain: sessions = plain_form(sessions)
-        else: judge = structured_judge
+        elif a.judge == 'verifier': judge = structured_judge
     else: sessions = shape_sessions(a.n, a.turns, 'heldout') if a.sessions == 'shapeworld' else load_sessions(a.sessions)
     sessions = fit_sessions(editor, sessions)
     t = time.time()
