@@ -19,7 +19,7 @@ from .structures import STRUCTURES, plain_form, structured_sessions
 from .editors import load_editor, load_lora
 from .rollout import fit_sessions, strip
 from .rewards import load_judge
-from .exposure import structured_judge
+from .exposure import decay_table, half_life, structured_judge
 from .evaluation import Outcomes, compare, evaluate, load_outcomes, save_outcomes, score_intervals, trained_with, wilson, with_intervals
 from . import edival
 
@@ -158,6 +158,8 @@ def _finish(out, *, title, facts, sessions, outcomes, images, why_NT, extra={}, 
     save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions])
     if against and (differs := _differs(facts, against)): facts = facts | {f'Made otherwise than {against}': differs}
     if against: extra = extra | {f'Compared with {against}': compare(against, out).rename(columns=dict(a='that one', b='this one'))}
+    decay, life = with_intervals(decay_table(outcomes.success_NT)).unstack(), half_life(outcomes.success_NT)
+    extra = {f'By turn, whatever came before: half-life of success {life.mean:.1f} [{life.low:.1f}, {life.high:.1f}] turns': decay[['free', 'given_right', 'lost']]} | extra
     table = score_intervals(outcomes)
     atomic_write(out/'scores.csv', table.to_csv())
     atomic_write(out/'results.json', json.dumps(dict(sessions=len(sessions), turns=outcomes.success_NT.shape[1], facts=facts,
@@ -170,7 +172,7 @@ def _free(a, judge, editor, out):
     if a.structure:
         sessions = structured_sessions(a.n, a.structure, a.turns)
         if a.plain: sessions = plain_form(sessions)
-        else: judge = structured_judge
+        elif a.judge == 'verifier': judge = structured_judge
     else: sessions = shape_sessions(a.n, a.turns, 'heldout') if a.sessions == 'shapeworld' else load_sessions(a.sessions)
     sessions = fit_sessions(editor, sessions)
     t = time.time()

@@ -8,8 +8,8 @@ __all__ = ['SLOTS', 'SIDE', 'QUESTIONS', 'RULES', 'DETECTOR', 'ASKER', 'FEATURES
            'subject_remove', 'singular', 'subject_replace', 'position_change', 'count_change', 'attribute_alter',
            'color_alter', 'material_alter', 'text_change', 'background_change', 'follows_rule', 'object_term',
            'background_weights', 'grid_of', 'background_term', 'to_square', 'score_session', 'outcomes_of',
-           'published_overall', 'load_detector', 'load_asker', 'load_features', 'load_quality', 'turn_file', 'save_png',
-           'edit_images', 'protocol_file', 'generate_edival', 'missing_images', 'score_edival']
+           'load_detector', 'load_asker', 'load_features', 'load_quality', 'turn_file', 'save_png', 'edit_images',
+           'protocol_file', 'generate_edival', 'missing_images', 'score_edival']
 
 # %% ../nbs/09a_edival.ipynb #755d1e64
 import io, json, re
@@ -315,14 +315,6 @@ def outcomes_of(
     "The arrays that `edival_scores` takes."
     get = lambda k, d: np.array([[np.nan if row[k] is None else row[k] for row in rows] for rows in scored], dtype=d)
     return Outcomes(get('success', bool), get('object_cc', float), get('background_cc', float))
-
-# %% ../nbs/09a_edival.ipynb #b9e6e6fd
-def published_overall(
-    IF, # percent, per turn
-    CC, # percent, per turn
-) -> np.ndarray: # percent
-    "EdiVal-O from published IF and CC: the geometric mean."
-    return np.sqrt(np.asarray(IF, float) * np.asarray(CC, float))
 
 # %% ../nbs/09a_edival.ipynb #c59bf486
 DETECTOR, ASKER, FEATURES, QUALITY = ('IDEA-Research/grounding-dino-tiny', 'Qwen/Qwen2-VL-7B-Instruct',

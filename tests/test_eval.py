@@ -1,10 +1,11 @@
 "mtef_eval on EdiVal-Bench: the folder layout, a kill in the middle, and models of the real classes."
 import csv, json, os, signal, subprocess, sys, time
 from pathlib import Path
-import nbformat, numpy as np, pytest
+import nbformat, numpy as np, pandas as pd, papermill, pytest
 from PIL import Image
 from mt_editflow_nb import edival
 from mt_editflow_nb.card import load_run, main
+from mt_editflow_nb.editors import load_editor, save_lora
 from mt_editflow_nb.evaluation import load_outcomes
 
 root = Path(__file__).resolve().parents[1]
@@ -82,6 +83,21 @@ def test_judged_by_an_engine_of_the_rewards_and_replayed(bench, tmp_path, capsys
     assert main(command + ['--offline', '--cache', str(tmp_path/'none.sqlite')]) == 2
     error = capsys.readouterr().err
     assert 'nothing to replay' in error.splitlines()[-1] and 'Traceback' not in error
+
+def test_the_exposure_notebook_with_two_seeds(tmp_path):
+    "Two adapters that change nothing: every difference is 0; and what was measured is not measured again."
+    for seed in (0, 1): save_lora(load_editor(lora_rank=2), tmp_path/f'seed_{seed}/lora')
+    def run(**kw):
+        papermill.execute_notebook(str(root/'experiments/exposure.ipynb'), str(tmp_path/'out.ipynb'), dict(n=2, turns=2, n_back=1, back_turns=2, steps=1, out=str(tmp_path/'out')) | kw, progress_bar=False)
+        return pd.read_csv(tmp_path/'out/exposure.csv')
+    alone = run()
+    assert set(alone.which) == {'before'} and {'half-life', 'exposure', 'drift', 'long', 'undo, own words'} <= set(alone.table)
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path/'out/measured').iterdir()}
+    both = run(lora=str(tmp_path/'seed_*/lora'))
+    assert len(before) == 1 and all(f.stat().st_mtime_ns == t for f, t in before.items())
+    pd.testing.assert_frame_equal(both[both.which == 'before'].drop(columns='superiority').reset_index(drop=True), alone)
+    d = both[(both.which == 'difference') & both.value.notna()]
+    assert len(d) > 20 and (d[['value', 'low', 'high']] == 0).all(axis=None) and (tmp_path/'out/exposure.png').is_file()
 
 real = Path(os.environ.get('EDIVAL_CSV') or root/'../shared/data/edival_bench_sessions.csv')
 

@@ -1,6 +1,12 @@
 "A rater's choices survive whatever happens to the notebook."
-import os, signal, subprocess, sys, time
-from mt_editflow_nb.study import append_line, read_choices
+import signal, subprocess, sys
+from pathlib import Path
+import nbformat, papermill
+from mt_editflow_nb.agreement import load_labels
+from mt_editflow_nb.shapeworld import shape_sessions
+from mt_editflow_nb.study import append_line, make_trials, read_choices
+
+root = Path(__file__).resolve().parents[1]
 
 writer = '''
 import sys
@@ -23,3 +29,20 @@ def test_killed_while_writing(tmp_path):
     with open(path, 'ab') as f: f.write(b'{"rater": "ann", "choi') # what a kill in the middle of a write would leave
     append_line(path, dict(rater='ann', seed=0, trial=999_999, session='z', first='a', second='b', choice='tie', seconds=1., time=''))
     assert read_choices(path).trial.tolist() == trials + [999_999]
+
+def test_the_rating_notebook(tmp_path):
+    "The toy study with choices in its file: what the notebook says of them, and labels that the judges' chapter reads."
+    study = tmp_path/'study'
+    sessions = shape_sessions(6, 3, 'heldout')
+    for rater in ('ann', 'ben'):
+        for t in make_trials([s.id for s in sessions], ('perfect', 'lazy'), rater)[:5]: # the rest is still to be rated
+            append_line(study/'choices.jsonl', dict(rater=rater, seed=0, **t, choice='tie' if t['trial'] == 4 else 'first' if t['first'] == 'perfect' else 'second', seconds=1., time=''))
+    out = tmp_path/'rate.ipynb'
+    papermill.execute_notebook(str(root/'experiments/rate.ipynb'), str(out), dict(study=str(study), rater='ann', judges=['verifier']), progress_bar=False)
+    text = '\n'.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/plain', '')) for c in nbformat.read(out, 4).cells for o in c.get('outputs', []))
+    assert '10 choices by 2 raters' in text and "Krippendorff's alpha: " in text
+    agreement = text[text.index('agreement'):].split('verifier')[1].split()
+    assert agreement[:3] == ['100.0'] * 3 and agreement[3] == '8' # two ties are left out
+    labels = load_labels(study/'labels.jsonl')
+    rated = len({i.instructions for i in labels.items})
+    assert len(labels.items) == 2*rated and labels.truth_N[::2].min() >= .5 and (labels.truth_N[::2] + labels.truth_N[1::2] == 1).all()
