@@ -81,7 +81,7 @@ def picture(image: np.ndarray,         # uint8 [H, W, 3]
 # %% ../nbs/12_explorer.ipynb #c120000a
 def figure_png(fig) -> bytes:
     "A matplotlib figure as PNG."
-    f = io.BytesIO(); fig.savefig(f, format='png', dpi=80)
+    f = io.BytesIO(); fig.savefig(f, format='png', dpi=80, pil_kwargs=dict(compress_level=3))
     return f.getvalue()
 
 class View(widgets.VBox):
