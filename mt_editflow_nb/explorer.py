@@ -115,7 +115,7 @@ def _options(name, options, value=None):
     return widgets.Dropdown(description=name, options=options, value=value if value is not None else options[0][1] if isinstance(options[0], tuple) else options[0],
                             style=dict(description_width='initial'), layout=dict(width='auto'))
 
-def _check(name, value=False): return widgets.Checkbox(description=name, value=value, indent=False, layout=dict(width='auto'))
+def _check(name, value=False): return widgets.Checkbox(description=name, value=value, indent=False, layout=dict(width='auto', margin='2px 10px'))
 def _button(name, **kw): return widgets.Button(description=name, layout=dict(width='auto'), **kw)
 
 # %% ../nbs/12_explorer.ipynb #c120000d

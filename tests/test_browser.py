@@ -161,6 +161,8 @@ def test_editor_playground(page):
     v.locator('select').nth(4).select_option(label='pink cross'); expect(v.locator('.pic img').first).not_to_have_attribute('src', first)     # draws the scene
     v.get_by_role('button', name='suggest').click(); expect(v.get_by_label('instruction')).not_to_have_value('change the background to white')
     v.get_by_role('button', name='edit', exact=True).click(); expect(v.locator('tbody tr')).to_have_count(3)
+    v.locator('input[type=file]').set_input_files(root/'experiments/results/demo_sessions.png')
+    expect(v.locator('thead')).to_have_count(0); expect(v.get_by_label('instruction')).not_to_have_value('')      # a picture from the disk, and turns begin anew
 
 def test_training_monitor(page):
     v = view(page, 'explore_training({')
@@ -168,8 +170,8 @@ def test_training_monitor(page):
     expect(v.locator('tbody tr')).to_have_count(2); expect(v.locator('tbody')).to_contain_text('finished')
     assert v.locator('img').first.evaluate('i => i.complete && i.naturalWidth > 500')
     shot(v, 'training_monitor')
+    choose(v, 'sessions of', 'bold, seed 0'); expect(v.locator('p')).to_contain_text('iteration 1 of bold'); expect(v.get_by_alt_text('the members of one session')).to_be_visible()
     v.get_by_label('runs').select_option(label='bold, seed 0'); expect(v.locator('tbody tr')).to_have_count(1)
-    v.locator('summary').first.click(); expect(v.locator('details img').first).to_be_visible()
 
 def test_sweep_browser(page):
     v = view(page, 'explore_sweep(')
