@@ -167,7 +167,7 @@ def plot_training(runs,            # folders, or a dict name -> folder
             x, mean, se = _window(y, window)
             ax.fill_between(x, mean - 2*se, mean + 2*se, color=PALETTE[i % 7], alpha=.2, lw=0)
             ax.plot(x, mean, color=PALETTE[i % 7], ls=('-', '--', ':', '-.')[i % 4], marker='.' if len(x) == 1 else None, label=name[:40])
-        ax.patch.set_alpha(0); ax.tick_params(colors=gray, labelsize=8); ax.grid(color=gray, alpha=.25)
+        ax.patch.set_alpha(0); ax.tick_params(colors=gray, labelsize=8); ax.grid(color=gray, alpha=.25); ax.locator_params(nbins=5)
         ax.set_title(dict(all_right='all turns right').get(k, k), color=gray, fontsize=10); ax.set_xlabel('iteration', color=gray, fontsize=9)
         for side in ax.spines.values(): side.set_color(gray)
     if len(axs[0].lines): axs[0].legend(fontsize=7, labelcolor=gray, framealpha=0)
