@@ -155,6 +155,7 @@ def plot_training(runs,            # folders, or a dict name -> folder
                  ): # matplotlib figure
     "Learning curves of several runs."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     logs = {n: read_training(r)['rows'] for n, r in _named(runs).items()}
     panels = [k for k in ('all_right', 'if', 'cc', 'loss') if any(k in rows[-1] for rows in logs.values() if rows)][:3] or ['all_right']
     gray = '#808080'                                                                # read on white and on black
@@ -167,7 +168,7 @@ def plot_training(runs,            # folders, or a dict name -> folder
             x, mean, se = _window(y, window)
             ax.fill_between(x, mean - 2*se, mean + 2*se, color=PALETTE[i % 7], alpha=.2, lw=0)
             ax.plot(x, mean, color=PALETTE[i % 7], ls=('-', '--', ':', '-.')[i % 4], marker='.' if len(x) == 1 else None, label=name[:40])
-        ax.patch.set_alpha(0); ax.tick_params(colors=gray, labelsize=8); ax.grid(color=gray, alpha=.25); ax.locator_params(nbins=5)
+        ax.patch.set_alpha(0); ax.tick_params(colors=gray, labelsize=8); ax.grid(color=gray, alpha=.25); ax.locator_params(axis='y', nbins=5); ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.set_title(dict(all_right='all turns right').get(k, k), color=gray, fontsize=10); ax.set_xlabel('iteration', color=gray, fontsize=9)
         for side in ax.spines.values(): side.set_color(gray)
     if len(axs[0].lines): axs[0].legend(fontsize=7, labelcolor=gray, framealpha=0)

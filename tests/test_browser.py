@@ -121,6 +121,7 @@ def test_session_strip(page):
 
 def test_reward_bench(page):
     v = view(page, 'bench = explore_rewards')
+    choose(v, 'member', '3'); expect(v.locator('th', has_text='direct')).to_be_hidden()
     v.get_by_role('button', name='score').click()
     for mode in ('exact verifier', 'direct', 'logit'): expect(v.locator('th', has_text=mode)).to_be_visible()
     v.get_by_label('checklist').check()
