@@ -33,7 +33,7 @@ STYLE = '''<style>
 .mtef th {font-weight: 600; min-width: 2em} .mtef th[scope=row] {text-align: left; white-space: nowrap} .mtef td.text {text-align: left}
 .mtef tbody tr {background: none} .mtef tr.line td, .mtef tr.line th {border-top: 1px solid var(--jp-border-color2, #8888)}
 .mtef .pic {position: relative; display: inline-block; border: 3px solid transparent; line-height: 0}
-.mtef .pic img {width: var(--side, 84px); height: auto; image-rendering: pixelated; max-width: none; background: none}
+.mtef .pic img {width: var(--side, 84px); height: auto; image-rendering: pixelated; max-width: none; background: none; outline: 1px solid #8886}
 .mtef .pass {border: 3px solid #009E73} .mtef .fail {border: 3px dotted #D55E00}
 .mtef .over {visibility: hidden; position: absolute; inset: 0}
 .mtef .pic:hover .over, .mtef .pic:focus .over {visibility: visible}

@@ -200,7 +200,9 @@ def explore_training(runs,              # a run folder, several, or a dict name 
     def loop():
         last = None
         while follow.value and view.comm is not None:
-            if (now := signature()) != last: last = now; view.update()
+            if (now := signature()) != last:
+                try: view.update(); last = now
+                except ValueError: pass                                            # a log that is being cut for a resumed run: look again
             if all((r/'results.json').is_file() for r in runs.values()): follow.value = False; return
             time.sleep(every)
     def turn(_=None):
@@ -243,7 +245,7 @@ def sweep_table(r,                 # from `load_results`
                 f'<tbody>{"".join(map(row, fits)) or "<tr><td colspan=6>no point fits</td></tr>"}</tbody></table>', f'<p>Jobs that are not done:</p><ul>{missing}</ul>' if missing else '')
 
 def explore_sweep(path,           # `NAME.json` of a sweep
-                  n_boot: int = 500 # bootstrap draws
+                  n_boot: int = 1000 # bootstrap draws
                  ) -> View:
     "Filter the table of a sweep, and look into its jobs."
     path, r = Path(path), load_results(path)

@@ -162,7 +162,8 @@ def test_editor_playground(page):
     v.locator('select').nth(4).select_option(label='pink cross'); expect(v.locator('.pic img').first).not_to_have_attribute('src', first)     # draws the scene
     v.get_by_role('button', name='suggest').click(); expect(v.get_by_label('instruction')).not_to_have_value('change the background to white')
     v.get_by_role('button', name='edit', exact=True).click(); expect(v.locator('tbody tr')).to_have_count(3)
-    v.locator('input[type=file]').set_input_files(root/'experiments/results/demo_sessions.png')
+    with page.expect_file_chooser() as chooser: v.get_by_text('open a picture').click()
+    chooser.value.set_files(root/'experiments/results/demo_sessions.png')
     expect(v.locator('thead')).to_have_count(0); expect(v.get_by_label('instruction')).not_to_have_value('')      # a picture from the disk, and turns begin anew
 
 def test_training_monitor(page):
