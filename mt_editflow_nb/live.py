@@ -94,7 +94,6 @@ def explore_editor(editor,          # from `load_editor`; with an adapter, befor
         try: begin(Image.open(io.BytesIO(change.new[0]['content'].tobytes())).convert('RGB'))
         except Exception as e: view.page.value = complain(InputError(f'{change.new[0]["name"]}: expected a picture ({type(e).__name__})'))
     def edit(_):
-        if task.running: task.start(None); return
         told, n, done = text.value.strip(), steps.value, [0]
         start = state['images'][-1] if state['told'] else [state['first']]*len(members)
         def work():
@@ -156,6 +155,7 @@ def plot_training(runs,            # folders, or a dict name -> folder
                  ): # matplotlib figure
     "Learning curves of several runs."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     logs = {n: read_training(r)['rows'] for n, r in _named(runs).items()}
     panels = [k for k in ('all_right', 'if', 'cc', 'loss') if any(k in rows[-1] for rows in logs.values() if rows)][:3] or ['all_right']
     gray = '#808080'                                                                # read on white and on black
@@ -168,22 +168,22 @@ def plot_training(runs,            # folders, or a dict name -> folder
             x, mean, se = _window(y, window)
             ax.fill_between(x, mean - 2*se, mean + 2*se, color=PALETTE[i % 7], alpha=.2, lw=0)
             ax.plot(x, mean, color=PALETTE[i % 7], ls=('-', '--', ':', '-.')[i % 4], marker='.' if len(x) == 1 else None, label=name[:40])
-        ax.patch.set_alpha(0); ax.tick_params(colors=gray, labelsize=8); ax.grid(color=gray, alpha=.25)
+        ax.patch.set_alpha(0); ax.tick_params(colors=gray, labelsize=8); ax.grid(color=gray, alpha=.25); ax.locator_params(axis='y', nbins=5); ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.set_title(dict(all_right='all turns right').get(k, k), color=gray, fontsize=10); ax.set_xlabel('iteration', color=gray, fontsize=9)
         for side in ax.spines.values(): side.set_color(gray)
     if len(axs[0].lines): axs[0].legend(fontsize=7, labelcolor=gray, framealpha=0)
     return fig
 
-def training_monitor(runs, window: int = 10, strips: bool = True) -> str: # HTML
-    "Curves, state, time left, what the hacking monitor sees, and the latest sessions."
+def training_monitor(runs, window: int = 10, strips: str = '') -> str: # HTML
+    "Curves, state, time left, what the hacking monitor sees, and the latest group of the run called `strips`."
     logs = {n: read_training(r) for n, r in _named(runs).items()}
     url = lambda data: 'data:image/png;base64,' + base64.b64encode(data).decode()
     line = lambda n, l: (f'<tr class="line"><th scope="row">{_esc(n)}</th><td>{l["state"]}</td><td>{l["iterations"]} of {l["of"]}<br><progress max="{max(1, l["of"])}" value="{l["iterations"]}"></progress></td><td>{_clock(l["seconds_left"]) if l["state"] == "training" else ""}</td>'
                          f'<td class="text">{"<br>".join(f"⚠ iteration {f.iteration}: {_esc(f.name)}: {_esc(f.text)}" for f in l["findings"]) or "nothing seen"}</td></tr>')
-    image = lambda n, l: f'<details><summary>{_esc(n)}: a group of iteration {int(l["strip"].stem)}, best member first</summary><img style="max-width: 520px" src="{url(l["strip"].read_bytes())}" alt="the members of one session, best first"></details>'
+    file = logs[strips]['strip'] if strips in logs else None
+    latest = f'<p>A group of iteration {int(file.stem)} of {_esc(strips)}, best member first:</p><div class="scroll" style="max-height: 360px"><img style="max-width: 520px" src="{url(file.read_bytes())}" alt="the members of one session, best first"></div>' if file else ''
     return page(f'<img src="{url(figure_png(plot_training(runs, window)))}" alt="learning curves of {_esc(", ".join(logs))}">',
-                f'<table><thead><tr><th>run</th><th>state</th><th>iterations</th><th>time left</th><th>hacking monitor</th></tr></thead><tbody>{"".join(line(*x) for x in logs.items())}</tbody></table>',
-                *(image(*x) for x in logs.items() if strips and x[1]['strip']))
+                f'<table><thead><tr><th>run</th><th>state</th><th>iterations</th><th>time left</th><th>hacking monitor</th></tr></thead><tbody>{"".join(line(*x) for x in logs.items())}</tbody></table>', latest)
 
 def explore_training(runs,              # a run folder, several, or a dict name -> folder; they need not have begun
                      every: float = 2., # seconds between looks
@@ -192,7 +192,7 @@ def explore_training(runs,              # a run folder, several, or a dict name 
     "Follow runs while they train."
     runs = _named([runs] if isinstance(runs, (str, Path)) else runs)
     chosen = widgets.SelectMultiple(description='runs', options=list(runs), value=list(runs), rows=min(6, max(2, len(runs))))
-    controls = dict(runs=chosen, window=widgets.IntSlider(description='average over', value=window, min=1, max=50, continuous_update=False, style=dict(description_width='initial')), strips=_check('sessions', True))
+    controls = dict(runs=chosen, window=widgets.IntSlider(description='average over', value=window, min=1, max=50, continuous_update=False, style=dict(description_width='initial')), strips=_options('sessions of', [*runs, 'none']))
     pick = lambda names: {n: runs[n] for n in names}
     def draw(runs, **kw): return training_monitor(pick(runs), **kw) if runs else page('<p>Choose a run.</p>')
     view, follow = View(draw, controls, lambda runs, window, **_: plot_training(pick(runs), window)), _check('follow', True)
@@ -200,7 +200,9 @@ def explore_training(runs,              # a run folder, several, or a dict name 
     def loop():
         last = None
         while follow.value and view.comm is not None:
-            if (now := signature()) != last: last = now; view.update()
+            if (now := signature()) != last:
+                try: view.update(); last = now
+                except ValueError: pass                                            # a log that is being cut for a resumed run: look again
             if all((r/'results.json').is_file() for r in runs.values()): follow.value = False; return
             time.sleep(every)
     def turn(_=None):
@@ -243,7 +245,7 @@ def sweep_table(r,                 # from `load_results`
                 f'<tbody>{"".join(map(row, fits)) or "<tr><td colspan=6>no point fits</td></tr>"}</tbody></table>', f'<p>Jobs that are not done:</p><ul>{missing}</ul>' if missing else '')
 
 def explore_sweep(path,           # `NAME.json` of a sweep
-                  n_boot: int = 500 # bootstrap draws
+                  n_boot: int = 1000 # bootstrap draws
                  ) -> View:
     "Filter the table of a sweep, and look into its jobs."
     path, r = Path(path), load_results(path)
@@ -253,7 +255,7 @@ def explore_sweep(path,           # `NAME.json` of a sweep
     fit = lambda values: {k: v for k, v in values.items() if k in axes and v != 'all'}
     view = View(lambda metric, turn, sort, **f: sweep_table(r, table, metric, turn, sort, fit(f)), controls | filters)
     folders = {(p['label'], j['seed']): path.parent/j['folder'] for p in r.plan['points'] for j in p['jobs'] if p['label'] in r.points and j['seed'] in r.points[p['label']].seeds}
-    job, look, link = _options('job', [('choose', None)]), lru_cache(64)(read_strips), widgets.Output()
+    job, look, link = _options('job', [('choose', '')]), lru_cache(64)(read_strips), widgets.Output()
     strips = View(lambda p, differences: session_strip(look(job.value), p, differences=differences) if job.value else '', dict(p=_options('session', range(8)), differences=_check('differences')))
     def chosen(_=None):
         where, f = job.value, {}
@@ -265,7 +267,7 @@ def explore_sweep(path,           # `NAME.json` of a sweep
         strips.update()
     def offer(_=None):
         fits = [p for p in r.points.values() if all(str(p.values.get(k, 'default')) == v for k, v in fit(view.values).items())]
-        job.options = [('choose', None)] + [(f'{l}, seed {s}', f) for (l, s), f in folders.items() if any(p.label == l for p in fits)]
+        job.options = [('choose', '')] + [(f'{l}, seed {s}', f) for (l, s), f in folders.items() if any(p.label == l for p in fits)]
     for c in filters.values(): c.observe(offer, 'value')
     job.observe(chosen, 'value'); offer()
     view.children = [*view.children, job, link, strips]
