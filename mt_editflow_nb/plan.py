@@ -156,7 +156,7 @@ def count_rows(c,         # a run's configuration
 # dense bf16 operations a second as the makers publish them, and the share that this kind of work is assumed to reach
 PEAK = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'A6000': 155e12, 'L4': 121e12, 'RTX 3090': 71e12}
 USE = {None: .4, 'nf4': .3}
-PAINTING = {False: 772, True: 1731}    # the most numbers a pixel that the autoencoder holds while it decodes; True: Qwen's
+PAINTING = {False: 1024, True: 2068}   # the most numbers a pixel that the autoencoder holds while it decodes, as measured; True: Qwen's
 
 def plan(c,               # a run's configuration (`Config` of the training chapter)
          gpu: str = None  # name of the card; None: the one found, else an H100

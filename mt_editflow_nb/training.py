@@ -300,7 +300,7 @@ def save_checkpoint(run, iteration, params, old, opt):
     tensors |= {f'adam.{k}.{i}': torch.as_tensor(s[k]) for i, s in enumerate(state) for k in s}
     try:
         shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, tmp/'state.safetensors')
+        save_file({k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, tmp/'state.safetensors')   # 8-bit states share a table, a file cannot
         (tmp/'state.json').write_text(json.dumps(dict(iteration=iteration, parameters=len(params))))
         with open(tmp/'state.safetensors', 'rb') as f: os.fsync(f.fileno())
         shutil.rmtree(final, ignore_errors=True); os.replace(tmp, final)
