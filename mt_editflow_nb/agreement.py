@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Labels', 'session_labels', 'load_labels', 'Judgements', 'ask_repeatedly', 'auc', 'kappa', 'ranking', 'measures',
-           'agreement', 'bias_by_type', 'plot_agreement']
+           'agreement', 'with_intervals', 'bias_by_type', 'plot_agreement']
 
 # %% ../nbs/05a_agreement.ipynb #abb16141
 import json, time
@@ -129,6 +129,14 @@ def agreement(judgements: dict,   # name -> `Judgements`
             row, boot = measures(j.scores_RN, labels.truth_N, labels.group_N), pd.DataFrame([measures(j.scores_RN[:, i], labels.truth_N[i], g) for i, g in draws])
             rows[name] = {(m, c): v for m in row for c, v in (('', row[m]), ('low', boot[m].quantile(.025)), ('high', boot[m].quantile(.975)))} | {('cost', 'tokens'): j.tokens, ('cost', 'seconds'): j.seconds}
     return pd.DataFrame(rows).T
+
+def with_intervals(table: pd.DataFrame # from `agreement`
+                  ) -> pd.DataFrame: # texts: one column a measure
+    "The table to be read: each measure with its 95 % interval, where it has one."
+    t = table.astype(float)
+    say = lambda v, lo, hi: '-' if np.isnan(v) else f'{v:.2f}' + (f' [{lo:.2f}, {hi:.2f}]' if hi > lo else '')
+    out = {m: [say(*x) for x in t[m][['', 'low', 'high']].to_numpy()] for m in t.columns.unique(0) if m != 'cost'}
+    return pd.DataFrame(out | {'tokens': t['cost', 'tokens'].round(1).astype(str), 'seconds': t['cost', 'seconds'].round(3).astype(str)}, t.index)
 
 def bias_by_type(judgements: dict, labels: Labels) -> pd.DataFrame: # index type, a column a judge
     "Mean error by instruction type."

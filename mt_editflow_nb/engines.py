@@ -88,10 +88,10 @@ class Local:
         from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
         dtype = torch.float32 if self.device == 'cpu' else torch.bfloat16
         kw = dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype)) if self.quantize else {}
-        try: model, processor = AutoModelForImageTextToText.from_pretrained(self.path, dtype=dtype, **kw), AutoProcessor.from_pretrained(self.path)
+        try: model, processor = AutoModelForImageTextToText.from_pretrained(self.path, dtype=dtype, device_map=self.device, **kw), AutoProcessor.from_pretrained(self.path)
         except (OSError, ValueError) as e: raise InputError(f'judge: {self.path} cannot be loaded: {str(e).splitlines()[0]}') from e
         processor.tokenizer.padding_side = 'left'
-        return model.to(self.device).eval(), processor
+        return model.eval(), processor
 
     def __call__(self, asks: list # of `Ask`
                 ) -> list: # of `Reply`

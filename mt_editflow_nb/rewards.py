@@ -129,7 +129,7 @@ def load_judge(name: str,           # 'verifier', 'verifier:binary', or MODEL:MO
     if at: ask = Server(model, 'http' + url, **engine)
     else: ask = Local(model.removesuffix('+nf4'), quantize='nf4' if model.endswith('+nf4') else None, **engine)
     if cache or offline: ask = Cached(ask, cache, offline=offline)
-    tiny = Path(model).name in (TINY_JUDGE, 'tiny_judge')
+    tiny = Path(model.removesuffix('+nf4')).name in (TINY_JUDGE, 'tiny_judge')
     return Judge(ask, mode, TINY_PROMPTS if tiny else PROMPTS, rewards=rewards, coarse=fine != name, max_failed=max_failed)
 
 # %% ../nbs/05_rewards.ipynb #a51c0005

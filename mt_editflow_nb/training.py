@@ -321,7 +321,8 @@ def load_checkpoint(folder, params, old, opt) -> int: # iterations done
         n, state = json.loads((Path(folder)/'state.json').read_text()), load_file(Path(folder)/'state.safetensors')
         assert n['parameters'] == len(params)
         with torch.no_grad():
-            for i, (p, o) in enumerate(zip(params, old)): p.copy_(state[f'param.{i}']); o.copy_(state[f'old.{i}'])
+            for name, tensors in (('param', params), ('old', old)):
+                for i, x in enumerate(tensors): x.copy_(state[f'{name}.{i}'])
         for i, p in enumerate(params):
             found = {k.split('.')[1]: v for k, v in state.items() if k.startswith('adam.') and k.endswith(f'.{i}')}
             if found: opt.state[p] = {k: v.to(p.device) if k != 'step' else v if isinstance(opt, torch.optim.AdamW) else int(v) for k, v in found.items()}

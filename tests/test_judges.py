@@ -185,6 +185,14 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
         assert [r.text for r in near(asks)] == [r.text for r in far(asks)]                       # word for word where nothing is drawn
     finally: job.kill(); job.wait(); log.close()
 
+def test_nf4_judge_is_a_fraction_and_says_nearly_the_same():
+    full, small = load_judge('tiny:logit'), load_judge('tiny+nf4:logit')
+    assert small.engine.quantize == 'nf4' and small.engine.model == full.engine.model + '+nf4' and small.prompts is TINY_PROMPTS   # a cache tells them apart
+    a, b = (j(sessions, images[:, :2]) for j in (full, small))
+    size = lambda j: sum(p.numel()*p.element_size() for n, p in j.engine._loaded[0].named_parameters() if 'language_model.layers' in n and p.numel() > 999)
+    assert size(small) < size(full)/7                                                        # 4 bits of 32
+    assert not torch.equal(a.rewards_PGTM, b.rewards_PGTM) and np.corrcoef(a.rewards_PGTM.flatten(), b.rewards_PGTM.flatten())[0, 1] > .9
+
 def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(tmp_path, monkeypatch, capfd):
     from mt_editflow_nb.training import main
     key = 'sk-0123456789abcdefSECRET'
