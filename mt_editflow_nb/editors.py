@@ -151,7 +151,7 @@ def load_editor(name_or_path: str = TINY, # 'tiny', a pipeline directory, or a h
             quant_kwargs=dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype))
     try:
         kw |= getattr(cls, 'components', lambda name: {})(source)
-        with _quietly() if str(name_or_path) == TINY else nullcontext(): pipe = getattr(diffusers, family).from_pretrained(source, torch_dtype=dtype, **kw)
+        with _quietly() if str(name_or_path) == TINY else nullcontext(): pipe = getattr(diffusers, family).from_pretrained(source, dtype=dtype, **kw)
     except OSError as e: raise InputError(f'editor: {name_or_path} cannot be loaded: {str(e).splitlines()[0]}') from e
     pipe.to(device).set_progress_bar_config(disable=True)
     if quantize and device == 'cpu': quantize_nf4(pipe.transformer, dtype)

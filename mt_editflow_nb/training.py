@@ -22,7 +22,7 @@ from safetensors import SafetensorError                                   # what
 from tqdm.auto import tqdm
 from . import __version__
 from .sessions import InputError, atomic_write, load_sessions
-from .shapeworld import read, shape_sessions
+from .shapeworld import SIDE, read, shape_sessions
 from .editors import load_editor, lora_parameters, save_lora
 from .samplers import sde_step, sde_window
 from .rollout import fit_sessions, rollout, strip
@@ -263,7 +263,7 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
     if scores.failed: metrics['judge_failed'] = scores.failed
     metrics['success'] = [round(x, 6) for x in scores.success_PGT.float().mean((0, 1)).tolist()]
     metrics['all_right'] = [round(x, 6) for x in scores.success_PGT.float().cumprod(-1).mean((0, 1)).tolist()]
-    metrics |= diagnose(sessions[mine], ro.images_PGTHWC, scores, adv_PGT, load_judge('verifier') if world == 1 and c.sessions == 'shapeworld' and not c.judge.startswith('verifier') else None)
+    metrics |= diagnose(sessions[mine], ro.images_PGTHWC, scores, adv_PGT, load_judge('verifier') if world == 1 and c.sessions == 'shapeworld' and editor.size == SIDE and not c.judge.startswith('verifier') else None)
     return metrics, ro, scores, adv_PGT
 
 # %% ../nbs/10_training.ipynb #3334e2d4
@@ -437,6 +437,8 @@ def experiment(c: Config,           # from `make_config`
     examiner = given or (judge if c.eval_judge == c.judge else load_judge(c.eval_judge))    # one model is loaded once
     if not (run/'before.safetensors').is_file() or not (run/'after.safetensors').is_file():
         base = load_for(c)
+        if not given and base.size != SIDE and (wrong := [k for k in ('judge', 'eval_judge') if getattr(c, k).startswith('verifier')]):
+            raise InputError(f"{wrong[0]}: got {getattr(c, wrong[0])!r}, which reads the shape world's pictures of {SIDE} pixels, but the editor works at {base.size}; expected MODEL:MODE")
         _, heldout = session_source(c, base)
         before, images = _outcomes(run, 'before', base, heldout, c, examiner, progress)
         del base; gc.collect()                                           # a card has room for one

@@ -152,7 +152,7 @@ def test_what_a_gpu_is_asked_for(folder, quantize):
     family, asked = find_editor(folder)[1], {}
     def loader(source, **kw): asked.update(kw); raise OSError('no further')
     with patch.object(getattr(diffusers, family), 'from_pretrained', loader), pytest.raises(InputError, match='no further'): load_editor(folder, quantize=quantize, device='cuda')
-    assert asked['torch_dtype'] == torch.bfloat16 and ('quantization_config' in asked) == bool(quantize)
+    assert asked['dtype'] == torch.bfloat16 and ('quantization_config' in asked) == bool(quantize)
     if quantize:
         q = asked['quantization_config']
         assert q.components_to_quantize == ['transformer', FAMILIES[family].encoders[-1]] and q.quant_backend == 'bitsandbytes_4bit'

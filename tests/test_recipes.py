@@ -152,6 +152,15 @@ def test_judges_are_counted():
     with patch('mt_editflow_nb.plan.judge_bytes', lambda name, *_: None if name == 'some/model:think' else 0): p = plan(make_config(dict(judge='some/model:think')))
     assert 'not counted: some/model:think' in plan_text(p) and p['memory']['judge'] == 0
 
+def test_the_verifier_reads_small_pictures_only(tmp_path, capsys):
+    "A real editor with the judge left out is told so before anything is rolled out; with another judge the shape world is fine at any size."
+    assert main(['size=64', 'iterations=0', 'eval_sessions=1', 'eval_judge=tiny:logit', '--run', str(tmp_path/'a')]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("mtef_train: judge: got 'verifier'") and '48 pixels' in said and 'works at 64' in said
+    c = make_config(dict(size=64, judge='tiny:logit', eval_judge='tiny:logit', iterations=1, sessions_per_iteration=1, group=2, turns=1, num_steps=2, lora_rank=2, std='group', min_std=0.))
+    training.train(c, tmp_path/'b', judge, progress=False)
+    assert len((tmp_path/'b'/'metrics.jsonl').read_text().splitlines()) == 1
+
 def test_a_judge_is_loaded_once(tmp_path):
     from mt_editflow_nb.training import experiment
     asked = []
