@@ -104,7 +104,7 @@ def score_intervals(
     boot_BX = boot_BX + luck_of_seeds(np.stack([_scores(np.ones((1, N)), *one)[0].ravel() for one in zip(*parts)]), n_boot, rng)
     low, high = np.full((2, T * len(_metrics)), np.nan)
     some = (~np.isnan(boot_BX)).any(0)
-    low[some], high[some] = np.nanquantile(boot_BX[:, some], [.025, .975], axis=0)
+    low[some], high[some] = np.nanquantile(boot_BX[:, some], [.025, .975], axis=0).clip(0, 100) # seeds' luck knows no bounds
     table = pd.DataFrame(dict(value=value, low=low, high=high), _index(T))
     for t in range(1, T + 1):
         for m in ('IF', 'marginal'):

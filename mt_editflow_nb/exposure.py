@@ -57,7 +57,8 @@ class _Sample(NamedTuple):
         with np.errstate(invalid='ignore'): return _Sample(self.draws_B - other.draws_B, self.seeds_S - other.seeds_S)
     def luck(self):
         "Draws of sessions and of seeds' mean, those that say something."
-        x_B = self.draws_B[1:] + luck_of_seeds(self.seeds_S[:, None], len(self.draws_B) - 1, np.random.default_rng(1))[:, 0]
+        seeds_S = self.seeds_S[~np.isnan(self.seeds_S)]                     # none where a seed's editor never got so far
+        x_B = self.draws_B[1:] + luck_of_seeds(seeds_S[:, None], len(self.draws_B) - 1, np.random.default_rng(1))[:, 0]
         return x_B[~np.isnan(x_B)]
     def interval(self):
         x_B = self.luck()
@@ -91,8 +92,10 @@ def _ends(table, success):
     so_far, before = (x.reshape(-1, *x.shape[-2:]).mean(0) for x in _so_far(np.asarray(success, float)))
     get = lambda t, q: table.loc[(t, q), ['value', 'low', 'high']].to_numpy()
     for t, q in table.index:
+        if q not in ('free', 'perfect', 'given_right', 'all_right'): continue
         n = before[:, t - 1].sum() if q == 'given_right' else len(before)
-        if q in ('free', 'perfect', 'given_right', 'all_right') and n and table.value[t, q] in (0, 100): table.loc[(t, q), ['low', 'high']] = [100 * x for x in wilson(n * table.value[t, q] / 100, n)]
+        table.loc[(t, q), ['low', 'high']] = get(t, q)[1:].clip(0, 100)
+        if n and table.value[t, q] in (0, 100): table.loc[(t, q), ['low', 'high']] = [100 * x for x in wilson(n * table.value[t, q] / 100, n)]
     for t in {t for t, q in table.index if q == 'lost' and t > 1 and table.value[t, 'given_right'] in (0, 100)}:
         g, f = get(t, 'given_right'), get(t, 'free')
         table.loc[(t, 'lost'), ['low', 'high']] = [g[0] - f[0] - np.hypot(g[0] - g[1], f[2] - f[0]), g[0] - f[0] + np.hypot(g[2] - g[0], f[0] - f[1])]
