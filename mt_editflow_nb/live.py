@@ -182,7 +182,7 @@ def training_monitor(runs, window: int = 10, strips: str = '') -> str: # HTML
                          f'<td class="text">{"<br>".join(f"⚠ iteration {f.iteration}: {_esc(f.name)}: {_esc(f.text)}" for f in l["findings"]) or "nothing seen"}</td></tr>')
     file = logs[strips]['strip'] if strips in logs else None
     latest = f'<p>A group of iteration {int(file.stem)} of {_esc(strips)}, best member first:</p><div class="scroll" style="max-height: 360px"><img style="max-width: 520px" src="{url(file.read_bytes())}" alt="the members of one session, best first"></div>' if file else ''
-    return page(f'<img src="{url(figure_png(plot_training(runs, window)))}" alt="learning curves of {_esc(", ".join(logs))}">',
+    return page(f'<img style="max-width: 100%" src="{url(figure_png(plot_training(runs, window)))}" alt="learning curves of {_esc(", ".join(logs))}">',
                 f'<table><thead><tr><th>run</th><th>state</th><th>iterations</th><th>time left</th><th>hacking monitor</th></tr></thead><tbody>{"".join(line(*x) for x in logs.items())}</tbody></table>', latest)
 
 def explore_training(runs,              # a run folder, several, or a dict name -> folder; they need not have begun

@@ -192,13 +192,13 @@ def test_what_is_saved(page, folder):
     def read():
         try: return nbformat.read(folder/'tour.ipynb', nbformat.NO_CONVERT)
         except ValueError: return nbformat.v4.new_notebook()                          # it is being written
-    outputs = lambda: [o.data for c in read().cells for o in c.get('outputs', []) if 'application/vnd.jupyter.widget-view+json' in o.get('data', {})]
+    outputs = lambda: [o.data for c in read().cells for o in c.get('outputs', []) if o.get('data', {}).get('text/plain', '').startswith('View(')]
     for _ in range(100):
         if len(outputs()) == 6: break
         page.wait_for_timeout(100)
     nbformat.validate(read())
     assert all('state' in w for w in read().metadata.get('widgets', {}).values())
-    assert len(outputs()) == 6 and all('text/html' in d or 'image/png' in d for d in outputs())
+    assert len(outputs()) == 6 and all('application/vnd.jupyter.widget-view+json' in d and ('text/html' in d or 'image/png' in d) for d in outputs())
 
 code = """from mt_editflow_nb.live import explore_training
 explore_training('live', every=.2)
