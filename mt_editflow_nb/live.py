@@ -14,6 +14,7 @@ import ipywidgets as widgets, numpy as np, pandas as pd, torch
 from PIL import Image
 from .sessions import InputError, Session
 from .shapeworld import BACKGROUNDS, COLORS, OBJECTS, POSITIONS, Edit, Scene, read_scene, render, say, shape_sessions, teacher_images
+from .kontext import as_square
 from .rollout import rollout
 from .rewards import Scores, verifier
 from .monitor import watch
@@ -80,7 +81,7 @@ def explore_editor(editor,          # from `load_editor`; with an adapter, befor
         if not state['told']: return page(f'<p>{picture(state["first"], "first image")}</p>')
         return session_strip(shown())
     def still(**_): return strip_figure(shown()) if state['told'] else strip_figure(_played(state['first'], ['nothing yet'], [[state['first']]], members[:1]))
-    def begin(image): state.update(first=editor.prepare(image), told=[], images=[]); suggest(); view.update()
+    def begin(image): state.update(first=as_square(image, editor.size), told=[], images=[]); suggest(); view.update()
     def scene(_=None):
         if not state['quiet']: begin(Image.fromarray(render([Scene(tuple(c.value for c in cells), ground.value)])[0]))
     def put(s):
@@ -111,7 +112,7 @@ def explore_editor(editor,          # from `load_editor`; with an adapter, befor
     upload.observe(opened, 'value')
     for c in [*cells, ground]: c.observe(scene, 'value')
     first = read_scene(np.asarray(shape_sessions(1, 1, 'heldout', seed=seed)[0].image))
-    state['first'] = editor.prepare(Image.fromarray(render([first])[0]))
+    state['first'] = as_square(Image.fromarray(render([first])[0]), editor.size)
     view = View(draw, dict(steps=steps), still, below=[task])
     grid = widgets.GridBox(cells, layout=dict(grid_template_columns='repeat(3, 124px)'))
     view.children = [widgets.HBox([grid, widgets.VBox([ground, buttons['random scene'], upload])]), widgets.HBox([text, *(buttons[n] for n in ('edit', 'suggest', 'undo', 'start again'))], layout=dict(flex_flow='row wrap')), *view.children]
