@@ -126,7 +126,8 @@ class Desk:
         def typed(change):
             if not change['new']: return
             self._box.value = ''
-            if time.monotonic() - self.since > .2: self.press(change['new'][-1].lower()) # a second key, typed while the next picture was drawn, is not a choice
+            key = change['new'][-1].lower()
+            if key == 'u' or time.monotonic() - self.since > .2: self.press(key) # typed while the next picture was drawn: no choice, but a way back
         self._box.observe(typed, 'value')
         buttons = [w.Button(description=d) for d in ('1 upper', '2 lower', '0 no difference', 'u back')]
         for b in buttons: b.on_click(lambda b: self.press(b.description[0]))
