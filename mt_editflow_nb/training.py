@@ -31,7 +31,7 @@ from .aggregation import AGGREGATIONS
 from .fusion import advantages
 from .losses import grpo_loss, guard_log_ratio, kl_to_base, nft_loss
 from .supervised import supervise
-from .evaluation import Outcomes, compare_scores, edival_scores, evaluate
+from .evaluation import Outcomes, compare_scores, edival_scores, evaluate, score_intervals
 from .plan import advice, find_batch, plan, plan_text, trial_step
 from .monitor import diagnose, watch
 
@@ -448,6 +448,7 @@ def experiment(c: Config,           # from `make_config`
             fig.savefig(run/'rollouts'/f'heldout_{i}.png', dpi=80)
     before, after = (_outcomes(run, n, None, None, c, None, False)[0] for n in ('before', 'after'))
     table = compare_scores(before, after)
+    for name, o in (('before', before), ('after', after)): table[[f'{name}_low', f'{name}_high']] = score_intervals(o)[['low', 'high']]
     timings = [json.loads(x)['seconds'] for x in (run/'timings.jsonl').read_text().splitlines()] if (run/'timings.jsonl').is_file() else []
     T = before.success_NT.shape[1]
     row = table.loc[(T, 'O')]
@@ -464,9 +465,10 @@ def results_frame(results: dict # what `experiment` returns, or a `results.json`
 
 def results_table(results: dict # what `experiment` returns, or a `results.json`
                  ) -> str:
-    "The final table as text: percent, and the difference with its paired bootstrap 95 % interval."
-    lines = [f"{'turn':4} {'metric':8} {'before':>7} {'after':>7} {'difference':>11}   95 % interval"]
-    for r in results['table']: lines.append(f"{r['turn']:<4} {r['metric']:8} {r['before']:7.2f} {r['after']:7.2f} {r['difference']:+11.2f}   [{r['low']:+.2f}, {r['high']:+.2f}]")
+    "The final table as text: percent, with 95 % intervals over sessions; that of the difference is paired."
+    say = lambda r, name: f"{r[name]:6.2f} [{r[name + '_low']:.1f}, {r[name + '_high']:.1f}]"
+    lines = [f"{'turn':4} {'metric':8} {'before':21} {'after':21} difference"]
+    for r in results['table']: lines.append(f"{r['turn']:<4} {r['metric']:8} {say(r, 'before'):21} {say(r, 'after'):21} {r['difference']:+6.2f} [{r['low']:+.1f}, {r['high']:+.1f}]")
     return '\n'.join(lines)
 
 def plot_run(run # a run folder
