@@ -9,7 +9,7 @@ __all__ = ['PALETTE', 'STYLE', 'page', 'complain', 'shrink', 'picture_url', 'dif
            'formula', 'advantage_lab', 'explore_advantages']
 
 # %% ../nbs/12_explorer.ipynb #c1200004
-import base64, html, io, json, threading, time
+import base64, html, io, json, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
