@@ -27,7 +27,7 @@ FAMILIES = dict(FluxKontextPipeline=KontextEditor, Flux2KleinPipeline=Flux2Edito
 def add_lora(editor,               # from `load_editor`
              rank: int,            # of the adapter
              seed: int = 0,        # of its first factor
-             alpha: float = None,  # the adapter's output is scaled by alpha/rank; None: alpha = rank
+             alpha: float = None,  # the adapter's output is scaled by alpha/rank; None: by 1
              targets: str = 'all'  # linear layers of the transformer blocks: 'all', or those of 'attention'
             ) -> list:             # the trainable tensors, in a fixed order
     "Add a trainable LoRA (arXiv 2106.09685) to the transformer blocks."

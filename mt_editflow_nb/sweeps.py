@@ -82,8 +82,10 @@ _types = dict(int=int, float=float, str=str, bool=bool, list=list, dict=dict, Li
 
 def notebook_parameters(notebook # path
                        ) -> dict: # name -> `Parameter`
-    "What a notebook's cell tagged `parameters` defines. Raises `InputError` if there is no such cell, no `run`, or an annotation that is not known."
+    "What a notebook's cell tagged `parameters` defines. Raises `InputError` if there is no such cell, no `run`, an annotation that is not known, or a line that papermill cannot read."
+    import logging, nbformat
     from papermill import inspect_notebook
+    logging.getLogger('papermill.translators').setLevel(logging.ERROR)      # it warns of lines that it skips; here they are errors
     if not Path(notebook).is_file(): raise InputError(f'notebook: {notebook} does not exist')
     try: found = inspect_notebook(str(notebook))
     except Exception as e: raise InputError(f'notebook: {notebook} cannot be read ({type(e).__name__}: {" ".join(str(e).split())[:150]})') from None
@@ -94,6 +96,8 @@ def notebook_parameters(notebook # path
         try: kind = type(default) if p['inferred_type_name'] == 'None' else eval(p['inferred_type_name'], {'__builtins__': {}}, _types)
         except Exception: raise InputError(f'notebook: {notebook}: {name}: the annotation {p["inferred_type_name"]!r} is not made of {", ".join(_types)}') from None
         res[name] = Parameter(Any if kind is type(None) else kind, default, p['help'])
+    defined = [t.id for x in ast.parse(_cell(nbformat.read(str(notebook), as_version=4), 'parameters')).body for t in getattr(x, 'targets', [getattr(x, 'target', None)]) if isinstance(t, ast.Name)]
+    if lost := [n for n in defined if n not in res]: raise InputError(f'notebook: {notebook}: {", ".join(lost)}: papermill cannot read the line; it takes one `=` a line, comments included')
     if 'run' not in res: raise InputError(f'notebook: {notebook} has no cell tagged `parameters` with a parameter `run`, the folder of the job')
     return res
 

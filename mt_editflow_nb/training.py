@@ -42,7 +42,7 @@ class Config(BaseModel, extra='forbid'):
     size: Optional[int] = Field(None, ge=16, description="side of the images in pixels, if not the autoencoder's own")
     guidance: float = Field(2.5, description='embedded guidance, in rollouts and in evaluation')
     lora_rank: int = Field(16, ge=1, description='rank of the trained adapter')
-    lora_alpha: Optional[float] = Field(None, gt=0, description="the adapter's output is scaled by alpha/rank; None: alpha = rank")
+    lora_alpha: Optional[float] = Field(None, gt=0, description="the adapter's output is scaled by alpha/rank; None: by 1")
     lora_targets: Literal['all', 'attention'] = Field('all', description="linear layers with an adapter: 'all' of the transformer blocks, or those of 'attention'")
     checkpointing: bool = Field(False, description='gradient checkpointing: less memory, a third more computing')
     offload: bool = Field(False, description='text encoders rest in host memory between uses')

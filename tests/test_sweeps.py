@@ -137,7 +137,10 @@ def test_wrong_sweep(folder, capsys, fields, words):
 def test_wrong_files(folder, capsys):
     (folder/'list.yaml').write_text('[1, 2]'); (folder/'broken.yaml').write_text('a: [1'); (folder/'bare.ipynb').write_text(nbformat.writes(nbformat.v4.new_notebook()))
     bare = spec(folder, 'bare', notebook='bare.ipynb')
-    for path, word in ((folder/'list.yaml', 'fields and values'), (folder/'broken.yaml', 'not YAML'), (folder/'none.yaml', 'cannot be read'), (bare, '`parameters`')):
+    two = nbformat.v4.new_code_cell("run: str = ''\nalpha: float = 1.  # alpha = rank", metadata=dict(tags=['parameters']))
+    (folder/'two.ipynb').write_text(nbformat.writes(nbformat.v4.new_notebook(cells=[two], metadata=dict(kernelspec=dict(name='python3', language='python', display_name='Python 3')))))
+    lost = spec(folder, 'lost', notebook='two.ipynb')
+    for path, word in ((folder/'list.yaml', 'fields and values'), (folder/'broken.yaml', 'not YAML'), (folder/'none.yaml', 'cannot be read'), (bare, '`parameters`'), (lost, 'alpha: papermill cannot read')):
         assert main([str(path), '--out', str(folder/'runs')]) == 2
         err = capsys.readouterr().err
         assert word in err and err.count('\n') == 1, err
@@ -189,11 +192,12 @@ def test_sweeps_at_equal_compute(tmp_path):
 
 def test_ablation_parameters_are_the_configuration():
     sys.path.insert(0, str(root/'experiments'))
-    try: from parameters import source
+    try: from parameters import Config, source
     finally: sys.path.pop(0)
     cell, = [c for c in nbformat.read(root/'experiments/ablation.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', [])]
     assert cell.source == source(), 'run python experiments/parameters.py'
-    assert all(p.help for p in sweeps.notebook_parameters(root/'experiments/ablation.ipynb').values())
+    parameters = sweeps.notebook_parameters(root/'experiments/ablation.ipynb')
+    assert set(parameters) == {'run', *Config.model_fields} and all(p.help for p in parameters.values())
 
 def test_the_loop_with_scripted_jobs(tmp_path, monkeypatch):
     "Slots are respected, a job that another sweep runs is waited for, one whose process dies without a word has failed."
