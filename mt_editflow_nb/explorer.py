@@ -9,7 +9,7 @@ __all__ = ['PALETTE', 'STYLE', 'page', 'complain', 'shrink', 'picture_url', 'dif
            'formula', 'advantage_lab', 'explore_advantages']
 
 # %% ../nbs/12_explorer.ipynb #c1200004
-import base64, html, io, json, threading, time
+import base64, html, io, json, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,7 +168,7 @@ class Strips:
     "What there is to see of P sessions x G members x T turns."
     sessions: list
     images_PGTHWC: np.ndarray  # uint8, every turn's result
-    scores: Scores
+    scores: Scores = None      # None: nobody has judged them
     members: list = None       # G names; None: numbers
     adv_PGT: torch.Tensor = None # advantages, if there are any
 
@@ -187,7 +187,7 @@ def read_strips(run # folder of a finished run
     return Strips(heldout[:P], images, Scores(('if', 'cc'), torch.stack([success.float(), cc], -1), success.bool(), objects, ground), ['before training', 'after training'])
 
 def sort_keys(s: Strips) -> list: # names for `session_strip`
-    return ['member', *s.scores.names, 'turns right'] + ['advantage']*(s.adv_PGT is not None)
+    return ['member'] + ([*s.scores.names, 'turns right'] if s.scores else []) + ['advantage']*(s.adv_PGT is not None)
 
 def member_order(s: Strips, p: int, sort: str) -> list: # G members, best first
     "Rows by their number, by a reward's mean over turns, by how many turns are right from the start, or by the advantage."
@@ -203,7 +203,12 @@ def _targets(session):
     try: return teacher_images(session)
     except InputError: return None                       # not of the shape world: nobody knows
 
+def _followed(s, p, g, t): # True, False, or None where nobody can say
+    if not s.scores or 'if' in s.scores.names and s.scores.rewards_PGTM[p, g, t, s.scores.names.index('if')].isnan(): return None
+    return bool(s.scores.success_PGT[p, g, t])
+
 def _values(s, p, g, t):
+    if not s.scores: return ''
     r = s.scores.rewards_PGTM[p, g, t]
     return ' '.join(f'{n} {"—" if r[m] != r[m] else f"{r[m]:.2f}"}' for m, n in enumerate(s.scores.names)) + (f'<br>A {s.adv_PGT[p, g, t]:+.2f}' if s.adv_PGT is not None else '')
 
@@ -223,11 +228,11 @@ def session_strip(s: Strips,
     for g in member_order(s, p, sort):
         cells = []
         for t in range(T):
-            before, now, ok = images[g][t - 1] if t else first, images[g][t], bool(s.scores.success_PGT[p, g, t])
+            before, now, ok = images[g][t - 1] if t else first, images[g][t], _followed(s, p, g, t)
             d = difference(now, before) if now.shape == before.shape else None
             shown, over = (d, now) if differences and d is not None else (now, d)
-            word = 'followed' if ok else 'not followed'
-            cells.append(f'<td>{picture(shown, f"turn {t + 1}: {session.instructions[t]}: {word}", ok, over)}<br><span class="nums">{"✓" if ok else "✗"} {_values(s, p, g, t)}</span></td>')
+            word, mark = {True: ('followed', '✓'), False: ('not followed', '✗'), None: ('not judged', '')}[ok]
+            cells.append(f'<td>{picture(shown, f"turn {t + 1}: {session.instructions[t]}: {word}", ok, over)}<br><span class="nums">{mark} {_values(s, p, g, t)}</span></td>')
         rows.append(f'<tr class="line"><th scope="row">{_esc(s.members[g] if s.members else f"member {g}")}</th><td></td>{"".join(cells)}</tr>')
     return page(f'<div class="scroll"><table><thead><tr><th></th><th scope="col">first image</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
 
@@ -235,7 +240,7 @@ def strip_figure(s: Strips, p: int = 0, sort: str = 'member', rows: int = 4, **_
     "The best rows of a session as a figure."
     order = member_order(s, p, sort)[:rows]
     labels = [[_values(s, p, g, t).replace('<br>', ' ') for t in range(s.images_PGTHWC.shape[2])] for g in order]
-    return strip(s.sessions[p], s.images_PGTHWC[p][order], labels, s.scores.success_PGT[p][order].tolist(), ' / '.join(s.members[g] if s.members else f'member {g}' for g in order))
+    return strip(s.sessions[p], s.images_PGTHWC[p][order], labels if s.scores else None, s.scores.success_PGT[p][order].tolist() if s.scores else None, ' / '.join(s.members[g] if s.members else f'member {g}' for g in order))
 
 def explore_sessions(s: Strips) -> View:
     "Leaf through sessions and sort their members."

@@ -12,16 +12,16 @@ from functools import lru_cache
 from pathlib import Path
 import ipywidgets as widgets, numpy as np, pandas as pd, torch
 from PIL import Image
-from .sessions import InputError, Session
+from .sessions import MAX_TURNS, InputError, Session
 from .shapeworld import BACKGROUNDS, COLORS, OBJECTS, POSITIONS, Edit, Scene, read_scene, render, say, shape_sessions, teacher_images
 from .kontext import as_square
 from .rollout import rollout
-from .rewards import Scores, verifier
+from .rewards import verifier
 from .monitor import watch
 from .training import base_only
 from .sweeps import _clock
 from .report import comparison_table, load_results, score_table, verdicts
-from .explorer import PALETTE, Strips, Task, View, _button, _check, _esc, _options, complain, figure_png, page, picture, read_strips, session_strip, strip_figure, watched
+from .explorer import PALETTE, Cancelled, Strips, Task, View, _button, _check, _esc, _options, complain, figure_png, page, picture, read_strips, session_strip, strip_figure, watched
 
 # %% ../nbs/12a_live.ipynb #c12a0021
 def edit_turn(editor,               # from `load_editor`
@@ -53,9 +53,7 @@ def _played(first, instructions, images_GT, members):
     "The turns so far as `Strips`; scores where the verifier can read the words."
     session, images = Session('playground', Image.fromarray(first), instructions), np.stack([np.stack(x) for x in images_GT])[None]
     try: scores = verifier([session], images)
-    except InputError:
-        nan = torch.full(images.shape[:3], torch.nan)
-        scores = Scores((), nan[..., None][..., :0], torch.zeros(images.shape[:3], dtype=torch.bool), nan, nan)
+    except InputError: scores = None
     return Strips([session], images, scores, members)
 
 def explore_editor(editor,          # from `load_editor`; with an adapter, before and after are shown
@@ -95,12 +93,14 @@ def explore_editor(editor,          # from `load_editor`; with an adapter, befor
         try: begin(Image.open(io.BytesIO(change.new[0]['content'].tobytes())).convert('RGB'))
         except Exception as e: view.page.value = complain(InputError(f'{change.new[0]["name"]}: expected a picture ({type(e).__name__})'))
     def edit(_):
-        told, n, done = text.value.strip(), steps.value, [0]
+        told, n, done, before = text.value.strip(), steps.value, [0], state['told']
         start = state['images'][-1] if state['told'] else [state['first']]*len(members)
         def work():
             if not told: raise InputError('instruction: expected some words')
+            if len(before) == MAX_TURNS: raise InputError(f'{MAX_TURNS} turns are the most: undo, or start again')
             def count(): task.tick(done[0]/(n*len(members)), f'step {done[0] + 1} of {n*len(members)}'); done[0] += 1
-            with watched(editor, count): out = edit_turn(editor, start, told, num_steps=n, seed=len(state['told']))
+            with watched(editor, count): out = edit_turn(editor, start, told, num_steps=n, seed=len(before))
+            if state['told'] is not before: raise Cancelled                        # the scene is another one by now
             state['told'], state['images'] = state['told'] + [told], state['images'] + [out]
             suggest(); view.update()
         task.start(work)
