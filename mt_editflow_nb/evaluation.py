@@ -237,13 +237,14 @@ def seed_summary(
     before: Outcomes, # of the base editor, `[N, T]` or with seeds `[S, N, T]`
     after: Outcomes, # of S >= 2 trained editors, `[S, N, T]`
     **kw, # n_boot and seed of `compare_scores`
-) -> dict: # 'turn1_IF', ... -> `before`, `gain` (percent points, mean over seeds) and its 95 % intervals `gain_ci` (over seeds), `gain_ci_sessions`, `gain_ci_both`
+) -> dict: # 'turn1_IF', ... -> `before` with `before_ci`, `gain` (percent points, mean over seeds) and its 95 % intervals `gain_ci` (over seeds), `gain_ci_sessions`, `gain_ci_both`
     "What training gained, over seeds: other seeds, other sessions, or both would change it by how much."
     each = [compare_scores(Outcomes(*(x[s] if np.ndim(x) == 3 else x for x in before)), Outcomes(*o), n_boot=1) for s, o in enumerate(zip(*after))]
     sessions, both, out = compare_scores(before, after, over_seeds=False, **kw), compare_scores(before, after, **kw), {}
+    base = score_intervals(before, **kw)
     for t, m in both.index:
         gain, *seeds = map(float, seed_interval([e.difference[t, m] for e in each]))
-        out[f'turn{t}_{m}'] = dict(before=float(each[0].before[t, m]), gain=gain, gain_ci=seeds, **{k: x.loc[(t, m), ['low', 'high']].tolist() for k, x in dict(gain_ci_sessions=sessions, gain_ci_both=both).items()})
+        out[f'turn{t}_{m}'] = dict(before=float(each[0].before[t, m]), gain=gain, gain_ci=seeds) | {k: x.loc[(t, m), ['low', 'high']].tolist() for k, x in dict(before_ci=base, gain_ci_sessions=sessions, gain_ci_both=both).items()}
     return out
 
 # %% ../nbs/09_evaluation.ipynb #697df683
