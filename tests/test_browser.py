@@ -67,7 +67,7 @@ def run_all(page):
     "Run all cells, and wait until all have run."
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
-    prompts, errors, end = page.locator('.jp-CodeCell .jp-InputPrompt'), page.locator('[data-mime-type="application/vnd.jupyter.error"]'), time.time() + 900
+    prompts, errors, end = page.locator('.jp-CodeCell .jp-InputPrompt'), page.locator('.jp-OutputArea-output', has_text='Traceback (most recent call last)'), time.time() + 900
     while any(re.fullmatch(r'\[[ *]\]:', t.strip()) for t in prompts.all_inner_texts()):
         assert not errors.count(), errors.first.inner_text()
         assert time.time() < end, prompts.all_inner_texts()
