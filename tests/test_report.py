@@ -1,5 +1,5 @@
 "`mtef_report` on job folders whose truth is known: a page, tables and pictures that say what is in them."
-import json
+import json, subprocess, sys
 import numpy as np, pandas as pd, pytest
 from safetensors.numpy import save_file
 from mt_editflow_nb.report import load_results, main
@@ -53,3 +53,7 @@ def test_wrong_input(runs, tmp_path, capsys):
         assert main(argv) == 2
         err = capsys.readouterr().err
         assert err.startswith('mtef_report: ') and word in err and err.count('\n') == 1, err
+
+def test_findings_are_those_of_the_files():
+    "The tables of FINDINGS.md are made from the committed results."
+    assert subprocess.run([sys.executable, root/'experiments/findings.py', '--check']).returncode == 0, 'run python experiments/findings.py'
