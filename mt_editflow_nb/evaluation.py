@@ -244,7 +244,7 @@ def seed_summary(
     base = score_intervals(before, **kw)
     for t, m in both.index:
         gain, *seeds = map(float, seed_interval([e.difference[t, m] for e in each]))
-        out[f'turn{t}_{m}'] = dict(before=float(each[0].before[t, m]), gain=gain, gain_ci=seeds) | {k: x.loc[(t, m), ['low', 'high']].tolist() for k, x in dict(before_ci=base, gain_ci_sessions=sessions, gain_ci_both=both).items()}
+        out[f'turn{t}_{m}'] = dict(before=float(base.value[t, m]), gain=gain, gain_ci=seeds) | {k: x.loc[(t, m), ['low', 'high']].tolist() for k, x in dict(before_ci=base, gain_ci_sessions=sessions, gain_ci_both=both).items()}
     return out
 
 # %% ../nbs/09_evaluation.ipynb #697df683
