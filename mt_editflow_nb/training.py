@@ -9,7 +9,7 @@ __all__ = ['Config', 'make_config', 'session_source', 'swapped', 'base_only', 'p
            'results_frame', 'results_table', 'plot_run', 'parse_overrides', 'read_recipe', 'run_notebook', 'main']
 
 # %% ../nbs/10_training.ipynb #bffe2463
-import gc, json, math, os, platform, shutil, signal, subprocess, sys, threading, time
+import gc, hashlib, json, math, os, platform, shutil, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -268,8 +268,9 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
 
 # %% ../nbs/10_training.ipynb #3334e2d4
 def environment() -> dict:
-    "Versions and commit, for `config.json`."
-    try: commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(sys.modules['mt_editflow_nb'].__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    "Versions and commit (`-dirty` behind it where files differ from it), for `config.json`."
+    git = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    try: commit = subprocess.run(git, cwd=Path(sys.modules['mt_editflow_nb'].__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired): commit = None
     return dict(python=platform.python_version(), commit=commit, threads=torch.get_num_threads(),
                 mt_editflow_nb=__version__, **{p: version(p) for p in ('torch', 'diffusers', 'transformers', 'peft')})
@@ -413,15 +414,27 @@ def train(c: Config,           # from `make_config`
     return editor
 
 # %% ../nbs/10_training.ipynb #fba97b06
-def _outcomes(run, name, editor, heldout, c, judge, progress):
-    "Outcomes on held-out sessions, computed once a run; the first eight sessions as pictures."
+_EXAMINES = ('editor', 'quantize', 'size', 'guidance', 'sessions', 'heldout', 'turns', 'eval_turns', 'eval_judge', 'num_steps', 'batch', 'eval_sessions')
+
+def _base_file(run, c: Config) -> Optional[Path]:
+    "Where runs of one folder share what they found of the base editor, named by all that it depends on; None if the code has changes that no commit names."
+    if (env := environment())['commit'] and env['commit'].endswith('-dirty'): return None
+    files = [Path(f).read_bytes() for f in (c.sessions, c.heldout) if f and f != 'shapeworld']
+    key = hashlib.sha256(json.dumps([{k: getattr(c, k) for k in _EXAMINES}, env, [hashlib.sha256(b).hexdigest() for b in files]]).encode()).hexdigest()
+    return Path(run).parent/'.base'/f'{key[:16]}.safetensors'
+
+def _outcomes(run, name, editor, heldout, c, judge, progress, shared=None):
+    "Outcomes on held-out sessions, computed once a run, or once for all runs that share a file; the first eight sessions as pictures."
     from safetensors.numpy import load_file, save_file
     file = Path(run)/f'{name}.safetensors'
+    def keep(write, to): write(tmp := to.with_name(f'.{os.getpid()}.{to.name}')); os.replace(tmp, to)
     while processes()[0] and not file.is_file(): time.sleep(1)                       # one process evaluates, the others wait
+    if not file.is_file() and shared and shared.is_file(): keep(lambda f: shutil.copy(shared, f), file)
     if not file.is_file():
         batch = c.batch if editor.device.type != 'cuda' else find_batch(lambda n: evaluate(editor, heldout[:n], judge, num_steps=2, batch=n), c.batch, Path(run)/'batch_evaluation.json')
         outcomes, images_NTHWC = evaluate(editor, heldout, judge, num_steps=c.num_steps, batch=batch, progress=progress, desc=name)
-        save_file(dict(outcomes._asdict(), images=images_NTHWC[:8]), file.with_suffix('.tmp')); os.replace(file.with_suffix('.tmp'), file)
+        keep(lambda f: save_file(dict(outcomes._asdict(), images=images_NTHWC[:8]), f), file)
+        if shared: shared.parent.mkdir(exist_ok=True); keep(lambda f: shutil.copy(file, f), shared)
     saved = load_file(file)
     return Outcomes(*(saved[k] for k in Outcomes._fields)), saved['images']
 
@@ -440,7 +453,7 @@ def experiment(c: Config,           # from `make_config`
         if not given and base.size != SIDE and (wrong := [k for k in ('judge', 'eval_judge') if getattr(c, k).startswith('verifier')]):
             raise InputError(f"{wrong[0]}: got {getattr(c, wrong[0])!r}, which reads the shape world's pictures of {SIDE} pixels, but the editor works at {base.size}; expected MODEL:MODE")
         _, heldout = session_source(c, base)
-        before, images = _outcomes(run, 'before', base, heldout, c, examiner, progress)
+        before, images = _outcomes(run, 'before', base, heldout, c, examiner, progress, None if given else _base_file(run, c))
         del base; gc.collect()                                           # a card has room for one
         after, images2 = _outcomes(run, 'after', train(c, run, judge, progress), heldout, c, examiner, progress)
         for i, s in enumerate(heldout[:len(images)]) if processes()[0] == 0 else ():

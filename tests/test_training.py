@@ -186,3 +186,23 @@ def test_the_main_job_through_papermill(tmp_path, capsys):
     cells = nbformat.read(run/'train.ipynb', 4).cells
     pictures = [o for c in cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
     assert len(pictures) >= 4 and not any(o.output_type == 'error' for c in cells for o in c.get('outputs', []))
+
+def test_runs_of_a_folder_evaluate_the_base_editor_once(tmp_path, monkeypatch):
+    "What is found of it lies under a name made of all that it depends on; code with changes that no commit names shares nothing."
+    from mt_editflow_nb import training
+    asked, evaluate = [], training.evaluate
+    monkeypatch.setattr(training, 'evaluate', lambda *a, desc, **kw: asked.append(desc) or evaluate(*a, desc=desc, **kw))
+    known = dict(training.environment(), commit='0'*40)
+    def run(name, **kw):
+        asked.clear()
+        c = make_config(dict(sessions_per_iteration=1, group=2, turns=1, iterations=1, lora_rank=2, eval_sessions=4) | kw)
+        return training.experiment(c, tmp_path/name, progress=False)['final_turn_O_before'], list(asked)
+    monkeypatch.setattr(training, 'environment', lambda: known)
+    first, both = run('first')
+    assert both == ['before', 'after']
+    assert run('other_rate', lr=1e-4, seed=3) == (first, ['after'])
+    assert (tmp_path/'first'/'before.safetensors').read_bytes() == (tmp_path/'other_rate'/'before.safetensors').read_bytes()
+    assert run('more_steps', num_steps=4)[1] == ['before', 'after']
+    for changed in (dict(known, torch='0'), dict(known, commit=known['commit'] + '-dirty')):
+        monkeypatch.setattr(training, 'environment', lambda: changed)
+        assert run(f'code_{len(changed["commit"])}_{changed["torch"][0]}')[1] == ['before', 'after']
