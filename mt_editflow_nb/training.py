@@ -417,8 +417,8 @@ def train(c: Config,           # from `make_config`
 _EXAMINES = ('editor', 'quantize', 'size', 'guidance', 'sessions', 'heldout', 'turns', 'eval_turns', 'eval_judge', 'num_steps', 'batch', 'eval_sessions')
 
 def _base_file(run, c: Config) -> Optional[Path]:
-    "Where runs of one folder share what they found of the base editor, named by all that it depends on; None if the code has changes that no commit names."
-    if (env := environment())['commit'] and env['commit'].endswith('-dirty'): return None
+    "Where runs of one folder share what they found of the base editor, named by all that it depends on; None if the code has changes that no commit names, or a model lies in a folder, where it may change."
+    if ((env := environment())['commit'] or '').endswith('-dirty') or Path(c.editor).is_dir() or Path(c.eval_judge.split(':')[0]).is_dir(): return None
     files = [Path(f).read_bytes() for f in (c.sessions, c.heldout) if f and f != 'shapeworld']
     key = hashlib.sha256(json.dumps([{k: getattr(c, k) for k in _EXAMINES}, env, [hashlib.sha256(b).hexdigest() for b in files]]).encode()).hexdigest()
     return Path(run).parent/'.base'/f'{key[:16]}.safetensors'

@@ -203,6 +203,8 @@ def test_runs_of_a_folder_evaluate_the_base_editor_once(tmp_path, monkeypatch):
     assert run('other_rate', lr=1e-4, seed=3) == (first, ['after'])
     assert (tmp_path/'first'/'before.safetensors').read_bytes() == (tmp_path/'other_rate'/'before.safetensors').read_bytes()
     assert run('more_steps', num_steps=4)[1] == ['before', 'after']
+    folder = str(Path(mt_editflow_nb.__file__).parent/'assets'/'tiny_kontext')
+    assert [run(name, editor=folder)[1] for name in ('folder', 'folder_again')] == [['before', 'after']]*2
     for changed in (dict(known, torch='0'), dict(known, commit=known['commit'] + '-dirty')):
         monkeypatch.setattr(training, 'environment', lambda: changed)
         assert run(f'code_{len(changed["commit"])}_{changed["torch"][0]}')[1] == ['before', 'after']
