@@ -6,7 +6,7 @@ from readme import render, root
 
 lib = 'mt_editflow_nb'
 notebooks = sorted(p for folder in ('nbs', 'experiments') for p in (root/folder).rglob('*.ipynb')
-                   if not any(part.startswith(('.', '_')) for part in p.relative_to(root).parts))
+                   if not any(part.startswith(('.', '_')) or part == 'results' for part in p.relative_to(root).parts))     # executed reports may lie there
 chapters = [p for p in notebooks if p.is_relative_to(root/'nbs')]
 each = lambda paths: pytest.mark.parametrize('path', paths, ids=lambda p: str(p.relative_to(root)))
 
