@@ -425,16 +425,15 @@ def _base_file(run, c: Config) -> Optional[Path]:
 
 def _outcomes(run, name, editor, heldout, c, judge, progress, shared=None):
     "Outcomes on held-out sessions, computed once a run, or once for all runs that share a file; the first eight sessions as pictures."
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file, save
     file = Path(run)/f'{name}.safetensors'
-    def keep(write, to): write(tmp := to.with_name(f'.{os.getpid()}.{to.name}')); os.replace(tmp, to)
     while processes()[0] and not file.is_file(): time.sleep(1)                       # one process evaluates, the others wait
-    if not file.is_file() and shared and shared.is_file(): keep(lambda f: shutil.copy(shared, f), file)
+    if not file.is_file() and shared and shared.is_file(): atomic_write(file, shared.read_bytes())
     if not file.is_file():
         batch = c.batch if editor.device.type != 'cuda' else find_batch(lambda n: evaluate(editor, heldout[:n], judge, num_steps=2, batch=n), c.batch, Path(run)/'batch_evaluation.json')
         outcomes, images_NTHWC = evaluate(editor, heldout, judge, num_steps=c.num_steps, batch=batch, progress=progress, desc=name)
-        keep(lambda f: save_file(dict(outcomes._asdict(), images=images_NTHWC[:8]), f), file)
-        if shared: shared.parent.mkdir(exist_ok=True); keep(lambda f: shutil.copy(file, f), shared)
+        atomic_write(file, found := save(dict(outcomes._asdict(), images=images_NTHWC[:8])))
+        if shared: atomic_write(shared, found)
     saved = load_file(file)
     return Outcomes(*(saved[k] for k in Outcomes._fields)), saved['images']
 
