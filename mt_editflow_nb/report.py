@@ -236,19 +236,21 @@ def _seed_scores(o):
     "EdiVal's scores [S, T, 4] of every seed."
     return np.stack([_scores(np.ones((1, o.success_NT.shape[1])), x, np.cumprod(x, -1), b, c)[0] for x, b, c in zip(*o)])
 
-def _band(ax, x, y_SX, label, style, **kw):
-    "A mean line, and the 95 % interval of the mean over seeds."
+def _band(ax, x, y_SX, label, style, top, **kw):
+    "A mean line, and the 95 % interval of the mean over seeds, as far as it lies within the scale from 0 to `top`."
     mean = y_SX.mean(0)
     ax.plot(x, mean, label=label, **style, **kw)
     if len(y_SX) > 1:
         half = t_quantile(len(y_SX) - 1)*y_SX.std(0, ddof=1)/len(y_SX)**.5
-        ax.fill_between(x, mean - half, mean + half, color=style['color'], alpha=.12, lw=0)
+        ax.fill_between(x, *np.clip((mean - half, mean + half), 0, top), color=style['color'], alpha=.12, lw=0)
+
+def _legend(fig): fig.legend(*fig.axes[-1].get_legend_handles_labels(), loc='outside right upper', fontsize=7)     # beside the axes: it hides no line
 
 def plot_curves(r: Results, turn: int = None): # matplotlib figure
     "Learning curves on the training sessions, smoothed: mean over seeds and its 95 % interval."
     from matplotlib.figure import Figure
     keys = dict(all_right='all turns so far right', cc='content consistency')
-    fig = Figure(figsize=(10, 3.2), layout='constrained')
+    fig = Figure(figsize=(11, 3.2), layout='constrained')
     for ax, (key, title) in zip(fig.subplots(1, 2), keys.items()):
         for i, p in enumerate(_ordered(r)):
             ys = [[row[key][(turn or len(row[key])) - 1] for row in c if key in row] for c in p.curves]
@@ -256,22 +258,22 @@ def plot_curves(r: Results, turn: int = None): # matplotlib figure
             if not n: continue
             k = max(1, n//10)
             y = np.stack([np.convolve(y[:n], np.ones(k)/k, 'valid') for y in ys])
-            _band(ax, np.arange(k, n + 1), y, p.label, _style(i) | dict(marker=''))
+            _band(ax, np.arange(k, n + 1), y, p.label, _style(i) | dict(marker=''), 1)
         ax.set(title=f'{title}, turn {turn or "T"}', xlabel='iteration')
-    ax.legend(fontsize=7)
+    _legend(fig)
     return fig
 
 def plot_turns(r: Results, metrics=('O', 'IF', 'CC', 'marginal')): # matplotlib figure
     "Scores over turns; grey: before training."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(3*len(metrics) + 1, 3.2), layout='constrained')
+    fig = Figure(figsize=(3*len(metrics) + 2, 3.2), layout='constrained')
     for ax, m in zip(fig.subplots(1, len(metrics), squeeze=False)[0], metrics):
         for i, p in enumerate(_ordered(r)):
             x = range(1, p.after.success_NT.shape[-1] + 1)
             if not i: ax.plot(x, _seed_scores(p.before)[0, :, _metrics.index(m)], color='.6', lw=3, label='before training')
-            _band(ax, x, _seed_scores(p.after)[..., _metrics.index(m)], p.label, _style(i), ms=4)
+            _band(ax, x, _seed_scores(p.after)[..., _metrics.index(m)], p.label, _style(i), 100, ms=4)
         ax.set(title=dict(marginal='marginal success').get(m, m), xlabel='turn', xticks=list(x))
-    fig.axes[0].set_ylabel('percent'); fig.axes[-1].legend(fontsize=7)
+    fig.axes[0].set_ylabel('percent'); _legend(fig)
     return fig
 
 def plot_plane(r: Results): # matplotlib figure
