@@ -71,7 +71,17 @@ def load_results(path # `NAME.json` of a sweep
     return Results(plan, points, missing)
 
 # %% ../nbs/11a_report.ipynb #93bd6cfe
-_metrics = ('IF', 'marginal', 'CC', 'O')
+_metrics = ('IF', 'marginal', 'CC', 'O', 'kept')
+
+def _with_kept(weights_BN, *outcomes):
+    "EdiVal's scores, and the success of a turn by itself in percent of that of the first turn, [B, T, 5]: how little it decays."
+    x = _scores(weights_BN, *outcomes)
+    first, turn = x[:, :1, 1:2], x[..., 1:2]
+    return np.concatenate([x, 100*np.divide(turn, first, out=np.full_like(turn, np.nan), where=first > 0)], -1)
+
+def _seed_scores(o):
+    "Scores [S, T, 5] of every seed."
+    return np.stack([_with_kept(np.ones((1, o.success_NT.shape[1])), x, np.cumprod(x, -1), b, c)[0] for x, b, c in zip(*o)])
 
 def _tail(crit, shift, df):
     "P(|t| > crit) for Student's t with df degrees of freedom whose normal is shifted."
@@ -95,6 +105,7 @@ def compare_points(
 ) -> pd.DataFrame: # index (turn, metric); base, other, difference, se, df, low, high, p, g; in percent points
     """Paired difference of two settings of a sweep, with its 95 % interval over seeds and sessions.
 
+    Metrics are EdiVal's, and `kept`, the success of a turn by itself in percent of that of the first turn.
     `g` is Hedges' g, the mean difference over its standard deviation between seeds, corrected for few of them.
     With one seed the interval knows about sessions only. Raises `InputError` unless the arrays have one shape."""
     if base.success_NT.ndim != 3 or base.success_NT.shape != other.success_NT.shape:
@@ -102,7 +113,7 @@ def compare_points(
     S, N, T = base.success_NT.shape
     flat = lambda o: [np.asarray(x, float).reshape(S*N, T) for x in (o.success_NT, np.cumprod(o.success_NT, -1), o.object_cc_NT, o.background_cc_NT)]
     a, b = flat(base), flat(other)
-    score = lambda w_BX: np.stack([_scores(w_BX, *x).reshape(len(w_BX), -1) for x in (a, b)])          # [2, B, T*4]
+    score = lambda w_BX: np.stack([_with_kept(w_BX, *x).reshape(len(w_BX), -1) for x in (a, b)])       # [2, B, T*5]
     value = score(np.ones((1, S*N)))[:, 0]
     rng = np.random.default_rng(seed)
     def draws(seeds, sessions):
@@ -114,17 +125,18 @@ def compare_points(
             s = score((w[:, :, None]*v[:, None, :]).reshape(n, S*N).astype(float))
             out.append(s[1] - s[0])
         return np.concatenate(out)
+    var = lambda x: pd.DataFrame(x).var(ddof=0).to_numpy()                                             # leaves out draws without a score
     difference, u, v = value[1] - value[0], 1 - 1/S, 1 - 1/N
     both = draws(S > 1, True)
-    VB, VAB = draws(False, True).var(0)/v, both.var(0)
+    VB, VAB = var(draws(False, True))/v, var(both)
     if S > 1:
-        VA = draws(True, False).var(0)/u
+        VA = var(draws(True, False))/u
         V = np.maximum(VA + VB - (VAB - u*VA - v*VB)/(u*v), np.maximum(VA, VB))
         df = V**2/np.maximum(VA**2/(S - 1) + VB**2/(N - 1), 1e-300)
     else: V, df = VB, np.full(len(VB), N - 1.)
-    per_seed = np.stack([np.subtract(*(_scores(np.ones((1, N)), *(x.reshape(S, N, T)[s] for x in o))[0].ravel() for o in (b, a))) for s in range(S)])
+    per_seed = (_seed_scores(other) - _seed_scores(base)).reshape(S, -1)
     rows = []
-    for i in range(T*4):
+    for i in range(T*len(_metrics)):
         x = both[:, i]
         if np.isnan(difference[i]): rows.append([value[0, i], value[1, i]] + [np.nan]*7); continue
         se, x = math.sqrt(max(V[i], 0)), x[~np.isnan(x)]
@@ -173,8 +185,8 @@ def score_table(r: Results) -> pd.DataFrame: # index (point, turn); per metric i
     "Scores in percent of the base editor and of every point."
     rows = {}
     def add(label, o):
-        S, N, T = o.success_NT.shape
-        x = np.stack([_scores(np.ones((1, N)), o.success_NT[s], np.cumprod(o.success_NT[s], -1), o.object_cc_NT[s], o.background_cc_NT[s])[0] for s in range(S)])
+        x = _seed_scores(o)
+        S, T, _ = x.shape
         for t in range(T): rows[label, t + 1] = {'seeds': S} | {k: v for i, m in enumerate(_metrics) for k, v in ((m, x[:, t, i].mean()), (f'{m} sd', x[:, t, i].std(ddof=1) if S > 1 else np.nan))}
     first = r.points[r.plan['baseline']]
     add('before training', Outcomes(*(x[:1] for x in first.before)))
@@ -231,10 +243,6 @@ _marks = 'os^DvP*X<'
 
 def _ordered(r): return [r.points[r.plan['baseline']]] + [p for p in r.points.values() if p.label != r.plan['baseline']]
 def _style(i): return dict(color=_colors[i % 9], marker=_marks[i % 9], ls=('-', '--', ':')[i//9 % 3])
-
-def _seed_scores(o):
-    "EdiVal's scores [S, T, 4] of every seed."
-    return np.stack([_scores(np.ones((1, o.success_NT.shape[1])), x, np.cumprod(x, -1), b, c)[0] for x, b, c in zip(*o)])
 
 def _band(ax, x, y_SX, label, style, top, **kw):
     "A mean line, and the 95 % interval of the mean over seeds, as far as it lies within the scale from 0 to `top`."
