@@ -378,13 +378,15 @@ def run_sweep(plan: Plan,
         error = state.get('error') or f'its process ended with status {code}'
         say(f'{name(job)}: done in {_clock(state["seconds"])}' if done else f'{name(job)}: FAILED: {error} (see {job.folder/"job.ipynb"} and job.log)')
         total.update(1)
+    at_once = 1                                                                       # jobs: Ray alone knows how many fit
     def draw():
+        nonlocal at_once
         now, shown = time.time(), []
         for key, (job, _, _, _) in running.items():
             if job_state(job.folder).get('status') != 'running': continue             # in Ray's queue
             shown.append((job, *job_progress(job), now - began.setdefault(key, now)))
-        left = _clock(time_left(seconds, [(e, n/of if of else None) for _, n, of, e in shown], len(waiting) + len(running) - len(shown),
-                                min(len(slots), max(1, len(shown)))))
+        at_once = max(at_once, len(shown))                                            # not those of now: one may just have ended
+        left = _clock(time_left(seconds, [(e, n/of if of else None) for _, n, of, e in shown], len(waiting) + len(running) - len(shown), at_once))
         failed = sum(r != 'done' for r in result.values())
         if not bars: return left
         total.set_postfix_str((f'{failed} failed, ' if failed else '') + (f'about {left} left' if left else 'time left: not known yet'))

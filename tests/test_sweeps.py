@@ -223,6 +223,23 @@ def test_the_loop_with_scripted_jobs(tmp_path, monkeypatch):
     result = run_sweep(plan, start, [dict(n=0), dict(n=1)], progress=False, poll_seconds=.01)
     assert result == {f'j{i}': 'failed' if i == 2 else 'done' for i in range(6)} and max(most) == 2 and not busy
 
+def test_the_time_left_counts_every_slot(tmp_path, capsys):
+    "Also in the line that is written when a job has ended and no other has taken its place yet: seven of 100 s on two slots are 350 s, not 700."
+    jobs = [sweeps.Job(f'p{i}', 0, {}, {}, tmp_path/f'j{i}', f'h{i}') for i in range(8)]
+    def start(job, _):
+        t0, last = time.time(), .7 + .2*(job is not jobs[0])                              # the first ends while the second runs
+        def record(status):
+            job.folder.mkdir(exist_ok=True)
+            (job.folder/'job.json').write_text(json.dumps(dict(status=status, hash=job.hash, seconds=100.)))
+        record('running')
+        def poll():
+            if time.time() - t0 < last: return None
+            record('done'); (job.folder/'results.json').write_text('{}')
+            return 0
+        return poll, lambda force=False: None
+    run_sweep(sweeps.Plan('scripted', sweeps.Sweep(notebook='x'), Path('x.ipynb'), jobs, 'p0', {}), start, [{}, {}], poll_seconds=.01)
+    assert '1 of 8 jobs, about 6 min left' in capsys.readouterr().err
+
 tiny = dict(iterations=2, eval_sessions=4, sessions_per_iteration=1, group=2, num_steps=2, turns=1, eval_turns=2, lora_rank=2, save_every=1)
 
 def test_the_ablation_notebook_in_a_sweep(tmp_path):
