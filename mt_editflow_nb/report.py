@@ -287,7 +287,7 @@ def plot_turns(r: Results, metrics=('O', 'IF', 'CC', 'marginal')): # matplotlib 
 def plot_plane(r: Results): # matplotlib figure
     "Instruction following against consistency at the last turn: large marks are means, small ones seeds, lines have equal O."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(5, 4), layout='constrained'); ax = fig.subplots()
+    fig = Figure(figsize=(7, 4), layout='constrained'); ax = fig.subplots()
     pts = [_seed_scores(p.after)[:, -1] for p in _ordered(r)]
     base = _seed_scores(_ordered(r)[0].before)[0, -1]
     ax.scatter(base[0], base[2], color='.6', marker='o', s=120, label='before training')
@@ -299,7 +299,7 @@ def plot_plane(r: Results): # matplotlib figure
     X, Y = np.meshgrid(np.linspace(max(x0, .1), x1, 60), np.linspace(y0, y1, 60))
     lines = ax.contour(X, Y, np.sqrt(X*np.maximum(Y, 0)), colors='.8', linewidths=.7, zorder=0)
     ax.clabel(lines, fontsize=6, fmt='O %.0f')
-    ax.set(xlabel='IF at the last turn', ylabel='CC at the last turn'); ax.legend(fontsize=7)
+    ax.set(xlabel='IF at the last turn', ylabel='CC at the last turn'); _legend(fig)
     return fig
 
 def plot_forest(v: pd.DataFrame # from `verdicts`
