@@ -11,11 +11,11 @@ here = Path(__file__).resolve().parent
 results, text = here/'results'/'sweeps', here/'FINDINGS.md'
 
 def table(name):
-    "Markdown: every setting of a sweep against its baseline, at the last turn."
+    "Markdown: every setting of a sweep against its baseline, at the last turn at which all have an overall score."
     folder = results/name
     try: t, scores, seen = (pd.read_csv(folder/f'{x}.csv') for x in ('comparisons', 'scores', 'monitor'))
     except OSError as e: raise InputError(f'{e.filename}: not there; run mtef_report first') from None
-    last = t.turn.max()
+    last = (known := t[t.metric == 'O'].groupby('turn').difference.apply(lambda x: x.notna().all()))[known].index.max()
     t = t[t.turn == last].set_index(['point', 'metric'])
     scores = scores[scores.turn == last].set_index('point')
     seen = seen.set_index('point').drop(columns='seeds')

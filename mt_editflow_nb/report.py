@@ -210,11 +210,12 @@ def comparison_table(r: Results, n_boot: int = 1000) -> pd.DataFrame: # index (p
     return t
 
 def verdicts(t: pd.DataFrame,   # from `comparison_table`
-             turn: int = None,  # None: the last
+             turn: int = None,  # None: the last at which all have a score (consistency ends where every session has changed its background)
              metric: str = 'O'
             ) -> pd.DataFrame: # a row a point, with a sentence
     "What holds at one turn and metric, in words: better or worse (Holm-adjusted p below 0.05), or undecided and what could have been seen."
-    turn = turn or max(t.index.get_level_values('turn'))
+    known = t.xs(metric, level='metric').difference.notna().groupby(level='turn').all()
+    turn = turn or max(known.index[known] if known.any() else known.index)
     v = t.xs((turn, metric), level=('turn', 'metric')).copy()
     def say(x):
         if np.isnan(x.difference): return 'no data'
@@ -240,6 +241,11 @@ def monitor_table(r: Results) -> pd.DataFrame: # index point; a column a finding
 # %% ../nbs/11a_report.ipynb #5f5a6c40
 _colors = ('#000000', '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#8a6d00', '#7f7f7f')  # Okabe and Ito's, first the baseline
 _marks = 'os^DvP*X<'
+
+def _last(r):
+    "The index of the last turn at which every seed of every point has an overall score."
+    known = ~np.isnan(np.concatenate([_seed_scores(p.after)[..., _metrics.index('O')] for p in r.points.values()])).any(0)
+    return (np.flatnonzero(known) if known.any() else np.arange(len(known)))[-1]
 
 def _ordered(r): return [r.points[r.plan['baseline']]] + [p for p in r.points.values() if p.label != r.plan['baseline']]
 def _style(i): return dict(color=_colors[i % 9], marker=_marks[i % 9], ls=('-', '--', ':')[i//9 % 3])
@@ -285,11 +291,12 @@ def plot_turns(r: Results, metrics=('O', 'IF', 'CC', 'marginal')): # matplotlib 
     return fig
 
 def plot_plane(r: Results): # matplotlib figure
-    "Instruction following against consistency at the last turn: large marks are means, small ones seeds, lines have equal O."
+    "Instruction following against consistency at the last turn with both: large marks are means, small ones seeds, lines have equal O."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4), layout='constrained'); ax = fig.subplots()
-    pts = [_seed_scores(p.after)[:, -1] for p in _ordered(r)]
-    base = _seed_scores(_ordered(r)[0].before)[0, -1]
+    last = _last(r)
+    pts = [_seed_scores(p.after)[:, last] for p in _ordered(r)]
+    base = _seed_scores(_ordered(r)[0].before)[0, last]
     ax.scatter(base[0], base[2], color='.6', marker='o', s=120, label='before training')
     for i, (p, x) in enumerate(zip(_ordered(r), pts)):
         s = _style(i)
@@ -299,7 +306,7 @@ def plot_plane(r: Results): # matplotlib figure
     X, Y = np.meshgrid(np.linspace(max(x0, .1), x1, 60), np.linspace(y0, y1, 60))
     lines = ax.contour(X, Y, np.sqrt(X*np.maximum(Y, 0)), colors='.8', linewidths=.7, zorder=0)
     ax.clabel(lines, fontsize=6, fmt='O %.0f')
-    ax.set(xlabel='IF at the last turn', ylabel='CC at the last turn'); _legend(fig)
+    ax.set(xlabel=f'IF at turn {last + 1}', ylabel=f'CC at turn {last + 1}'); _legend(fig)
     return fig
 
 def plot_forest(v: pd.DataFrame # from `verdicts`
@@ -322,7 +329,8 @@ def plot_grid(r: Results, metric: str = 'O'): # matplotlib figure, or None if th
     axes = [k for k, v in r.plan.get('grid', {}).items() if len(v) > 1][:2]
     if len(axes) < 2: return None
     (ka, va), (kb, vb) = ((k, r.plan['grid'][k]) for k in axes)
-    gain = lambda p: (_seed_scores(p.after) - _seed_scores(p.before))[:, -1, _metrics.index(metric)].mean()
+    last = _last(r)
+    gain = lambda p: (_seed_scores(p.after) - _seed_scores(p.before))[:, last, _metrics.index(metric)].mean()
     cell = lambda x, y: [gain(p) for p in r.points.values() if p.values.get(ka) == x and p.values.get(kb) == y]
     z = np.array([[np.mean(c) if (c := cell(x, y)) else np.nan for y in vb] for x in va])
     fig = Figure(figsize=(1.1*len(vb) + 2.5, .6*len(va) + 1.5), layout='constrained'); ax = fig.subplots()
@@ -330,7 +338,7 @@ def plot_grid(r: Results, metric: str = 'O'): # matplotlib figure, or None if th
     im = ax.imshow(z, cmap='PuOr_r', vmin=-top, vmax=top, aspect='auto')
     for i, j in np.ndindex(*z.shape):
         if not np.isnan(z[i, j]): ax.text(j, i, f'{z[i, j]:+.1f}', ha='center', va='center', color='white' if abs(z[i, j]) > .7*top else 'black')
-    ax.set(xticks=range(len(vb)), xticklabels=[str(x) for x in vb], yticks=range(len(va)), yticklabels=[str(x) for x in va], xlabel=kb, ylabel=ka, title=f'gain of {metric} at the last turn')
+    ax.set(xticks=range(len(vb)), xticklabels=[str(x) for x in vb], yticks=range(len(va)), yticklabels=[str(x) for x in va], xlabel=kb, ylabel=ka, title=f'gain of {metric} at turn {last + 1}')
     fig.colorbar(im)
     return fig
 
