@@ -5,6 +5,7 @@ nothing is written, and the exit status is 1 if a table in the text is not the o
 import argparse, re, sys
 from pathlib import Path
 import pandas as pd
+from mt_editflow_nb.report import last_turn
 from mt_editflow_nb.sessions import InputError, atomic_write
 
 here = Path(__file__).resolve().parent
@@ -15,7 +16,7 @@ def table(name):
     folder = results/name
     try: t, scores, seen = (pd.read_csv(folder/f'{x}.csv') for x in ('comparisons', 'scores', 'monitor'))
     except OSError as e: raise InputError(f'{e.filename}: not there; run mtef_report first') from None
-    last = (known := t[t.metric == 'O'].groupby('turn').difference.apply(lambda x: x.notna().all()))[known].index.max()
+    last = last_turn(t[t.metric == 'O'].set_index('turn').difference)
     t = t[t.turn == last].set_index(['point', 'metric'])
     scores = scores[scores.turn == last].set_index('point')
     seen = seen.set_index('point').drop(columns='seeds')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Point', 'Results', 'load_results', 't_pvalue', 'compare_points', 'holm', 'power', 'detectable', 'score_table',
-           'comparison_table', 'verdicts', 'save_table', 'monitor_table', 'plot_curves', 'plot_turns', 'plot_plane',
-           'plot_forest', 'plot_grid', 'find_plans', 'report_notebook', 'write_report', 'main']
+           'comparison_table', 'last_turn', 'verdicts', 'save_table', 'monitor_table', 'plot_curves', 'plot_turns',
+           'plot_plane', 'plot_forest', 'plot_grid', 'find_plans', 'report_notebook', 'write_report', 'main']
 
 # %% ../nbs/11a_report.ipynb #b7dfa47e
 import json, math, sys
@@ -209,13 +209,18 @@ def comparison_table(r: Results, n_boot: int = 1000) -> pd.DataFrame: # index (p
     t['detectable'] = [detectable(s, d) if s > 0 else np.nan for s, d in zip(t.se, t.df)]
     return t
 
+def last_turn(score: pd.Series # with an index level `turn`
+             ) -> int:
+    "The last turn at which all have a score: consistency, and O with it, ends where every session has changed its background. If there is none, the last."
+    known = score.notna().groupby(level='turn').all()
+    return max(known.index[known] if known.any() else known.index)
+
 def verdicts(t: pd.DataFrame,   # from `comparison_table`
-             turn: int = None,  # None: the last at which all have a score (consistency ends where every session has changed its background)
+             turn: int = None,  # None: `last_turn` of the metric
              metric: str = 'O'
             ) -> pd.DataFrame: # a row a point, with a sentence
     "What holds at one turn and metric, in words: better or worse (Holm-adjusted p below 0.05), or undecided and what could have been seen."
-    known = t.xs(metric, level='metric').difference.notna().groupby(level='turn').all()
-    turn = turn or max(known.index[known] if known.any() else known.index)
+    turn = turn or last_turn(t.xs(metric, level='metric').difference)
     v = t.xs((turn, metric), level=('turn', 'metric')).copy()
     def say(x):
         if np.isnan(x.difference): return 'no data'
@@ -241,11 +246,6 @@ def monitor_table(r: Results) -> pd.DataFrame: # index point; a column a finding
 # %% ../nbs/11a_report.ipynb #5f5a6c40
 _colors = ('#000000', '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#8a6d00', '#7f7f7f')  # Okabe and Ito's, first the baseline
 _marks = 'os^DvP*X<'
-
-def _last(r):
-    "The index of the last turn at which every seed of every point has an overall score."
-    known = ~np.isnan(np.concatenate([_seed_scores(p.after)[..., _metrics.index('O')] for p in r.points.values()])).any(0)
-    return (np.flatnonzero(known) if known.any() else np.arange(len(known)))[-1]
 
 def _ordered(r): return [r.points[r.plan['baseline']]] + [p for p in r.points.values() if p.label != r.plan['baseline']]
 def _style(i): return dict(color=_colors[i % 9], marker=_marks[i % 9], ls=('-', '--', ':')[i//9 % 3])
@@ -294,7 +294,7 @@ def plot_plane(r: Results): # matplotlib figure
     "Instruction following against consistency at the last turn with both: large marks are means, small ones seeds, lines have equal O."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4), layout='constrained'); ax = fig.subplots()
-    last = _last(r)
+    last = last_turn(score_table(r).O.drop('before training', level='point')) - 1
     pts = [_seed_scores(p.after)[:, last] for p in _ordered(r)]
     base = _seed_scores(_ordered(r)[0].before)[0, last]
     ax.scatter(base[0], base[2], color='.6', marker='o', s=120, label='before training')
@@ -329,7 +329,7 @@ def plot_grid(r: Results, metric: str = 'O'): # matplotlib figure, or None if th
     axes = [k for k, v in r.plan.get('grid', {}).items() if len(v) > 1][:2]
     if len(axes) < 2: return None
     (ka, va), (kb, vb) = ((k, r.plan['grid'][k]) for k in axes)
-    last = _last(r)
+    last = last_turn(score_table(r).O.drop('before training', level='point')) - 1
     gain = lambda p: (_seed_scores(p.after) - _seed_scores(p.before))[:, last, _metrics.index(metric)].mean()
     cell = lambda x, y: [gain(p) for p in r.points.values() if p.values.get(ka) == x and p.values.get(kb) == y]
     z = np.array([[np.mean(c) if (c := cell(x, y)) else np.nan for y in vb] for x in va])
