@@ -290,11 +290,13 @@ def plot_turns(r: Results, metrics=('O', 'IF', 'CC', 'marginal')): # matplotlib 
     fig.axes[0].set_ylabel('percent'); _legend(fig)
     return fig
 
+def _last(r): return last_turn(score_table(r).O.drop('before training', level='point')) - 1           # an index, from 0
+
 def plot_plane(r: Results): # matplotlib figure
     "Instruction following against consistency at the last turn with both: large marks are means, small ones seeds, lines have equal O."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4), layout='constrained'); ax = fig.subplots()
-    last = last_turn(score_table(r).O.drop('before training', level='point')) - 1
+    last = _last(r)
     pts = [_seed_scores(p.after)[:, last] for p in _ordered(r)]
     base = _seed_scores(_ordered(r)[0].before)[0, last]
     ax.scatter(base[0], base[2], color='.6', marker='o', s=120, label='before training')
@@ -329,7 +331,7 @@ def plot_grid(r: Results, metric: str = 'O'): # matplotlib figure, or None if th
     axes = [k for k, v in r.plan.get('grid', {}).items() if len(v) > 1][:2]
     if len(axes) < 2: return None
     (ka, va), (kb, vb) = ((k, r.plan['grid'][k]) for k in axes)
-    last = last_turn(score_table(r).O.drop('before training', level='point')) - 1
+    last = _last(r)
     gain = lambda p: (_seed_scores(p.after) - _seed_scores(p.before))[:, last, _metrics.index(metric)].mean()
     cell = lambda x, y: [gain(p) for p in r.points.values() if p.values.get(ka) == x and p.values.get(kb) == y]
     z = np.array([[np.mean(c) if (c := cell(x, y)) else np.nan for y in vb] for x in va])
