@@ -11,11 +11,14 @@ Prints a table and writes experiments/results/bench_NAME.json. Without a GPU it 
 import argparse, gc, json, platform, time
 from pathlib import Path
 import pandas as pd, torch
-from mt_editflow_nb.editors import add_lora, lora_parameters, quantize_nf4
-from mt_editflow_nb.plan import PEAK, count_rows, describe, listen, meta_editor, meta_text, plan
-from mt_editflow_nb.kontext import Text
-from mt_editflow_nb.sessions import atomic_write
-from mt_editflow_nb.training import make_config, optimizer, parse_overrides, read_recipe
+from mt_editflow_nb.editing.lora import add_lora, lora_parameters
+from mt_editflow_nb.editing.loading import quantize_nf4
+from mt_editflow_nb.training.budget import PEAK, count_rows, describe, listen, meta_editor, meta_text, plan
+from mt_editflow_nb.editing.editor import Text
+from mt_editflow_nb.data.files import atomic_write
+from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.training.train import optimizer
+from mt_editflow_nb.cli.train import parse_overrides, read_recipe
 
 def real_editor(c, about, device, dtype, nf4):
     "The transformer with random weights on the device; each block is quantised as soon as it exists, so that bf16 is never held whole."

@@ -4,12 +4,13 @@ Writes experiments/results/NAME_confirmed.json: gains with their intervals over 
 import argparse, json, shlex, sys
 from pathlib import Path
 import numpy as np
-from mt_editflow_nb.editors import load_editor, load_lora
-from mt_editflow_nb.evaluation import Outcomes, evaluate, seed_summary
-from mt_editflow_nb.rewards import load_judge
-from mt_editflow_nb.sessions import atomic_write
-from mt_editflow_nb.shapeworld import shape_sessions
-from mt_editflow_nb.training import environment
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.editing.lora import load_lora
+from mt_editflow_nb.evaluation.scores import Outcomes, evaluate, seed_summary
+from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.data.files import atomic_write
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.training.runs import environment
 
 ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 ap.add_argument('name')

@@ -5,8 +5,8 @@ nothing is written, and the exit status is 1 if a table in the text is not the o
 import argparse, re, sys
 from pathlib import Path
 import pandas as pd
-from mt_editflow_nb.report import last_turn
-from mt_editflow_nb.sessions import InputError, atomic_write
+from mt_editflow_nb.ablation.report import last_turn
+from mt_editflow_nb.data.files import InputError, atomic_write
 
 here = Path(__file__).resolve().parent
 results, text = here/'results'/'sweeps', here/'FINDINGS.md'

@@ -1,7 +1,7 @@
 "`python experiments/parameters.py` writes the parameters of ablation.ipynb from `Config`, so that every field has its type, default and explanation in one place."
 import json, typing
 from pathlib import Path
-from mt_editflow_nb.training import Config
+from mt_editflow_nb.algorithm.config import Config
 
 path = Path(__file__).resolve().parent/'ablation.ipynb'
 

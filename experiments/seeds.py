@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd
 from safetensors.numpy import load_file
-from mt_editflow_nb.evaluation import Outcomes, seed_summary
-from mt_editflow_nb.sessions import atomic_write
-from mt_editflow_nb.training import environment
+from mt_editflow_nb.evaluation.scores import Outcomes, seed_summary
+from mt_editflow_nb.data.files import atomic_write
+from mt_editflow_nb.training.runs import environment
 
 ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 ap.add_argument('name'); ap.add_argument('settings', nargs='*')

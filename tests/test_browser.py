@@ -204,11 +204,11 @@ code = """from mt_editflow_nb.live import explore_training
 explore_training('live', every=.2)
 #---
 import time, torch
-from mt_editflow_nb.explorer import Strips, explore_rewards
-from mt_editflow_nb.engines import Reply
-from mt_editflow_nb.judges import MODES
-from mt_editflow_nb.rewards import Judge, verifier
-from mt_editflow_nb.shapeworld import shape_sessions, teacher_images
+from mt_editflow_nb.explore.explorer import Strips, explore_rewards
+from mt_editflow_nb.rewards.engines import Reply
+from mt_editflow_nb.rewards.judges import MODES
+from mt_editflow_nb.rewards.cube import Judge, verifier
+from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
 class Slow:
     def __call__(self, asks): time.sleep(2); return [Reply('9', {'9': 1.}) for a in asks]
 sessions = shape_sessions(2, 2)

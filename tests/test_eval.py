@@ -3,10 +3,11 @@ import csv, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, numpy as np, pandas as pd, papermill, pytest
 from PIL import Image
-from mt_editflow_nb import edival
-from mt_editflow_nb.card import load_run, main
-from mt_editflow_nb.editors import load_editor, save_lora
-from mt_editflow_nb.evaluation import load_outcomes
+from mt_editflow_nb.evaluation import edival
+from mt_editflow_nb.evaluation.card import load_run, main
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.editing.lora import save_lora
+from mt_editflow_nb.evaluation.scores import load_outcomes
 
 root = Path(__file__).resolve().parents[1]
 natural = ['Add cat', '"Change the count of cat to 1"', "Add text 'LAMB' on the image"]

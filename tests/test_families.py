@@ -6,15 +6,19 @@ from unittest.mock import patch
 import diffusers, numpy as np, pytest, torch
 from PIL import Image
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
-from mt_editflow_nb.editors import FAMILIES, add_lora, find_editor, load_editor, load_lora, lora_parameters, save_lora
-from mt_editflow_nb.flux2 import tiny_klein
-from mt_editflow_nb.plan import describe, meta_editor, plan
-from mt_editflow_nb.qwen import tiny_qwen
-from mt_editflow_nb.rewards import Scores
-from mt_editflow_nb.rollout import rollout
-from mt_editflow_nb.sessions import InputError, Session
-from mt_editflow_nb.shapeworld import shape_sessions
-from mt_editflow_nb.training import iterate, load_for, make_config
+from mt_editflow_nb.editing.loading import FAMILIES, find_editor, load_editor
+from mt_editflow_nb.editing.lora import add_lora, load_lora, lora_parameters, save_lora
+from mt_editflow_nb.editing.flux2 import tiny_klein
+from mt_editflow_nb.training.budget import describe, meta_editor, plan
+from mt_editflow_nb.editing.qwen import tiny_qwen
+from mt_editflow_nb.rewards.cube import Scores
+from mt_editflow_nb.editing.rollout import rollout
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.sessions import Session
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.algorithm.iterate import iterate
+from mt_editflow_nb.training.train import load_for
+from mt_editflow_nb.algorithm.config import make_config
 
 SIZE, STEPS = 64, 3
 GUIDANCE = dict(FluxKontextPipeline=2.5, Flux2KleinPipeline=4., QwenImageEditPipeline=4., QwenImageEditPlusPipeline=4.)
@@ -94,7 +98,7 @@ def test_autoencoder_in_tiles(folder, editor):
     family = find_editor(folder)[1]
     tile = 64 if 'Qwen' in family else editor.vae.config.sample_size
     stride = tile*3//4
-    with patch('mt_editflow_nb.editors.TILED', 2*tile - 1): one, four = load_editor(folder, size=tile), load_editor(folder, size=2*tile)
+    with patch('mt_editflow_nb.editing.loading.TILED', 2*tile - 1): one, four = load_editor(folder, size=tile), load_editor(folder, size=2*tile)
     assert four.vae.use_tiling and not one.vae.use_tiling
     if 'Qwen' in family: four.vae.enable_tiling(tile, tile, stride, stride)                       # its own are of 256 pixels
     x = np.stack([np.asarray(s.image.resize((tile, tile))) for s in shape_sessions(4, turns=1, seed=4)])
@@ -140,7 +144,7 @@ def test_bfloat16_computes_and_float32_keeps(folder, session):
     editor = load(folder, lora_rank=2, dtype='bfloat16', checkpointing=True)
     kept = {}
     def watched(*args, **kw): kept['ro'] = rollout(*args, **kw); return kept['ro']
-    with patch('mt_editflow_nb.training.rollout', watched): metrics = one_iteration(editor, session, algorithm='grpo')
+    with patch('mt_editflow_nb.algorithm.iterate.rollout', watched): metrics = one_iteration(editor, session, algorithm='grpo')
     ro = kept['ro']
     assert {p.dtype for n, p in editor.transformer.named_parameters() if 'lora_' not in n} == {torch.bfloat16} and ro.texts_T[0].embeds.dtype == torch.bfloat16
     assert {x.dtype for x in (*lora_parameters(editor), ro.inputs_TNLC, ro.clean_TNLC, ro.path_TKNLC, ro.mean_TKNLC, ro.logp_TKN, ro.sigmas)} == {torch.float32}
@@ -182,7 +186,7 @@ def test_text_encoder_sees_the_picture(folder, editor, session):
 
 def test_benchmark_edits_with_every_family(editor, session):
     "EdiVal-Bench's generation shows the text encoder the picture too, and brings any size to the editor's."
-    from mt_editflow_nb.edival import edit_images
+    from mt_editflow_nb.evaluation.edival import edit_images
     with patch.object(pipeline_qwenimage_edit_plus, 'CONDITION_IMAGE_SIZE', 112**2):
         out = edit_images(editor, [session.image.resize((90, 70))], ['add a ring'], num_steps=2)
     assert [im.size for im in out] == [(SIZE, SIZE)]
@@ -213,5 +217,5 @@ def test_other_bad_input(tmp_path, folder):
     with pytest.raises(InputError, match='StableDiffusionPipeline.*FluxKontextPipeline'): load_editor(tmp_path)
     (tmp_path/'model_index.json').write_text('no json')
     with pytest.raises(InputError, match='not the index'): load_editor(tmp_path)
-    with patch('mt_editflow_nb.editors.find_spec', lambda name: None), pytest.raises(InputError, match='pip install bitsandbytes'): load_editor(folder, quantize='nf4')
+    with patch('mt_editflow_nb.editing.loading.find_spec', lambda name: None), pytest.raises(InputError, match='pip install bitsandbytes'): load_editor(folder, quantize='nf4')
     with pytest.raises(InputError, match='expected a multiple of'): load_editor(folder, size=SIZE + 1)

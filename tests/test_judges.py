@@ -4,12 +4,13 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pytest, torch
-from mt_editflow_nb.engines import Ask, Cached, Local, Reply, Server
-from mt_editflow_nb.fusion import advantages
-from mt_editflow_nb.judges import Item, PROMPTS, TINY_PROMPTS, load_mode, prompt
-from mt_editflow_nb.rewards import Judge, TurnScorer, load_judge
-from mt_editflow_nb.sessions import InputError
-from mt_editflow_nb.shapeworld import shape_sessions, teacher_images, verify
+from mt_editflow_nb.rewards.engines import Ask, Cached, Local, Reply, Server
+from mt_editflow_nb.algorithm.fusion import advantages
+from mt_editflow_nb.rewards.judges import Item, PROMPTS, TINY_PROMPTS, load_mode, prompt
+from mt_editflow_nb.rewards.cube import Judge, TurnScorer, load_judge
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
+from mt_editflow_nb.data.verifier import verify
 
 good = '{"reasoning": "it moved", "score": 6}'
 faults = { # name -> (status, body) of a try, or a word
@@ -194,7 +195,7 @@ def test_nf4_judge_is_a_fraction_and_says_nearly_the_same():
     assert not torch.equal(a.rewards_PGTM, b.rewards_PGTM) and np.corrcoef(a.rewards_PGTM.flatten(), b.rewards_PGTM.flatten())[0, 1] > .9
 
 def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(tmp_path, monkeypatch, capfd):
-    from mt_editflow_nb.training import main
+    from mt_editflow_nb.cli.train import main
     key = 'sk-0123456789abcdefSECRET'
     monkeypatch.setenv('OPENAI_API_KEY', key)
     settings = ['sessions_per_iteration=1', 'group=2', 'num_steps=2', 'turns=2', 'iterations=2', 'eval_sessions=2', 'lora_rank=2', 'times=1', 'save_every=1']
@@ -234,7 +235,7 @@ def test_coarse_judge_asks_once_a_session_and_a_turn_scorer_agrees():
 @pytest.mark.parametrize('lost', (1, 4))
 def test_share_of_failures_is_that_of_the_whole_rollout(lost):
     "A piece may fail altogether; once more than the share of everything is lost, nothing more is asked."
-    from mt_editflow_nb.engines import _url
+    from mt_editflow_nb.rewards.engines import _url
     bad = {_url(images[p, g, 0]) for p in range(lost) for g in range(4)}
     fails = lambda body: body['messages'][0]['content'][1]['image_url']['url'] in bad
     with Faulty(lambda n, body: (500, 'no') if fails(body) else Honest()(n, body)) as server:

@@ -22,7 +22,8 @@ def test_package_is_exported_from_notebooks(tmp_path):
     shutil.copy(root/'settings.ini', tmp_path)
     (tmp_path/lib).mkdir()
     subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=tmp_path, check=True)
-    code = lambda top: {str(p.relative_to(top)): p.read_text() for p in (top/lib).rglob('*.py')}
+    code = lambda top: {str(p.relative_to(top)): p.read_text() for p in (top/lib).rglob('*.py')
+                        if p.name not in ('__init__.py', '__main__.py')}     # those two are written by hand
     exported, committed = code(tmp_path), code(root)
     assert exported.keys() == committed.keys()
     differ = [name for name in exported if exported[name] != committed[name]]
@@ -88,12 +89,33 @@ def imported(name):
             used = [m for m in modules if tuple(parts[1:1 + len(m)]) == m]
             if used: yield max(used, key=len)
 
-number = lambda name: re.match(r'(\d+)([a-z]*)_', modules[name].name).groups()
+ROOMS = ('data', 'editing', 'rewards', 'algorithm', 'evaluation', 'training', 'ablation', 'explore', 'cli')   # in reading order
+
+def place(name):
+    "Where a chapter stands in reading order: its room, then its number and letter."
+    return (ROOMS.index(name[0]), *re.match(r'(\d+)([a-z]*)_', modules[name].name).groups())
 
 @pytest.mark.parametrize('name', modules, ids='.'.join)
 def test_imports_earlier_chapters_only(name):
-    later = [m for m in imported(name) if m != name and number(m) >= number(name)]
+    later = [m for m in imported(name) if m != name and place(m) >= place(name)]
     assert not later, f'{modules[name].name} imports from {[modules[m].name for m in later]}'
 
+@pytest.mark.parametrize('name', modules, ids='.'.join)
+def test_takes_no_private_names_of_others(name):
+    source = root.joinpath(lib, *name).with_suffix('.py').read_text()
+    taken = [(node.module, a.name) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith(lib))
+             for a in node.names if a.name.startswith('_') and not a.name.startswith('__')]
+    assert not taken
+
+def test_public_names_are_unique():
+    "No two rooms give the same name to two things."
+    seen = {}
+    for name in modules:
+        tree = ast.parse(root.joinpath(lib, *name).with_suffix('.py').read_text())
+        public, = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__'] or [[]]
+        for n in public: seen.setdefault(n, []).append('.'.join(name))
+    twice = {n: places for n, places in seen.items() if len(places) > 1 and n != 'main'}
+    assert not twice
+
 def test_there_is_a_chain_of_imports():
-    assert ('sessions',) in set(imported(('evaluation',)))
+    assert ('data', 'files') in set(imported(('evaluation', 'scores')))

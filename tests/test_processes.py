@@ -2,7 +2,7 @@
 import json, os, socket, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file
-from mt_editflow_nb.training import main
+from mt_editflow_nb.cli.train import main
 
 settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2', 'batch=16', 'lora_rank=2', 'updates=2', 'std=global', 'whiten=true', 'lr=2e-4']   # AdamW divides by the gradient's size: rounding grows with lr
 

@@ -9,13 +9,18 @@ from safetensors.torch import load_file
 from readme import root
 from test_families import judge
 from mt_editflow_nb import training
-from mt_editflow_nb.editors import find_editor, load_editor, lora_parameters
-from mt_editflow_nb.flux2 import tiny_klein
-from mt_editflow_nb.kontext import Text
-from mt_editflow_nb.plan import PAINTING, PEAK, PUBLISHED, TRANSFORMERS, advice, count_rows, describe, find_batch, judge_bytes, listen, meta_editor, meta_text, plan, plan_text, weight_bytes
-from mt_editflow_nb.qwen import tiny_qwen
-from mt_editflow_nb.sessions import InputError, Session
-from mt_editflow_nb.training import iterate, load_for, main, make_config, optimizer, read_recipe
+from mt_editflow_nb.editing.loading import find_editor, load_editor
+from mt_editflow_nb.editing.lora import lora_parameters
+from mt_editflow_nb.editing.flux2 import tiny_klein
+from mt_editflow_nb.editing.editor import Text
+from mt_editflow_nb.training.budget import PAINTING, PEAK, PUBLISHED, TRANSFORMERS, advice, count_rows, describe, find_batch, judge_bytes, listen, meta_editor, meta_text, plan, plan_text, weight_bytes
+from mt_editflow_nb.editing.qwen import tiny_qwen
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.sessions import Session
+from mt_editflow_nb.algorithm.iterate import iterate
+from mt_editflow_nb.training.train import load_for, optimizer
+from mt_editflow_nb.cli.train import main, read_recipe
+from mt_editflow_nb.algorithm.config import make_config
 
 recipes = sorted((root/'experiments/recipes').glob('*.yaml'))
 
@@ -112,7 +117,7 @@ tiny_axes = dict(num_attention_heads=2, attention_head_dim=64, joint_attention_d
 def test_activations_against_what_the_allocator_sees(name, config):
     "A thin transformer of each family trains a row: the planned bytes of activations and backward pass are within 10 % of those really held."
     import diffusers
-    from mt_editflow_nb.editors import add_lora
+    from mt_editflow_nb.editing.lora import add_lora
     about = dict(PUBLISHED[name], transformer=config)
     meta, real = (meta_editor(about, size=256, guidance=1., dtype=torch.float32) for _ in range(2))
     real.transformer, real.device = getattr(diffusers, TRANSFORMERS[about['pipeline']]).from_config(config).requires_grad_(False), torch.device('cpu')
@@ -141,7 +146,7 @@ def test_what_painting_holds():
 
 def test_judges_are_counted():
     "A judge in this process takes memory, one behind a server and the verifier take none, and one that is not known is said to be missing."
-    from mt_editflow_nb.engines import Local
+    from mt_editflow_nb.rewards.engines import Local
     assert judge_bytes('verifier', 512, 2) == judge_bytes('Qwen/Qwen2.5-VL-7B-Instruct@http://localhost:8000/v1:logit', 512, 2) == 0
     whole, four = (judge_bytes(f'Qwen/Qwen2.5-VL-7B-Instruct{q}:logit', 512, 2) for q in ('', '+nf4'))
     words = 2*18*18 + 1024
@@ -149,7 +154,7 @@ def test_judges_are_counted():
     assert .28 < (four - 32*words*28*2*4*128*2)/(8_292_166_656*2) < .4           # a bit over a quarter: embeddings and head stay
     held = sum(p.numel()*p.element_size() for p in Local('tiny')._loaded[0].parameters())
     assert held <= judge_bytes('tiny:think', 48, 4) < 200*held
-    with patch('mt_editflow_nb.plan.judge_bytes', lambda name, *_: None if name == 'some/model:think' else 0): p = plan(make_config(dict(judge='some/model:think')))
+    with patch('mt_editflow_nb.training.budget.judge_bytes', lambda name, *_: None if name == 'some/model:think' else 0): p = plan(make_config(dict(judge='some/model:think')))
     assert 'not counted: some/model:think' in plan_text(p) and p['memory']['judge'] == 0
 
 def test_the_verifier_reads_small_pictures_only(tmp_path, capsys):
@@ -162,7 +167,7 @@ def test_the_verifier_reads_small_pictures_only(tmp_path, capsys):
     assert len((tmp_path/'b'/'metrics.jsonl').read_text().splitlines()) == 1
 
 def test_a_judge_is_loaded_once(tmp_path):
-    from mt_editflow_nb.training import experiment
+    from mt_editflow_nb.training.train import experiment
     asked = []
     class Stop(Exception): pass
     def one(name, **kw): asked.append(name); return judge
@@ -188,7 +193,7 @@ def test_activations_of_a_loaded_editor():
     about = describe('tiny')
     meta = meta_editor(about, size=48, guidance=2.5, dtype=torch.float32)
     real = load_editor()
-    from mt_editflow_nb.editors import add_lora
+    from mt_editflow_nb.editing.lora import add_lora
     add_lora(meta, 4); add_lora(real, 4)
     text = real.encode_text(['add a ring'])
     a, b = listen(meta, meta_text(meta, text.embeds.shape[1])), listen(real, text)
@@ -313,7 +318,7 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
 
 def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch):
     from mt_editflow_nb import card
-    from mt_editflow_nb.editors import save_lora
+    from mt_editflow_nb.editing.lora import save_lora
     import json
     save_lora(load_editor(lora_rank=2), tmp_path/'run'/'lora')
     (tmp_path/'run'/'config.json').write_text(json.dumps(dict(config=dict(editor='tiny', size=48, guidance=2., num_steps=3, quantize=None))))

@@ -2,7 +2,8 @@
 import io, json
 import pytest
 from PIL import Image
-from mt_editflow_nb.sessions import InputError, load_edival, load_sessions, save_sessions, Session
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.sessions import load_edival, load_sessions, save_sessions, Session
 
 good = dict(id='b', image='ok.png', instructions=['x', 'y'])
 
@@ -117,7 +118,7 @@ def test_what_cannot_be_saved(tmp_path):
 def test_interrupted_save_keeps_the_old_set(tmp_path, monkeypatch):
     old = [Session('a', Image.new('RGB', (4, 4), 'red'), ['x'])]
     path = save_sessions(old, tmp_path)
-    import mt_editflow_nb.sessions as module
+    import mt_editflow_nb.data.sessions as module
     write = module.atomic_write
     def stop_at_list(path, data):
         if path.name == 'sessions.jsonl': raise KeyboardInterrupt

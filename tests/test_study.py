@@ -2,15 +2,15 @@
 import signal, subprocess, sys
 from pathlib import Path
 import nbformat, papermill
-from mt_editflow_nb.agreement import load_labels
-from mt_editflow_nb.shapeworld import shape_sessions
-from mt_editflow_nb.study import append_line, make_trials, read_choices
+from mt_editflow_nb.rewards.agreement import load_labels
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.evaluation.study import append_line, make_trials, read_choices
 
 root = Path(__file__).resolve().parents[1]
 
 writer = '''
 import sys
-from mt_editflow_nb.study import append_line
+from mt_editflow_nb.evaluation.study import append_line
 for i in range(100_000):
     append_line(sys.argv[1], dict(rater='ann', seed=0, trial=i, session=f's{i}', first='a', second='b', choice='first', seconds=1., time='', note='x'*500))
     print(i, flush=True)

@@ -3,8 +3,8 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, psutil, pytest, yaml
 from mt_editflow_nb import sweeps
-from mt_editflow_nb.sessions import InputError
-from mt_editflow_nb.sweeps import held, job_slots, job_state, job_status, main, plan_sweep, run_sweep, start_local, start_ray
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.ablation.sweeps import held, job_slots, job_state, job_status, main, plan_sweep, run_sweep, start_local, start_ray
 from readme import root
 
 WORK = '''import json, pathlib, time
@@ -31,7 +31,7 @@ def spec(folder, name='sweep', **fields):
     path.write_text(yaml.safe_dump(dict(notebook='small.ipynb') | fields, sort_keys=False))
     return path
 
-def command(path, *more): return [sys.executable, '-c', 'import sys; from mt_editflow_nb.sweeps import main; sys.exit(main(sys.argv[1:]))', str(path), '--out', str(path.parent/'runs'), *more]
+def command(path, *more): return [sys.executable, '-c', 'import sys; from mt_editflow_nb.ablation.sweeps import main; sys.exit(main(sys.argv[1:]))', str(path), '--out', str(path.parent/'runs'), *more]
 
 def wait_for(condition, seconds=900):
     t0 = time.time()
@@ -165,7 +165,7 @@ shipped = sorted((root/'experiments/sweeps').glob('*.yaml'))
 @pytest.mark.parametrize('path', shipped, ids=lambda p: p.stem)
 def test_shipped_sweeps(path, tmp_path):
     "Every sweep is accepted by its notebook; `reasoning` as soon as there is a judge that reasons."
-    from mt_editflow_nb.rewards import load_judge
+    from mt_editflow_nb.rewards.cube import load_judge
     try: load_judge('tiny:think'); judges = True
     except InputError: judges = False
     check = judges or path.stem != 'reasoning'
@@ -182,7 +182,7 @@ def test_the_sweeps_of_the_paper_are_there_and_share_jobs(tmp_path):
 
 def test_sweeps_at_equal_compute(tmp_path):
     "What a comment in the files says, with the configuration's defaults: as many turns, or transformer passes, as the baseline."
-    from mt_editflow_nb.training import Config
+    from mt_editflow_nb.algorithm.config import Config
     c, points = Config(), {n: plan_sweep(root/f'experiments/sweeps/{n}.yaml', tmp_path, check=False).points for n in ('paper', 'turns')}
     turns = [p['turns']*p['sessions_per_iteration'] for p in (*points['turns'].values(), points['paper']['single-turn RL'])]
     assert all(abs(t/(3*c.sessions_per_iteration) - 1) < .05 for t in turns), turns
@@ -244,7 +244,7 @@ tiny = dict(iterations=2, eval_sessions=4, sessions_per_iteration=1, group=2, nu
 
 def test_the_ablation_notebook_in_a_sweep(tmp_path):
     "A job folder holds what it should, and the report's chapter reads it."
-    from mt_editflow_nb.report import load_results
+    from mt_editflow_nb.ablation.report import load_results
     path = tmp_path/'one.yaml'
     path.write_text(yaml.safe_dump(dict(notebook=os.path.relpath(root/'experiments/ablation.ipynb', tmp_path), fixed=tiny)))
     assert main([str(path), '--out', str(tmp_path/'runs')]) == 0
@@ -256,7 +256,9 @@ def test_the_ablation_notebook_in_a_sweep(tmp_path):
     assert load_results(tmp_path/'runs'/'one.json').points['defaults'].after.success_NT.shape == (1, 4, 2)                       # tested on more turns than trained
 
 def test_supervised_training_is_a_run_like_any_other(tmp_path):
-    from mt_editflow_nb.training import last_checkpoint, make_config, train
+    from mt_editflow_nb.training.runs import last_checkpoint
+    from mt_editflow_nb.algorithm.config import make_config
+    from mt_editflow_nb.training.train import train
     train(make_config(tiny | dict(algorithm='sft')), tmp_path/'run', progress=False)
     rows = [json.loads(x) for x in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]
     assert [r['iteration'] for r in rows] == [0, 1] and all(r['loss'] > 0 and r['rows'] == 2 for r in rows)

@@ -4,13 +4,18 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
 import mt_editflow_nb
-from mt_editflow_nb.editors import load_editor, load_lora
-from mt_editflow_nb.card import main as mtef_eval
-from mt_editflow_nb.rewards import load_judge
-from mt_editflow_nb.rollout import rollout
-from mt_editflow_nb.sessions import InputError, save_sessions
-from mt_editflow_nb.shapeworld import shape_sessions
-from mt_editflow_nb.training import last_checkpoint, load_checkpoint, main, make_config, train
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.editing.lora import load_lora
+from mt_editflow_nb.evaluation.card import main as mtef_eval
+from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.editing.rollout import rollout
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.sessions import save_sessions
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.training.runs import last_checkpoint, load_checkpoint
+from mt_editflow_nb.cli.train import main
+from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.training.train import train
 
 small = dict(sessions_per_iteration=1, group=2, turns=2, num_steps=2, lora_rank=2, iterations=8, save_every=2, eval_sessions=4)
 pairs = lambda **changes: [f'{k}={json.dumps(v)}' for k, v in (small | changes).items()]
@@ -101,7 +106,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, algorithm):
     assert same_end(tmp_path/'whole', run)
 
 def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
-    import mt_editflow_nb.training as module
+    import mt_editflow_nb.algorithm.iterate as module
     real, calls = module.nft_loss, []
     def poisoned(*args, **kw):
         calls.append(1)
