@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd, torch
 from mt_editflow_nb.editing.lora import add_lora, lora_parameters
 from mt_editflow_nb.editing.loading import quantize_nf4
-from mt_editflow_nb.training.budget import PEAK, count_rows, describe, listen, meta_editor, meta_text, plan
+from mt_editflow_nb.training.budget import PEAK, count_rows, editor_configs, profile_row, weightless_editor, weightless_text, plan
 from mt_editflow_nb.editing.editor import Text
 from mt_editflow_nb.data.files import atomic_write
 from mt_editflow_nb.algorithm.config import make_config
@@ -22,7 +22,7 @@ from mt_editflow_nb.cli.train import parse_overrides, read_recipe
 
 def real_editor(c, about, device, dtype, nf4):
     "The transformer with random weights on the device; each block is quantised as soon as it exists, so that bf16 is never held whole."
-    e = meta_editor(about, size=c.size or about.get('size'), guidance=c.guidance, dtype=dtype)
+    e = weightless_editor(about, size=c.size or about.get('size'), guidance=c.guidance, dtype=dtype)
     e.device = device
     def fill(m):
         m.to_empty(device=device)
@@ -69,7 +69,7 @@ def measure(c, about, nf4, compiled, device, dtype, repeat):
     if device.type == 'cuda': torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
     e = real_editor(c, about, device, dtype, nf4)
     if compiled: e.transformer.compile_repeated_blocks(**({} if device.type == 'cuda' else dict(backend='eager')))
-    text, opt, n = like(meta_text(e, about['words'], c.batch), device), optimizer(c, lora_parameters(e)), c.batch
+    text, opt, n = like(weightless_text(e, about['words'], c.batch), device), optimizer(c, lora_parameters(e)), c.batch
     x, image, s = torch.randn(n, *e.latent_shape, device=device), torch.randn(n, *e.latent_shape, device=device), torch.full((n,), .5, device=device)
     def sample():
         with torch.no_grad(): e.velocity(x, s, text, image)
@@ -87,9 +87,9 @@ def peak(device): return next((v for k, v in PEAK.items() if k in torch.cuda.get
 
 def flops_of_a_row(c, about):
     "Operations of one forward row, counted on the meta device."
-    m = meta_editor(about, size=c.size or about.get('size'), guidance=c.guidance)
+    m = weightless_editor(about, size=c.size or about.get('size'), guidance=c.guidance)
     add_lora(m, 1)
-    return listen(m, meta_text(m, about['words']))['flops_forward']
+    return profile_row(m, weightless_text(m, about['words']))['flops_forward']
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,7 +104,7 @@ def main():
     toy = a.toy or device.type == 'cpu'
     if toy: values |= dict(lora_rank=4, batch=2) | ({} if Path(str(values.get('editor'))).is_dir() else dict(editor='tiny', size=48))
     c = make_config(values)
-    about, dtype = describe(c.editor), torch.bfloat16
+    about, dtype = editor_configs(c.editor), torch.bfloat16
     rows = []
     for nf4 in (True, False):
         for compiled in (False, True):

@@ -9,7 +9,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from mt_editflow_nb.editing.loading import FAMILIES, find_editor, load_editor
 from mt_editflow_nb.editing.lora import add_lora, load_lora, lora_parameters, save_lora
 from mt_editflow_nb.editing.flux2 import tiny_klein
-from mt_editflow_nb.training.budget import describe, meta_editor, plan
+from mt_editflow_nb.training.budget import editor_configs, weightless_editor, plan
 from mt_editflow_nb.editing.qwen import tiny_qwen
 from mt_editflow_nb.rewards.cube import Scores
 from mt_editflow_nb.editing.rollout import rollout
@@ -73,7 +73,7 @@ def test_guidance_is_the_published_one(folder, editor):
     "Of an editor that is loaded, of one that is planned, and of a run that says nothing; a run that names one has that one."
     family = find_editor(folder)[1]
     quiet, named = make_config(dict(editor=str(folder), size=SIZE)), make_config(dict(editor=str(folder), size=SIZE, guidance=1.5))
-    assert editor.guidance == load_for(quiet).guidance == meta_editor(describe(folder), size=SIZE).guidance == GUIDANCE[family]
+    assert editor.guidance == load_for(quiet).guidance == weightless_editor(editor_configs(folder), size=SIZE).guidance == GUIDANCE[family]
     assert load_for(named).guidance == 1.5
     passes = plan(quiet)['passes'], plan(make_config(dict(editor=str(folder), size=SIZE, guidance=1.)))['passes']
     assert passes == ((1, 1) if 'Kontext' in family else (2, 1))

@@ -13,7 +13,7 @@ from mt_editflow_nb.editing.loading import find_editor, load_editor
 from mt_editflow_nb.editing.lora import lora_parameters
 from mt_editflow_nb.editing.flux2 import tiny_klein
 from mt_editflow_nb.editing.editor import Text
-from mt_editflow_nb.training.budget import PAINTING, PEAK, PUBLISHED, TRANSFORMERS, advice, count_rows, describe, find_batch, judge_bytes, listen, meta_editor, meta_text, plan, plan_text, weight_bytes
+from mt_editflow_nb.training.budget import DECODER_NUMBERS, PEAK, PUBLISHED, TRANSFORMERS, advice, count_rows, editor_configs, find_batch, judge_bytes, profile_row, weightless_editor, weightless_text, plan, plan_text, weight_bytes
 from mt_editflow_nb.editing.qwen import tiny_qwen
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import Session
@@ -80,7 +80,7 @@ def closed_form(config, kind):
 @pytest.mark.parametrize('name,kind,billions', [('black-forest-labs/FLUX.1-Kontext-dev', 'flux', 11.9), ('black-forest-labs/FLUX.2-klein-base-4B', 'flux2', 3.9),
                                                 ('black-forest-labs/FLUX.2-klein-base-9B', 'flux2', 9.1), ('Qwen/Qwen-Image-Edit', 'qwen', 20.4)])
 def test_parameters_of_the_published_models(name, kind, billions):
-    t = meta_editor(PUBLISHED[name], size=512, guidance=1.).transformer
+    t = weightless_editor(PUBLISHED[name], size=512, guidance=1.).transformer
     n = sum(p.numel() for p in t.parameters())
     if kind == 'flux': assert t.config.guidance_embeds
     assert n == closed_form(t.config, kind) and round(n/1e9, 1) == billions
@@ -119,11 +119,11 @@ def test_activations_against_what_the_allocator_sees(name, config):
     import diffusers
     from mt_editflow_nb.editing.lora import add_lora
     about = dict(PUBLISHED[name], transformer=config)
-    meta, real = (meta_editor(about, size=256, guidance=1., dtype=torch.float32) for _ in range(2))
+    meta, real = (weightless_editor(about, size=256, guidance=1., dtype=torch.float32) for _ in range(2))
     real.transformer, real.device = getattr(diffusers, TRANSFORMERS[about['pipeline']]).from_config(config).requires_grad_(False), torch.device('cpu')
     for e in (meta, real): add_lora(e, 8, targets='attention')
-    shapes = meta_text(meta, 128)
-    heard, some = listen(meta, shapes), lambda x: None if x is None else torch.randn(x.shape)
+    shapes = weightless_text(meta, 128)
+    heard, some = profile_row(meta, shapes), lambda x: None if x is None else torch.randn(x.shape)
     text = Text(some(shapes.embeds), some(shapes.pooled), None if shapes.ids is None else torch.zeros(shapes.ids.shape))
     x, image, s = torch.randn(1, *real.latent_shape), torch.randn(1, *real.latent_shape), torch.full((1,), .5)
     def step():
@@ -142,7 +142,7 @@ def test_what_painting_holds():
     for qwen, vae in ((False, diffusers.AutoencoderKL(**kontext)), (True, diffusers.AutoencoderKLQwenImage())):
         if not qwen: assert sum(p.numel() for p in vae.parameters()) == PUBLISHED['black-forest-labs/FLUX.1-Kontext-dev']['vae']
         z = torch.randn(1, 16, *((1,) if qwen else ()), 12, 12)
-        with torch.no_grad(): assert abs(PAINTING[qwen]*96**2*4/most_held(lambda: vae.decode(z)) - 1) < .05
+        with torch.no_grad(): assert abs(DECODER_NUMBERS[qwen]*96**2*4/most_held(lambda: vae.decode(z)) - 1) < .05
 
 def test_judges_are_counted():
     "A judge in this process takes memory, one behind a server and the verifier take none, and one that is not known is said to be missing."
@@ -190,13 +190,13 @@ def test_bytes_of_a_loaded_editor():
 
 def test_activations_of_a_loaded_editor():
     "What the meta device counts against the same transformer with numbers: autograd keeps the same tensors."
-    about = describe('tiny')
-    meta = meta_editor(about, size=48, guidance=2.5, dtype=torch.float32)
+    about = editor_configs('tiny')
+    meta = weightless_editor(about, size=48, guidance=2.5, dtype=torch.float32)
     real = load_editor()
     from mt_editflow_nb.editing.lora import add_lora
     add_lora(meta, 4); add_lora(real, 4)
     text = real.encode_text(['add a ring'])
-    a, b = listen(meta, meta_text(meta, text.embeds.shape[1])), listen(real, text)
+    a, b = profile_row(meta, weightless_text(meta, text.embeds.shape[1])), profile_row(real, text)
     c, S = real.transformer.config, text.embeds.shape[1] + 2*real.latent_shape[0]
     attention = 4*S**2*c.num_attention_heads*c.attention_head_dim*(c.num_layers + c.num_single_layers)     # the CPU's fused kernel is not counted
     assert a['flops_forward'] == b['flops_forward'] + attention and a['flops_backward'] == b['flops_backward'] + 2*attention
@@ -295,7 +295,7 @@ def test_bench_measures_every_family(family, twins, monkeypatch):
     monkeypatch.syspath_prepend(str(root/'experiments'))
     import bench_gpu
     c = make_config(dict(editor=str(twins[family]), size=64, batch=2, lora_rank=2, checkpointing=True, guidance=2.5))
-    row = bench_gpu.measure(c, describe(c.editor), True, False, torch.device('cpu'), torch.float32, 1)
+    row = bench_gpu.measure(c, editor_configs(c.editor), True, False, torch.device('cpu'), torch.float32, 1)
     assert 0 < row['seconds_forward_row'] and row['edits_per_gpu_second'] == pytest.approx(c.sessions_per_iteration*c.group*3/row['seconds_iteration'])
 
 def test_bench_command(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from ..data.files import InputError, atomic_write
 from ..evaluation.scores import Outcomes, _scores, t_quantile
-from ..training.monitor import watch
+from ..training.monitor import find_hacking
 
 # %% ../../nbs/ablation/01_report.ipynb #cb0b4e91
 class Point(NamedTuple):
@@ -239,7 +239,7 @@ def save_table(t: pd.DataFrame, folder, name: str):
 # %% ../../nbs/ablation/01_report.ipynb #b750f345
 def monitor_table(r: Results) -> pd.DataFrame: # index point; a column a finding: the number of seeds with it, and `seeds`
     "What the hacking monitor saw in the logs of a sweep."
-    seen = {p.label: [{f.name for f in watch(c)} for c in p.curves] for p in r.points.values()}
+    seen = {p.label: [{f.name for f in find_hacking(c)} for c in p.curves] for p in r.points.values()}
     names = sorted({n for runs in seen.values() for run in runs for n in run})
     return pd.DataFrame({label: {n: sum(n in run for run in runs) for n in names} | dict(seeds=len(runs)) for label, runs in seen.items()}).T.rename_axis('point')
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..data.files import InputError, atomic_write
 from ..training.budget import advice, plan, plan_text
 from ..algorithm.config import Config, make_config
-from ..algorithm.processes import _same_everywhere, processes
+from ..algorithm.processes import broadcast_path, processes
 from ..training.train import experiment
 from ..training.runs import open_run, results_table
 
@@ -99,7 +99,7 @@ def main(argv=None):
             for s in a.settings: values |= read_recipe(s) if '=' not in s else parse_overrides([s])
             c, run = make_config(values), a.run or f'runs/{time.strftime("%Y%m%d-%H%M%S")}'
         if a.plan: print(plan_text(plan(c))); return 0
-        if processes()[1] > 1: run = _same_everywhere(run)
+        if processes()[1] > 1: run = broadcast_path(run)
         if a.notebook:
             out = run_notebook(a.notebook, c, run)
             results = json.loads((Path(run)/'results.json').read_text())

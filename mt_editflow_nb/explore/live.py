@@ -19,7 +19,7 @@ from ..data.shapeworld import read_scene
 from ..editing.editor import as_square
 from ..editing.rollout import rollout
 from ..rewards.cube import verifier
-from ..training.monitor import watch
+from ..training.monitor import find_hacking
 from ..editing.lora import base_only
 from ..ablation.sweeps import _clock
 from ..ablation.report import comparison_table, load_results, score_table, verdicts
@@ -132,7 +132,7 @@ def _rows(path):
     return _parse(path, s.st_size, s.st_mtime_ns)
 
 @lru_cache(256)
-def _findings(path, n): return watch(_rows(path)[:n])
+def _findings(path, n): return find_hacking(_rows(path)[:n])
 
 def read_training(run) -> dict: # iterations, of, rows, seconds_left, state, findings, strip
     "What a run folder says about its training, now."

@@ -21,9 +21,9 @@ from ..rewards.cube import load_judge
 from ..algorithm.supervised import supervise
 from ..evaluation.scores import Outcomes, compare_scores, evaluate, score_intervals
 from .budget import find_batch, trial_step
-from .monitor import watch
+from .monitor import find_hacking
 from ..algorithm.config import Config
-from .runs import _cut_lines, _patient_interrupt, environment, last_checkpoint, load_checkpoint, open_run, save_checkpoint
+from .runs import truncate_log, stop_after_iteration, environment, last_checkpoint, load_checkpoint, open_run, save_checkpoint
 from ..algorithm.iterate import iterate
 from ..algorithm.processes import processes
 from .source import session_source
@@ -65,9 +65,9 @@ def train(c: Config,           # from `make_config`
     old = [p.detach().clone() for p in params]
     opt = optimizer(c, params)
     start = load_checkpoint(f, params, old, opt) if (f := last_checkpoint(run)) else 0
-    for name in ('metrics.jsonl', 'timings.jsonl') if main_process else (): _cut_lines(run/name, start)
+    for name in ('metrics.jsonl', 'timings.jsonl') if main_process else (): truncate_log(run/name, start)
     bar = tqdm(range(start, c.iterations), initial=start, total=c.iterations, desc='training', disable=not (progress and main_process), mininterval=1)
-    with _patient_interrupt() as stop:
+    with stop_after_iteration() as stop:
         for i in bar:
             t0 = time.time()
             sessions = batch(i)
@@ -81,7 +81,7 @@ def train(c: Config,           # from `make_config`
             bar.set_postfix(right=f"{metrics['all_right'][-1]:.2f}" if 'all_right' in metrics else '', cc=f"{metrics['cc'][-1]:.2f}" if 'cc' in metrics else '')
             if (i + 1) % c.save_every == 0 or i + 1 == c.iterations or stop.is_set():
                 save_checkpoint(run, i + 1, params, old, opt)
-                for f in watch([json.loads(x) for x in (run/'metrics.jsonl').read_text().splitlines()]):
+                for f in find_hacking([json.loads(x) for x in (run/'metrics.jsonl').read_text().splitlines()]):
                     if i - c.save_every < f.iteration <= i: tqdm.write(f'monitor: iteration {f.iteration}: {f.name}: {f.text}')
                 save_strips(run, i, sessions, *parts)
             if stop.is_set() and i + 1 < c.iterations:
