@@ -14,7 +14,6 @@ from ..editing.rollout import rollout
 from ..rewards.cube import TurnScorer, load_judge
 from .fusion import advantages
 from .losses import grpo_loss, guard_log_ratio, kl_to_base, nft_loss
-from ..training.monitor import hacking_signals
 from ..editing.lora import base_only, swapped
 from .processes import gather_scores, processes, sum_gradients, sum_logs
 
@@ -112,5 +111,4 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
     if scores.failed: metrics['judge_failed'] = scores.failed
     metrics['success'] = [round(x, 6) for x in scores.success_PGT.float().mean((0, 1)).tolist()]
     metrics['all_right'] = [round(x, 6) for x in scores.success_PGT.float().cumprod(-1).mean((0, 1)).tolist()]
-    metrics |= hacking_signals(sessions[mine], ro.images_PGTHWC, scores, adv_PGT, load_judge('verifier') if world == 1 and c.sessions == 'shapeworld' and editor.size == SIDE and not c.judge.startswith('verifier') else None)
     return metrics, ro, scores, adv_PGT
