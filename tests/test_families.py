@@ -91,20 +91,20 @@ def test_distilled_models_take_no_guidance(tmp_path):
     assert plan(make_config(dict(editor=str(index.parent))))['passes'] == 1
 
 def test_autoencoder_in_tiles(folder, editor):
-    """Above `TILED` pixels the autoencoder works in tiles: the first is what it makes of that tile alone, up to where it is blended with the next.
+    """Above `TILE_ABOVE` pixels the autoencoder works in tiles: the first is what it makes of that tile alone, up to where it is blended with the next.
 
     The editor that is shipped, trained on pictures of a tile's size, gives a picture back; Qwen's autoencoder, which normalises no
     statistics of a whole picture, gives nearly the same without tiles even with random weights."""
     family = find_editor(folder)[1]
     tile = 64 if 'Qwen' in family else editor.vae.config.sample_size
     stride = tile*3//4
-    with patch('mt_editflow_nb.editing.loading.TILED', 2*tile - 1): one, four = load_editor(folder, size=tile), load_editor(folder, size=2*tile)
+    with patch('mt_editflow_nb.editing.loading.TILE_ABOVE', 2*tile - 1): one, four = load_editor(folder, size=tile), load_editor(folder, size=2*tile)
     assert four.vae.use_tiling and not one.vae.use_tiling
     if 'Qwen' in family: four.vae.enable_tiling(tile, tile, stride, stride)                       # its own are of 256 pixels
     x = np.stack([np.asarray(s.image.resize((tile, tile))) for s in shape_sessions(4, turns=1, seed=4)])
     x = x.reshape(2, 2, tile, tile, 3).transpose(0, 2, 1, 3, 4).reshape(1, 2*tile, 2*tile, 3)
     tokens = four.encode_image(x)
-    first = tokens.reshape(1, four.side, four.side, -1)[:, :one.side, :one.side].reshape(1, *one.latent_shape)
+    first = tokens.reshape(1, four.tokens_per_side, four.tokens_per_side, -1)[:, :one.tokens_per_side, :one.tokens_per_side].reshape(1, *one.latent_shape)
     picture = four.decode(tokens)
     assert np.abs(picture[:, :stride, :stride].astype(int) - one.decode(first)[:, :stride, :stride]).max() <= 1         # a step of 8 bits
     same = lambda a, b: np.corrcoef(a.ravel(), b.ravel())[0, 1]
@@ -128,7 +128,7 @@ def one_iteration(editor, session, **kw):
 @pytest.mark.parametrize('algorithm', ['nft', 'grpo'])
 def test_training_changes_the_adapter_only(folder, session, algorithm):
     editor = load(folder, lora_rank=2, lora_targets='attention', quantize='nf4' if algorithm == 'nft' else None)     # nf4 runs too
-    state = lambda: {f'{part}.{n}': p.detach().clone() for part in ('transformer', 'vae', *editor.encoders)
+    state = lambda: {f'{part}.{n}': p.detach().clone() for part in ('transformer', 'vae', *editor.text_encoders)
                      for n, p in [*getattr(editor.pipe, part).named_parameters(), *getattr(editor.pipe, part).named_buffers()]}
     before = state()
     metrics = one_iteration(editor, session, algorithm=algorithm)
@@ -159,7 +159,7 @@ def test_what_a_gpu_is_asked_for(folder, quantize):
     assert asked['dtype'] == torch.bfloat16 and ('quantization_config' in asked) == bool(quantize)
     if quantize:
         q = asked['quantization_config']
-        assert q.components_to_quantize == ['transformer', FAMILIES[family].encoders[-1]] and q.quant_backend == 'bitsandbytes_4bit'
+        assert q.components_to_quantize == ['transformer', FAMILIES[family].text_encoders[-1]] and q.quant_backend == 'bitsandbytes_4bit'
         assert q.quant_kwargs == dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.bfloat16)
 
 def test_adapter_loads_in_plain_diffusers(folder, session, tmp_path):
@@ -193,7 +193,7 @@ def test_benchmark_edits_with_every_family(editor, session):
 
 def test_encoders_rest_elsewhere(folder):
     editor, moves = load(folder, offload=True), []
-    m = getattr(editor.pipe, editor.encoders[-1])
+    m = getattr(editor.pipe, editor.text_encoders[-1])
     with patch.object(type(m), 'to', lambda self, device: moves.append(str(device))):
         with patch.object(pipeline_qwenimage_edit_plus, 'CONDITION_IMAGE_SIZE', 112**2): editor.encode_text(['x'], np.zeros((1, SIZE, SIZE, 3), np.uint8))
     assert moves == [str(editor.device), 'cpu']

@@ -84,7 +84,7 @@ def test_adapter_of_a_run_in_plain_diffusers(whole):
     for t, instruction in enumerate(session.instructions):
         noise = torch.randn(1, *editor.latent_shape, generator=g)
         image = pipe(image=image, prompt=instruction, latents=noise, num_inference_steps=4, guidance_scale=editor.guidance, height=48, width=48,
-                     max_area=48*48, _auto_resize=False, max_sequence_length=editor.max_words).images[0]
+                     max_area=48*48, _auto_resize=False, max_sequence_length=editor.max_text_tokens).images[0]
         assert np.abs(np.asarray(image).astype(int) - ours.images_PGTHWC[0, 0, t]).max() <= 1
     assert not torch.equal(ours.clean_TNLC, untrained.clean_TNLC)
 

@@ -74,7 +74,7 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
     window = () if nft else sde_window(c.num_steps, c.window, generator=g)
     with TurnScorer(judge, sessions[mine], c.group, seed=c.seed*1_000_003 + iteration) as scorer:   # a judge that can scores sessions while the next are sampled
         with swapped(params, old) if nft else torch.no_grad():
-            ro = rollout(editor, sessions[mine], group=c.group, num_steps=c.num_steps, generator=g, batch=c.batch, part=part,
+            ro = rollout(editor, sessions[mine], group=c.group, num_steps=c.num_steps, generator=g, batch=c.batch, shard=part,
                          kind='ode' if nft else c.sampler, noise_level=0. if nft else c.noise_level, window=window, on_turn=scorer)
         scores = scorer.scores(ro.images_PGTHWC)
     if world > 1: scores = gather_scores(scores, editor.device)

@@ -8,26 +8,26 @@ __all__ = ['Flux2Editor', 'byte_tokenizer', 'tiny_klein']
 # %% ../../nbs/editing/02_flux2.ipynb #e433287c
 from functools import cached_property
 import numpy as np, torch
-from .editor import Text, distinct, shifted_sigmas, take_apart, to_uint8, to_vae
+from .editor import Text, deduplicate, shifted_sigmas, adopt_pipeline, to_uint8, to_vae
 
 # %% ../../nbs/editing/02_flux2.ipynb #fcfc7080
 class Flux2Editor:
     "A `Flux2KleinPipeline` taken apart; the functions are those of `KontextEditor`."
-    encoders = ('text_encoder',)
+    text_encoders = ('text_encoder',)
     guidance = 4.                                                       # classifier-free, as the model cards of klein-base have it; 1 is none
     def __init__(self,
                  pipe,                  # a loaded `Flux2KleinPipeline`
                  guidance: float = None # None: the published one; distilled models take none
                 ):
-        take_apart(self, pipe, pipe.vae.config.sample_size, 1. if pipe.config.is_distilled else guidance)
-        self.max_words = min(pipe.tokenizer_max_length, pipe.tokenizer.model_max_length)
+        adopt_pipeline(self, pipe, pipe.vae.config.sample_size, 1. if pipe.config.is_distilled else guidance)
+        self.max_text_tokens = min(pipe.tokenizer_max_length, pipe.tokenizer.model_max_length)
 
     @torch.no_grad()
     def encode_text(self, texts: list, images: np.ndarray = None) -> Text:
         "Embed N instructions, each different one once; with guidance the empty one as well. The pictures are not seen."
-        once, i = distinct(texts)
+        once, i = deduplicate(texts)
         guided = [''] if self.guidance > 1 else []
-        e, ids = self.pipe.encode_prompt(once + guided, device=self.device, max_sequence_length=self.max_words)
+        e, ids = self.pipe.encode_prompt(once + guided, device=self.device, max_sequence_length=self.max_text_tokens)
         negative = Text(e[-1:].expand(len(texts), -1, -1), ids=ids[0]) if guided else None     # one row in memory, N to look at
         return Text(e[i.to(e.device)], ids=ids[0], negative=negative)
 
@@ -46,12 +46,12 @@ class Flux2Editor:
     def decode(self, x: torch.Tensor) -> np.ndarray: # uint8 [N, H, W, 3]
         "Latent tokens [N, L, C] as 8-bit pictures."
         mean, std = self._statistics()
-        z = x.transpose(1, 2).reshape(len(x), -1, self.side, self.side)*std + mean
+        z = x.transpose(1, 2).reshape(len(x), -1, self.tokens_per_side, self.tokens_per_side)*std + mean
         return to_uint8(self.vae.decode(self.pipe._unpatchify_latents(z).to(self.vae.dtype)).sample)
 
     @cached_property
     def _ids(self):
-        z = torch.zeros(1, 1, self.side, self.side)
+        z = torch.zeros(1, 1, self.tokens_per_side, self.tokens_per_side)
         return torch.cat([self.pipe._prepare_latent_ids(z), self.pipe._prepare_image_ids([z])], 1)[0].to(self.device)
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, text: Text, image: torch.Tensor) -> torch.Tensor: # float32 [N, L, C]
@@ -68,7 +68,7 @@ class Flux2Editor:
     def sigmas(self, num_steps: int) -> torch.Tensor: # [K+1], from 1 to 0
         "The pipeline's noise levels; here the shift depends on the number of steps too."
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-        return shifted_sigmas(self.pipe.scheduler, num_steps, compute_empirical_mu(image_seq_len=self.side**2, num_steps=num_steps))
+        return shifted_sigmas(self.pipe.scheduler, num_steps, compute_empirical_mu(image_seq_len=self.tokens_per_side**2, num_steps=num_steps))
 
 # %% ../../nbs/editing/02_flux2.ipynb #0db8a361
 def byte_tokenizer():

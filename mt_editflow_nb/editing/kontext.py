@@ -8,26 +8,26 @@ __all__ = ['KontextEditor']
 # %% ../../nbs/editing/01_kontext.ipynb #1492d1b0
 from functools import cached_property
 import numpy as np, torch
-from .editor import Text, distinct, linear_shift, shifted_sigmas, take_apart, to_uint8, to_vae
+from .editor import Text, deduplicate, linear_shift, shifted_sigmas, adopt_pipeline, to_uint8, to_vae
 
 # %% ../../nbs/editing/01_kontext.ipynb #9bbf558b
 class KontextEditor:
     "A `FluxKontextPipeline` taken apart."
-    encoders = ('text_encoder', 'text_encoder_2')
+    text_encoders = ('text_encoder', 'text_encoder_2')
     guidance = 2.5                                                      # embedded, as the model card of FLUX.1-Kontext-dev has it
     def __init__(self,
                  pipe,                  # a loaded `FluxKontextPipeline`
                  guidance: float = None # None: the published one
                 ):
-        take_apart(self, pipe, pipe.vae.config.sample_size, guidance)
+        adopt_pipeline(self, pipe, pipe.vae.config.sample_size, guidance)
         self.vae.to(memory_format=torch.channels_last)
-        self.max_words = pipe.tokenizer_2.model_max_length
+        self.max_text_tokens = pipe.tokenizer_2.model_max_length
 
     @torch.no_grad()
     def encode_text(self, texts: list, images: np.ndarray = None) -> Text:
         "Embed N instructions, each different one once; this family's text encoders do not see the pictures."
-        once, i = distinct(texts)
-        e, p, ids = self.pipe.encode_prompt(once, None, device=self.device, max_sequence_length=self.max_words)
+        once, i = deduplicate(texts)
+        e, p, ids = self.pipe.encode_prompt(once, None, device=self.device, max_sequence_length=self.max_text_tokens)
         i = i.to(self.device)
         return Text(e[i], p[i], ids)
 
@@ -47,7 +47,7 @@ class KontextEditor:
 
     @cached_property
     def _ids(self):
-        ids = self.pipe._prepare_latent_image_ids(1, self.side, self.side, self.device, torch.float32)
+        ids = self.pipe._prepare_latent_image_ids(1, self.tokens_per_side, self.tokens_per_side, self.device, torch.float32)
         first = ids.clone(); first[:, 0] = 1                            # the pipeline marks tokens of the input picture so
         return torch.cat([ids, first])
 
@@ -66,4 +66,4 @@ class KontextEditor:
 
     def sigmas(self, num_steps: int) -> torch.Tensor: # [K+1], from 1 to 0
         "The pipeline's noise levels: linear, then shifted by the number of tokens."
-        return shifted_sigmas(self.pipe.scheduler, num_steps, linear_shift(self.pipe.scheduler, self.side**2))
+        return shifted_sigmas(self.pipe.scheduler, num_steps, linear_shift(self.pipe.scheduler, self.tokens_per_side**2))

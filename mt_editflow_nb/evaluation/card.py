@@ -20,7 +20,7 @@ from ..data.shapeworld import shape_sessions
 from ..data.structures import STRUCTURES, plain_form, structured_sessions
 from ..editing.loading import load_editor
 from ..editing.lora import load_lora
-from ..editing.rollout import fit_sessions, strip
+from ..editing.rollout import resize_sessions, strip
 from ..rewards.cube import load_judge
 from .exposure import decay_table, half_life, structured_judge
 from .scores import Outcomes, compare, evaluate, load_outcomes, save_outcomes, score_intervals, trained_with, wilson, with_intervals
@@ -177,7 +177,7 @@ def _free(a, judge, editor, out):
         if a.plain: sessions = plain_form(sessions)
         elif a.judge == 'verifier': judge = structured_judge
     else: sessions = shape_sessions(a.n, a.turns, 'heldout') if a.sessions == 'shapeworld' else load_sessions(a.sessions)
-    sessions = fit_sessions(editor, sessions)
+    sessions = resize_sessions(editor, sessions)
     t = time.time()
     outcomes, images = evaluate(editor, sessions, judge, num_steps=a.steps, batch=a.batch, progress=True)
     seconds = (time.time() - t) / outcomes.success_NT.size

@@ -15,7 +15,7 @@ from ..data.files import InputError
 from ..data.sessions import Session
 from ..data.shapeworld import BACKGROUNDS, shape_sessions, teacher_images
 from ..data.shapeworld import look
-from ..editing.rollout import fit_sessions
+from ..editing.rollout import resize_sessions
 from ..rewards.cube import Scores
 from ..data.structures import STRUCTURES, plain_form, structured_sessions, verify_structured
 from .scores import Interval, Outcomes, luck_of_seeds, evaluate, wilson
@@ -41,7 +41,7 @@ def measure_exposure(
     **kw, # num_steps, seed, batch, progress of `evaluate`
 ) -> tuple: # (`Exposure`; of the free run `Outcomes` and images, uint8 [N, T, H, W, 3])
     "Run sessions freely, and each turn from the perfect picture. Turn 1 is the same in both."
-    sessions = fit_sessions(editor, sessions)
+    sessions = resize_sessions(editor, sessions)
     outcomes, images = evaluate(editor, sessions, judge, **kw)
     perfect = [outcomes.success_NT[:, :1]] + [evaluate(editor, perfect_state(sessions, t), judge, **kw)[0].success_NT for t in range(2, outcomes.success_NT.shape[1] + 1)]
     return Exposure(outcomes.success_NT, np.concatenate(perfect, 1)), outcomes, images
@@ -213,7 +213,7 @@ def _nothing_to_judge(sessions, images_PGTHWC):
 
 def measure_drift(editor, sessions: list, *, num_steps: int, seed: int = 1234, batch: int = 64) -> dict: # 'autoencoder' and 'edits' -> `Drift`
     "Both chains, for sessions from `nothing_sessions`."
-    sessions = fit_sessions(editor, sessions)
+    sessions = resize_sessions(editor, sessions)
     first, T = np.stack([np.asarray(s.image) for s in sessions]), len(sessions[0].instructions)
     edited = evaluate(editor, sessions, _nothing_to_judge, num_steps=num_steps, seed=seed, batch=batch)[1]
     return dict(autoencoder=drift(first, round_trips(editor, first, T)), edits=drift(first, edited))

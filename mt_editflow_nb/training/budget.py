@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from ..data.files import InputError, atomic_write
-from ..editing.editor import Text, take_apart
+from ..editing.editor import Text, adopt_pipeline
 from ..editing.loading import FAMILIES, find_editor
 from ..editing.lora import add_lora, lora_parameters
 from ..rewards.engines import Local
@@ -50,13 +50,13 @@ def editor_configs(name_or_path) -> dict: # as in `PUBLISHED`
     if str(name_or_path) in PUBLISHED: return PUBLISHED[str(name_or_path)]
     source, family = find_editor(name_or_path)
     cls = lambda n: getattr(diffusers, n)
-    configs = [AutoConfig.from_pretrained(source, subfolder=n) for n in FAMILIES[family].encoders]
+    configs = [AutoConfig.from_pretrained(source, subfolder=n) for n in FAMILIES[family].text_encoders]
     vae = cls('AutoencoderKLFlux2' if 'Flux2' in family else 'AutoencoderKLQwenImage' if 'Qwen' in family else 'AutoencoderKL')
     vae_config = vae.load_config(source, subfolder='vae')
     with torch.device('meta'): numbers = sum(p.numel() for p in vae.from_config(vae_config).parameters())
     halvings = len(vae_config['temperal_downsample']) if 'Qwen' in family else len(vae_config['block_out_channels']) - 1
     distilled = diffusers.DiffusionPipeline.load_config(source).get('is_distilled', False)
-    words = json.loads((Path(source)/FAMILIES[family].encoders[-1].replace('text_encoder', 'tokenizer')/'tokenizer_config.json').read_text()).get('model_max_length', 512) if Path(source).is_dir() else 512
+    words = json.loads((Path(source)/FAMILIES[family].text_encoders[-1].replace('text_encoder', 'tokenizer')/'tokenizer_config.json').read_text()).get('model_max_length', 512) if Path(source).is_dir() else 512
     return dict(pipeline=family, transformer=cls(TRANSFORMERS[family]).load_config(source, subfolder='transformer'), text=[(c.architectures[0], c) for c in configs],
                 vae=numbers, words=min(words, 512), token=2**(halvings + 1), size=vae_config.get('sample_size'), distilled=distilled)
 
@@ -72,7 +72,7 @@ def weightless_editor(about: dict,           # from `editor_configs`
     editor = object.__new__(cls)                                          # no autoencoder, no text encoder
     pipe = object.__new__(pipeline)
     pipe.__dict__.update(transformer=transformer.requires_grad_(False), vae=SimpleNamespace(device=torch.device('meta')), vae_scale_factor=about['token']//2)
-    take_apart(editor, pipe, size, 1. if about.get('distilled') else guidance)
+    adopt_pipeline(editor, pipe, size, 1. if about.get('distilled') else guidance)
     return editor
 
 def weightless_text(editor, words: int, rows: int = 1) -> Text:

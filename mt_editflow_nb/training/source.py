@@ -10,13 +10,13 @@ import numpy as np, pandas as pd
 from ..data.files import InputError
 from ..data.sessions import load_sessions
 from ..data.shapeworld import read, shape_sessions
-from ..editing.rollout import fit_sessions
+from ..editing.rollout import resize_sessions
 from ..algorithm.config import Config
 
 # %% ../../nbs/training/02_source.ipynb #7910165b
 def session_source(c: Config, editor=None) -> tuple: # (batch: iteration -> P sessions, heldout: list of sessions)
     "Where training and held-out sessions come from, fitted to an editor if there is one. Raises `InputError` for files that do not fit."
-    fit = (lambda sessions: fit_sessions(editor, sessions)) if editor else list
+    fit = (lambda sessions: resize_sessions(editor, sessions)) if editor else list
     if c.sessions == 'shapeworld':
         T = c.turns or 3
         batch = lambda i: fit(shape_sessions(c.sessions_per_iteration, T, 'train', seed=c.seed, start=i*c.sessions_per_iteration))
