@@ -4,7 +4,8 @@ from pathlib import Path
 import nbformat, numpy as np, pandas as pd, papermill, pytest
 from PIL import Image
 from mt_editflow_nb.evaluation import edival
-from mt_editflow_nb.evaluation.card import load_run, main
+from mt_editflow_nb.cli.eval import main
+from mt_editflow_nb.evaluation.card import load_run
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import save_lora
 from mt_editflow_nb.evaluation.scores import load_outcomes
@@ -30,7 +31,7 @@ def args(bench, out): return ['--sessions', 'edival', '--images', str(bench), '-
 def test_killed_generation_goes_on_to_the_same_pictures(bench, tmp_path):
     out, whole = tmp_path/'out', tmp_path/'whole'
     command = args(bench, out) + ['--generate-only']
-    p = subprocess.Popen([sys.executable, '-c', f'from mt_editflow_nb.card import main; main({command!r})'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen([sys.executable, '-c', f'from mt_editflow_nb.cli.eval import main; main({command!r})'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 300
     while not edival.turn_file(out, '0', 2).is_file():
         assert p.poll() is None and time.monotonic() < until
@@ -48,7 +49,7 @@ def test_killed_generation_goes_on_to_the_same_pictures(bench, tmp_path):
 def tiny_models(folder):
     "The builders of tiny models in the benchmark's chapter."
     names = {}
-    for c in nbformat.read(root/'nbs/09a_edival.ipynb', 4).cells:
+    for c in nbformat.read(root/'nbs/evaluation/04a_edival_models.ipynb', 4).cells:
         if c.cell_type == 'code' and 'def tiny_detector' in c.source: exec(c.source, names)
     return dict(detector=names['tiny_detector'](folder/'detector'), vlm=names['tiny_asker'](folder/'vlm'), features=names['tiny_dino'](folder/'features', True), quality=names['tiny_preference'](folder/'quality'))
 

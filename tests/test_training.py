@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 import mt_editflow_nb
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import load_lora
-from mt_editflow_nb.evaluation.card import main as mtef_eval
+from mt_editflow_nb.cli.eval import main as mtef_eval
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.data.files import InputError

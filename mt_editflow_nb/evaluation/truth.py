@@ -17,7 +17,7 @@ from ..data.shapeworld import BACKGROUNDS, COLORS, OBJECTS, SIDE, Edit, Scene, a
 from ..data.verifier import follows
 from ..data.shapeworld import closeness, look, read_scene
 from .scores import Interval, Outcomes, wilson
-from .edival import QUESTIONS, Found, background_term, follows_rule, kind_of, object_term, outcomes_of, score_session, singular, slots_of
+from .edival_rules import QUESTIONS, Found, background_term, follows_rule, kind_of, object_term, outcomes_of, score_session, singular, slots_of
 
 # %% ../../nbs/evaluation/05_truth.ipynb #5dbc3dce
 _cell = [np.array([c / 3, r / 3, (c + 1) / 3, (r + 1) / 3]) + [.02, .02, -.02, -.02] for r in range(3) for c in range(3)]
