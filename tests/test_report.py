@@ -2,7 +2,8 @@
 import json, subprocess, sys
 import numpy as np, pandas as pd, pytest
 from safetensors.numpy import save_file
-from mt_editflow_nb.ablation.report import load_results, main
+from mt_editflow_nb.ablation.report import load_results
+from mt_editflow_nb.cli.report import main
 from readme import root
 
 S, N, T = 5, 120, 2

@@ -2,9 +2,11 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, psutil, pytest, yaml
-from mt_editflow_nb import sweeps
+from mt_editflow_nb.ablation import jobs as running, sweeps
 from mt_editflow_nb.data.files import InputError
-from mt_editflow_nb.ablation.sweeps import held, job_slots, job_state, job_status, main, plan_sweep, run_sweep, start_local, start_ray
+from mt_editflow_nb.ablation.jobs import is_running, job_slots, job_state, job_status, run_sweep, start_local, start_ray
+from mt_editflow_nb.ablation.sweeps import plan_sweep
+from mt_editflow_nb.cli.sweep import main
 from readme import root
 
 WORK = '''import json, pathlib, time
@@ -31,7 +33,7 @@ def spec(folder, name='sweep', **fields):
     path.write_text(yaml.safe_dump(dict(notebook='small.ipynb') | fields, sort_keys=False))
     return path
 
-def command(path, *more): return [sys.executable, '-c', 'import sys; from mt_editflow_nb.ablation.sweeps import main; sys.exit(main(sys.argv[1:]))', str(path), '--out', str(path.parent/'runs'), *more]
+def command(path, *more): return [sys.executable, '-m', 'mt_editflow_nb.cli.sweep', str(path), '--out', str(path.parent/'runs'), *more]
 
 def wait_for(condition, seconds=900):
     t0 = time.time()
@@ -59,7 +61,7 @@ def test_time_limit(folder, capsys):
     path = spec(folder, fixed=dict(iterations=10_000, seconds=.05), time_limit='2s')
     assert main([str(path), '--out', str(folder/'runs')]) == 1
     slow, = plan_sweep(path, folder/'runs').jobs
-    assert job_status(slow) == 'failed' and not held(slow.folder) and 'time limit of 2 s' in capsys.readouterr().out
+    assert job_status(slow) == 'failed' and not is_running(slow.folder) and 'time limit of 2 s' in capsys.readouterr().out
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
 def test_stop_and_go_on(folder, how):
@@ -204,7 +206,7 @@ def test_the_loop_with_scripted_jobs(tmp_path, monkeypatch):
     jobs = [sweeps.Job(f'p{i}', 0, {}, dict(iterations=3), tmp_path/f'j{i}', f'h{i}') for i in range(6)]
     plan = sweeps.Plan('scripted', sweeps.Sweep(notebook='x'), Path('x.ipynb'), jobs, 'p0', {})
     busy, most, other = set(), [], {'until': None}
-    monkeypatch.setattr(sweeps, 'held', lambda folder: folder == jobs[1].folder and time.time() < other['until'])
+    monkeypatch.setattr(running, 'is_running', lambda folder: folder == jobs[1].folder and time.time() < other['until'])
     def record(job, status):
         job.folder.mkdir(exist_ok=True)
         (job.folder/'job.json').write_text(json.dumps(dict(status=status, hash=job.hash, seconds=1.)))
@@ -216,7 +218,7 @@ def test_the_loop_with_scripted_jobs(tmp_path, monkeypatch):
         def poll():
             if time.time() - t0 < .1: return None
             busy.discard(slot['n'])
-            if job is jobs[1]: record(job, 'done'); return sweeps._HELD                      # the other sweep finishes it
+            if job is jobs[1]: record(job, 'done'); return running.RUN_ELSEWHERE                      # the other sweep finishes it
             if job is jobs[2]: return -9
             record(job, 'done'); return 0
         return poll, lambda force=False: None

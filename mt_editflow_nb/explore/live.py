@@ -21,7 +21,7 @@ from ..editing.rollout import rollout
 from ..rewards.cube import verifier
 from ..training.monitor import find_hacking
 from ..editing.lora import base_only
-from ..ablation.sweeps import _clock
+from ..ablation.jobs import duration_text
 from ..ablation.report import comparison_table, load_results, score_table, verdicts
 from .explorer import PALETTE, Cancelled, Strips, Task, View, _button, _check, _esc, _options, complain, figure_png, page, picture, read_strips, session_strip, strip_figure, watched
 
@@ -181,7 +181,7 @@ def training_monitor(runs, window: int = 10, strips: str = '') -> str: # HTML
     "Curves, state, time left, what the hacking monitor sees, and the latest group of the run called `strips`."
     logs = {n: read_training(r) for n, r in _named(runs).items()}
     url = lambda data: 'data:image/png;base64,' + base64.b64encode(data).decode()
-    line = lambda n, l: (f'<tr class="line"><th scope="row">{_esc(n)}</th><td>{l["state"]}</td><td>{l["iterations"]} of {l["of"]}<br><progress max="{max(1, l["of"])}" value="{l["iterations"]}"></progress></td><td>{_clock(l["seconds_left"]) if l["state"] == "training" else ""}</td>'
+    line = lambda n, l: (f'<tr class="line"><th scope="row">{_esc(n)}</th><td>{l["state"]}</td><td>{l["iterations"]} of {l["of"]}<br><progress max="{max(1, l["of"])}" value="{l["iterations"]}"></progress></td><td>{duration_text(l["seconds_left"]) if l["state"] == "training" else ""}</td>'
                          f'<td class="text">{"<br>".join(f"⚠ iteration {f.iteration}: {_esc(f.name)}: {_esc(f.text)}" for f in l["findings"]) or "nothing seen"}</td></tr>')
     file = logs[strips]['strip'] if strips in logs else None
     latest = f'<p>A group of iteration {int(file.stem)} of {_esc(strips)}, best member first:</p><div class="scroll" style="max-height: 360px"><img style="max-width: 520px" src="{url(file.read_bytes())}" alt="the members of one session, best first"></div>' if file else ''
