@@ -115,7 +115,7 @@ def judge(sessions, images_PGTHWC):
     "Darkness and redness: two scores that differ between members."
     x = torch.from_numpy(images_PGTHWC).float()/255
     r = torch.stack([1 - x.mean((-3, -2, -1)), x[..., 0].mean((-2, -1))], -1)
-    return Scores(('if', 'cc'), r, r[..., 0] > .5, r[..., 1], r[..., 1])
+    return Scores(('if', 'cc'), r, (r[..., 0] > .5).float(), r[..., 1], r[..., 1])
 
 def one_iteration(editor, session, **kw):
     c = make_config(dict(dict(group=3, sessions_per_iteration=2, num_steps=3, iterations=2, std='group', min_std=0., batch=4), **kw))

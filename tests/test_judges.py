@@ -235,8 +235,8 @@ def test_coarse_judge_asks_once_a_session_and_a_turn_scorer_agrees():
 @pytest.mark.parametrize('lost', (1, 4))
 def test_share_of_failures_is_that_of_the_whole_rollout(lost):
     "A piece may fail altogether; once more than the share of everything is lost, nothing more is asked."
-    from mt_editflow_nb.rewards.engines import _url
-    bad = {_url(images[p, g, 0]) for p in range(lost) for g in range(4)}
+    from mt_editflow_nb.rewards.engines import data_url
+    bad = {data_url(images[p, g, 0]) for p in range(lost) for g in range(4)}
     fails = lambda body: body['messages'][0]['content'][1]['image_url']['url'] in bad
     with Faulty(lambda n, body: (500, 'no') if fails(body) else Honest()(n, body)) as server:
         judge = Judge(engine(server, give_up=1000, retries=0), think, rewards=('if',), max_failed=.25)

@@ -49,7 +49,7 @@ def advantages(
     min_std: float = 1e-3,           # a reward that varies less than this within a group contributes 0 there
     eps: float = 1e-4,               # added to every std that divides
     gamma: float = None,             # of aggregation 'discounted'
-    success_PGT: torch.Tensor = None # bool [P, G, T]: did the turn succeed; of credit 'until_failure' alone
+    success_PGT: torch.Tensor = None # [P, G, T]: 1 (or true) where the turn succeeded, 0 where not, NaN where nobody could say; of credit 'until_failure' alone
 ) -> torch.Tensor: # `adv_PGT`, float32; 0 for members left out
     """Group-relative advantages of every turn, computed in float64.
 
@@ -77,7 +77,7 @@ def advantages(
         if success_PGT is None:
             raise InputError('`success_PGT`: expected a bool tensor [P, G, T] for credit until_failure, received None')
         success = torch.as_tensor(success_PGT, device=r.device)
-        if success.shape != (P, G, T) or not ((success == 0) | (success == 1)).all():
+        if success.shape != (P, G, T) or not ((success == 0) | (success == 1) | success.isnan()).all():
             raise InputError(f'`success_PGT`: expected booleans of shape {[P, G, T]}, received {success.dtype} of '
                              f'shape {list(success.shape)}')
 

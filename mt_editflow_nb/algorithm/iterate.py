@@ -109,6 +109,6 @@ def iterate(c, editor, params, old, opt, sessions, judge, iteration):
     metrics = dict(iteration=iteration, rows=len(rows), **{k: round(v, 8) for k, v in log.items()})
     for m, name in enumerate(scores.names): metrics[name] = [round(x, 6) for x in scores.rewards_PGTM[..., m].nanmean((0, 1)).tolist()]
     if scores.failed: metrics['judge_failed'] = scores.failed
-    metrics['success'] = [round(x, 6) for x in scores.success_PGT.float().mean((0, 1)).tolist()]
-    metrics['all_right'] = [round(x, 6) for x in scores.success_PGT.float().cumprod(-1).mean((0, 1)).tolist()]
+    metrics['success'] = [round(x, 6) for x in scores.success_PGT.nanmean((0, 1)).tolist()]
+    metrics['all_right'] = [round(x, 6) for x in scores.success_PGT.cumprod(-1).nanmean((0, 1)).tolist()]
     return metrics, ro, scores, adv_PGT

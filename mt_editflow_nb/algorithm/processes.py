@@ -20,7 +20,7 @@ def gather_scores(scores, device):
     "The scores of all processes, in the order of the sessions."
     from accelerate.utils import gather
     whole = lambda x: gather(x.to(device).contiguous()).to(x.device)
-    return replace(scores, rewards_PGTM=whole(scores.rewards_PGTM), success_PGT=whole(scores.success_PGT.to(torch.uint8)).bool(),
+    return replace(scores, rewards_PGTM=whole(scores.rewards_PGTM), success_PGT=whole(scores.success_PGT),
                    object_cc_PGT=whole(scores.object_cc_PGT), background_cc_PGT=whole(scores.background_cc_PGT))
 
 def sum_gradients(params):

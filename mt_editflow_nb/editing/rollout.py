@@ -99,7 +99,7 @@ def rollout(editor,                  # from `load_editor`
 def strip(session,                  # a `Session`
           images_GTHWC: np.ndarray, # uint8, its members' results
           labels_GT=None,           # a short text under each picture
-          marks_GT=None,            # bool: a green or red frame
+          marks_GT=None,            # true or false: a green or red frame; NaN: none
           title: str = '',
           size: float = 1.2         # inches a picture
          ):                         # a matplotlib figure
@@ -114,7 +114,7 @@ def strip(session,                  # a `Session`
         for t in range(T + 1):
             ax, image = axs[g, t], np.asarray(session.image) if t == 0 else images_GTHWC[g, t - 1]
             ax.imshow(image, interpolation='nearest'); ax.set_xticks([]); ax.set_yticks([])
-            if t and marks_GT is not None:
+            if t and marks_GT is not None and marks_GT[g][t - 1] == marks_GT[g][t - 1]:
                 ok = bool(marks_GT[g][t - 1])
                 for s in ax.spines.values(): s.set(color='#009E73' if ok else '#D55E00', linewidth=2.5, linestyle='-' if ok else ':')
             if t and labels_GT is not None: ax.set_xlabel(labels_GT[g][t - 1], fontsize=7)

@@ -11,7 +11,7 @@ from collections import OrderedDict
 import numpy as np, torch
 from ..data.files import InputError
 from ..rewards.engines import Ask
-from ..rewards.judges import MODES, _ask
+from ..rewards.judges import MODES, ask_and_parse
 from ..rewards.cube import load_judge
 from .edival_rules import Found, choices_of, kind_of
 
@@ -85,7 +85,7 @@ def load_asker(
         if not choices: asks, parse = [Ask(pixels, question, max_tokens=max_tokens)], lambda r: r.text
         elif mode == 'logit': asks, parse = [Ask(pixels, question, choices)], lambda r: max(choices[::-1], key=lambda c: r.probs.get(c, 0.))
         else: asks, parse = [Ask(pixels, question + _think.format(' or '.join(choices)), max_tokens=512, temperature=.7, seed=k) for k in range(votes)], lambda r: _vote(r.text, choices)
-        try: said = _ask(judge.engine, asks, parse)
+        try: said = ask_and_parse(judge.engine, asks, parse)
         except ImportError as e: raise InputError(f'vlm: {model} cannot be loaded: {str(e).strip().splitlines()[0]}') from e # such as a processor that needs torchvision for videos
         heard = [p for p, _ in said if p is not None]
         if 2 * len(heard) <= len(said): raise InputError(f'vlm: no answer to {question[:60]!r}: {said[0][1][-1]["error"]}. What has been scored is kept; the same command goes on')

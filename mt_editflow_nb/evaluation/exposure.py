@@ -209,7 +209,7 @@ def drift_change(
 def _nothing_to_judge(sessions, images_PGTHWC):
     import torch
     one = torch.ones(images_PGTHWC.shape[:3])
-    return Scores(('nothing',), one[..., None], one.bool(), one, one)
+    return Scores(('nothing',), one[..., None], one, one, one)
 
 def measure_drift(editor, sessions: list, *, num_steps: int, seed: int = 1234, batch: int = 64) -> dict: # 'autoencoder' and 'edits' -> `Drift`
     "Both chains, for sessions from `nothing_sessions`."
@@ -259,4 +259,4 @@ def structured_judge(
     n = (~np.isnan(terms)).sum(0)
     cc = np.divide(np.nansum(terms, 0), n, out=np.full(n.shape, .5, np.float32), where=n > 0)
     void = lambda x: torch.from_numpy(np.where(v['cc_valid'], x, np.nan).astype(np.float32))
-    return Scores(('if', 'cc'), torch.from_numpy(np.stack([v['graded'], cc], -1)), torch.from_numpy(v['success']), void(v['object_cc']), void(v['background_cc']))
+    return Scores(('if', 'cc'), torch.from_numpy(np.stack([v['graded'], cc], -1)), torch.from_numpy(v['success'].astype(np.float32)), void(v['object_cc']), void(v['background_cc']))

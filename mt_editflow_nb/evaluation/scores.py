@@ -263,13 +263,14 @@ def evaluate(
     import torch
     from tqdm.auto import tqdm
     from mt_editflow_nb.editing.rollout import rollout
+    from mt_editflow_nb.rewards.cube import check_scores
     outcomes, images = [], []
     for i in tqdm(range(0, len(sessions), batch), desc=desc, disable=not progress):
         part = sessions[i:i + batch]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
         out = rollout(editor, part, group=1, num_steps=num_steps, generator=generator, batch=batch).images_PGTHWC
-        s = judge(part, out)
-        outcomes.append([x[:, 0].numpy() for x in (s.success_PGT, s.object_cc_PGT, s.background_cc_PGT)])
+        s = check_scores(judge(part, out), part, out)
+        outcomes.append([x[:, 0].numpy() for x in (s.success_PGT == 1, s.object_cc_PGT, s.background_cc_PGT)])
         images.append(out[:, 0])
     return Outcomes(*map(np.concatenate, zip(*outcomes))), np.concatenate(images)
 

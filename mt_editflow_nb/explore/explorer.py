@@ -185,7 +185,7 @@ def read_strips(run # folder of a finished run
     _, heldout = session_source(c.model_copy(update=dict(eval_sessions=P)) if c.sessions == 'shapeworld' else c)
     success, objects, ground = (torch.from_numpy(np.stack([before[k][:P], after[k][:P]], 1)) for k in ('success_NT', 'object_cc_NT', 'background_cc_NT'))
     cc = torch.stack([objects, ground]).float().nanmean(0)
-    return Strips(heldout[:P], images, Scores(('if', 'cc'), torch.stack([success.float(), cc], -1), success.bool(), objects, ground), ['before training', 'after training'])
+    return Strips(heldout[:P], images, Scores(('if', 'cc'), torch.stack([success.float(), cc], -1), success.float(), objects, ground), ['before training', 'after training'])
 
 def sort_keys(s: Strips) -> list: # names for `session_strip`
     return ['member'] + ([*s.scores.names, 'turns right'] if s.scores else []) + ['advantage']*(s.adv_PGT is not None)
@@ -195,7 +195,7 @@ def member_order(s: Strips, p: int, sort: str) -> list: # G members, best first
     G = s.images_PGTHWC.shape[1]
     if sort == 'member': return list(range(G))
     if sort not in sort_keys(s): raise InputError(f'sort: got {sort!r}, expected one of {", ".join(sort_keys(s))}')
-    if sort == 'turns right': key = s.scores.success_PGT[p].float().cumprod(-1).sum(-1)
+    if sort == 'turns right': key = s.scores.success_PGT[p].nan_to_num(0.).cumprod(-1).sum(-1)
     elif sort == 'advantage': key = s.adv_PGT[p].mean(-1)
     else: key = s.scores.rewards_PGTM[p, ..., s.scores.names.index(sort)].nanmean(-1)
     return sorted(range(G), key=lambda g: -float(key[g]) if key[g] == key[g] else np.inf)
@@ -205,7 +205,8 @@ def _targets(session):
     except InputError: return None                       # not of the shape world: nobody knows
 
 def _followed(s, p, g, t): # True, False, or None where nobody can say
-    if not s.scores or 'if' in s.scores.names and s.scores.rewards_PGTM[p, g, t, s.scores.names.index('if')].isnan(): return None
+    if not s.scores or s.scores.success_PGT[p, g, t].isnan(): return None
+    if 'if' in s.scores.names and s.scores.rewards_PGTM[p, g, t, s.scores.names.index('if')].isnan(): return None
     return bool(s.scores.success_PGT[p, g, t])
 
 def _values(s, p, g, t):

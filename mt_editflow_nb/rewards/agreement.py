@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Labels', 'session_labels', 'load_labels', 'Judgements', 'ask_repeatedly', 'auc', 'kappa', 'ranking', 'measures',
-           'agreement', 'with_intervals', 'bias_by_type', 'plot_agreement']
+           'agreement', 'format_agreement', 'bias_by_type', 'plot_agreement']
 
 # %% ../../nbs/rewards/03_agreement.ipynb #abb16141
 import json, time
@@ -130,7 +130,7 @@ def agreement(judgements: dict,   # name -> `Judgements`
             rows[name] = {(m, c): v for m in row for c, v in (('', row[m]), ('low', boot[m].quantile(.025)), ('high', boot[m].quantile(.975)))} | {('cost', 'tokens'): j.tokens, ('cost', 'seconds'): j.seconds}
     return pd.DataFrame(rows).T
 
-def with_intervals(table: pd.DataFrame # from `agreement`
+def format_agreement(table: pd.DataFrame # from `agreement`
                   ) -> pd.DataFrame: # texts: one column a measure
     "The table to be read: each measure with its 95 % interval, where it has one."
     t = table.astype(float)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'TINY_PROMPTS', 'RETRIES', 'MIN_MASS', 'MODES', 'Item', 'Verdict', 'Prompts', 'prompt', 'read_number',
-           'read_json_score', 'read_questions', 'read_yes_no', 'direct', 'logit', 'think', 'checklist', 'load_mode']
+           'read_json_score', 'read_questions', 'read_yes_no', 'ask_and_parse', 'direct', 'logit', 'think', 'checklist',
+           'load_mode']
 
 # %% ../../nbs/rewards/01_judges.ipynb #803a7fbd
 import json, math, re
@@ -113,7 +114,11 @@ def read_yes_no(answer: str) -> float: # 1 or 0
 RETRIES = 2       # times that a model is asked again after an answer of no use
 MIN_MASS = .05    # of its probability that a model must put on the scores as a whole, or it did not mean to answer with one
 
-def _ask(engine, asks, parse): # [(parsed or None, calls)] of each ask
+def ask_and_parse(
+    engine,     # (list of `Ask`) -> list of `Reply`
+    asks: list, # of `Ask`
+    parse       # (`Reply`) -> what is wanted from it; raises `ValueError` for an answer of no use
+) -> list:      # for each ask (what was parsed or None, its calls as dicts)
     "Ask, parse, and ask again what could not be parsed."
     out = [(None, []) for _ in asks]
     todo = list(range(len(asks)))
@@ -139,7 +144,7 @@ def direct(engine,            # (list of `Ask`) -> list of `Reply`
           ) -> list:          # of `Verdict`
     "The number that comes to mind first."
     asks = [Ask(i.images, prompt(prompts, i, 'number'), max_tokens=8) for i in items]
-    return [_verdict(*x) for x in _ask(engine, asks, lambda r: read_number(r.text, prompts.scale))]
+    return [_verdict(*x) for x in ask_and_parse(engine, asks, lambda r: read_number(r.text, prompts.scale))]
 
 def _expected(r, scale):
     mass = sum(r.probs.values())
@@ -151,7 +156,7 @@ def logit(engine, items, prompts, seed=0):
     if not 1 <= prompts.scale <= 9: raise InputError(f'scale: got {prompts.scale}, expected 1 to 9 for mode logit (a score must be one token)')
     choices = tuple(str(s) for s in range(prompts.scale + 1))
     asks = [Ask(i.images, prompt(prompts, i, 'number'), choices) for i in items]
-    return [_verdict(*x) for x in _ask(engine, asks, lambda r: _expected(r, prompts.scale))]
+    return [_verdict(*x) for x in ask_and_parse(engine, asks, lambda r: _expected(r, prompts.scale))]
 
 def think(engine, items, prompts, seed=0,
           k: int = 1,              # passes a score
@@ -159,7 +164,7 @@ def think(engine, items, prompts, seed=0,
          ):
     "Say what changed, then score; the mean of k sampled passes. After EditScore, arXiv 2509.23909."
     asks = [Ask(i.images, prompt(prompts, i, 'think'), max_tokens=prompts.max_tokens, temperature=temperature, seed=seed*1000 + n) for i in items for n in range(k)]
-    passes, out = _ask(engine, asks, lambda r: read_json_score(r.text, prompts.scale)), []
+    passes, out = ask_and_parse(engine, asks, lambda r: read_json_score(r.text, prompts.scale)), []
     for i in range(0, len(passes), k):
         scores = [p for p, _ in passes[i:i + k] if p is not None]
         out.append(_verdict(sum(scores)/len(scores) if 2*len(scores) > k else None, [c for _, calls in passes[i:i + k] for c in calls]))  # most passes must have worked
@@ -169,9 +174,9 @@ def checklist(engine, items, prompts, seed=0):
     "Write yes-or-no questions for each instruction, answer each, take the mean. After ThinkRL-Edit, arXiv 2601.03467."
     texts = [prompt(prompts, i, 'questions') for i in items]
     distinct = list(dict.fromkeys(texts))                      # the members of a group share their questions
-    written = dict(zip(distinct, _ask(engine, [Ask((), t, max_tokens=prompts.max_tokens) for t in distinct], lambda r: read_questions(r.text))))
+    written = dict(zip(distinct, ask_and_parse(engine, [Ask((), t, max_tokens=prompts.max_tokens) for t in distinct], lambda r: read_questions(r.text))))
     todo = [(n, q) for n, t in enumerate(texts) for q in written[t][0] or ()]
-    answers = _ask(engine, [Ask(items[n].images, prompt(prompts, items[n], 'yes_no', q), max_tokens=8) for n, q in todo], lambda r: read_yes_no(r.text))
+    answers = ask_and_parse(engine, [Ask(items[n].images, prompt(prompts, items[n], 'yes_no', q), max_tokens=8) for n, q in todo], lambda r: read_yes_no(r.text))
     scores, calls = [[] for _ in items], [list(written[t][1]) for t in texts]
     for (n, _), (parsed, c) in zip(todo, answers): scores[n].append(parsed); calls[n] += c
     return [_verdict(sum(s)/len(s) if s and None not in s else None, c) for s, c in zip(scores, calls)]
