@@ -40,9 +40,13 @@ def save_strips(run, iteration, sessions, ro, scores, adv_PGT):
 
 def iteration_signals(c: Config, editor, sessions, rolled, scores, adv_PGT) -> dict:
     "What the hacking monitor needs of an iteration; a judge of the shape world is compared with the exact verifier."
-    exact = processes()[1] == 1 and c.sessions == 'shapeworld' and editor.size == SIDE and not c.judge.startswith('verifier')
-    return hacking_signals(sessions[:len(rolled.images_PGTHWC)], rolled.images_PGTHWC, scores, adv_PGT,
-                           load_judge('verifier') if exact else None)
+    shape_world = c.sessions == 'shapeworld' and editor.size == SIDE
+    compare = processes()[1] == 1 and shape_world and not c.judge.startswith('verifier')
+    mine = sessions[:len(rolled.images_PGTHWC)]                          # rank 0 logs: the first sessions are its own
+    with torch.no_grad():
+        reconstructed_PHWC = editor.decode(editor.encode_image(np.stack([np.asarray(s.image) for s in mine])))
+    return hacking_signals(mine, rolled.images_PGTHWC, scores, adv_PGT, reconstructed_PHWC,
+                           load_judge('verifier') if compare else None)
 
 def load_for(c: Config, **kw):
     "The editor of a configuration; with `lora_rank` the one to train."
