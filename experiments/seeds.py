@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd
 from safetensors.numpy import load_file
-from mt_editflow_nb.evaluation.scores import Outcomes, seed_summary
+from mt_editflow_nb.evaluation.scores import Outcomes, outcomes_from, seed_summary
 from mt_editflow_nb.data.files import atomic_write
 from mt_editflow_nb.training.runs import environment
 
@@ -33,8 +33,8 @@ with ThreadPoolExecutor(a.jobs) as pool: rows = list(pool.map(job, range(a.seeds
 
 def outcomes(name):
     "Of every seed, [S, N, T]."
-    saved = [load_file(runs/f'seed_{s}'/f'{name}.safetensors') for s in range(a.seeds)]
-    return Outcomes(*(np.stack([x[k] for x in saved]) for k in Outcomes._fields))
+    saved = [outcomes_from(load_file(runs/f'seed_{s}'/f'{name}.safetensors')) for s in range(a.seeds)]
+    return Outcomes(*map(np.stack, zip(*saved)))
 
 T = rows[0]['turns']
 summary = seed_summary(outcomes('before'), outcomes('after'))

@@ -58,7 +58,7 @@ def test_scored_by_models_of_the_real_classes(bench, tmp_path, capsys):
     command = args(bench, out) + [x for k, v in models.items() for x in (f'--{k}', str(v))]
     assert main(command) == 0, capsys.readouterr().err
     outcomes, ids = load_outcomes(out)
-    assert ids == ['0', '12'] and outcomes.success_NT.shape == (2, 3) and not np.isnan(outcomes.background_cc_NT).any()
+    assert ids == ['0', '12'] and outcomes.success_IT.shape == (2, 3) and not np.isnan(outcomes.background_cc_IT).any()
     rows = json.loads((out/'scores'/'0.json').read_text())
     assert [r['task_type'] for r in rows] == kinds and all(r['success'] or r['why'] for r in rows) and all('quality' in r for r in rows)
     card = (out/'card.md').read_text()

@@ -38,7 +38,7 @@ def test_report(runs, capsys):
     assert 'Which coin wins?' in html and 'told to' in html and '1 jobs are not in this report' in html and html.count('data:image/png') >= 5 and 'load_results' not in html
     assert {p.name for p in out.iterdir()} >= {f'{n}.{e}' for n in ('verdicts', 'scores', 'comparisons', 'monitor', 'cost') for e in ('csv', 'tex')} | {f'{n}.png' for n in ('forest', 'turns', 'plane', 'curves', 'grid')}
     scores, after = pd.read_csv(out/'scores.csv', index_col=[0, 1]), load_results(runs/'coins.json').points['much better'].after
-    assert abs(scores.loc[('much better', 1), 'marginal'] - 100*after.success_NT[..., 0].mean()) < 1e-9
+    assert abs(scores.loc[('much better', 1), 'marginal'] - 100*after.success_IT[..., 0].mean()) < 1e-9
     table = pd.read_csv(out/'comparisons.csv', index_col=[0, 1, 2])
     row = table.loc[('much better', 1, 'IF')]
     assert row.low < 30 < row.high and row.p_holm < .01 and table.loc[('the same', 1, 'IF'), 'seeds'] == 4

@@ -255,7 +255,7 @@ def test_the_ablation_notebook_in_a_sweep(tmp_path):
     assert json.loads((job.folder/'config.json').read_text())['config'] | dict(job.values) == json.loads((job.folder/'config.json').read_text())['config']
     rows = [json.loads(x) for x in (job.folder/'metrics.jsonl').read_text().splitlines()]
     assert len(rows) == 2 and all({'identity', 'spread', 'push'} <= set(r) and set(r['push']) == {'if', 'cc'} for r in rows)     # what the monitor reads
-    assert load_results(tmp_path/'runs'/'one.json').points['defaults'].after.success_NT.shape == (1, 4, 2)                       # tested on more turns than trained
+    assert load_results(tmp_path/'runs'/'one.json').points['defaults'].after.success_IT.shape == (1, 4, 2)                       # tested on more turns than trained
 
 def test_supervised_training_is_a_run_like_any_other(tmp_path):
     from mt_editflow_nb.training.runs import last_checkpoint

@@ -24,7 +24,8 @@ from ..evaluation.card import save_run_images, shape_failures, write_card
 from ..evaluation.edival_models import ASKER, DETECTOR, FEATURES, QUALITY, load_asker, load_detector, load_features, load_quality
 from ..evaluation.edival_rules import EDIVAL_SIDE, outcomes_of
 from ..evaluation.exposure import decay_table, half_life, structured_judge
-from ..evaluation.scores import compare, evaluate, load_outcomes, save_outcomes, score_intervals, trained_with, with_intervals
+from ..evaluation.scores import compare, evaluate, load_outcomes, save_outcomes, score_intervals, trained_with
+from ..evaluation.statistics import format_intervals
 
 # %% ../../nbs/cli/01_eval.ipynb #aaa5be1d
 def _editor(a):
@@ -45,11 +46,11 @@ def _finish(out, *, title, facts, sessions, outcomes, images, why_NT, extra={}, 
     save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions])
     if against and (differs := _differs(facts, against)): facts = facts | {f'Made otherwise than {against}': differs}
     if against: extra = extra | {f'Compared with {against}': compare(against, out).rename(columns=dict(a='that one', b='this one'))}
-    decay, life = with_intervals(decay_table(outcomes.success_NT)).unstack(), half_life(outcomes.success_NT)
+    decay, life = format_intervals(decay_table(outcomes.success_IT)).unstack(), half_life(outcomes.success_IT)
     extra = {f'By turn, whatever came before: half-life of success {life.mean:.1f} [{life.low:.1f}, {life.high:.1f}] turns': decay[['free', 'given_right', 'lost']]} | extra
     table = score_intervals(outcomes)
     atomic_write(out/'scores.csv', table.to_csv())
-    atomic_write(out/'results.json', json.dumps(dict(sessions=len(sessions), turns=outcomes.success_NT.shape[1], facts=facts,
+    atomic_write(out/'results.json', json.dumps(dict(sessions=len(sessions), turns=outcomes.success_IT.shape[1], facts=facts,
         table=json.loads(table.reset_index().to_json(orient='records'))), indent=1))
     write_card(out, title=title, facts=facts, sessions=sessions, outcomes=outcomes, images=images, why_NT=why_NT, extra=extra)
     return table
@@ -64,13 +65,13 @@ def _free(a, judge, editor, out):
     sessions = resize_sessions(editor, sessions)
     t = time.time()
     outcomes, images = evaluate(editor, sessions, judge, num_steps=a.steps, batch=a.batch, progress=True)
-    seconds = (time.time() - t) / outcomes.success_NT.size
+    seconds = (time.time() - t) / outcomes.success_IT.size
     save_run_images(out, sessions[:a.keep], images[:a.keep])
     facts = dict(Editor=dict(editor=a.editor, adapter=a.lora or 'none', weights=a.quantize or 'not quantised', versions=_version()),
-                 Data=dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {outcomes.success_NT.shape[1]} turns', structure=f'{a.structure}, in plain words' if a.plain else a.structure or 'chain', split='held out' if a.sessions == 'shapeworld' else 'the whole file'),
+                 Data=dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {outcomes.success_IT.shape[1]} turns', structure=f'{a.structure}, in plain words' if a.plain else a.structure or 'chain', split='held out' if a.sessions == 'shapeworld' else 'the whole file'),
                  Protocol=dict(judge=a.judge, steps=a.steps, seed=1234, input='every turn edits the last output', seconds_a_turn=f'{seconds:.3f}'))
     return _finish(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, outcomes=outcomes, images=lambda n: images[n],
-                   why_NT=shape_failures(sessions, images, outcomes.success_NT), against=a.against), sessions
+                   why_NT=shape_failures(sessions, images, outcomes.success_IT), against=a.against), sessions
 
 def _edival(a, out, tools=None):
     "EdiVal-Bench: generate what is missing, score what is unscored, write the card. `tools`: (detect, ask, features, quality) instead of loaded models."
@@ -93,12 +94,12 @@ def _edival(a, out, tools=None):
     if 'quality' in scored[0][0]:
         q_NT, first_N = np.array([[r['quality'] for r in rows] for rows in scored]), np.array([rows[0]['quality_first'] for rows in scored])
         half = lambda x_NT: 1.96 * x_NT.std(0, ddof=1) / len(x_NT)**.5 if len(x_NT) > 1 else np.full(x_NT.shape[1], np.nan)
-        mean = lambda x_NT: with_intervals(pd.DataFrame(dict(value=x_NT.mean(0), low=x_NT.mean(0) - half(x_NT), high=x_NT.mean(0) + half(x_NT))), digits=2).to_numpy()
+        mean = lambda x_NT: format_intervals(pd.DataFrame(dict(value=x_NT.mean(0), low=x_NT.mean(0) - half(x_NT), high=x_NT.mean(0) + half(x_NT))), digits=2).to_numpy()
         extra['Quality'] = pd.DataFrame(dict(turn=range(1, q_NT.shape[1] + 1), quality=mean(q_NT), change=mean(q_NT - first_N[:, None]))).set_index('turn')
-    facts = dict(Editor=dict(editor=a.editor, adapter=a.lora or 'none', weights=a.quantize or 'not quantised', versions=_version()), Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {outcomes.success_NT.shape[1]} turns', instructions=csv.name),
+    facts = dict(Editor=dict(editor=a.editor, adapter=a.lora or 'none', weights=a.quantize or 'not quantised', versions=_version()), Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {outcomes.success_IT.shape[1]} turns', instructions=csv.name),
                  Protocol=dict(steps=a.steps, seed=f'{edival.SEED} in every turn', size=f'{EDIVAL_SIDE} pixels between turns', mode='multipass', detector=a.detector, vlm=a.vlm, features=a.features, quality=a.quality or 'not scored', questions='own wording'))
     save_run_images(out, sessions)
-    images = lambda n: np.stack([np.asarray(open_image(edival.turn_file(out, sessions[n].id, t + 1))) for t in range(outcomes.success_NT.shape[1])])
+    images = lambda n: np.stack([np.asarray(open_image(edival.turn_file(out, sessions[n].id, t + 1))) for t in range(outcomes.success_IT.shape[1])])
     return _finish(out, title='EdiVal-Bench evaluation of a multi-turn editor', facts=facts, sessions=sessions, outcomes=outcomes, images=images,
                    why_NT=[[r['why'] for r in rows] for rows in scored], extra=extra, against=a.against), sessions
 

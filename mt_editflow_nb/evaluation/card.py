@@ -14,21 +14,22 @@ from ..data.files import atomic_write, open_image, save_png
 from ..data.sessions import load_sessions
 from ..data.shapeworld import look
 from ..editing.rollout import strip
-from .scores import Outcomes, score_intervals, wilson, with_intervals
+from .scores import Outcomes, score_intervals
+from .statistics import format_intervals, wilson
 from . import edival
 
 # %% ../../nbs/evaluation/06_card.ipynb #c01b08db
 def shape_failures(
     sessions: list, # N sessions of the shape world
     images_NTHWC: np.ndarray, # uint8, every turn's result
-    success_NT: np.ndarray, # bool
+    success_IT: np.ndarray, # bool
 ) -> list: # N lists of T reasons, '' where the instruction was followed
     "Why turns fail in the shape world, from pixels."
-    N, T = success_NT.shape
+    N, T = success_IT.shape
     seen = look(np.concatenate([np.stack([np.asarray(s.image) for s in sessions])[:, None], images_NTHWC], 1).reshape(-1, *images_NTHWC.shape[2:]))
     codes, ground = seen.codes.reshape(N, T + 1, -1), seen.background.reshape(N, T + 1)
     def why(n, t):
-        if success_NT[n, t]: return ''
+        if success_IT[n, t]: return ''
         if (codes[n, t] == codes[n, t + 1]).all() and ground[n, t] == ground[n, t + 1]: return 'nothing changed'
         if (codes[n, t + 1] < 0).any() or ground[n, t + 1] < 0: return 'not recognisable'
         return 'another edit'
@@ -36,11 +37,11 @@ def shape_failures(
 
 def taxonomy(
     types_NT: list, # N lists of T instruction types
-    success_NT: np.ndarray, # bool
+    success_IT: np.ndarray, # bool
     why_NT: list, # N lists of T reasons
 ) -> pd.DataFrame: # index type; turns, success, low, high (percent), then a column of counts for each reason
     "Success and reasons of failure by instruction type, the hardest type first."
-    d = pd.DataFrame(dict(type=sum(map(list, types_NT), []), ok=np.asarray(success_NT).reshape(-1), why=sum(map(list, why_NT), [])))
+    d = pd.DataFrame(dict(type=sum(map(list, types_NT), []), ok=np.asarray(success_IT).reshape(-1) == 1, why=sum(map(list, why_NT), [])))
     rows = {}
     for type, g in d.groupby('type'):
         k, n = int(g.ok.sum()), len(g)
@@ -53,10 +54,10 @@ def taxonomy(
 # %% ../../nbs/evaluation/06_card.ipynb #80f26bdc
 def session_scores(outcomes: Outcomes) -> np.ndarray: # [N] in [0, 2)
     "One number a session: how long everything was right, then how much was kept."
-    cc = np.stack([outcomes.object_cc_NT, outcomes.background_cc_NT])
+    cc = np.stack([outcomes.object_cc_IT, outcomes.background_cc_IT])
     n = (~np.isnan(cc)).sum((0, 2))
     kept = np.divide(np.nansum(cc, (0, 2)), n, out=np.zeros(len(n)), where=n > 0)
-    return np.cumprod(outcomes.success_NT, 1).mean(1) + .999 * kept / max(1, outcomes.success_NT.shape[1])
+    return np.cumprod(outcomes.success_IT, 1).mean(1) + .999 * kept / max(1, outcomes.success_IT.shape[1])
 
 def best_median_worst(scores_N: np.ndarray) -> dict: # name -> index
     "The session at the top, in the middle and at the bottom."
@@ -86,10 +87,10 @@ def write_card(
     "Write the card as Markdown with pictures beside it, and as one self-contained HTML page."
     folder = Path(folder)
     table = score_intervals(outcomes)
-    fail = taxonomy([s.task_types or ['(no type)'] * outcomes.success_NT.shape[1] for s in sessions], outcomes.success_NT, why_NT)
+    fail = taxonomy([s.task_types or ['(no type)'] * outcomes.success_IT.shape[1] for s in sessions], outcomes.success_IT, why_NT)
     parts = [('h1', title)]
     for head, d in facts.items(): parts += [('h2', head), ('table', pd.DataFrame(d.items(), columns=['', ' ']), False)]
-    wide = with_intervals(table).unstack('metric')[['IF', 'marginal', 'CC', 'O']]
+    wide = format_intervals(table).unstack('metric')[['IF', 'marginal', 'CC', 'O']]
     parts += [('h2', 'Results'), ('p', 'Percent, with 95 % bootstrap intervals over sessions. IF: all instructions so far followed; marginal: this one followed; '
                                        'CC: content consistency with the first image; O: geometric mean of IF and CC.'), ('table', wide, True)]
     for head, df in extra.items(): parts += [('h2', head), ('table', df, True)]
@@ -97,7 +98,7 @@ def write_card(
               ('h2', 'Sessions'), ('p', 'Best, median and worst by score (how long everything was right, then how much was kept). Green, whole frame: followed; red, dotted: not.')]
     for name, n in best_median_worst(session_scores(outcomes)).items():
         f = io.BytesIO()
-        strip(sessions[n], images(n)[None], marks_GT=[outcomes.success_NT[n]]).savefig(f, dpi=80)
+        strip(sessions[n], images(n)[None], marks_GT=[outcomes.success_IT[n]]).savefig(f, dpi=80)
         atomic_write(folder/f'strip_{name}.png', f.getvalue())
         parts += [('h3', f'{name.capitalize()}: session {sessions[n].id}'), ('img', f'strip_{name}.png', f.getvalue())]
     md, page = [], []

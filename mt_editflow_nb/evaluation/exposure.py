@@ -18,7 +18,8 @@ from ..data.shapeworld import look
 from ..editing.rollout import resize_sessions
 from ..rewards.cube import Scores
 from ..data.structures import STRUCTURES, plain_form, structured_sessions, verify_structured
-from .scores import Interval, Outcomes, luck_of_seeds, evaluate, wilson
+from .scores import Outcomes, evaluate
+from .statistics import Interval, seed_errors, wilson
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #b6ebc7b4
 def perfect_state(
@@ -31,8 +32,8 @@ def perfect_state(
 
 class Exposure(NamedTuple):
     "Success of N sessions x T turns, twice. With several trained editors: arrays `[S, N, T]`."
-    free_NT: np.ndarray # bool: every turn edits the last output
-    perfect_NT: np.ndarray # bool: every turn edits the perfect previous picture
+    free_IT: np.ndarray # bool: every turn edits the last output
+    perfect_IT: np.ndarray # bool: every turn edits the perfect previous picture
 
 def measure_exposure(
     editor, # from `load_editor`
@@ -43,8 +44,8 @@ def measure_exposure(
     "Run sessions freely, and each turn from the perfect picture. Turn 1 is the same in both."
     sessions = resize_sessions(editor, sessions)
     outcomes, images = evaluate(editor, sessions, judge, **kw)
-    perfect = [outcomes.success_NT[:, :1]] + [evaluate(editor, perfect_state(sessions, t), judge, **kw)[0].success_NT for t in range(2, outcomes.success_NT.shape[1] + 1)]
-    return Exposure(outcomes.success_NT, np.concatenate(perfect, 1)), outcomes, images
+    perfect = [outcomes.success_IT[:, :1]] + [evaluate(editor, perfect_state(sessions, t), judge, **kw)[0].success_IT for t in range(2, outcomes.success_IT.shape[1] + 1)]
+    return Exposure(outcomes.success_IT, np.concatenate(perfect, 1)), outcomes, images
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #27c2c1d1
 def _draws(N, n_boot, seed): return np.concatenate([np.ones((1, N)), np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=n_boot)]).astype(float)
@@ -60,7 +61,7 @@ class _Sample(NamedTuple):
     def luck(self):
         "Draws of sessions and of seeds' mean, those that say something."
         seeds_S = self.seeds_S[~np.isnan(self.seeds_S)]                     # none where a seed's editor never got so far
-        x_B = self.draws_B[1:] + luck_of_seeds(seeds_S[:, None], len(self.draws_B) - 1, np.random.default_rng(1))[:, 0]
+        x_B = self.draws_B[1:] + seed_errors(seeds_S[:, None], len(self.draws_B) - 1, np.random.default_rng(1))[:, 0]
         return x_B[~np.isnan(x_B)]
     def interval(self):
         x_B = self.luck()
@@ -105,7 +106,7 @@ def _ends(table, success):
 
 def _exposure(e, n_boot, seed):
     free, perfect = (np.asarray(x, float) for x in e)
-    if free.shape != perfect.shape: raise InputError(f'perfect_NT: expected shape {list(free.shape)} as free_NT, received {list(perfect.shape)}')
+    if free.shape != perfect.shape: raise InputError(f'perfect_IT: expected shape {list(free.shape)} as free_IT, received {list(perfect.shape)}')
     def f(w, free, perfect, so_far, before):
         N = len(free)
         return dict(free=w @ free / N, perfect=w @ perfect / N, gap=w @ (perfect - free) / N, given_right=_ratio(w @ so_far, w @ before), all_right=w @ so_far / N)
@@ -117,7 +118,7 @@ def exposure_table(
     seed: int = 0, # of the draws
 ) -> pd.DataFrame: # index (turn, quantity); value, low, high in percent
     "free, perfect, gap, given right, and all right so far, for every turn."
-    return _ends(_table(_exposure(exposure, n_boot, seed), ['turn', 'quantity']), exposure.free_NT)
+    return _ends(_table(_exposure(exposure, n_boot, seed), ['turn', 'quantity']), exposure.free_IT)
 
 def exposure_change(
     before: Exposure, # of the base editor
@@ -129,29 +130,29 @@ def exposure_change(
     return _changes(_exposure(before, n_boot, seed), _exposure(after, n_boot, seed), ['turn', 'quantity'], less=('gap',))
 
 def decay_table(
-    success_NT, # bool, of a free run
+    success_IT, # bool, of a free run
     n_boot: int = 2000,
     seed: int = 0, # of the draws
 ) -> pd.DataFrame: # index (turn, quantity); value, low, high in percent
     "What real images allow: free, given right, and `lost`, their difference, which stands in for the exposure gap."
-    free = np.asarray(success_NT, float)
+    free = np.asarray(success_IT, float)
     def f(w, free, so_far, before): return dict(free=w @ free / len(free), given_right=(g := _ratio(w @ so_far, w @ before)), lost=g - w @ free / len(free))
     return _ends(_table(_samples(f, (free, *_so_far(free)), n_boot, seed), ['turn', 'quantity']), free)
 
-def _half_life(success_NT, n_boot, seed):
+def _half_life(success_IT, n_boot, seed):
     def f(w, so_far, tried):
         p = (w @ so_far.sum(1)) / (w @ tried.sum(1))
         with np.errstate(divide='ignore'): return dict(half_life=np.where(p >= 1, np.inf, np.where(p <= 0, 0., np.log(.5) / np.log(np.clip(p, 1e-300, 1 - 1e-15))))[:, None])
-    return _samples(f, _so_far(np.asarray(success_NT, float)), n_boot, seed, scale=1.)[1, 'half_life']
+    return _samples(f, _so_far(np.asarray(success_IT, float)), n_boot, seed, scale=1.)[1, 'half_life']
 
 def half_life(
-    success_NT, # bool
+    success_IT, # bool
     minus=None, # of another editor over the same sessions: the difference between the two
     n_boot: int = 2000,
     seed: int = 0,
 ) -> Interval: # turns; infinite if no turn failed
     "Turns after which half of the sessions are all right: ln(1/2) / ln(p), p the maximum-likelihood chance that a session right so far stays right."
-    life = _half_life(success_NT, n_boot, seed)
+    life = _half_life(success_IT, n_boot, seed)
     return (life if minus is None else life - _half_life(minus, n_boot, seed)).interval()
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #d63c43bc
@@ -175,8 +176,8 @@ def nothing_sessions(
 
 class Drift(NamedTuple):
     "How far N pictures have moved after 1..T turns in which nothing was asked for. With several trained editors: arrays `[S, N, T]`."
-    rms_NT: np.ndarray # root mean square difference from the first picture, of a full scale of 1
-    kept_NT: np.ndarray # share of the nine cells that are still recognised as what they were
+    rms_IT: np.ndarray # root mean square difference from the first picture, of a full scale of 1
+    kept_IT: np.ndarray # share of the nine cells that are still recognised as what they were
 
 def drift(first_NHWC: np.ndarray, images_NTHWC: np.ndarray) -> Drift:
     "Compare chains with their first pictures."
@@ -233,7 +234,7 @@ def plot_exposure(
     for (name, e), c in zip(exposures.items(), colors):
         table = exposure_table(e, n_boot)
         q = lambda k: table.xs(k, level='quantity')
-        life = half_life(e.free_NT, n_boot=n_boot)
+        life = half_life(e.free_IT, n_boot=n_boot)
         for k, style in (('perfect', 's--'), ('free', 'o-')): axs[0].plot(q(k).value, style, color=c, ms=4, label=f'{name}, {k}'); band(axs[0], q(k), c)
         axs[1].plot(q('gap').value, 'o-', color=c, ms=4, label=name); band(axs[1], q('gap'), c)
         axs[2].plot(q('all_right').value, 'o-', color=c, ms=4, label=f'{name}: half-life {life.mean:.1f} [{life.low:.1f}, {life.high:.1f}]'); band(axs[2], q('all_right'), c)

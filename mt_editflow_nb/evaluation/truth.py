@@ -16,7 +16,8 @@ from ..data.sessions import Session
 from ..data.shapeworld import BACKGROUNDS, COLORS, OBJECTS, SIDE, Edit, Scene, apply_edit, read, render, shape_sessions
 from ..data.verifier import follows
 from ..data.shapeworld import closeness, look, read_scene
-from .scores import Interval, Outcomes, wilson
+from .scores import Outcomes
+from .statistics import Interval, wilson
 from .edival_rules import QUESTIONS, Found, background_term, follows_rule, kind_of, object_term, outcomes_of, score_session, singular, slots_of
 
 # %% ../../nbs/evaluation/05_truth.ipynb #5dbc3dce

@@ -20,6 +20,7 @@ from ..data.shapeworld import teacher_images
 from ..editing.rollout import strip
 from ..rewards.judges import MODES, PROMPTS, load_mode
 from ..rewards.cube import Judge, Scores, verifier
+from ..evaluation.scores import outcomes_from
 from ..algorithm.aggregation import AGGREGATIONS
 from ..algorithm.fusion import CREDITS, FUSIONS, PRESETS, STDS, advantages
 from ..algorithm.config import make_config
@@ -183,7 +184,8 @@ def read_strips(run # folder of a finished run
     images = np.stack([before['images'], after['images']], 1)
     P = len(images)
     _, heldout = session_source(c.model_copy(update=dict(eval_sessions=P)) if c.sessions == 'shapeworld' else c)
-    success, objects, ground = (torch.from_numpy(np.stack([before[k][:P], after[k][:P]], 1)) for k in ('success_NT', 'object_cc_NT', 'background_cc_NT'))
+    both = zip(outcomes_from(before), outcomes_from(after))
+    success, objects, ground = (torch.from_numpy(np.stack([x[:P], y[:P]], 1)) for x, y in both)
     cc = torch.stack([objects, ground]).float().nanmean(0)
     return Strips(heldout[:P], images, Scores(('if', 'cc'), torch.stack([success.float(), cc], -1), success.float(), objects, ground), ['before training', 'after training'])
 

@@ -252,7 +252,7 @@ def explore_sweep(path,           # `NAME.json` of a sweep
                  ) -> View:
     "Filter the table of a sweep, and look into its jobs."
     path, r = Path(path), load_results(path)
-    table, axes, T = comparison_table(r, n_boot=n_boot), sweep_axes(r), next(iter(r.points.values())).after.success_NT.shape[-1]
+    table, axes, T = comparison_table(r, n_boot=n_boot), sweep_axes(r), next(iter(r.points.values())).after.success_IT.shape[-1]
     controls = dict(metric=_options('score', ['O', 'IF', 'CC', 'marginal']), turn=_options('turn', range(1, T + 1), T), sort=_options('sort by', ['score', 'difference', 'point']))
     filters = {k: _options(k, ['all', *v]) for k, v in axes.items()}
     fit = lambda values: {k: v for k, v in values.items() if k in axes and v != 'all'}

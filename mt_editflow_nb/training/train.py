@@ -19,7 +19,7 @@ from ..editing.lora import lora_parameters, save_lora
 from ..editing.rollout import strip
 from ..rewards.cube import load_judge
 from ..algorithm.supervised import supervise
-from ..evaluation.scores import Outcomes, compare_scores, evaluate, score_intervals
+from ..evaluation.scores import compare_scores, evaluate, outcomes_from, score_intervals
 from .budget import find_batch, trial_step
 from .monitor import find_hacking, hacking_signals
 from ..algorithm.config import Config
@@ -128,7 +128,7 @@ def _outcomes(run, name, editor, heldout, c, judge, progress, shared=None):
         atomic_write(file, found := save(dict(outcomes._asdict(), images=images_NTHWC[:8])))
         if shared: atomic_write(shared, found)
     saved = load_file(file)
-    return Outcomes(*(saved[k] for k in Outcomes._fields)), saved['images']
+    return outcomes_from(saved), saved['images']
 
 def experiment(c: Config,           # from `make_config`
                run,                 # folder to create, or to continue
@@ -149,15 +149,15 @@ def experiment(c: Config,           # from `make_config`
         del base; gc.collect()                                           # a card has room for one
         after, images2 = _outcomes(run, 'after', train(c, run, judge, progress), heldout, c, examiner, progress)
         for i, s in enumerate(heldout[:len(images)]) if processes()[0] == 0 else ():
-            fig = strip(s, np.stack([images[i], images2[i]]), marks_GT=[before.success_NT[i], after.success_NT[i]], title='above: before training, below: after')
+            fig = strip(s, np.stack([images[i], images2[i]]), marks_GT=[before.success_IT[i], after.success_IT[i]], title='above: before training, below: after')
             fig.savefig(run/'rollouts'/f'heldout_{i}.png', dpi=80)
     before, after = (_outcomes(run, n, None, None, c, None, False)[0] for n in ('before', 'after'))
     table = compare_scores(before, after)
     for name, o in (('before', before), ('after', after)): table[[f'{name}_low', f'{name}_high']] = score_intervals(o)[['low', 'high']]
     timings = [json.loads(x)['seconds'] for x in (run/'timings.jsonl').read_text().splitlines()] if (run/'timings.jsonl').is_file() else []
-    T = before.success_NT.shape[1]
+    T = before.success_IT.shape[1]
     row = table.loc[(T, 'O')]
-    results = dict(sessions=len(before.success_NT), turns=T, iterations=c.iterations, seed=c.seed, seconds_training=round(sum(timings), 1),
+    results = dict(sessions=len(before.success_IT), turns=T, iterations=c.iterations, seed=c.seed, seconds_training=round(sum(timings), 1),
                    final_turn_O_before=row.before, final_turn_O_gain=row.difference, final_turn_O_gain_ci=[row.low, row.high],
                    table=table.reset_index().to_dict('records'))
     atomic_write(run/'results.json', json.dumps(results, indent=1)); atomic_write(run/'results.csv', table.to_csv())
