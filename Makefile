@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo browser test lab readme
+.PHONY: help install demo browser test fast lint export docs lab readme
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,9 +29,31 @@ browser: ## install the system's Chromium, which tests drive JupyterLab with
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
 	  echo 'No Chromium, and it cannot be installed from here: tests in a browser will be skipped.'
 
+# Both halves run, and both report, also when the first fails.
 test: $(STAMP) browser ## test every notebook, then the whole flows
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --do_print
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --do_print --n_workers 2; notebooks=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n 2 --dist loadfile; flows=$$?; \
+	[ $$notebooks = 0 ] || echo 'make test: notebooks failed (see above the flows)'; \
+	[ $$flows = 0 ] || echo 'make test: flows failed'; \
+	[ $$notebooks = 0 ] && [ $$flows = 0 ]
+
+fast: $(STAMP) lint ## what one runs between edits: lint, the light chapters, and the tests of the house
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/data --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/algorithm --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/test_notebooks.py tests/test_sessions.py
+
+lint: $(STAMP) ## how the code reads: lines, names, unused things
+	$(BIN)/ruff check .
+
+export: $(STAMP) ## export the package from the notebooks, clean the notebooks, render README.md
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/readme.py
+
+# Sphinx is an extra: an environment that only trains does without it.
+docs: $(STAMP) ## build the site into _docs/html
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/build.py
 
 lab: $(STAMP) ## open the notebooks
 	$(BIN)/jupyter lab

@@ -22,8 +22,13 @@ setup(
                    'Programming Language :: Python :: 3', 'Development Status :: 3 - Alpha'],
     python_requires = '>=' + cfg['min_python'],
     install_requires = cfg['requirements'].split(),
-    extras_require = {'dev': cfg['dev_requirements'].split(), 'ray': cfg['ray_requirements'].split()},
+    extras_require = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'docs', 'ray')},
     entry_points = {'console_scripts': cfg['console_scripts'].split()},
-    packages = find_packages(include=[lib, lib + '.*']),
-    package_data = {lib: ['assets/**']},
+    # recipes, sweeps and the notebooks that papermill runs come along, as `experiments` inside the package
+    packages = [*find_packages(include=[lib, lib + '.*']), lib + '.experiments'],
+    package_dir = {lib + '.experiments': 'experiments'},
+    package_data = {
+        lib: ['assets/**'],
+        lib + '.experiments': ['recipes/*.yaml', 'sweeps/*.yaml', 'train.ipynb', 'ablation.ipynb', 'report.ipynb'],
+    },
 )

@@ -1,1 +1,23 @@
+"""Reinforcement learning for multi-turn image editing with flow-matching models.
+
+The names that a notebook starts with come from here, each loaded when it is first used, so that importing one
+light module stays as cheap as importing torch."""
 __version__ = "0.1.0"
+
+_HOMES = {
+    'Session': 'data.sessions', 'load_sessions': 'data.sessions', 'load_edival': 'data.sessions',
+    'shape_sessions': 'data.shapeworld',
+    'load_editor': 'editing.loading', 'load_lora': 'editing.lora', 'rollout': 'editing.rollout',
+    'load_judge': 'rewards.cube',
+    'advantages': 'algorithm.fusion', 'PRESETS': 'algorithm.fusion', 'make_config': 'algorithm.config',
+    'evaluate': 'evaluation.scores', 'edival_scores': 'evaluation.scores',
+    'train': 'training.train', 'experiment': 'training.train',
+}
+__all__ = [*_HOMES]
+
+def __getattr__(name):
+    if name not in _HOMES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from importlib import import_module
+    return getattr(import_module(f'{__name__}.{_HOMES[name]}'), name)
+
+def __dir__(): return [*globals(), *_HOMES]

@@ -62,6 +62,12 @@ def test_links_of_readme_exist():
     missing = [link for link in links if not (root/link).exists()]
     assert not missing
 
+@pytest.mark.parametrize('path', [*sorted(root.glob('*.md')), *sorted((root/'experiments').glob('*.md'))], ids=lambda p: p.name)
+def test_links_of_texts_exist(path):
+    links = re.findall(r'\]\((?![a-z]+:|#)([^)#\s]+)', path.read_text(encoding='utf-8'))
+    missing = [link for link in links if not (path.parent/link).exists()]
+    assert not missing
+
 @each(notebooks)
 def test_links_between_files_exist(path):
     text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')

@@ -1,0 +1,66 @@
+"The package without its repository: a wheel, installed into an empty folder, does all that the commands promise."
+import json, os, shutil, subprocess, sys
+import pytest
+from readme import root
+
+SMALL = ['sessions_per_iteration=1', 'group=2', 'turns=1', 'num_steps=2', 'lora_rank=2', 'eval_sessions=2']
+
+@pytest.fixture(scope='module')
+def away(tmp_path_factory):
+    "Run commands in a folder with nothing but the installed wheel; dependencies are those of this environment."
+    folder = tmp_path_factory.mktemp('away')
+    source = folder/'source'
+    source.mkdir()
+    for name in ('setup.py', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE', 'MANIFEST.in'):
+        shutil.copy(root/name, source)
+    ignored = shutil.ignore_patterns('__pycache__', 'results', '.ipynb_checkpoints')
+    for name in ('mt_editflow_nb', 'experiments'): shutil.copytree(root/name, source/name, ignore=ignored)
+    pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
+    subprocess.run([*pip, 'wheel', '--no-deps', '-w', str(folder), str(source)], check=True)
+    shutil.rmtree(source)
+    wheel, = folder.glob('*.whl')
+    subprocess.run([*pip, 'install', '--no-deps', '--target', str(folder/'site'), str(wheel)], check=True)
+    env = dict(os.environ, PYTHONPATH=str(folder/'site'), OMP_NUM_THREADS='1')
+
+    def run(*command, code=0):
+        program = folder/'site'/'bin'/command[0]
+        done = subprocess.run([sys.executable, str(program), *command[1:]], cwd=folder, env=env, capture_output=True,
+                              text=True)
+        assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    run.folder = folder
+    return run
+
+def test_commands_say_what_they_do(away):
+    for name in ('mtef_init', 'mtef_train', 'mtef_eval', 'mtef_sweep', 'mtef_report'):
+        assert f'usage: {name}' in away(name, '--help')
+
+def test_trains_directly_and_in_a_notebook(away):
+    away('mtef_train', *SMALL, 'iterations=2', '--run', 'direct')
+    assert json.loads((away.folder/'direct'/'results.json').read_text())['iterations'] == 2
+    away('mtef_init', 'copies')
+    away('mtef_train', *SMALL, 'iterations=2', '--notebook', 'copies/train.ipynb', '--run', 'notebook')
+    assert json.loads((away.folder/'notebook'/'results.json').read_text())['iterations'] == 2
+
+def test_sweeps_and_reports(away):
+    "A sweep of the user's own, with the notebook that came with the package."
+    away('mtef_init', 'changed')
+    fixed = ', '.join(pair.replace('=', ': ') for pair in [*SMALL, 'iterations=1'])
+    sweep = away.folder/'changed'/'sweeps'/'mine.yaml'
+    sweep.write_text('question: Does it run away from the checkout?\nnotebook: ../ablation.ipynb\n'
+                     f'grid: {{lr: [0.001]}}\nbaseline: {{lr: 0.001}}\nfixed: {{{fixed}}}\nseeds: [0]\n')
+    away('mtef_sweep', str(sweep), '--out', 'sweeps')
+    away('mtef_report', 'sweeps', '--n-boot', '50')
+    assert list((away.folder/'sweeps'/'report').rglob('*.html'))
+
+def test_names_to_start_with():
+    "Each is the same object as in its own module, and asking for one loads no more than that module."
+    import mt_editflow_nb
+    for name in mt_editflow_nb.__all__:
+        x = getattr(mt_editflow_nb, name)
+        assert getattr(x, '__name__', name) == name
+    with pytest.raises(AttributeError, match='load_editr'): mt_editflow_nb.load_editr
+    code = "import sys, mt_editflow_nb; mt_editflow_nb.advantages; print('diffusers' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ['False', 'True']
