@@ -61,6 +61,7 @@ def test_names_to_start_with():
         x = getattr(mt_editflow_nb, name)
         assert getattr(x, '__name__', name) == name
     with pytest.raises(AttributeError, match='load_editr'): mt_editflow_nb.load_editr
-    code = "import sys, mt_editflow_nb; mt_editflow_nb.advantages; print('diffusers' in sys.modules, 'torch' in sys.modules)"
+    code = ("import sys, mt_editflow_nb; mt_editflow_nb.advantages; "
+            "print(*(name in sys.modules for name in ('diffusers', 'torch')))")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ['False', 'True']
