@@ -17,7 +17,7 @@ from mt_editflow_nb.training.budget import PEAK, count_rows, editor_configs, pro
 from mt_editflow_nb.editing.editor import Text
 from mt_editflow_nb.data.files import atomic_write
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.training.train import optimizer
+from mt_editflow_nb.algorithm.policy import make_optimizer
 from mt_editflow_nb.cli.train import parse_overrides, read_recipe
 
 def real_editor(c, about, device, dtype, nf4):
@@ -69,7 +69,7 @@ def measure(c, about, nf4, compiled, device, dtype, repeat):
     if device.type == 'cuda': torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
     e = real_editor(c, about, device, dtype, nf4)
     if compiled: e.transformer.compile_repeated_blocks(**({} if device.type == 'cuda' else dict(backend='eager')))
-    text, opt, n = like(weightless_text(e, about['words'], c.batch), device), optimizer(c, lora_parameters(e)), c.batch
+    text, opt, n = like(weightless_text(e, about['words'], c.batch), device), make_optimizer(c, lora_parameters(e)), c.batch
     x, image, s = torch.randn(n, *e.latent_shape, device=device), torch.randn(n, *e.latent_shape, device=device), torch.full((n,), .5, device=device)
     def sample():
         with torch.no_grad(): e.velocity(x, s, text, image)

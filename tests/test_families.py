@@ -17,6 +17,7 @@ from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import Session
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.algorithm.iterate import iterate
+from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.training.train import load_for
 from mt_editflow_nb.algorithm.config import make_config
 
@@ -119,11 +120,9 @@ def judge(sessions, images_PGTHWC):
 
 def one_iteration(editor, session, **kw):
     c = make_config(dict(dict(group=3, sessions_per_iteration=2, num_steps=3, iterations=2, std='group', min_std=0., batch=4), **kw))
-    params = lora_parameters(editor)
-    opt, old = torch.optim.AdamW(params, lr=c.lr), [p.detach().clone() for p in params]
     flip = Session('b', session.image.transpose(Image.FLIP_TOP_BOTTOM), session.instructions)
     with patch.object(pipeline_qwenimage_edit_plus, 'CONDITION_IMAGE_SIZE', 112**2):
-        return iterate(c, editor, params, old, opt, [session, flip], judge, 0)[0]
+        return iterate(c, Policy(c, editor), [session, flip], judge, 0)[0]
 
 @pytest.mark.parametrize('algorithm', ['nft', 'grpo'])
 def test_training_changes_the_adapter_only(folder, session, algorithm):

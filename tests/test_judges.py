@@ -198,7 +198,7 @@ def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(
     from mt_editflow_nb.cli.train import main
     key = 'sk-0123456789abcdefSECRET'
     monkeypatch.setenv('OPENAI_API_KEY', key)
-    settings = ['sessions_per_iteration=1', 'group=2', 'num_steps=2', 'turns=2', 'iterations=2', 'eval_sessions=2', 'lora_rank=2', 'times=1', 'save_every=1']
+    settings = ['sessions_per_iteration=1', 'group=2', 'num_steps=2', 'turns=2', 'iterations=2', 'eval_sessions=2', 'lora_rank=2', 'train_timesteps=1', 'save_every=1']
     down = [False]
     with Faulty(lambda n, body: (500, f'no, {key}') if down[0] else Honest()(n, body)) as server:
         judge = f'judge=m@{server.url}:think'

@@ -6,7 +6,7 @@ from mt_editflow_nb.cli.train import main
 
 settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2', 'batch=16', 'lora_rank=2', 'updates=2', 'std=global', 'whiten=true', 'lr=2e-4']   # AdamW divides by the gradient's size: rounding grows with lr
 
-@pytest.mark.parametrize('extra', [['algorithm=nft', 'times=1'], ['algorithm=grpo', 'clip=1e-2']], ids=['nft', 'grpo'])
+@pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], ['algorithm=grpo', 'clip=1e-2']], ids=['nft', 'grpo'])
 def test_two_processes_are_one(tmp_path, extra):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = str(s.getsockname()[1])
     run = lambda name: [*settings, *extra, '--run', str(tmp_path/name)]

@@ -18,7 +18,9 @@ from mt_editflow_nb.editing.qwen import tiny_qwen
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import Session
 from mt_editflow_nb.algorithm.iterate import iterate
-from mt_editflow_nb.training.train import load_for, optimizer
+from mt_editflow_nb.algorithm import policy as policies
+from mt_editflow_nb.algorithm.policy import Policy, make_optimizer
+from mt_editflow_nb.training.train import load_for
 from mt_editflow_nb.cli.train import main, read_recipe
 from mt_editflow_nb.algorithm.config import make_config
 
@@ -43,12 +45,12 @@ def test_recipe(path, twins):
                  window=min(published.window, 2), min_std=0., iterations=2, judge='verifier')    # another judge scores below
     c = make_config(read_recipe(path) | small)
     editor, passes = load_for(c, lora_rank=c.lora_rank), []
-    params = lora_parameters(editor)
+    policy = Policy(c, editor)
     velocity = editor.velocity
     editor.velocity = lambda x, *a: (passes.append((len(x), torch.is_grad_enabled())), velocity(x, *a))[1]
-    old = [p.detach().clone() + .01 for p in params]                    # off-policy, as after some iterations
+    for o in policy.old: o += .01                                     # off-policy, as after some iterations
     with patch.object(pipeline_qwenimage_edit_plus, 'CONDITION_IMAGE_SIZE', 112**2):
-        metrics = iterate(c, editor, params, old, optimizer(c, params), [noise_session('a', 1), noise_session('b', 2)], judge, 0)[0]
+        metrics = iterate(c, policy, [noise_session('a', 1), noise_session('b', 2)], judge, 0)[0]
     assert np.isfinite(metrics['loss'])
     if metrics['rows'] == 4:                                            # rows without an advantage are skipped
         planned = count_rows(c, 2)
@@ -270,7 +272,7 @@ def test_8bit_adamw(tmp_path):
         training.train(c, tmp_path/name, judge, progress=False)
         weights[name] = load_file(tmp_path/name/'lora'/'pytorch_lora_weights.safetensors')
     state = load_file(tmp_path/'8'/'checkpoints'/'000002'/'state.safetensors')
-    assert isinstance(training.optimizer(c8, [torch.nn.Parameter(torch.zeros(2))]), bnb.optim.AdamW8bit)
+    assert isinstance(make_optimizer(c8, [torch.nn.Parameter(torch.zeros(2))]), bnb.optim.AdamW8bit)
     assert any(k.startswith('adam.state1') and v.dtype == torch.uint8 for k, v in state.items())
     distance = lambda a, b: sum((a[k] - b[k]).square().sum() for k in a)**.5
     moved = sum(v.square().sum() for k, v in weights['32'].items() if 'lora_B' in k)**.5
@@ -279,7 +281,7 @@ def test_8bit_adamw(tmp_path):
     training.train(c8, tmp_path/'8', judge, progress=False)
     again = load_file(tmp_path/'8'/'lora'/'pytorch_lora_weights.safetensors')
     assert all(torch.equal(again[k], weights['8'][k]) for k in again)
-    with patch.object(training, 'find_spec', lambda name: None), pytest.raises(InputError, match='pip install bitsandbytes'): training.optimizer(c8, [])
+    with patch.object(policies, 'find_spec', lambda name: None), pytest.raises(InputError, match='pip install bitsandbytes'): make_optimizer(c8, [])
 
 def test_command(capsys, tmp_path):
     assert main(['--plan', 'lora_rank=4']) == 0

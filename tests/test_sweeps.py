@@ -188,7 +188,7 @@ def test_sweeps_at_equal_compute(tmp_path):
     c, points = Config(), {n: plan_sweep(root/f'experiments/sweeps/{n}.yaml', tmp_path, check=False).points for n in ('paper', 'turns')}
     turns = [p['turns']*p['sessions_per_iteration'] for p in (*points['turns'].values(), points['paper']['single-turn RL'])]
     assert all(abs(t/(3*c.sessions_per_iteration) - 1) < .05 for t in turns), turns
-    passes = c.sessions_per_iteration*c.group*(c.num_steps + 3*c.times)             # a rollout, and for each noise level a forward and a backward (the old policy is the trained one)
+    passes = c.sessions_per_iteration*c.group*(c.num_steps + 3*c.train_timesteps)             # a rollout, and for each noise level a forward and a backward (the old policy is the trained one)
     assert c.old_decay == 0
     assert abs(points['paper']['supervised']['sessions_per_iteration']*c.group*3/passes - 1) < .05
 

@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
         return (loss*float('nan') if len(calls) == 11 else loss), stats
     monkeypatch.setattr(module, 'nft_loss', poisoned)
     with pytest.raises(InputError, match='iteration 2: loss is not finite') as e:
-        train(make_config(small | dict(times=2)), tmp_path/'run', progress=False)
+        train(make_config(small | dict(train_timesteps=2)), tmp_path/'run', progress=False)
     assert last_checkpoint(tmp_path/'run').name == '000002' and '\n' not in str(e.value)
 
 def test_a_checkpoint_that_is_not_one(tmp_path, whole):

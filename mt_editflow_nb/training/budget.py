@@ -151,7 +151,7 @@ def count_rows(c,         # a run's configuration
               ) -> dict:  # rows that go through the transformer in an iteration
     "`sampled` and `compared` rows only forward, `trained` rows forward and backward."
     N, trained = c.sessions_per_iteration*c.group*turns, c.sessions_per_iteration*(c.keep or c.group)*turns
-    trained *= c.times if c.algorithm == 'nft' else c.window or c.num_steps - 1
+    trained *= c.train_timesteps if c.algorithm == 'nft' else c.window or c.num_steps - 1
     return dict(sampled=N*c.num_steps, trained=trained, compared=trained*((c.algorithm == 'nft') + (c.kl_weight > 0)))
 
 # dense bf16 operations a second as the makers publish them, and the share that this kind of work is assumed to reach
