@@ -13,7 +13,7 @@ from PIL import Image
 from ..data.files import atomic_write, open_image, save_png
 from ..data.sessions import load_sessions
 from ..data.shapeworld import look
-from ..editing.rollout import strip
+from ..data.plots import session_figure
 from .scores import Outcomes, score_intervals
 from .statistics import format_intervals, wilson
 from . import edival
@@ -98,7 +98,7 @@ def write_card(
               ('h2', 'Sessions'), ('p', 'Best, median and worst by score (how long everything was right, then how much was kept). Green, whole frame: followed; red, dotted: not.')]
     for name, n in best_median_worst(session_scores(outcomes)).items():
         f = io.BytesIO()
-        strip(sessions[n], images(n)[None], marks_GT=[outcomes.success_IT[n]]).savefig(f, dpi=80)
+        session_figure(sessions[n], images(n)[None], marks_GT=[outcomes.success_IT[n]]).savefig(f, dpi=80)
         atomic_write(folder/f'strip_{name}.png', f.getvalue())
         parts += [('h3', f'{name.capitalize()}: session {sessions[n].id}'), ('img', f'strip_{name}.png', f.getvalue())]
     md, page = [], []

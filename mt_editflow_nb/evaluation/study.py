@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np, pandas as pd
 from PIL import Image
 from ..data.files import InputError, atomic_write
-from ..editing.rollout import strip
+from ..data.plots import session_figure
 from ..rewards.cube import load_judge
 from .statistics import Interval, alpha_of_coincidences, bradley_terry, label_coincidences
 from ..data.files import save_png
@@ -108,7 +108,7 @@ class RatingDesk:
         "Both systems' rows of the current session, unnamed."
         if not self.trial: return None
         i, s = self.sessions[self.trial['session']]
-        return strip(s, np.stack([self.images[self.trial[k]][i] for k in ('first', 'second')]), title='1: upper row is better      2: lower row is better      0: no difference      u: back')
+        return session_figure(s, np.stack([self.images[self.trial[k]][i] for k in ('first', 'second')]), title='1: upper row is better      2: lower row is better      0: no difference      u: back')
 
     def _draw(self):
         import io

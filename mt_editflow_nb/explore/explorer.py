@@ -17,7 +17,7 @@ import ipywidgets as widgets, numpy as np, torch
 from PIL import Image
 from ..data.files import InputError
 from ..data.shapeworld import teacher_images
-from ..editing.rollout import strip
+from ..data.plots import session_figure
 from ..rewards.judges import MODES, PROMPTS, load_mode
 from ..rewards.cube import Judge, Scores, verifier
 from ..evaluation.scores import outcomes_from
@@ -244,7 +244,7 @@ def strip_figure(s: Strips, p: int = 0, sort: str = 'member', rows: int = 4, **_
     "The best rows of a session as a figure."
     order = member_order(s, p, sort)[:rows]
     labels = [[_values(s, p, g, t).replace('<br>', ' ') for t in range(s.images_PGTHWC.shape[2])] for g in order]
-    return strip(s.sessions[p], s.images_PGTHWC[p][order], labels if s.scores else None, s.scores.success_PGT[p][order].tolist() if s.scores else None, ' / '.join(s.members[g] if s.members else f'member {g}' for g in order))
+    return session_figure(s.sessions[p], s.images_PGTHWC[p][order], labels if s.scores else None, s.scores.success_PGT[p][order].tolist() if s.scores else None, ' / '.join(s.members[g] if s.members else f'member {g}' for g in order))
 
 def explore_sessions(s: Strips) -> View:
     "Leaf through sessions and sort their members."

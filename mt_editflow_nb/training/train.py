@@ -15,7 +15,7 @@ from ..data.files import InputError, atomic_write
 from ..data.shapeworld import SIDE
 from ..editing.loading import load_editor
 from ..editing.lora import save_lora
-from ..editing.rollout import strip
+from ..data.plots import session_figure
 from ..rewards.cube import load_judge
 from ..algorithm.supervised import supervise
 from ..evaluation.scores import compare_scores, evaluate, outcomes_from, score_intervals
@@ -34,7 +34,7 @@ def save_strips(run, iteration, sessions, ro, scores, adv_PGT):
     order = adv_PGT[0].mean(-1).argsort(descending=True)
     r = scores.rewards_PGTM[0]
     labels = [[' '.join(f'{n} {r[g, t, m]:.2f}' for m, n in enumerate(scores.names)) + f' A {adv_PGT[0, g, t]:+.1f}' for t in range(r.shape[1])] for g in order]
-    fig = strip(sessions[0], ro.images_PGTHWC[0][order.numpy()], labels, scores.success_PGT[0][order].tolist(), f'iteration {iteration}')
+    fig = session_figure(sessions[0], ro.images_PGTHWC[0][order.numpy()], labels, scores.success_PGT[0][order].tolist(), f'iteration {iteration}')
     tmp = Path(run)/'rollouts'/f'.{iteration:06d}.png'
     fig.savefig(tmp, dpi=80); os.replace(tmp, tmp.with_name(f'{iteration:06d}.png'))
 
@@ -140,7 +140,7 @@ def experiment(c: Config,           # from `make_config`
         del base; gc.collect()                                           # a card has room for one
         after, images2 = _outcomes(run, 'after', train(c, run, judge, progress), heldout, c, examiner, progress)
         for i, s in enumerate(heldout[:len(images)]) if processes()[0] == 0 else ():
-            fig = strip(s, np.stack([images[i], images2[i]]), marks_GT=[before.success_IT[i], after.success_IT[i]], title='above: before training, below: after')
+            fig = session_figure(s, np.stack([images[i], images2[i]]), marks_GT=[before.success_IT[i], after.success_IT[i]], title='above: before training, below: after')
             fig.savefig(run/'rollouts'/f'heldout_{i}.png', dpi=80)
     before, after = (_outcomes(run, n, None, None, c, None, False)[0] for n in ('before', 'after'))
     table = compare_scores(before, after)
