@@ -8,7 +8,7 @@ __all__ = ['nft_terms', 'grpo_terms', 'iterate']
 # %% ../../nbs/algorithm/06_iterate.ipynb #bffe2463
 import numpy as np, pandas as pd, torch
 from ..data.files import InputError
-from ..data.shapeworld import SIDE
+from ..data.shapeworld import WORLD_SIDE
 from ..editing.samplers import sde_step, sde_window
 from ..editing.rollout import rollout
 from ..rewards.cube import TurnScorer, load_judge

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from PIL import Image
 from ..data.files import atomic_write, open_image, save_png
 from ..data.sessions import load_sessions
-from ..data.shapeworld import look
+from ..data.shapeworld import recognise
 from ..data.plots import session_figure
 from .scores import Outcomes, score_intervals
 from .statistics import format_intervals, wilson
@@ -26,7 +26,7 @@ def shape_failures(
 ) -> list: # N lists of T reasons, '' where the instruction was followed
     "Why turns fail in the shape world, from pixels."
     N, T = success_IT.shape
-    seen = look(np.concatenate([np.stack([np.asarray(s.image) for s in sessions])[:, None], images_NTHWC], 1).reshape(-1, *images_NTHWC.shape[2:]))
+    seen = recognise(np.concatenate([np.stack([np.asarray(s.image) for s in sessions])[:, None], images_NTHWC], 1).reshape(-1, *images_NTHWC.shape[2:]))
     codes, ground = seen.codes.reshape(N, T + 1, -1), seen.background.reshape(N, T + 1)
     def why(n, t):
         if success_IT[n, t]: return ''

@@ -14,7 +14,7 @@ from PIL import Image
 from ..data.files import InputError
 from ..data.sessions import Session
 from ..data.shapeworld import BACKGROUNDS, shape_sessions, teacher_images
-from ..data.shapeworld import look
+from ..data.shapeworld import recognise
 from ..editing.rollout import resize_sessions
 from ..rewards.cube import Scores
 from ..data.structures import STRUCTURES, plain_form, structured_sessions, verify_structured
@@ -171,7 +171,7 @@ def nothing_sessions(
 ) -> list: # `Session`s
     "First pictures of the shape world, with instructions that ask for the background that is there already."
     first = shape_sessions(n, 1, split, seed)
-    grounds = look(np.stack([np.asarray(s.image) for s in first])).background
+    grounds = recognise(np.stack([np.asarray(s.image) for s in first])).background
     return [Session(f'{s.id}-nothing', s.image, [f'change the background to {list(BACKGROUNDS)[b]}'] * turns, ['nothing'] * turns) for s, b in zip(first, grounds)]
 
 class Drift(NamedTuple):
@@ -183,8 +183,8 @@ def drift(first_NHWC: np.ndarray, images_NTHWC: np.ndarray) -> Drift:
     "Compare chains with their first pictures."
     N, T = images_NTHWC.shape[:2]
     rms = np.sqrt(((images_NTHWC.astype(np.float32) - first_NHWC[:, None])**2).mean((2, 3, 4))) / 255
-    now = look(images_NTHWC.reshape(N * T, *images_NTHWC.shape[2:])).codes.reshape(N, T, -1)
-    return Drift(rms, (now == look(first_NHWC).codes[:, None]).mean(-1))
+    now = recognise(images_NTHWC.reshape(N * T, *images_NTHWC.shape[2:])).codes.reshape(N, T, -1)
+    return Drift(rms, (now == recognise(first_NHWC).codes[:, None]).mean(-1))
 
 def _drift(chains, n_boot, seed):
     f = lambda w, rms, kept: dict(rms=w @ rms / len(rms), cells_kept=w @ kept / len(kept))

@@ -13,9 +13,9 @@ from dataclasses import replace
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from ..data.sessions import Session
-from ..data.shapeworld import BACKGROUNDS, COLORS, OBJECTS, SIDE, Edit, Scene, apply_edit, read, render, shape_sessions
-from ..data.verifier import follows
-from ..data.shapeworld import closeness, look, read_scene
+from ..data.shapeworld import BACKGROUNDS, COLORS, OBJECTS, WORLD_SIDE, Edit, Scene, apply_edit, parse_edit, render, shape_sessions
+from ..data.verifier import instruction_followed
+from ..data.shapeworld import closeness, recognise, read_scene
 from .scores import Outcomes
 from .statistics import Interval, wilson
 from .edival_rules import QUESTIONS, Found, background_term, follows_rule, kind_of, object_term, outcomes_of, score_session, singular, slots_of
@@ -23,7 +23,7 @@ from .edival_rules import QUESTIONS, Found, background_term, follows_rule, kind_
 # %% ../../nbs/evaluation/05_truth.ipynb #5dbc3dce
 _cell = [np.array([c / 3, r / 3, (c + 1) / 3, (r + 1) / 3]) + [.02, .02, -.02, -.02] for r in range(3) for c in range(3)]
 
-def _codes(image): return look(np.asarray(image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE), Image.BOX))[None])[0]
+def _codes(image): return recognise(np.asarray(image if image.size == (WORLD_SIDE, WORLD_SIDE) else image.resize((WORLD_SIDE, WORLD_SIDE), Image.BOX))[None])[0]
 
 def shape_detect(image, names, threshold) -> Found:
     "A detector for the shape world: a box for each cell that shows one of `names`, whole or with a plural ending cut off."
@@ -101,7 +101,7 @@ def judge_rules(
 ) -> pd.DataFrame: # a row an attempt: session, type, attempt, truth, rule (bool), why
     "What the exact verifier and what EdiVal's rules say about many attempts."
     rng, rows = np.random.default_rng(seed), []
-    edits = [[read(t) for t in s.instructions] for s in sessions]
+    edits = [[parse_edit(t) for t in s.instructions] for s in sessions]
     pool = {}
     for es in edits:
         for e in es: pool.setdefault(e.type, []).append(e)
@@ -114,7 +114,7 @@ def judge_rules(
             if formatted:
                 for (name, _), picture in zip(tries.items(), pictures[1:]):
                     v = follows_rule(kind, slots_of(kind, formatted, natural), pictures[0], picture, detect, ask)
-                    rows.append(dict(session=s.id, type=kind, attempt=name, truth=follows(e, _codes(pictures[0]), _codes(picture))[0], rule=v.success, why=v.why))
+                    rows.append(dict(session=s.id, type=kind, attempt=name, truth=instruction_followed(e, _codes(pictures[0]), _codes(picture))[0], rule=v.success, why=v.why))
             scene = tries['right']
     return pd.DataFrame(rows)
 
@@ -128,11 +128,11 @@ def judge_images(
     for s, images in zip(sessions, images_NTHWC):
         chain = [s.image, *map(Image.fromarray, images)]
         for t, (text, before, after) in enumerate(zip(s.instructions, chain, chain[1:])):
-            e, seen = read(text), _codes(before)
+            e, seen = parse_edit(text), _codes(before)
             kind, formatted, natural = edival_words(e, Scene(tuple(np.maximum(seen.codes, 0).tolist()), list(BACKGROUNDS)[max(0, seen.background)]))
             if not formatted: continue
             v = follows_rule(kind, slots_of(kind, formatted, natural), before, after, detect, ask)
-            rows.append(dict(session=s.id, type=kind, attempt=f'turn {t + 1}', truth=follows(e, seen, _codes(after))[0], rule=v.success, why=v.why))
+            rows.append(dict(session=s.id, type=kind, attempt=f'turn {t + 1}', truth=instruction_followed(e, seen, _codes(after))[0], rule=v.success, why=v.why))
     return pd.DataFrame(rows)
 
 def _draws(N, n_boot, seed): return np.concatenate([np.ones((1, N)), np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), n_boot)])
@@ -200,7 +200,7 @@ def edival_session(
     session, # of the shape world
 ) -> Session: # with EdiVal-Bench's `meta`; None where a turn cannot be said in its words
     "A session of the shape world in the benchmark's words, as `edival.score_session` takes it."
-    edits, scene = [read(t) for t in session.instructions], read_scene(np.asarray(session.image))
+    edits, scene = [parse_edit(t) for t in session.instructions], read_scene(np.asarray(session.image))
     first, said, ever, named, rows = {o for o in scene.cells if o}, [], {o for o in scene.cells if o}, set(), []
     for e in edits:
         kind, formatted, natural = edival_words(e, scene)

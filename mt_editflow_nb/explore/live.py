@@ -14,7 +14,7 @@ import ipywidgets as widgets, numpy as np, pandas as pd, torch
 from PIL import Image
 from ..data.sessions import MAX_TURNS, Session
 from ..data.files import InputError
-from ..data.shapeworld import BACKGROUNDS, COLORS, OBJECTS, POSITIONS, Edit, Scene, render, say, shape_sessions, teacher_images
+from ..data.shapeworld import BACKGROUNDS, COLORS, OBJECTS, POSITIONS, Edit, Scene, render, edit_text, shape_sessions, teacher_images
 from ..data.shapeworld import read_scene
 from ..editing.editor import as_square
 from ..editing.rollout import rollout
@@ -49,7 +49,7 @@ def possible_edits(scene: Scene) -> list: # of instructions
     alike = lambda o: [n for n in absent if (n - 1)//len(COLORS) == (o - 1)//len(COLORS)]
     edits = [Edit('subject_remove', o) for o in here] + [Edit('color_alter', o, new=n) for o in here for n in alike(o)] + [Edit('position_change', o, cell=i) for o in here for i in free]
     edits += [Edit('background_change', background=b) for b in BACKGROUNDS if b != scene.background] + [Edit('count_change', o, count=n) for o in here for n in (2, 3) if len(free) > 2]
-    return [say(e) for e in edits + [Edit('subject_replace', o, new=n) for o in here for n in absent] + [Edit('subject_add', o, cell=i) for o in absent for i in free]]
+    return [edit_text(e) for e in edits + [Edit('subject_replace', o, new=n) for o in here for n in absent] + [Edit('subject_add', o, cell=i) for o in absent for i in free]]
 
 def _played(first, instructions, images_GT, members):
     "The turns so far as `Strips`; scores where the verifier can read the words."

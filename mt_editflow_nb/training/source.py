@@ -9,7 +9,7 @@ __all__ = ['session_source']
 import numpy as np, pandas as pd
 from ..data.files import InputError
 from ..data.sessions import load_sessions
-from ..data.shapeworld import read, shape_sessions
+from ..data.shapeworld import parse_edit, shape_sessions
 from ..editing.rollout import resize_sessions
 from ..algorithm.config import Config
 
@@ -27,7 +27,7 @@ def session_source(c: Config, editor=None) -> tuple: # (batch: iteration -> P se
         T = len(ss[0].instructions)
         if c.turns and T != c.turns: raise InputError(f'turns: got {c.turns}, but {name} has {T} turns a session')
     for s in (train if c.judge.startswith('verifier') else []) + (heldout if c.eval_judge.startswith('verifier') else []):
-        for t in s.instructions: read(t)                                 # the verifier reads the shape world's words
+        for t in s.instructions: parse_edit(t)                                 # the verifier reads the shape world's words
     train, heldout = fit(train), fit(heldout)
     def batch(i):
         P, n = c.sessions_per_iteration, len(train)

@@ -12,7 +12,7 @@ from typing import Optional
 import numpy as np, pandas as pd, torch
 from tqdm.auto import tqdm
 from ..data.files import InputError, atomic_write
-from ..data.shapeworld import SIDE
+from ..data.shapeworld import WORLD_SIDE
 from ..editing.loading import load_editor
 from ..editing.lora import save_lora
 from ..data.plots import session_figure
@@ -40,7 +40,7 @@ def save_strips(run, iteration, sessions, ro, scores, adv_PGT):
 
 def iteration_signals(c: Config, editor, sessions, rolled, scores, adv_PGT) -> dict:
     "What the hacking monitor needs of an iteration; a judge of the shape world is compared with the exact verifier."
-    shape_world = c.sessions == 'shapeworld' and editor.size == SIDE
+    shape_world = c.sessions == 'shapeworld' and editor.size == WORLD_SIDE
     compare = processes()[1] == 1 and shape_world and not c.judge.startswith('verifier')
     mine = sessions[:len(rolled.images_PGTHWC)]                          # rank 0 logs: the first sessions are its own
     with torch.no_grad():
@@ -133,8 +133,8 @@ def experiment(c: Config,           # from `make_config`
     examiner = given or (judge if c.eval_judge == c.judge else load_judge(c.eval_judge))    # one model is loaded once
     if not (run/'before.safetensors').is_file() or not (run/'after.safetensors').is_file():
         base = load_for(c)
-        if not given and base.size != SIDE and (wrong := [k for k in ('judge', 'eval_judge') if getattr(c, k).startswith('verifier')]):
-            raise InputError(f"{wrong[0]}: got {getattr(c, wrong[0])!r}, which reads the shape world's pictures of {SIDE} pixels, but the editor works at {base.size}; expected MODEL:MODE")
+        if not given and base.size != WORLD_SIDE and (wrong := [k for k in ('judge', 'eval_judge') if getattr(c, k).startswith('verifier')]):
+            raise InputError(f"{wrong[0]}: got {getattr(c, wrong[0])!r}, which reads the shape world's pictures of {WORLD_SIDE} pixels, but the editor works at {base.size}; expected MODEL:MODE")
         _, heldout = session_source(c, base)
         before, images = _outcomes(run, 'before', base, heldout, c, examiner, progress, None if given else _base_file(run, c))
         del base; gc.collect()                                           # a card has room for one
