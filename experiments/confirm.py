@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import load_lora
-from mt_editflow_nb.evaluation.scores import Outcomes, evaluate, seed_summary
+from mt_editflow_nb.evaluation.scores import Outcomes, seed_summary
+from mt_editflow_nb.evaluation.running import evaluate
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.data.files import atomic_write
 from mt_editflow_nb.data.shapeworld import shape_sessions

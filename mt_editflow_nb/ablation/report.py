@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from ..data.files import InputError, atomic_write
-from ..evaluation.scores import Outcomes, outcomes_from, weighted_scores
+from ..evaluation.scores import Outcomes, metric_arrays, outcomes_from, weighted_scores
 from ..evaluation.statistics import detectable, holm, t_pvalue, t_quantile
 from ..training.monitor import find_hacking
 
@@ -81,7 +81,7 @@ def _with_kept(weights_BN, *outcomes):
 
 def _seed_scores(o):
     "Scores [S, T, 5] of every seed."
-    return np.stack([_with_kept(np.ones((1, o.success_IT.shape[1])), x, np.cumprod(x, -1), b, c)[0] for x, b, c in zip(*o)])
+    return np.stack([_with_kept(np.ones((1, o.success_IT.shape[1])), *seed)[0] for seed in zip(*metric_arrays(o))])
 
 def compare_points(
     base: Outcomes,    # [S, N, T]
@@ -98,7 +98,7 @@ def compare_points(
     if base.success_IT.ndim != 3 or base.success_IT.shape != other.success_IT.shape:
         raise InputError(f'other: expected the seeds, sessions and turns of base, {list(base.success_IT.shape)}, received {list(other.success_IT.shape)}')
     S, N, T = base.success_IT.shape
-    flat = lambda o: [np.asarray(x, float).reshape(S*N, T) for x in (o.success_IT, np.cumprod(o.success_IT, -1), o.object_cc_IT, o.background_cc_IT)]
+    flat = lambda o: [x.reshape(S*N, T) for x in metric_arrays(o)]
     a, b = flat(base), flat(other)
     score = lambda w_BX: np.stack([_with_kept(w_BX, *x).reshape(len(w_BX), -1) for x in (a, b)])       # [2, B, T*5]
     value = score(np.ones((1, S*N)))[:, 0]

@@ -24,7 +24,8 @@ from ..evaluation.card import save_run_images, shape_failures, write_card
 from ..evaluation.edival_models import ASKER, DETECTOR, FEATURES, QUALITY, load_asker, load_detector, load_features, load_quality
 from ..evaluation.edival_rules import EDIVAL_SIDE, outcomes_of
 from ..evaluation.exposure import decay_table, half_life, structured_judge
-from ..evaluation.scores import compare, evaluate, load_outcomes, save_outcomes, score_intervals, trained_with
+from ..evaluation.scores import compare, load_outcomes, save_outcomes, score_intervals
+from ..evaluation.running import evaluate, trained_with
 from ..evaluation.statistics import format_intervals
 
 # %% ../../nbs/cli/01_eval.ipynb #aaa5be1d

@@ -146,7 +146,7 @@ def score_intervals(
     seed: int = 0,      # of the draws
     turns_I=None,       # how many turns each session has; None: T
 ) -> pd.DataFrame:      # index (turn, metric); value, low, high in percent; `sessions` it is over, turns `unscored`
-    """EdiVal's scores of one editor with 95 % intervals: a percentile bootstrap over sessions, and over seeds if there are any.
+    """EdiVal's scores of one editor with 95 % intervals: a percentile bootstrap over sessions, and over several seeds.
 
     Where all or none succeeded it is Wilson's interval, and that of O takes its ends from those of IF and CC."""
     parts, rng = _parts(outcomes), np.random.default_rng(seed)
