@@ -18,7 +18,8 @@ from ..data.shapeworld import recognise
 from ..editing.rollout import resize_sessions
 from ..rewards.cube import Scores
 from ..data.structures import STRUCTURES, plain_form, structured_sessions, verify_structured
-from .scores import Outcomes, evaluate
+from .running import evaluate
+from .scores import Outcomes
 from .statistics import Interval, seed_errors, wilson
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #b6ebc7b4

@@ -18,7 +18,8 @@ from ..editing.lora import save_lora
 from ..data.plots import session_figure
 from ..rewards.cube import load_judge
 from ..algorithm.supervised import supervise
-from ..evaluation.scores import compare_scores, evaluate, outcomes_from, score_intervals
+from ..evaluation.scores import compare_scores, outcomes_from, score_intervals
+from ..evaluation.running import evaluate
 from .budget import find_batch, trial_step
 from .monitor import find_hacking, hacking_signals
 from ..algorithm.config import Config
