@@ -5,97 +5,116 @@
 # %% auto #0
 __all__ = ['Flux2Editor', 'byte_tokenizer', 'tiny_klein']
 
-# %% ../../nbs/editing/02_flux2.ipynb #e433287c
+# %% ../../nbs/editing/02_flux2.ipynb #653fa0cf
 from functools import cached_property
 import numpy as np, torch
-from .editor import Text, deduplicate, shifted_sigmas, adopt_pipeline, to_uint8, to_vae
+from .editor import (Text, adopt_pipeline, deduplicate, guide, predict_velocity, shifted_sigmas,
+                                           to_uint8, to_vae)
 
-# %% ../../nbs/editing/02_flux2.ipynb #fcfc7080
+# %% ../../nbs/editing/02_flux2.ipynb #e2b74beb
 class Flux2Editor:
-    "A `Flux2KleinPipeline` taken apart; the functions are those of `KontextEditor`."
+    "A `Flux2KleinPipeline` as an editor: classifier-free guidance, two passes a step unless the guidance is 1."
     text_encoders = ('text_encoder',)
-    guidance = 4.                                                       # classifier-free, as the model cards of klein-base have it; 1 is none
-    def __init__(self,
-                 pipe,                  # a loaded `Flux2KleinPipeline`
-                 guidance: float = None # None: the published one; distilled models take none
-                ):
+    guidance = 4.                       # as the model cards of klein-base have it; distilled models take none
+
+    def __init__(self, pipe, guidance: float = None):
         adopt_pipeline(self, pipe, pipe.vae.config.sample_size, 1. if pipe.config.is_distilled else guidance)
         self.max_text_tokens = min(pipe.tokenizer_max_length, pipe.tokenizer.model_max_length)
 
+    def count_tokens(self, texts: list) -> list:
+        "How many tokens the language model would read of each text, in its chat template, if nothing were cut."
+        chats = [[dict(role='user', content=text)] for text in texts]
+        written = self.pipe.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True,
+                                                          enable_thinking=False)
+        return [len(ids) for ids in self.pipe.tokenizer(written, verbose=False).input_ids]
+
     @torch.no_grad()
     def encode_text(self, texts: list, images: np.ndarray = None) -> Text:
-        "Embed N instructions, each different one once; with guidance the empty one as well. The pictures are not seen."
-        once, i = deduplicate(texts)
+        "Embed N instructions, each different one once; with guidance the empty one as well. Pictures are not seen."
+        once, index = deduplicate(texts)
         guided = [''] if self.guidance > 1 else []
-        e, ids = self.pipe.encode_prompt(once + guided, device=self.device, max_sequence_length=self.max_text_tokens)
-        negative = Text(e[-1:].expand(len(texts), -1, -1), ids=ids[0]) if guided else None     # one row in memory, N to look at
-        return Text(e[i.to(e.device)], ids=ids[0], negative=negative)
+        embeds, ids = self.pipe.encode_prompt(once + guided, device=self.device,
+                                              max_sequence_length=self.max_text_tokens)
+        text = Text(embeds[index.to(embeds.device)], ids=ids[0])
+        if guided: text.negative = Text(embeds[-1:].expand(len(texts), -1, -1), ids=ids[0])  # one row of memory
+        return text
 
-    def _statistics(self):
+    def _latent_statistics(self):
         bn = self.vae.bn
-        return (x.view(1, -1, 1, 1).float() for x in (bn.running_mean, (bn.running_var + self.vae.config.batch_norm_eps).sqrt()))
+        std = (bn.running_var + self.vae.config.batch_norm_eps).sqrt()
+        return bn.running_mean.view(1, -1, 1, 1).float(), std.view(1, -1, 1, 1).float()
 
     @torch.no_grad()
-    def encode_image(self, images: np.ndarray) -> torch.Tensor: # float32 [N, L, C]
-        "Input pictures uint8 [N, H, W, 3] as latent tokens."
-        mean, std = self._statistics()
+    def encode_image(self, images: np.ndarray) -> torch.Tensor:
+        "Pictures uint8 [N, H, W, 3] as tokens float32 [N, L, C]."
+        mean, std = self._latent_statistics()
         z = self.pipe._patchify_latents(self.vae.encode(to_vae(images, self.vae)).latent_dist.mode())
         return self.pipe._pack_latents((z.float() - mean)/std)
 
     @torch.no_grad()
-    def decode(self, x: torch.Tensor) -> np.ndarray: # uint8 [N, H, W, 3]
-        "Latent tokens [N, L, C] as 8-bit pictures."
-        mean, std = self._statistics()
+    def decode(self, x: torch.Tensor) -> np.ndarray:
+        "Tokens [N, L, C] as pictures uint8 [N, H, W, 3]."
+        mean, std = self._latent_statistics()
         z = x.transpose(1, 2).reshape(len(x), -1, self.tokens_per_side, self.tokens_per_side)*std + mean
         return to_uint8(self.vae.decode(self.pipe._unpatchify_latents(z).to(self.vae.dtype)).sample)
 
     @cached_property
     def _ids(self):
+        "Positions of the noisy tokens and of the input picture's."
         z = torch.zeros(1, 1, self.tokens_per_side, self.tokens_per_side)
-        return torch.cat([self.pipe._prepare_latent_ids(z), self.pipe._prepare_image_ids([z])], 1)[0].to(self.device)
+        ids = [self.pipe._prepare_latent_ids(z), self.pipe._prepare_image_ids([z])]
+        return torch.cat(ids, 1)[0].to(self.device)
 
-    def velocity(self, x: torch.Tensor, sigma: torch.Tensor, text: Text, image: torch.Tensor) -> torch.Tensor: # float32 [N, L, C]
-        "The velocity `noise - data`, guided where `text` has a negative; arguments as in `KontextEditor.velocity`."
-        dtype = text.embeds.dtype
+    def velocity(self, x: torch.Tensor, sigma: torch.Tensor, text: Text, image: torch.Tensor) -> torch.Tensor:
+        "The guided velocity `noise - data`, float32 [N, L, C], of latents x [N, L, C] at noise levels sigma [N]."
         def predict(t):
-            return self.transformer(hidden_states=torch.cat([x, image], 1).to(dtype), timestep=sigma.to(dtype), guidance=None,
-                                    encoder_hidden_states=t.embeds, txt_ids=t.ids, img_ids=self._ids, return_dict=False)[0][:, :x.shape[1]].float()
-        v = predict(text)
-        if text.negative is None: return v
-        away = predict(text.negative)
-        return away + self.guidance*(v - away)
+            return predict_velocity(self.transformer, x, image, sigma, t.embeds.dtype, guidance=None,
+                                    encoder_hidden_states=t.embeds, txt_ids=t.ids, img_ids=self._ids)
+        return guide(predict, text, self.guidance)[0]
 
-    def sigmas(self, num_steps: int) -> torch.Tensor: # [K+1], from 1 to 0
-        "The pipeline's noise levels; here the shift depends on the number of steps too."
+    def sigmas(self, num_steps: int) -> torch.Tensor:
+        "The pipeline's noise levels, float32 [num_steps + 1] from 1 to 0; the shift depends on the steps too."
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-        return shifted_sigmas(self.pipe.scheduler, num_steps, compute_empirical_mu(image_seq_len=self.tokens_per_side**2, num_steps=num_steps))
+        mu = compute_empirical_mu(image_seq_len=self.tokens_per_side**2, num_steps=num_steps)
+        return shifted_sigmas(self.pipe.scheduler, num_steps, mu)
 
-# %% ../../nbs/editing/02_flux2.ipynb #0db8a361
+# %% ../../nbs/editing/02_flux2.ipynb #e774b449
 def byte_tokenizer():
     "A `Qwen2Tokenizer` without merges: every byte is a token."
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
-    t = Qwen2Tokenizer(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[], model_max_length=512)
-    t.add_special_tokens(dict(additional_special_tokens=['<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|video_pad|>']))
+    vocab = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
+    t = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=512)
+    special = ['<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|video_pad|>']
+    t.add_special_tokens(dict(additional_special_tokens=special))
     t.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
                        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     return t
 
-def tiny_klein(folder,       # to create
-               seed: int = 0 # of the weights
-              ):             # the folder
+# %% ../../nbs/editing/02_flux2.ipynb #456a343f
+def tiny_klein(
+    folder,        # to create
+    seed: int = 0, # of the weights
+): # the folder
     "Save a `Flux2KleinPipeline` of random weights for pictures of 64x64 pixels."
-    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+    from diffusers import (AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel,
+                           FlowMatchEulerDiscreteScheduler)
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    tokenizer = byte_tokenizer(); tokenizer.model_max_length = 96
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 96
+    language = Qwen3Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=27,
+                           num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=512)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=27, num_attention_heads=2,
-                                            num_key_value_heads=1, head_dim=8, max_position_embeddings=512))
-        vae = AutoencoderKLFlux2(block_out_channels=(8, 16, 16), down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3,
-                                 layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64)
-        vae.bn.running_mean.normal_(); vae.bn.running_var.uniform_(.5, 2)
-        transformer = Flux2Transformer2DModel(in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-                                              joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
-    Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae, text, tokenizer, transformer).save_pretrained(folder)
+        text = Qwen3ForCausalLM(language)
+        vae = AutoencoderKLFlux2(block_out_channels=(8, 16, 16), layers_per_block=1, latent_channels=4,
+                                 down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3,
+                                 norm_num_groups=4, sample_size=64)
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(.5, 2)
+        transformer = Flux2Transformer2DModel(in_channels=16, num_layers=1, num_single_layers=2, guidance_embeds=False,
+                                              attention_head_dim=16, num_attention_heads=2, joint_attention_dim=48,
+                                              timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    Flux2KleinPipeline(scheduler, vae, text, tokenizer, transformer).save_pretrained(folder)
     return folder
