@@ -113,7 +113,7 @@ def crop(
     left, top = min(max(int(box[0] * w), 0), w - 1), min(max(int(box[1] * h), 0), h - 1)
     return image.crop((left, top, max(left + 1, min(int(box[2] * w), w)), max(top + 1, min(int(box[3] * h), h))))
 
-# %% ../../nbs/evaluation/04_edival_rules.ipynb #565c6f8a
+# %% ../../nbs/evaluation/04_edival_rules.ipynb #8c50b38a
 QUESTIONS = dict(
     added='The second image is an edit of the first. Does the second image show a {0} that the first does not show? '
           'Answer YES or NO; in doubt, NO.',
@@ -132,7 +132,8 @@ def kind_of(
     questions: dict=QUESTIONS,  # kind -> text with gaps
 ) -> str:
     "Which kind of question this is."
-    return next(kind for kind, text in questions.items() if question.startswith(text.split('{')[0]))
+    beginnings = {text.split('{')[0]: kind for kind, text in questions.items()}
+    return beginnings[max((b for b in beginnings if question.startswith(b)), key=len)]
 
 def choices_of(
     kind: str,                  # a key of `questions`
