@@ -463,7 +463,7 @@ def turn_steps(
     terms = {k: None if np.isnan(x) else x for k, x in terms.items()}
     return dict(turn=t + 1, task_type=task_type, success=success, why=why, **terms)
 
-# %% ../../nbs/evaluation/04_edival_rules.ipynb #5ce406a7
+# %% ../../nbs/evaluation/04_edival_rules.ipynb #ef3afd24
 def score_sessions(
     sessions: list,      # I `Session`s from `load_edival`, with their images
     images: list,        # I lists of T PIL images: every turn's result
@@ -501,4 +501,4 @@ def outcomes_of(
     "The arrays that `edival_scores` takes; NaN where nothing could be scored."
     def value(x): return np.nan if x is None else x
     def array(key): return np.array([[value(row[key]) for row in rows] for rows in scored], float)
-    return Outcomes(array('success'), array('object_cc').clip(0), array('background_cc').clip(0))
+    return Outcomes(array('success'), array('object_cc'), array('background_cc'))

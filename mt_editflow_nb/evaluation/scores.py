@@ -22,8 +22,8 @@ class Outcomes(NamedTuple):
 
     `edival_scores(*outcomes)` scores them."""
     success_IT: np.ndarray       # 1: instruction t was followed, 0: it was not, NaN: nobody could say
-    object_cc_IT: np.ndarray     # consistency of the untouched objects with the first image, in [0, 1]; NaN: invalid
-    background_cc_IT: np.ndarray # consistency of the background with the first image, in [0, 1]; NaN: invalid
+    object_cc_IT: np.ndarray     # consistency of the untouched objects with the first image, in [-1, 1]; NaN: invalid
+    background_cc_IT: np.ndarray # consistency of the background with the first image, in [-1, 1]; NaN: invalid
 
 def outcomes_from(
     arrays: dict, # name -> array, such as `load_file` of safetensors returns; others are ignored
@@ -55,7 +55,7 @@ def _checked(outcomes, dims=(2,), who=''):
             raise InputError(f'{who}{name}: expected shape {list(shape)} as success_IT, received {list(x.shape)}')
         known = x[~np.isnan(x)]
         if name == 'success_IT': wrong, expected = known[~np.isin(known, (0, 1))], '0 or 1, or NaN for unscored'
-        else: wrong, expected = known[(known < -1e-6) | (known > 1 + 1e-6)], 'values in [0, 1] or NaN'
+        else: wrong, expected = known[abs(known) > 1 + 1e-6], 'values in [-1, 1] or NaN'
         if len(wrong): raise InputError(f'{who}{name}: expected {expected}, received {wrong[0]:g}')
     return Outcomes(**arrays)
 
@@ -88,15 +88,15 @@ def weighted_scores(
     in_order = right_so_far_IT, success_IT, object_cc_IT, background_cc_IT
     IF, marginal, *terms = [weighted_mean(weights_BI, x) for x in in_order]
     CC = mean_over_seeds(np.stack(terms))      # the mean of the terms that exist
-    return 100 * np.stack([IF, marginal, CC, np.sqrt(IF * CC)], -1)
+    return 100 * np.stack([IF, marginal, CC, np.sqrt((IF * CC).clip(0))], -1)
 
 def _turns(T):
     return pd.RangeIndex(1, T + 1, name='turn')
 
 def edival_scores(
     success_IT,       # array or tensor: 1 or 0, whether instruction t of session i was followed; NaN: unscored
-    object_cc_IT,     # in [0, 1], against the first image; NaN: invalid, left out
-    background_cc_IT, # in [0, 1], against the first image; NaN: invalid, left out
+    object_cc_IT,     # in [-1, 1], against the first image; NaN: invalid, left out
+    background_cc_IT, # in [-1, 1], against the first image; NaN: invalid, left out
 ) -> pd.DataFrame:    # index `turn` 1..T; `IF`, `marginal`, `CC`, `O` in percent
     "EdiVal's scores (arXiv 2509.13399). Raises `InputError` for arrays that cannot be outcomes."
     parts = metric_arrays(_checked((success_IT, object_cc_IT, background_cc_IT)))
