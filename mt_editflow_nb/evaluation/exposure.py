@@ -8,257 +8,333 @@ __all__ = ['perfect_state', 'Exposure', 'measure_exposure', 'exposure_table', 'e
            'plot_exposure', 'structured_judge']
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #d6867cba
+from pathlib import Path
 from typing import NamedTuple
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 from PIL import Image
 from ..data.files import InputError
 from ..data.sessions import Session
-from ..data.shapeworld import BACKGROUNDS, shape_sessions, teacher_images
-from ..data.shapeworld import recognise
+from ..data.shapeworld import BACKGROUNDS, recognise, shape_sessions, teacher_images
+from ..data.structures import verify_structured
 from ..editing.rollout import resize_sessions
-from ..rewards.cube import Scores
-from ..data.structures import STRUCTURES, plain_form, structured_sessions, verify_structured
 from .running import evaluate
-from .scores import Outcomes
-from .statistics import Interval, seed_errors, wilson
+from .scores import all_right_so_far
+from .statistics import (Interval, bootstrap, divide, mean_over_seeds, percentile_interval,
+                                                  session_weights, superiority, weighted_mean, wilson)
+from ..rewards.cube import Scores
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #b6ebc7b4
 def perfect_state(
     sessions: list, # of the shape world
-    turn: int, # 1..T
-) -> list: # sessions of one turn
+    turn: int,      # 1..T
+) -> list:          # sessions of one turn
     "Turn `turn` of each session alone, starting from the picture that a flawless editor would have left."
-    return [Session(f'{s.id}-turn{turn}', Image.fromarray(teacher_images(s)[turn - 2]) if turn > 1 else s.image, [s.instructions[turn - 1]], s.task_types[turn - 1:turn])
-            for s in sessions]
+    def alone(s):
+        image = Image.fromarray(teacher_images(s)[turn - 2]) if turn > 1 else s.image
+        return Session(f'{s.id}-turn{turn}', image, [s.instructions[turn - 1]], s.task_types[turn - 1:turn])
+    return [alone(s) for s in sessions]
 
 class Exposure(NamedTuple):
-    "Success of N sessions x T turns, twice. With several trained editors: arrays `[S, N, T]`."
-    free_IT: np.ndarray # bool: every turn edits the last output
-    perfect_IT: np.ndarray # bool: every turn edits the perfect previous picture
+    "Success of I sessions of T turns, measured twice; NaN: unscored. With several trained editors: arrays `[S, I, T]`."
+    free_IT: np.ndarray    # every turn edits the last output
+    perfect_IT: np.ndarray # every turn edits the perfect previous picture
 
 def measure_exposure(
-    editor, # from `load_editor`
-    sessions: list, # N sessions of the shape world
-    judge, # (sessions, images) -> `Scores`
-    **kw, # num_steps, seed, batch, progress of `evaluate`
-) -> tuple: # (`Exposure`; of the free run `Outcomes` and images, uint8 [N, T, H, W, 3])
+    editor,         # from `load_editor`
+    sessions: list, # I sessions of the shape world, of T turns each
+    judge,          # (sessions, images) -> `Scores`
+    *,
+    folder=None,    # keeps results, one folder in it for each evaluation; None: nothing is written
+    **kw,           # num_steps, seed, batch, settings, progress of `evaluate`
+) -> tuple:         # (`Exposure`; of the free run `Outcomes` and images, uint8 [I, T, H, W, 3])
     "Run sessions freely, and each turn from the perfect picture. Turn 1 is the same in both."
+    def run(name, sessions):
+        return evaluate(editor, sessions, judge, folder=folder and Path(folder)/name, desc=name, **kw)
     sessions = resize_sessions(editor, sessions)
-    outcomes, images = evaluate(editor, sessions, judge, **kw)
-    perfect = [outcomes.success_IT[:, :1]] + [evaluate(editor, perfect_state(sessions, t), judge, **kw)[0].success_IT for t in range(2, outcomes.success_IT.shape[1] + 1)]
-    return Exposure(outcomes.success_IT, np.concatenate(perfect, 1)), outcomes, images
+    outcomes, images = run('free', sessions)
+    later = range(2, outcomes.success_IT.shape[1] + 1)
+    perfect = [run(f'perfect, turn {t}', perfect_state(sessions, t))[0].success_IT for t in later]
+    return Exposure(outcomes.success_IT, np.concatenate([outcomes.success_IT[:, :1], *perfect], 1)), outcomes, images
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #27c2c1d1
-def _draws(N, n_boot, seed): return np.concatenate([np.ones((1, N)), np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=n_boot)]).astype(float)
+def _right_and_tried(free):
+    "All right up to each turn, and up to the one before it; NaN in both where the first is not known."
+    right = all_right_so_far(free)
+    before = np.concatenate([np.ones_like(right[..., :1]), right[..., :-1]], -1)
+    return right, np.where(np.isnan(right), np.nan, before)
 
-def _ratio(a, b): return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)
+def _shares(weights_BI, free, right, tried):
+    "Success at each turn, success given that all before was right, and all right, `[B, T]` each."
+    given_right = divide(weights_BI @ np.nan_to_num(right), weights_BI @ np.nan_to_num(tried))
+    return weighted_mean(weights_BI, free), given_right, weighted_mean(weights_BI, right)
 
-class _Sample(NamedTuple):
-    "A quantity: the data (seeds averaged) and draws of its sessions; and of each seed."
-    draws_B: np.ndarray
-    seeds_S: np.ndarray
-    def __sub__(self, other):
-        with np.errstate(invalid='ignore'): return _Sample(self.draws_B - other.draws_B, self.seeds_S - other.seeds_S)
-    def luck(self):
-        "Draws of sessions and of seeds' mean, those that say something."
-        seeds_S = self.seeds_S[~np.isnan(self.seeds_S)]                     # none where a seed's editor never got so far
-        x_B = self.draws_B[1:] + seed_errors(seeds_S[:, None], len(self.draws_B) - 1, np.random.default_rng(1))[:, 0]
-        return x_B[~np.isnan(x_B)]
-    def interval(self):
-        x_B = self.luck()
-        return Interval(self.draws_B[0], *(np.quantile(x_B, [.025, .975], method='nearest') if len(x_B) else (np.nan, np.nan))) # infinite half-lives are not averaged
+def _flat(quantities):
+    "Arrays `[B, T]` as `[B, T * quantities]`, turn by turn."
+    stacked = np.stack(quantities, -1)
+    return stacked.reshape(len(stacked), -1)
 
-def _samples(f, parts, n_boot, seed, scale=100.): # f: (weights [B, N], *parts [N, T]) -> {name: [B, T]}
-    "{(turn, name): `_Sample`} of a function of weighted sums; parts are [S, N, T] or [N, T]."
-    parts = [x.reshape(-1, *x.shape[-2:]) for x in parts]
-    N = parts[0].shape[1]
-    draws, seeds = f(_draws(N, n_boot, seed), *(x.mean(0) for x in parts)), [f(np.ones((1, N)), *one) for one in zip(*parts)]
-    return {(t + 1, k): _Sample(scale * x[:, t], scale * np.array([s[k][0, t] for s in seeds])) for t in range(draws[next(iter(draws))].shape[1]) for k, x in draws.items()}
+def _turn_index(T, quantities):
+    return pd.MultiIndex.from_product([range(1, T + 1), quantities], names=['turn', 'quantity'])
 
-def _table(samples, names): return pd.DataFrame({k: np.array(s.interval()) for k, s in samples.items()}, ['value', 'low', 'high']).T.rename_axis(names)
+def _table(boot, index):
+    "Values with their intervals."
+    low, high = _interval(boot)
+    return pd.DataFrame(dict(value=boot.value_X, low=low, high=high), index)
 
-def _changes(before, after, names, less=()): # `less`: quantities of which less is better
-    "As `compare_scores`: the same draws in both, so sessions are paired."
-    rows = {}
-    for k in before:
-        d = after[k] - before[k]
-        better = d.luck() * (-1 if k[-1] in less else 1)
-        rows[k] = [before[k].draws_B[0], after[k].draws_B[0], *d.interval(), ((better > 1e-9) + .5 * (abs(better) <= 1e-9)).mean() if len(better) else np.nan]
-    return pd.DataFrame(rows, ['before', 'after', 'difference', 'low', 'high', 'superiority']).T.rename_axis(names)
+def _interval(boot):
+    "The middle 95 % of draws of sessions and seeds. Half-lives may be infinite, so the ends are draws, not averages of two."
+    return percentile_interval(boot.with_seed_errors(np.random.default_rng(1)), method='nearest')
 
-def _so_far(success):
-    "All right up to this turn, and up to the one before."
-    so_far = np.cumprod(success, -1)
-    return so_far, np.concatenate([np.ones_like(so_far[..., :1]), so_far[..., :-1]], -1)
+def _change(before, after, index, less=()): # `less`: quantities of which less is better
+    "Both values and their difference, as `compare_scores` has them: both have the same draws, so sessions are paired."
+    gain = after - before
+    draws_BX = gain.with_seed_errors(np.random.default_rng(1))
+    low, high = percentile_interval(draws_BX, method='nearest')
+    sign_X = np.where(index.get_level_values('quantity').isin(less), -1, 1)
+    return pd.DataFrame(dict(before=before.value_X, after=after.value_X, difference=gain.value_X, low=low, high=high,
+                             superiority=superiority(draws_BX * sign_X)), index)
 
-def _ends(table, success):
-    "Where all or none succeeded, draws know no luck: Wilson's interval, and for `lost` that of its two parts together."
-    so_far, before = (x.reshape(-1, *x.shape[-2:]).mean(0) for x in _so_far(np.asarray(success, float)))
-    get = lambda t, q: table.loc[(t, q), ['value', 'low', 'high']].to_numpy()
-    for t, q in table.index:
-        if q not in ('free', 'perfect', 'given_right', 'all_right'): continue
-        n = before[:, t - 1].sum() if q == 'given_right' else len(before)
-        table.loc[(t, q), ['low', 'high']] = get(t, q)[1:].clip(0, 100)
-        if n and table.value[t, q] in (0, 100): table.loc[(t, q), ['low', 'high']] = [100 * x for x in wilson(n * table.value[t, q] / 100, n)]
-    for t in {t for t, q in table.index if q == 'lost' and t > 1 and table.value[t, 'given_right'] in (0, 100)}:
-        g, f = get(t, 'given_right'), get(t, 'free')
-        table.loc[(t, 'lost'), ['low', 'high']] = [g[0] - f[0] - np.hypot(g[0] - g[1], f[2] - f[0]), g[0] - f[0] + np.hypot(g[2] - g[0], f[0] - f[1])]
+# %% ../../nbs/evaluation/02_exposure.ipynb #863a0459
+def _mean_sessions(x_SIT):
+    "Of how many sessions there is a value at each turn."
+    return (~np.isnan(mean_over_seeds(x_SIT.reshape(-1, *x_SIT.shape[-2:])))).sum(0)
+
+def _tried_sessions(tried):
+    "How many sessions were right so far, seeds averaged."
+    return np.nansum(mean_over_seeds(tried.reshape(-1, *tried.shape[-2:])), 0)
+
+def _with_sessions(table, sessions):
+    "Add how many sessions a value is over; where all or none succeeded, draws say nothing: Wilson's interval."
+    table['sessions'] = [sessions[quantity][turn - 1] for turn, quantity in table.index]
+    for row in table.index:
+        if row[1] in ('gap', 'lost'): continue
+        table.loc[row, ['low', 'high']] = table.loc[row, ['low', 'high']].clip(0, 100)
+        n = table.sessions[row]
+        if n and table.value[row] in (0, 100):
+            table.loc[row, ['low', 'high']] = [100 * x for x in wilson(n * table.value[row] / 100, n)]
     return table
 
-def _exposure(e, n_boot, seed):
-    free, perfect = (np.asarray(x, float) for x in e)
-    if free.shape != perfect.shape: raise InputError(f'perfect_IT: expected shape {list(free.shape)} as free_IT, received {list(perfect.shape)}')
-    def f(w, free, perfect, so_far, before):
-        N = len(free)
-        return dict(free=w @ free / N, perfect=w @ perfect / N, gap=w @ (perfect - free) / N, given_right=_ratio(w @ so_far, w @ before), all_right=w @ so_far / N)
-    return _samples(f, (free, perfect, *_so_far(free)), n_boot, seed)
+def _lost_at_the_ends(table):
+    "Where `given_right` has Wilson's interval, that of `lost` is made of those of its two parts."
+    for turn in table.index.unique('turn')[1:]:
+        if table.value[turn, 'given_right'] not in (0, 100): continue
+        given, free = (table.loc[(turn, q), ['value', 'low', 'high']].to_numpy() for q in ('given_right', 'free'))
+        lost = given[0] - free[0]
+        table.loc[(turn, 'lost'), 'low'] = lost - np.hypot(given[0] - given[1], free[2] - free[0])
+        table.loc[(turn, 'lost'), 'high'] = lost + np.hypot(given[2] - given[0], free[0] - free[1])
+    return table
+
+# %% ../../nbs/evaluation/02_exposure.ipynb #fad3df26
+_exposure_quantities = ('free', 'perfect', 'gap', 'given_right', 'all_right')
+
+def _exposure(exposure, n_boot, seed):
+    "A `Bootstrap` of all quantities, its index, and over how many sessions each is."
+    free, perfect = (np.asarray(x, float) for x in exposure)
+    if free.shape != perfect.shape:
+        raise InputError(f'perfect_IT: expected shape {list(free.shape)} as free_IT, received {list(perfect.shape)}')
+    def quantities(weights_BI, free, perfect, gap, right, tried):
+        free, given_right, all_right = _shares(weights_BI, free, right, tried)
+        others = [weighted_mean(weights_BI, x) for x in (perfect, gap)]
+        return 100 * _flat([free, *others, given_right, all_right])
+    right, tried = _right_and_tried(free)
+    weights_BI = session_weights(free.shape[-2], n_boot, np.random.default_rng(seed))
+    boot = bootstrap(quantities, (free, perfect, perfect - free, right, tried), weights_BI)
+    counts = [_mean_sessions(x) for x in (free, perfect, perfect - free, tried, right)]
+    counts[3] = _tried_sessions(tried)
+    return boot, _turn_index(free.shape[-1], _exposure_quantities), dict(zip(_exposure_quantities, counts))
 
 def exposure_table(
     exposure: Exposure,
-    n_boot: int = 2000,
-    seed: int = 0, # of the draws
-) -> pd.DataFrame: # index (turn, quantity); value, low, high in percent
-    "free, perfect, gap, given right, and all right so far, for every turn."
-    return _ends(_table(_exposure(exposure, n_boot, seed), ['turn', 'quantity']), exposure.free_IT)
+    n_boot: int = 2000, # draws
+    seed: int = 0,      # of the draws
+) -> pd.DataFrame:      # index (turn, quantity); value, low, high in percent, and over how many `sessions`
+    "free, perfect, gap, given right, and all right so far, for every turn. Raises `InputError` for different shapes."
+    boot, index, sessions = _exposure(exposure, n_boot, seed)
+    return _with_sessions(_table(boot, index), sessions)
 
 def exposure_change(
-    before: Exposure, # of the base editor
-    after: Exposure, # of the trained editor over the same sessions
-    n_boot: int = 2000,
-    seed: int = 0, # of the draws
-) -> pd.DataFrame: # index (turn, quantity); before, after, difference, low, high in percent (points), superiority in [0, 1]
-    "What training changed, paired over sessions. `superiority`: the share of draws in which `after` is better, which for the gap is less."
-    return _changes(_exposure(before, n_boot, seed), _exposure(after, n_boot, seed), ['turn', 'quantity'], less=('gap',))
+    before: Exposure,   # of the base editor
+    after: Exposure,    # of the trained editor over the same sessions
+    n_boot: int = 2000, # draws
+    seed: int = 0,      # of the draws
+) -> pd.DataFrame:      # index (turn, quantity); before, after, difference, low, high in percent (points), superiority
+    "What training changed, paired over sessions. `superiority`: the share of draws in which `after` is better; of the gap, less is."
+    b, index, _ = _exposure(before, n_boot, seed)
+    a, *_ = _exposure(after, n_boot, seed)
+    return _change(b, a, index, less=('gap',))
 
+# %% ../../nbs/evaluation/02_exposure.ipynb #8f949070
 def decay_table(
-    success_IT, # bool, of a free run
-    n_boot: int = 2000,
-    seed: int = 0, # of the draws
-) -> pd.DataFrame: # index (turn, quantity); value, low, high in percent
+    success_IT,         # of a free run: 1, 0 or NaN
+    n_boot: int = 2000, # draws
+    seed: int = 0,      # of the draws
+) -> pd.DataFrame:      # index (turn, quantity); value, low, high in percent, and over how many `sessions`
     "What real images allow: free, given right, and `lost`, their difference, which stands in for the exposure gap."
     free = np.asarray(success_IT, float)
-    def f(w, free, so_far, before): return dict(free=w @ free / len(free), given_right=(g := _ratio(w @ so_far, w @ before)), lost=g - w @ free / len(free))
-    return _ends(_table(_samples(f, (free, *_so_far(free)), n_boot, seed), ['turn', 'quantity']), free)
+    def quantities(weights_BI, *arrays):
+        free, given_right, _ = _shares(weights_BI, *arrays)
+        return 100 * _flat([free, given_right, given_right - free])
+    right, tried = _right_and_tried(free)
+    weights_BI = session_weights(free.shape[-2], n_boot, np.random.default_rng(seed))
+    boot = bootstrap(quantities, (free, right, tried), weights_BI)
+    sessions = dict(free=_mean_sessions(free), given_right=_tried_sessions(tried), lost=_tried_sessions(tried))
+    table = _table(boot, _turn_index(free.shape[-1], ('free', 'given_right', 'lost')))
+    return _lost_at_the_ends(_with_sessions(table, sessions))
 
 def _half_life(success_IT, n_boot, seed):
-    def f(w, so_far, tried):
-        p = (w @ so_far.sum(1)) / (w @ tried.sum(1))
-        with np.errstate(divide='ignore'): return dict(half_life=np.where(p >= 1, np.inf, np.where(p <= 0, 0., np.log(.5) / np.log(np.clip(p, 1e-300, 1 - 1e-15))))[:, None])
-    return _samples(f, _so_far(np.asarray(success_IT, float)), n_boot, seed, scale=1.)[1, 'half_life']
+    def quantities(weights_BI, right, tried):
+        stays = divide(weights_BI @ np.nansum(right, 1), weights_BI @ np.nansum(tried, 1))
+        with np.errstate(divide='ignore'): life = np.log(.5) / np.log(stays)
+        return np.where(stays >= 1, np.inf, np.where(stays <= 0, 0., life))[:, None]
+    free = np.asarray(success_IT, float)
+    weights_BI = session_weights(free.shape[-2], n_boot, np.random.default_rng(seed))
+    return bootstrap(quantities, _right_and_tried(free), weights_BI)
 
 def half_life(
-    success_IT, # bool
-    minus=None, # of another editor over the same sessions: the difference between the two
-    n_boot: int = 2000,
-    seed: int = 0,
-) -> Interval: # turns; infinite if no turn failed
-    "Turns after which half of the sessions are all right: ln(1/2) / ln(p), p the maximum-likelihood chance that a session right so far stays right."
-    life = _half_life(success_IT, n_boot, seed)
-    return (life if minus is None else life - _half_life(minus, n_boot, seed)).interval()
+    success_IT,         # of a free run: 1, 0 or NaN
+    minus=None,         # of another editor over the same sessions: the difference of the two half-lives
+    n_boot: int = 2000, # draws
+    seed: int = 0,      # of the draws
+) -> Interval:          # turns; infinite if no turn failed
+    """Turns after which half of the sessions are all right.
+
+    It is ln(1/2) / ln(p), p the maximum-likelihood chance that a session that is right so far stays right."""
+    boot = _half_life(success_IT, n_boot, seed)
+    if minus is not None: boot = boot - _half_life(minus, n_boot, seed)
+    return Interval(*(float(x[0]) for x in (boot.value_X, *_interval(boot))))
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #d63c43bc
 def round_trips(
-    editor, # from `load_editor`
-    images_NHWC: np.ndarray, # uint8, at the editor's size
-    turns: int,
-) -> np.ndarray: # uint8 [N, T, H, W, 3]
+    editor,                  # from `load_editor`
+    images_IHWC: np.ndarray, # uint8, at the editor's size
+    turns: int,              # T
+) -> np.ndarray:             # uint8 [I, T, H, W, 3]
     "A chain of nothing but the autoencoder, through 8-bit pixels."
-    x, out = images_NHWC, []
-    for _ in range(turns): x = editor.decode(editor.encode_image(x)); out.append(x)
-    return np.stack(out, 1)
+    chain = [images_IHWC]
+    for _ in range(turns): chain.append(editor.decode(editor.encode_image(chain[-1])))
+    return np.stack(chain[1:], 1)
 
 def nothing_sessions(
-    n: int, turns: int, split: str = 'heldout', seed: int = 0,
-) -> list: # `Session`s
+    n: int,                 # I
+    turns: int,             # T
+    split: str = 'heldout', # of the shape world
+    seed: int = 0,          # of the first pictures
+) -> list:                  # `Session`s
     "First pictures of the shape world, with instructions that ask for the background that is there already."
-    first = shape_sessions(n, 1, split, seed)
+    first, names = shape_sessions(n, 1, split, seed), list(BACKGROUNDS)
     grounds = recognise(np.stack([np.asarray(s.image) for s in first])).background
-    return [Session(f'{s.id}-nothing', s.image, [f'change the background to {list(BACKGROUNDS)[b]}'] * turns, ['nothing'] * turns) for s, b in zip(first, grounds)]
+    return [Session(f'{s.id}-nothing', s.image, [f'change the background to {names[b]}'] * turns, ['nothing'] * turns)
+            for s, b in zip(first, grounds)]
 
 class Drift(NamedTuple):
-    "How far N pictures have moved after 1..T turns in which nothing was asked for. With several trained editors: arrays `[S, N, T]`."
-    rms_IT: np.ndarray # root mean square difference from the first picture, of a full scale of 1
+    """How far I pictures have moved after 1..T turns in which nothing was asked for.
+
+    With several trained editors: arrays `[S, I, T]`."""
+    rms_IT: np.ndarray  # root mean square difference from the first picture, of a full scale of 1
     kept_IT: np.ndarray # share of the nine cells that are still recognised as what they were
 
-def drift(first_NHWC: np.ndarray, images_NTHWC: np.ndarray) -> Drift:
+def drift(
+    first_IHWC: np.ndarray,   # uint8
+    images_ITHWC: np.ndarray, # uint8, after each turn
+) -> Drift:
     "Compare chains with their first pictures."
-    N, T = images_NTHWC.shape[:2]
-    rms = np.sqrt(((images_NTHWC.astype(np.float32) - first_NHWC[:, None])**2).mean((2, 3, 4))) / 255
-    now = recognise(images_NTHWC.reshape(N * T, *images_NTHWC.shape[2:])).codes.reshape(N, T, -1)
-    return Drift(rms, (now == recognise(first_NHWC).codes[:, None]).mean(-1))
+    I, T = images_ITHWC.shape[:2]
+    rms = np.sqrt(((images_ITHWC.astype(np.float32) - first_IHWC[:, None])**2).mean((2, 3, 4))) / 255
+    now = recognise(images_ITHWC.reshape(I * T, *images_ITHWC.shape[2:])).codes.reshape(I, T, -1)
+    return Drift(rms, (now == recognise(first_IHWC).codes[:, None]).mean(-1))
 
+# %% ../../nbs/evaluation/02_exposure.ipynb #53d7a49f
 def _drift(chains, n_boot, seed):
-    f = lambda w, rms, kept: dict(rms=w @ rms / len(rms), cells_kept=w @ kept / len(kept))
-    return {(chain, *k): s for chain, d in chains.items() for k, s in _samples(f, d, n_boot, seed).items()}
+    "A `Bootstrap` of every chain, and the index of its quantities."
+    def quantities(weights_BI, rms, kept):
+        return 100 * _flat([weighted_mean(weights_BI, rms), weighted_mean(weights_BI, kept)])
+    def of(chain):
+        I, T = np.shape(chain.rms_IT)[-2:]
+        weights_BI = session_weights(I, n_boot, np.random.default_rng(seed))
+        return bootstrap(quantities, chain, weights_BI), _turn_index(T, ('rms', 'cells_kept'))
+    return {name: of(chain) for name, chain in chains.items()}
 
 def drift_table(
-    chains: dict, # name -> `Drift`, such as what `measure_drift` returns
-    n_boot: int = 1000,
-    seed: int = 0, # of the draws
-) -> pd.DataFrame: # index (chain, turn, quantity: rms or cells_kept); value, low, high in percent of full scale, percent of the cells
+    chains: dict,       # name -> `Drift`, such as what `measure_drift` returns
+    n_boot: int = 1000, # draws
+    seed: int = 0,      # of the draws
+) -> pd.DataFrame:      # index (chain, turn, quantity); value, low, high: rms in percent of full scale, cells_kept in percent
     "Drift with bootstrap intervals over pictures."
-    return _table(_drift(chains, n_boot, seed), ['chain', 'turn', 'quantity'])
+    return pd.concat({name: _table(*x) for name, x in _drift(chains, n_boot, seed).items()}, names=['chain'])
 
 def drift_change(
-    before: dict, # of the base editor, from `measure_drift`
-    after: dict, # of the trained editor for the same pictures
-    n_boot: int = 1000,
-    seed: int = 0, # of the draws
-) -> pd.DataFrame: # index (chain, turn, quantity); columns as those of `exposure_change`
+    before: dict,       # of the base editor, from `measure_drift`
+    after: dict,        # of the trained editor for the same pictures
+    n_boot: int = 1000, # draws
+    seed: int = 0,      # of the draws
+) -> pd.DataFrame:      # index (chain, turn, quantity); columns as those of `exposure_change`
     "What training changed in drift, paired over pictures. Better is less of `rms`, and more of `cells_kept`."
-    return _changes(_drift(before, n_boot, seed), _drift(after, n_boot, seed), ['chain', 'turn', 'quantity'], less=('rms',))
+    b, a = _drift(before, n_boot, seed), _drift(after, n_boot, seed)
+    return pd.concat({name: _change(b[name][0], a[name][0], b[name][1], less=('rms',)) for name in b}, names=['chain'])
 
 def _nothing_to_judge(sessions, images_PGTHWC):
-    import torch
     one = torch.ones(images_PGTHWC.shape[:3])
     return Scores(('nothing',), one[..., None], one, one, one)
 
-def measure_drift(editor, sessions: list, *, num_steps: int, seed: int = 1234, batch: int = 64) -> dict: # 'autoencoder' and 'edits' -> `Drift`
-    "Both chains, for sessions from `nothing_sessions`."
+def measure_drift(
+    editor,           # from `load_editor`
+    sessions: list,   # from `nothing_sessions`
+    *,
+    num_steps: int,   # denoising steps
+    seed: int = 1234, # of the noise
+    batch: int = 64,  # sessions at a time
+) -> dict:            # 'autoencoder' and 'edits' -> `Drift`
+    "Both chains."
     sessions = resize_sessions(editor, sessions)
     first, T = np.stack([np.asarray(s.image) for s in sessions]), len(sessions[0].instructions)
     edited = evaluate(editor, sessions, _nothing_to_judge, num_steps=num_steps, seed=seed, batch=batch)[1]
     return dict(autoencoder=drift(first, round_trips(editor, first, T)), edits=drift(first, edited))
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #fe4aba84
+def _line(ax, table, style, color, label):
+    "A quantity over turns with its interval as a band."
+    ax.plot(table.value, style, color=color, ms=4, label=label)
+    ax.fill_between(table.index, table.low, table.high, color=color, alpha=.15, lw=0)
+
 def plot_exposure(
-    exposures: dict, # name -> `Exposure`, such as 'before' and 'after' training
-    drifts: dict = {}, # name -> what `measure_drift` returns
-    n_boot: int = 1000,
-):
-    "Success from free and perfect pictures with the gap between them, the gap, success of all turns so far with its half-life, and drift; bands are 95 % intervals."
+    exposures: dict,     # name -> `Exposure`, such as 'before' and 'after' training
+    drifts: dict = {},   # name -> what `measure_drift` returns
+    n_boot: int = 1000,  # draws
+):                       # a matplotlib figure
+    "Success with its exposure gap, the gap, success of all turns so far with its half-life, and drift; bands are 95 % intervals."
     from matplotlib.figure import Figure
     colors = ('#E69F00', '#0072B2', '#009E73', '#CC79A7')
+    titles = ('turn followed', 'exposure gap', 'all turns so far followed', 'cells kept by "do nothing"')
     fig = Figure(figsize=(12 if drifts else 9, 2.9), layout='constrained')
     axs = fig.subplots(1, 4 if drifts else 3)
-    band = lambda ax, t, c: ax.fill_between(t.index, t.low, t.high, color=c, alpha=.15, lw=0)
-    for (name, e), c in zip(exposures.items(), colors):
-        table = exposure_table(e, n_boot)
-        q = lambda k: table.xs(k, level='quantity')
-        life = half_life(e.free_IT, n_boot=n_boot)
-        for k, style in (('perfect', 's--'), ('free', 'o-')): axs[0].plot(q(k).value, style, color=c, ms=4, label=f'{name}, {k}'); band(axs[0], q(k), c)
-        axs[1].plot(q('gap').value, 'o-', color=c, ms=4, label=name); band(axs[1], q('gap'), c)
-        axs[2].plot(q('all_right').value, 'o-', color=c, ms=4, label=f'{name}: half-life {life.mean:.1f} [{life.low:.1f}, {life.high:.1f}]'); band(axs[2], q('all_right'), c)
+    for (name, exposure), color in zip(exposures.items(), colors):
+        table, life = exposure_table(exposure, n_boot), half_life(exposure.free_IT, n_boot=n_boot)
+        alive = f'{name}: half-life {life.mean:.1f} [{life.low:.1f}, {life.high:.1f}]'
+        lines = ((0, 'perfect', 's--', f'{name}, perfect'), (0, 'free', 'o-', f'{name}, free'), (1, 'gap', 'o-', name),
+                 (2, 'all_right', 'o-', alive))
+        for panel, quantity, style, label in lines:
+            _line(axs[panel], table.xs(quantity, level='quantity'), style, color, label)
     axs[1].axhline(0, color='gray', lw=.8)
-    for (name, chains), c in zip(drifts.items(), colors):
+    for (name, chains), color in zip(drifts.items(), colors):
         table = drift_table(chains, n_boot).xs('cells_kept', level='quantity')
-        for chain, style in zip(chains, (':', '-')):
-            t = table.loc[chain]
-            axs[3].plot(t.value, style, color=c, label=f'{name}, {chain}'); band(axs[3], t, c)
-    for ax, title in zip(axs, ('turn followed', 'exposure gap', 'all turns so far followed', 'cells kept by "do nothing"')): ax.set(title=title, xlabel='turn'); ax.legend(fontsize=6)
+        for chain, style in zip(chains, (':', '-')): _line(axs[3], table.loc[chain], style, color, f'{name}, {chain}')
+    for ax, title in zip(axs, titles):
+        ax.set(title=title, xlabel='turn')
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(fontsize=6)
     axs[0].set_ylabel('percent')
     return fig
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #e5c65f47
 def structured_judge(
-    sessions: list, # P sessions that look back
+    sessions: list,            # P sessions that look back
     images_PGTHWC: np.ndarray, # uint8, every turn's result
 ) -> Scores:
     "The exact judge, as `rewards.verifier`, for sessions that look back."
-    import torch
     v = verify_structured(sessions, images_PGTHWC)
     terms = np.stack([v['object_cc'], v['background_cc']])
-    n = (~np.isnan(terms)).sum(0)
-    cc = np.divide(np.nansum(terms, 0), n, out=np.full(n.shape, .5, np.float32), where=n > 0)
-    void = lambda x: torch.from_numpy(np.where(v['cc_valid'], x, np.nan).astype(np.float32))
-    return Scores(('if', 'cc'), torch.from_numpy(np.stack([v['graded'], cc], -1)), torch.from_numpy(v['success'].astype(np.float32)), void(v['object_cc']), void(v['background_cc']))
+    cc = mean_over_seeds(terms)                     # of the terms that exist
+    rewards = np.stack([v['graded'], np.where(np.isnan(cc), .5, cc)], -1)
+    def tensor(x): return torch.from_numpy(np.asarray(x, np.float32))
+    void = [tensor(np.where(v['cc_valid'], x, np.nan)) for x in terms]
+    return Scores(('if', 'cc'), tensor(rewards), tensor(v['success']), *void)

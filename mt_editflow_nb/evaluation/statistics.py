@@ -9,6 +9,7 @@ __all__ = ['t_quantile', 't_pvalue', 'Interval', 'seed_interval', 'wilson', 'hol
            'krippendorff_alpha']
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #a7e0c08d
+from copy import deepcopy
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy import optimize, special
@@ -138,7 +139,7 @@ def seed_errors(
     for S in sorted({int(n) for n in counts_X if n > 1}, reverse=True):
         of = counts_X == S
         spread_X = np.nanstd(values_SX[:, of], 0, ddof=1)
-        errors_BX[:, of] = rng.standard_t(S - 1, n_boot)[:, None] * spread_X / S**.5
+        errors_BX[:, of] = deepcopy(rng).standard_t(S - 1, n_boot)[:, None] * spread_X / S**.5
     return errors_BX
 
 class Bootstrap(NamedTuple):
