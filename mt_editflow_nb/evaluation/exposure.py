@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from ..data.files import InputError
+from ..data.plots import PALETTE, plain_label
 from ..data.sessions import Session
 from ..data.shapeworld import BACKGROUNDS, recognise, shape_sessions, teacher_images
 from ..data.structures import verify_structured
@@ -82,7 +83,7 @@ def _table(boot, index):
     return pd.DataFrame(dict(value=boot.value_X, low=low, high=high), index)
 
 def _interval(boot):
-    "The middle 95 % of draws of sessions and seeds. Half-lives may be infinite, so the ends are draws, not averages of two."
+    "The middle 95 % of draws. Half-lives may be infinite, so the ends are draws, not averages of two of them."
     return percentile_interval(boot.with_seed_errors(np.random.default_rng(1)), method='nearest')
 
 def _change(before, after, index, less=()): # `less`: quantities of which less is better
@@ -158,7 +159,9 @@ def exposure_change(
     n_boot: int = 2000, # draws
     seed: int = 0,      # of the draws
 ) -> pd.DataFrame:      # index (turn, quantity); before, after, difference, low, high in percent (points), superiority
-    "What training changed, paired over sessions. `superiority`: the share of draws in which `after` is better; of the gap, less is."
+    """What training changed, paired over sessions.
+
+    `superiority` is the share of draws in which `after` is better; a smaller gap is."""
     b, index, _ = _exposure(before, n_boot, seed)
     a, *_ = _exposure(after, n_boot, seed)
     return _change(b, a, index, less=('gap',))
@@ -258,7 +261,7 @@ def drift_table(
     chains: dict,       # name -> `Drift`, such as what `measure_drift` returns
     n_boot: int = 1000, # draws
     seed: int = 0,      # of the draws
-) -> pd.DataFrame:      # index (chain, turn, quantity); value, low, high: rms in percent of full scale, cells_kept in percent
+) -> pd.DataFrame:      # index (chain, turn, quantity); value, low, high in percent; rms: of the full scale
     "Drift with bootstrap intervals over pictures."
     return pd.concat({name: _table(*x) for name, x in _drift(chains, n_boot, seed).items()}, names=['chain'])
 
@@ -298,26 +301,28 @@ def _line(ax, table, style, color, label):
 
 def plot_exposure(
     exposures: dict,     # name -> `Exposure`, such as 'before' and 'after' training
-    drifts: dict = {},   # name -> what `measure_drift` returns
+    drifts: dict = None, # name -> what `measure_drift` returns
     n_boot: int = 1000,  # draws
 ):                       # a matplotlib figure
-    "Success with its exposure gap, the gap, success of all turns so far with its half-life, and drift; bands are 95 % intervals."
+    "Success, its exposure gap, success of all turns so far with its half-life, and drift; bands are 95 % intervals."
     from matplotlib.figure import Figure
-    colors = ('#E69F00', '#0072B2', '#009E73', '#CC79A7')
+    colors = PALETTE[1], PALETTE[0], *PALETTE[2:]                    # before: orange, after: blue
     titles = ('turn followed', 'exposure gap', 'all turns so far followed', 'cells kept by "do nothing"')
     fig = Figure(figsize=(12 if drifts else 9, 2.9), layout='constrained')
     axs = fig.subplots(1, 4 if drifts else 3)
     for (name, exposure), color in zip(exposures.items(), colors):
         table, life = exposure_table(exposure, n_boot), half_life(exposure.free_IT, n_boot=n_boot)
+        name = plain_label(name)
         alive = f'{name}: half-life {life.mean:.1f} [{life.low:.1f}, {life.high:.1f}]'
         lines = ((0, 'perfect', 's--', f'{name}, perfect'), (0, 'free', 'o-', f'{name}, free'), (1, 'gap', 'o-', name),
                  (2, 'all_right', 'o-', alive))
         for panel, quantity, style, label in lines:
             _line(axs[panel], table.xs(quantity, level='quantity'), style, color, label)
     axs[1].axhline(0, color='gray', lw=.8)
-    for (name, chains), color in zip(drifts.items(), colors):
+    for (name, chains), color in zip((drifts or {}).items(), colors):
         table = drift_table(chains, n_boot).xs('cells_kept', level='quantity')
-        for chain, style in zip(chains, (':', '-')): _line(axs[3], table.loc[chain], style, color, f'{name}, {chain}')
+        for chain, style in zip(chains, (':', '-')):
+            _line(axs[3], table.loc[chain], style, color, plain_label(f'{name}, {chain}'))
     for ax, title in zip(axs, titles):
         ax.set(title=title, xlabel='turn')
         ax.xaxis.get_major_locator().set_params(integer=True)
