@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from ..data.files import InputError, atomic_write, expect
+from ..data.plots import PALETTE, plain_label
 from .statistics import (bootstrap, mean_over_seeds, percentile_interval, seed_interval,
                                                   session_weights, superiority, weighted_mean, wilson)
 
@@ -206,9 +207,9 @@ def plot_comparison(
     for ax, metric in zip(axs, EDIVAL_METRICS):
         t = table.xs(metric, level='metric')
         band = t.before + t.low, t.before + t.high
-        ax.fill_between(t.index, *band, color='#0072B2', alpha=.2, lw=0, label='95 % of the difference')
-        ax.plot(t.index, t.before, 'o--', color='#E69F00', label=labels[0])
-        ax.plot(t.index, t.after, 's-', color='#0072B2', label=labels[1])
+        ax.fill_between(t.index, *band, color=PALETTE[0], alpha=.2, lw=0, label='95 % of the difference')
+        ax.plot(t.index, t.before, 'o--', color=PALETTE[1], label=plain_label(labels[0]))
+        ax.plot(t.index, t.after, 's-', color=PALETTE[0], label=plain_label(labels[1]))
         ax.set(title=metric, xlabel='turn', xticks=t.index)
     axs[0].set_ylabel('percent')
     axs[0].legend(fontsize=7)
