@@ -4,7 +4,9 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pytest, torch
-from mt_editflow_nb.rewards.engines import Ask, Cached, Local, Reply, Server
+from mt_editflow_nb.rewards.cache import Cached
+from mt_editflow_nb.rewards.engines import Ask, Local, Reply
+from mt_editflow_nb.rewards.servers import Server, data_url
 from mt_editflow_nb.algorithm.fusion import advantages
 from mt_editflow_nb.rewards.judges import Item, PROMPTS, TINY_PROMPTS, load_mode, prompt
 from mt_editflow_nb.rewards.cube import Judge, TurnScorer, load_judge
@@ -190,7 +192,7 @@ def test_nf4_judge_is_a_fraction_and_says_nearly_the_same():
     full, small = load_judge('tiny:logit'), load_judge('tiny+nf4:logit')
     assert small.engine.quantize == 'nf4' and small.engine.model == full.engine.model + '+nf4' and small.prompts is TINY_PROMPTS   # a cache tells them apart
     a, b = (j(sessions, images[:, :2]) for j in (full, small))
-    size = lambda j: sum(p.numel()*p.element_size() for n, p in j.engine._loaded[0].named_parameters() if 'language_model.layers' in n and p.numel() > 999)
+    size = lambda j: sum(p.numel()*p.element_size() for n, p in j.engine.loaded[0].named_parameters() if 'language_model.layers' in n and p.numel() > 999)
     assert size(small) < size(full)/7                                                        # 4 bits of 32
     assert not torch.equal(a.rewards_PGTM, b.rewards_PGTM) and np.corrcoef(a.rewards_PGTM.flatten(), b.rewards_PGTM.flatten())[0, 1] > .9
 
@@ -235,7 +237,6 @@ def test_coarse_judge_asks_once_a_session_and_a_turn_scorer_agrees():
 @pytest.mark.parametrize('lost', (1, 4))
 def test_share_of_failures_is_that_of_the_whole_rollout(lost):
     "A piece may fail altogether; once more than the share of everything is lost, nothing more is asked."
-    from mt_editflow_nb.rewards.engines import data_url
     bad = {data_url(images[p, g, 0]) for p in range(lost) for g in range(4)}
     fails = lambda body: body['messages'][0]['content'][1]['image_url']['url'] in bad
     with Faulty(lambda n, body: (500, 'no') if fails(body) else Honest()(n, body)) as server:
