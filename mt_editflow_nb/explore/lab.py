@@ -144,7 +144,9 @@ def lab_figure(
     for axes, (name, values_GT, colors, limits) in zip(figure.subplots(1, len(panels)), panels):
         axes.imshow(values_GT.numpy(), cmap=colors, vmin=limits[0], vmax=limits[1], aspect='auto')
         for g, values_T in enumerate(values_GT.tolist()):
-            for t, value in enumerate(values_T): axes.text(t, g, f'{value:.2f}', ha='center', va='center', fontsize=8)
+            for t, value in enumerate(values_T):
+                color = 'white' if abs(value) > .6*limits[1] else 'black'
+                axes.text(t, g, f'{value:.2f}', ha='center', va='center', fontsize=8, color=color)
         turns = range(values_GT.shape[1])
         axes.set(title=name, xlabel='turn', xticks=turns, xticklabels=[t + 1 for t in turns],
                  yticks=range(len(values_GT)))
