@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['make_optimizer', 'Policy']
 
-# %% ../../nbs/algorithm/05_policy.ipynb #7c0557ed
+# %% ../../nbs/algorithm/05_policy.ipynb #0c0bf6af
+from collections import Counter
 from importlib.util import find_spec
 import torch
 from ..data.files import InputError
@@ -19,11 +20,11 @@ def make_optimizer(config: Config, # `lr`, `weight_decay` and `adam8bit` are rea
     "AdamW, with 8-bit states where `adam8bit` asks for them. Raises `InputError` where bitsandbytes is missing."
     if not config.adam8bit: return torch.optim.AdamW(params, config.lr, weight_decay=config.weight_decay)
     if not find_spec('bitsandbytes'):
-        raise InputError('adam8bit: got true, but bitsandbytes is not installed: pip install bitsandbytes')
+        raise InputError('adam8bit: expected bitsandbytes to be installed (pip install bitsandbytes), received true')
     import bitsandbytes as bnb
     return bnb.optim.AdamW8bit(params, config.lr, weight_decay=config.weight_decay)
 
-# %% ../../nbs/algorithm/05_policy.ipynb #2c74e61c
+# %% ../../nbs/algorithm/05_policy.ipynb #2049d198
 class Policy:
     "The adapter in training, the adapter that makes the rollouts, and the optimiser, around one editor."
     def __init__(self,
@@ -34,6 +35,8 @@ class Policy:
         self.params = lora_parameters(editor)
         self.old = [p.detach().clone() for p in self.params]
         self.optimizer = make_optimizer(config, self.params)
+        self.passes = Counter()   # rows through the transformer, by what they were for
+        self.idle = 0             # iterations in a row that had nothing to learn from
 
     def acting_old(self):
         "A context in which the transformer is the old policy."
@@ -47,8 +50,45 @@ class Policy:
         "Whether the policy in training still is the old one, so that one velocity serves for both."
         return all(torch.equal(p, o) for p, o in zip(self.params, self.old))
 
+    def count_passes(self,
+                     kind: str, # 'sampled', 'trained', 'old' or 'reference'
+                     text,      # the `Text` of the rows
+                     times: int = 1 # passes a row
+                    ):
+        "Add rows to `passes`; where a row is guided, it passes twice."
+        self.passes[kind] += len(text.embeds)*times*(1 if text.negative is None else 2)
+
+    def velocity(self, x, sigma, text, image) -> torch.Tensor: # [N, L, C], with a gradient
+        "What the policy in training predicts; arguments as in the editor's `velocity`."
+        self.count_passes('trained', text)
+        return self.editor.velocity(x, sigma, text, image)
+
+    @torch.no_grad()
+    def old_velocity(self, x, sigma, text, image) -> torch.Tensor: # [N, L, C]
+        "What the old policy predicts."
+        self.count_passes('old', text)
+        with self.acting_old(): return self.editor.velocity(x, sigma, text, image)
+
+    @torch.no_grad()
+    def base_velocity(self, x, sigma, text, image) -> torch.Tensor: # [N, L, C]
+        "What the base editor predicts."
+        self.count_passes('reference', text)
+        with self.acting_base(): return self.editor.velocity(x, sigma, text, image)
+
     @torch.no_grad()
     def update_old(self, decay: float = 0. # share that stays; 0: the old policy becomes the one in training
                   ):
         "Move the old policy towards the one in training, as an exponential moving average."
         for o, p in zip(self.old, self.params): o.lerp_(p, 1 - decay)
+
+    def set_learning_rate(self, lr: float # of the next optimiser steps
+                         ):
+        "The same learning rate for every tensor."
+        for group in self.optimizer.param_groups: group['lr'] = lr
+
+    def broken_tensor(self) -> str: # None: all numbers are finite
+        "The name of an adapter tensor that holds NaN or an infinity."
+        finite = torch.stack([p.detach().isfinite().all() for p in self.params])   # one transfer from the card
+        if finite.all(): return None
+        names = [n for n, _ in self.editor.transformer.named_parameters() if 'lora_' in n]
+        return names[finite.logical_not().nonzero()[0].item()]
