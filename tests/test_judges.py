@@ -1,55 +1,74 @@
-"Judges behind HTTP: everything that a server can do wrong, two processes on one cache, replay, secrets, and a real `transformers serve`."
-import json, math, multiprocessing, os, re, socket, subprocess, sys, threading, time, urllib.request
+"Judges behind HTTP: faults of servers, two processes on one cache, replay, secrets, a real `transformers serve`."
+import hashlib, json, math, multiprocessing, os, re, socket, subprocess, sys, threading, time, urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pytest, torch
 from mt_editflow_nb.rewards.cache import Cached
-from mt_editflow_nb.rewards.engines import Ask, Local, Reply
+from mt_editflow_nb.rewards.engines import Ask, Local
 from mt_editflow_nb.rewards.servers import Server, data_url
 from mt_editflow_nb.algorithm.fusion import advantages
 from mt_editflow_nb.rewards.judges import Item, PROMPTS, TINY_PROMPTS, load_mode, prompt
 from mt_editflow_nb.rewards.cube import Judge, TurnScorer, load_judge
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
-from mt_editflow_nb.data.verifier import verify
 
 good = '{"reasoning": "it moved", "score": 6}'
 faults = { # name -> (status, body) of a try, or a word
-    '429': (429, '{"error": {"message": "slow down"}}'), '500': (500, 'Internal Server Error'), '503': (503, '<html>busy</html>'),
-    'hangs': 'hang', 'closes': 'close', 'closes in the middle': 'half', 'html': (200, '<html>It works!</html>'), 'no choices': (200, '{"choices": []}'),
-    'no json': 'The edit is a seven, I would say.', 'out of range': '{"reasoning": "", "score": 10}', 'nan': '{"reasoning": "", "score": NaN}',
-    'empty': '', 'refusal': "I'm sorry, but I can't help with that.", 'two scores': '{"score": 1} {"score": 9}'}
+    '429': (429, '{"error": {"message": "slow down"}}'), '500': (500, 'Internal Server Error'),
+    '503': (503, '<html>busy</html>'), 'hangs': 'hang', 'closes': 'close', 'closes in the middle': 'half',
+    'html': (200, '<html>It works!</html>'), 'no choices': (200, '{"choices": []}'),
+    'no json': 'The edit is a seven, I would say.', 'out of range': '{"reasoning": "", "score": 10}',
+    'nan': '{"reasoning": "", "score": NaN}', 'empty': '', 'refusal': "I'm sorry, but I can't help with that.",
+    'two scores': '{"score": 1} {"score": 9}'}
 
-class Faulty:
+def completion(content, **choice):
+    "The body of a chat completion."
+    plain = dict(index=0, finish_reason='stop', message=dict(role='assistant', content=content), logprobs=None)
+    usage = dict(prompt_tokens=5, completion_tokens=2, total_tokens=7)
+    return json.dumps(dict(id='x', object='chat.completion', created=0, model='m', usage=usage, choices=[plain | choice]))
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *a): pass
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        with self.server.lock:
+            self.server.seen.append(body)
+            n = len(self.server.seen) - 1
+        what = self.server.script(n, body)
+        if what == 'close':
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        if what == 'hang':
+            time.sleep(2.5)
+            what = good
+        if what == 'half':
+            self.close_connection = True
+            return self.send(200, '{"id": "x", "choi', missing=99)
+        self.send(*(what if isinstance(what, tuple) else (200, completion(what))))
+    def send(self, status, text, missing=0):
+        data = text.encode()
+        try:
+            self.send_response(status)
+            self.send_header('Content-Type', 'application/json' if text[:1] == '{' else 'text/html')
+            self.send_header('Content-Length', str(len(data) + missing))
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError: pass            # the client did not wait
+
+class Faulty(ThreadingHTTPServer):
     "A chat server on loopback. `script(n, request)` gives what try n gets: a fault, or an answer."
+    daemon_threads, request_queue_size = True, 64
     def __init__(self, script):
-        self.script, self.seen, lock, me = script, [], threading.Lock(), self
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *a): pass
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-                with lock: me.seen.append(body); n = len(me.seen) - 1
-                what = me.script(n, body)
-                if what == 'close': self.close_connection = True; return self.connection.shutdown(socket.SHUT_RDWR)
-                if what == 'hang': time.sleep(2.5); what = good
-                if what == 'half': self.close_connection = True
-                status, text = (200, '{"id": "x", "choi') if what == 'half' else what if isinstance(what, tuple) else (200, json.dumps(dict(
-                    id='x', object='chat.completion', created=0, model='m', usage=dict(prompt_tokens=5, completion_tokens=2, total_tokens=7),
-                    choices=[dict(index=0, finish_reason='stop', message=dict(role='assistant', content=what), logprobs=None)])))
-                data = text.encode()
-                try:
-                    self.send_response(status); self.send_header('Content-Type', 'application/json' if text[:1] == '{' else 'text/html')
-                    self.send_header('Content-Length', str(len(data) + (99 if what == 'half' else 0))); self.end_headers(); self.wfile.write(data)
-                except OSError: pass            # the client did not wait
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads, request_queue_size = True, 64
-            def handle_error(self, *a): pass
-        self.http = Quiet(('127.0.0.1', 0), Handler)
-        self.url = f'http://127.0.0.1:{self.http.server_port}/v1'
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.script, self.seen, self.lock = script, [], threading.Lock()
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server_port}/v1'
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+    def handle_error(self, *a): pass
     def __enter__(self): return self
-    def __exit__(self, *_): self.http.shutdown(); self.http.server_close()
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
@@ -65,8 +84,10 @@ think = load_mode('think')
 
 @pytest.mark.parametrize('name', faults)
 def test_one_fault_is_repaired_by_another_try(name):
-    with Faulty(lambda n, body: good if n else faults[name]) as server: verdict, = think(engine(server, timeout=patience(name)), [item()], PROMPTS)
-    if name in ('html', 'no choices'): assert math.isnan(verdict.score) and 'no chat completion' in verdict.error   # no bad luck: another server
+    with Faulty(lambda n, body: good if n else faults[name]) as server:
+        verdict, = think(engine(server, timeout=patience(name)), [item()], PROMPTS)
+    if name in ('html', 'no choices'):                       # no bad luck: another server
+        assert math.isnan(verdict.score) and 'no chat completion' in verdict.error
     else: assert verdict.score == 6/9 and len(server.seen) == 2
 
 @pytest.mark.parametrize('name', faults)
@@ -82,8 +103,10 @@ def test_prose_around_the_json_is_read():
 
 def test_what_no_patience_repairs_stops_the_run(monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-very-secret')
+    says = []
     for status, part in ((401, 'refused the key'), (404, 'does not know')):
-        with Faulty(lambda n, body: (status, '{"error": {"message": "bad key sk-very-secret"}}')) as server:
+        says[:] = status, '{"error": {"message": "bad key sk-very-secret"}}'
+        with Faulty(lambda n, body: tuple(says)) as server:
             with pytest.raises(InputError, match=part) as e: think(engine(server), [item()], PROMPTS)
         assert 'secret' not in str(e.value) and '\n' not in str(e.value)
 
@@ -91,22 +114,23 @@ sessions = shape_sessions(4, turns=3, seed=8)
 perfect = np.stack([teacher_images(s) for s in sessions])
 first = np.stack([np.asarray(s.image) for s in sessions])
 lazy = first[:, None].repeat(3, 1)
-images = np.stack([perfect, lazy, np.concatenate([perfect[:, :1], lazy[:, 1:]], 1), perfect[:, ::-1]], 1)   # [P, 4, T, ...]
+one_turn = np.concatenate([perfect[:, :1], lazy[:, 1:]], 1)
+images = np.stack([perfect, lazy, one_turn, perfect[:, ::-1]], 1)                    # [P, 4, T, ...]
 
 class Honest:
     "What a script says to a request, by a hash of the pictures: always the same score for the same question."
     def __init__(self, fails=lambda text: False): self.fails = fails
     def __call__(self, n, body):
         text = json.dumps(body['messages'])
-        h = int.from_bytes(__import__('hashlib').sha256(text.encode()).digest()[:4], 'big')
-        return (500, 'no') if self.fails(h) else '{"reasoning": "", "score": %d}' % (h % 10)
+        h = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], 'big')
+        return (500, 'no') if self.fails(h) else f'{{"reasoning": "", "score": {h % 10}}}'
 
 def test_failed_scores_are_masked_counted_and_leave_the_rest_alone():
     with Faulty(Honest(lambda h: h % 8 == 0)) as bad, Faulty(Honest()) as fine:
-        ask = lambda s: Judge(engine(s, give_up=1000), think, max_failed=.5)(sessions, images)
-        holed, whole = ask(bad), ask(fine)
+        holed, whole = (Judge(engine(s, give_up=1000), think, max_failed=.5)(sessions, images) for s in (bad, fine))
     assert 0 < holed.failed < 40 and whole.failed == 0 and holed.failed == int(holed.rewards_PGTM.isnan().sum())
-    assert torch.equal(holed.rewards_PGTM[holed.mask_PGTM], whole.rewards_PGTM[holed.mask_PGTM]) and (whole.rewards_PGTM == 0).any()
+    assert torch.equal(holed.rewards_PGTM[holed.mask_PGTM], whole.rewards_PGTM[holed.mask_PGTM])
+    assert (whole.rewards_PGTM == 0).any()
     assert Counter(c['error'] != '' for c in holed.calls)[True] == holed.failed
     how = dict(aggregation='mean', fusion='advantage', credit='broadcast')
     got = advantages(holed.rewards_PGTM, **how)
@@ -116,12 +140,13 @@ def test_failed_scores_are_masked_counted_and_leave_the_rest_alone():
         if ok.sum() > 1: assert torch.allclose(got[p][ok], advantages(whole.rewards_PGTM[p, ok][None], **how)[0])
 
 def test_dead_server_stops_soon_and_the_run_goes_on_when_it_is_back(tmp_path):
-    dead = [False]
-    with Faulty(lambda n, body: (500, 'no') if dead[0] or n >= 40 and not dead[0] and dead.__setitem__(0, True) is None else Honest()(n, body)) as server:
+    def dies(n, body): return (500, 'no') if n >= 40 else Honest()(n, body)
+    with Faulty(dies) as server:
         judge = Judge(Cached(engine(server, concurrency=4, give_up=4), tmp_path/'judge.sqlite'), think)
         with pytest.raises(InputError, match='scores failed, more than the 20% allowed') as e: judge(sessions, images)
         assert len(server.seen) < 40 + 3*10 and '\n' not in str(e.value)          # the rest was not even tried
-        server.script, n = Honest(), len(server.seen)
+        server.script = Honest()
+        n = len(server.seen)
         scores = judge(sessions, images)
         assert scores.failed == 0 and len(server.seen) - n <= 96 - 36             # what it had said before was kept
 
@@ -130,26 +155,29 @@ def test_logit_over_top_logprobs():
         assert body['logprobs'] and body['top_logprobs'] == 20 and body['max_tokens'] == 1
         top = [('7', .5), (' 7', .1), ('2', .2), ('I', .1), ('9', 1e-9)]
         tokens = [dict(token=t, logprob=math.log(p), bytes=None) for t, p in top]
-        return (200, json.dumps(dict(id='x', object='chat.completion', created=0, model='m', choices=[dict(
-            index=0, finish_reason='length', message=dict(role='assistant', content='7'), logprobs=dict(content=[dict(**tokens[0], top_logprobs=tokens)]))])))
+        first_token = dict(**tokens[0], top_logprobs=tokens)
+        return 200, completion('7', finish_reason='length', logprobs=dict(content=[first_token]))
     with Faulty(answer) as server: verdict, = load_mode('logit')(engine(server), [item()], PROMPTS)
     assert verdict.score == pytest.approx((7*.6 + 2*.2)/.8/9)
 
 def test_a_rerun_costs_no_call_and_samples_stay_samples(tmp_path):
-    script = lambda n, body: '{"reasoning": "", "score": %d}' % (body['seed'] % 10)
+    def script(n, body): return f'{{"reasoning": "", "score": {body["seed"] % 10}}}'
     with Faulty(script) as server:
         cached = Cached(engine(server), tmp_path/'c.sqlite')
-        run = lambda mode, **kw: [v.score*9 for v in load_mode(mode)(cached, [item(), item(1)], PROMPTS, **kw)]
+        def run(mode, **kw): return [v.score*9 for v in load_mode(mode)(cached, [item(), item(1)], PROMPTS, **kw)]
         assert run('think@4') == pytest.approx([1.5, 1.5]) and len(server.seen) == 8           # seeds 0 to 3
         assert run('think@4') == pytest.approx([1.5, 1.5]) and len(server.seen) == 8
         run('think@4', seed=1)
-        assert len(server.seen) == 16                                                           # another pass is another question
-        Judge(cached, think)(sessions, images); n = len(server.seen)
-        Judge(cached, think)(sessions, images); assert len(server.seen) == n
+        assert len(server.seen) == 16                                             # another pass is another question
+        Judge(cached, think)(sessions, images)
+        n = len(server.seen)
+        Judge(cached, think)(sessions, images)
+        assert len(server.seen) == n
     offline = Judge(Cached(Server('m', server.url), tmp_path/'c.sqlite', offline=True), think)   # the server is gone
     assert offline(sessions, images).failed == 0
     with pytest.raises(InputError, match='not recorded'): offline(sessions, images, seed=9)
-    with pytest.raises(InputError, match='nothing to replay'): Cached(Server('m', server.url), tmp_path/'none.sqlite', offline=True)
+    with pytest.raises(InputError, match='nothing to replay'):
+        Cached(Server('m', server.url), tmp_path/'none.sqlite', offline=True)
     (tmp_path/'text.sqlite').write_text('this is no database, but it is long enough to be mistaken for one ' * 20)
     with pytest.raises(InputError, match='cannot be used'): Cached(Server('m', server.url), tmp_path/'text.sqlite')
 
@@ -158,8 +186,9 @@ def _writer(url, path, start):
 
 def test_two_processes_share_a_cache(tmp_path):
     path = tmp_path/'shared.sqlite'
+    process = multiprocessing.get_context('fork').Process
     with Faulty(lambda n, body: 'answer to ' + body['messages'][0]['content'][0]['text']) as server:
-        jobs = [multiprocessing.get_context('fork').Process(target=_writer, args=(server.url, path, s)) for s in (0, 200)]
+        jobs = [process(target=_writer, args=(server.url, path, s)) for s in (0, 200)]
         for j in jobs: j.start()
         for j in jobs: j.join(60)
     assert [j.exitcode for j in jobs] == [0, 0]
@@ -169,44 +198,60 @@ def test_two_processes_share_a_cache(tmp_path):
 tiny_judge = Path(__file__).resolve().parents[1]/'mt_editflow_nb'/'assets'/'tiny_judge'
 
 def test_transformers_serve_gives_the_same_scores(tmp_path):
-    pytest.importorskip('fastapi'); pytest.importorskip('uvicorn')
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    pytest.importorskip('fastapi')
+    pytest.importorskip('uvicorn')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     url, log = f'http://127.0.0.1:{port}', open(tmp_path/'log', 'w')
-    job = subprocess.Popen([str(Path(sys.executable).with_name('transformers')), 'serve', str(tiny_judge), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu'],
-                           stdout=log, stderr=log, env=dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1'))
+    command = [str(Path(sys.executable).with_name('transformers')), 'serve', str(tiny_judge),
+               '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
+    env = dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
+    job = subprocess.Popen(command, stdout=log, stderr=log, env=env)
     try:
         for _ in range(1200):
             assert job.poll() is None, (tmp_path/'log').read_text()[-2000:]
-            try: urllib.request.urlopen(url + '/health', timeout=5); break
+            try:
+                urllib.request.urlopen(url + '/health', timeout=5)
+                break
             except OSError: time.sleep(.5)
         far, near = Server(str(tiny_judge), url + '/v1', timeout=300), Local('tiny')
         a, b = (Judge(e, load_mode('logit'), TINY_PROMPTS)(sessions[:1], images[:1, :2, :2]) for e in (near, far))
         assert a.failed == b.failed == 0 and len(a.rewards_PGTM.unique()) > 1
         assert torch.allclose(a.rewards_PGTM, b.rewards_PGTM, atol=1e-3, rtol=0)
         items = list(Judge(None, None, TINY_PROMPTS).items(sessions[:1], images[:1, :2, :1], [0]).values())
-        asks = [Ask(i.images, prompt(TINY_PROMPTS, i, how), max_tokens=24) for i in items for how in ('number', 'think', 'questions')]
-        assert [r.text for r in near(asks)] == [r.text for r in far(asks)]                       # word for word where nothing is drawn
-    finally: job.kill(); job.wait(); log.close()
+        ways = ('number', 'think', 'questions')
+        asks = [Ask(i.images, prompt(TINY_PROMPTS, i, how), max_tokens=24) for i in items for how in ways]
+        assert [r.text for r in near(asks)] == [r.text for r in far(asks)]         # word for word where nothing is drawn
+    finally:
+        job.kill()
+        job.wait()
+        log.close()
 
 def test_nf4_judge_is_a_fraction_and_says_nearly_the_same():
     full, small = load_judge('tiny:logit'), load_judge('tiny+nf4:logit')
-    assert small.engine.quantize == 'nf4' and small.engine.model == full.engine.model + '+nf4' and small.prompts is TINY_PROMPTS   # a cache tells them apart
-    a, b = (j(sessions, images[:, :2]) for j in (full, small))
-    size = lambda j: sum(p.numel()*p.element_size() for n, p in j.engine.loaded[0].named_parameters() if 'language_model.layers' in n and p.numel() > 999)
-    assert size(small) < size(full)/7                                                        # 4 bits of 32
-    assert not torch.equal(a.rewards_PGTM, b.rewards_PGTM) and np.corrcoef(a.rewards_PGTM.flatten(), b.rewards_PGTM.flatten())[0, 1] > .9
+    assert small.engine.quantize == 'nf4' and small.prompts is TINY_PROMPTS
+    assert small.engine.model == full.engine.model + '+nf4'                           # a cache tells them apart
+    a, b = (j(sessions, images[:, :2]).rewards_PGTM for j in (full, small))
+    def size(judge):
+        weights = dict(judge.engine.loaded[0].named_parameters()).items()
+        return sum(w.numel()*w.element_size() for n, w in weights if 'language_model.layers' in n and w.numel() > 999)
+    assert size(small) < size(full)/7                                                 # 4 bits of 32
+    assert not torch.equal(a, b) and np.corrcoef(a.flatten(), b.flatten())[0, 1] > .9
 
 def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(tmp_path, monkeypatch, capfd):
     from mt_editflow_nb.cli.train import main
     key = 'sk-0123456789abcdefSECRET'
     monkeypatch.setenv('OPENAI_API_KEY', key)
-    settings = ['sessions_per_iteration=1', 'group=2', 'num_steps=2', 'turns=2', 'iterations=2', 'eval_sessions=2', 'lora_rank=2', 'train_timesteps=1', 'save_every=1']
+    settings = ['sessions_per_iteration=1', 'group=2', 'num_steps=2', 'turns=2', 'iterations=2', 'eval_sessions=2',
+                'lora_rank=2', 'train_timesteps=1', 'save_every=1']
     down = [False]
     with Faulty(lambda n, body: (500, f'no, {key}') if down[0] else Honest()(n, body)) as server:
         judge = f'judge=m@{server.url}:think'
         assert main([*settings, judge, '--run', str(tmp_path/'run')]) == 0
         asked = len(server.seen)
-        assert 0 < asked <= 2*2*2*2 and main([*settings, judge, '--run', str(tmp_path/'run')]) == 0 and len(server.seen) == asked
+        assert 0 < asked <= 2*2*2*2
+        assert main([*settings, judge, '--run', str(tmp_path/'run')]) == 0 and len(server.seen) == asked
         down[0] = True
         assert main([*settings, judge, 'seed=1', '--run', str(tmp_path/'down')]) == 2
         down[0] = False
@@ -219,7 +264,10 @@ def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(
 
 def test_no_key_in_notebooks():
     root = Path(__file__).resolve().parents[1]
-    text = ''.join(p.read_text() for d in ('nbs', 'experiments', 'tests', 'mt_editflow_nb') for p in (root/d).rglob('*') if p.suffix in ('.ipynb', '.py', '.yaml', '.md') and p != Path(__file__).resolve())
+    kinds = ('.ipynb', '.py', '.yaml', '.md')
+    folders = ('nbs', 'experiments', 'tests', 'mt_editflow_nb')
+    files = [p for d in folders for p in (root/d).rglob('*') if p.suffix in kinds]
+    text = ''.join(p.read_text() for p in files if p != Path(__file__).resolve())
     assert not re.findall(r'sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|Bearer [A-Za-z0-9._-]{16,}', text)
     assert not re.findall(r'''(?:OPENAI_API_KEY|HF_TOKEN)['"\]]*\s*=\s*['"]\w''', text)
 
@@ -227,7 +275,8 @@ def test_coarse_judge_asks_once_a_session_and_a_turn_scorer_agrees():
     with Faulty(Honest()) as server:
         coarse = Judge(engine(server), think, coarse=True)
         whole = coarse(sessions, images)
-        assert whole.rewards_PGTM.shape == (4, 4, 3, 2) and len(server.seen) <= 4*4*2 and (whole.rewards_PGTM[:, :, :1] == whole.rewards_PGTM).all()
+        assert whole.rewards_PGTM.shape == (4, 4, 3, 2) and len(server.seen) <= 4*4*2
+        assert (whole.rewards_PGTM[:, :, :1] == whole.rewards_PGTM).all()
         for judge in (coarse, Judge(engine(server), think)):
             with TurnScorer(judge, sessions, 4, seed=3) as scorer:
                 for t in range(3):
@@ -238,18 +287,22 @@ def test_coarse_judge_asks_once_a_session_and_a_turn_scorer_agrees():
 def test_share_of_failures_is_that_of_the_whole_rollout(lost):
     "A piece may fail altogether; once more than the share of everything is lost, nothing more is asked."
     bad = {data_url(images[p, g, 0]) for p in range(lost) for g in range(4)}
-    fails = lambda body: body['messages'][0]['content'][1]['image_url']['url'] in bad
+    def fails(body): return body['messages'][0]['content'][1]['image_url']['url'] in bad
     with Faulty(lambda n, body: (500, 'no') if fails(body) else Honest()(n, body)) as server:
         judge = Judge(engine(server, give_up=1000, retries=0), think, rewards=('if',), max_failed=.25)
         with TurnScorer(judge, sessions, 4) as scorer:
             for t in range(3):
                 for p in range(4): scorer(t, slice(p, p + 1), images[p:p + 1, :, :t + 1])
-            if lost == 1: s = scorer.scores(images); assert 0 < s.failed <= 12 and s.rewards_PGTM.shape == (4, 4, 3, 1)
+            if lost == 1:
+                s = scorer.scores(images)
+                assert 0 < s.failed <= 12 and s.rewards_PGTM.shape == (4, 4, 3, 1)
             else:
-                with pytest.raises(InputError, match='of 48 scores failed, more than the 25% allowed'): scorer.scores(images)
+                wanted = 'of 48 scores failed, more than the 25% allowed'
+                with pytest.raises(InputError, match=wanted): scorer.scores(images)
                 assert len(server.seen) < 48*.6
 
 def test_quality_is_a_third_reward():
-    with Faulty(Honest()) as server: scores = Judge(engine(server), think, rewards=('if', 'cc', 'quality'))(sessions[:1], images[:1])
+    with Faulty(Honest()) as server:
+        scores = Judge(engine(server), think, rewards=('if', 'cc', 'quality'))(sessions[:1], images[:1])
     assert scores.names == ('if', 'cc', 'quality') and scores.rewards_PGTM.shape[-1] == 3
     with pytest.raises(InputError, match="'quality'"): Judge(None, None, TINY_PROMPTS, rewards=('quality',))

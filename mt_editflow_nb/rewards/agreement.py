@@ -7,11 +7,13 @@ __all__ = ['Labels', 'session_labels', 'load_labels', 'Judgements', 'ask_repeate
            'agreement', 'format_agreement', 'bias_by_type', 'plot_agreement']
 
 # %% ../../nbs/rewards/03_agreement.ipynb #abb16141
-import json, time
+import json, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..data.files import InputError, open_image
+from ..data.files import InputError, expect, open_image, read_text
+from ..data.plots import line_style
+from .cube import judge_items, verifier
 from .judges import Item
 
 # %% ../../nbs/rewards/03_agreement.ipynb #00ce1649
@@ -22,41 +24,55 @@ class Labels:
     truth_N: np.ndarray  # in [0, 1]
     group_N: np.ndarray  # members of one group have one name: they are what is ranked
     type_N: np.ndarray   # instruction types
-    def __getitem__(self, i): return Labels([self.items[k] for k in np.arange(len(self.items))[i]], self.truth_N[i], self.group_N[i], self.type_N[i])
 
-def session_labels(sessions: list,            # P `Session`s of the shape world
-                   images_PGTHWC: np.ndarray, # their rollouts
-                   aspect: str = 'if'         # or 'cc'
-                  ) -> Labels:                # of every turn of every member, by the exact verifier
+    def __getitem__(self, rows):
+        rows = np.arange(len(self.items))[rows]
+        return Labels([self.items[k] for k in rows], self.truth_N[rows], self.group_N[rows], self.type_N[rows])
+
+def session_labels(
+    sessions: list,            # P `Session`s of the shape world
+    images_PGTHWC: np.ndarray, # their rollouts
+    aspect: str = 'if',        # or 'cc'
+) -> Labels:                   # of every turn of every member, by the exact verifier
     "What the verifier says about a rollout."
-    from mt_editflow_nb.rewards.judges import PROMPTS
-    from mt_editflow_nb.rewards.cube import Judge, verifier
-    scores, judge = verifier(sessions, images_PGTHWC), Judge(None, None, PROMPTS, rewards=(aspect,))
-    at = judge.items(sessions, images_PGTHWC, range(images_PGTHWC.shape[2]))
+    scores = verifier(sessions, images_PGTHWC)
+    items = judge_items(sessions, images_PGTHWC, range(images_PGTHWC.shape[2]), (aspect,))
     m = scores.names.index(aspect)
-    return Labels(list(at.values()), np.array([float(scores.rewards_PGTM[p, g, t, m]) for p, g, t, _ in at]),
-                  np.array([f'{sessions[p].id}/{t + 1}' for p, g, t, _ in at]), np.array([sessions[p].task_types[t] for p, g, t, _ in at]))
+    truth = [float(scores.rewards_PGTM[p, g, t, m]) for p, g, t, _ in items]
+    groups = [f'{sessions[p].id}/{t + 1}' for p, g, t, _ in items]
+    types = [sessions[p].task_types[t] for p, g, t, _ in items]
+    return Labels(list(items.values()), *map(np.array, (truth, groups, types)))
 
-def load_labels(path # JSON Lines: before, after (image files beside it), instructions (list), score (0 to 1); optional aspect ('if'), group, type
-               ) -> Labels:
+# %% ../../nbs/rewards/03_agreement.ipynb #1abe1003
+_needed, _optional = {'before', 'after', 'instructions', 'score'}, {'aspect', 'group', 'type'}
+
+def _label(line, where, folder):
+    "(`Item`, truth, group, type) of a line."
+    def wanted(ok, what): expect(ok, where, what, line.strip())
+    try: row = json.loads(line)
+    except ValueError: row = None
+    fields = set(row) if isinstance(row, dict) else set()
+    known = 'an object with before, after, instructions, score, and perhaps aspect, group, type'
+    wanted(_needed <= fields <= _needed | _optional, known)
+    texts = row['instructions']
+    listed = isinstance(texts, list) and texts and all(isinstance(x, str) for x in texts)
+    wanted(listed, '`instructions` as a list of texts')
+    wanted(type(row['score']) in (int, float) and 0 <= row['score'] <= 1, '`score` from 0 to 1')
+    images = tuple(np.asarray(open_image(folder/str(row[k]))) for k in ('before', 'after'))
+    item = Item(row.get('aspect', 'if'), images, tuple(texts))
+    return item, float(row['score']), str(row.get('group', where)), str(row.get('type', 'all'))
+
+def load_labels(
+    path: str|Path, # JSON Lines: before, after (image files beside it), instructions (a list), score (0 to 1),
+                    # and perhaps aspect ('if'), group, type
+) -> Labels:
     "Human labels, or anybody's. Raises `InputError` that names the line."
-    path, rows = Path(path), []
-    try: lines = path.read_text(encoding='utf-8-sig').splitlines()
-    except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
-    for n, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        def want(ok, what):
-            if not ok: raise InputError(f'{path}:{n}: expected {what}, received {line.strip()[:80]!r}')
-        try: row = json.loads(line)
-        except ValueError: row = None
-        want(isinstance(row, dict) and {'before', 'after', 'instructions', 'score'} <= set(row) <= {'before', 'after', 'instructions', 'score', 'aspect', 'group', 'type'}, 'an object with before, after, instructions, score, and perhaps aspect, group, type')
-        want(isinstance(row['instructions'], list) and row['instructions'] and all(isinstance(t, str) for t in row['instructions']), '`instructions` as a list of texts')
-        want(type(row['score']) in (int, float) and 0 <= row['score'] <= 1, '`score` from 0 to 1')
-        images = tuple(np.asarray(open_image(path.parent/str(row[k]))) for k in ('before', 'after'))
-        rows.append((Item(row.get('aspect', 'if'), images, tuple(row['instructions'])), float(row['score']), str(row.get('group', f'line {n}')), str(row.get('type', 'all'))))
-    if not rows: raise InputError(f'{path}: expected at least one label, received none')
-    items, *rest = zip(*rows)
-    return Labels(list(items), *map(np.array, rest))
+    path = Path(path)
+    lines = enumerate(read_text(path).splitlines(), 1)
+    rows = [_label(line, f'{path}:{n}', path.parent) for n, line in lines if line.strip()]
+    expect(rows, str(path), 'at least one label', 'none')
+    items, *columns = zip(*rows)
+    return Labels(list(items), *map(np.array, columns))
 
 # %% ../../nbs/rewards/03_agreement.ipynb #c8b764e2
 @dataclass
@@ -66,90 +82,145 @@ class Judgements:
     tokens: float         # a score, read and written
     seconds: float        # a score
 
-def ask_repeatedly(mode,         # from `load_mode`
-                   engine, items, prompts,
-                   repeats: int = 4 # R; each with its own seed
-                  ) -> Judgements:
+def ask_repeatedly(
+    mode,             # from `load_mode`; one that gives a score a call
+    engine,           # (list of `Ask`) -> list of `Reply`
+    items: list,      # N `Item`s
+    prompts,          # `Prompts`
+    repeats: int = 4, # R; each with its own seed
+) -> Judgements:
     "Judge everything R times."
-    t0, rounds = time.perf_counter(), [mode(engine, items, prompts, seed=r) for r in range(repeats)]
-    seconds = time.perf_counter() - t0
-    calls = [c for vs in rounds for v in vs for c in v.calls]
-    return Judgements(np.array([[v.score for v in vs] for vs in rounds]), sum(c['tokens'] for c in calls)/(repeats*len(items)), seconds/(repeats*len(items)))
+    t0 = time.perf_counter()
+    rounds = [mode(engine, items, prompts, seed=r) for r in range(repeats)]
+    seconds, n = time.perf_counter() - t0, repeats*len(items)
+    tokens = sum(c['tokens'] for verdicts in rounds for v in verdicts for c in v.calls)
+    return Judgements(np.array([[v.score for v in verdicts] for verdicts in rounds]), tokens/n, seconds/n)
 
-def auc(scores, right) -> float: # nan where all are right, or none
-    "Probability that a right one has the higher score than a wrong one (ties count half): area under the ROC curve, by ranks."
-    ok = ~np.isnan(scores); x, y = pd.Series(scores[ok]).rank().to_numpy(), np.asarray(right)[ok]
-    n, m = y.sum(), (~y).sum()
-    return float((x[y].sum() - n*(n + 1)/2)/(n*m)) if n and m else np.nan
+# %% ../../nbs/rewards/03_agreement.ipynb #c8b764e3
+def auc(
+    scores: np.ndarray, # N, NaN where there is none
+    right: np.ndarray,  # N booleans
+) -> float:             # nan where all are right, or none
+    "Probability that a right one has the higher score than a wrong one (ties count half): area under the ROC curve."
+    from sklearn.metrics import roc_auc_score
+    scored = ~np.isnan(scores)
+    right = np.asarray(right)[scored]
+    return float(roc_auc_score(right, scores[scored])) if right.any() and not right.all() else np.nan
 
-def kappa(a, b) -> float:
-    "Cohen's kappa of two series of booleans: agreement beyond that of chance."
+def kappa(
+    a, # N booleans
+    b, # N booleans
+) -> float:
+    "Cohen's kappa: agreement beyond that of chance; nan where both say the same of everything."
+    from sklearn.metrics import cohen_kappa_score
     a, b = np.asarray(a, bool), np.asarray(b, bool)
-    chance = a.mean()*b.mean() + (1 - a.mean())*(1 - b.mean())
-    return float(((a == b).mean() - chance)/(1 - chance)) if len(a) and chance < 1 else np.nan
+    return float(cohen_kappa_score(a, b)) if len(np.unique([a, b])) == 2 else np.nan
 
-def ranking(scores_RN, truth_N, group_N, tie: float = .1) -> float:
-    "How often two members of a group whose truths differ by more than `tie` are put in the right order (the same score counts half)."
+def ranking(
+    scores_RN: np.ndarray,
+    truth_N: np.ndarray,
+    group_N: np.ndarray,
+    tie: float = .1, # truths closer than this are not ranked
+) -> float:          # nan where nothing is to be ranked
+    "How often two members of a group with different truths are put in the right order (the same score counts half)."
     right = total = 0.
-    for g in pd.unique(group_N):
-        i = np.flatnonzero(group_N == g)
-        a, b = np.array([(a, b) for n, a in enumerate(i) for b in i[n + 1:] if abs(truth_N[a] - truth_N[b]) > tie] or np.zeros((0, 2)), int).T
-        d = np.sign(scores_RN[:, a] - scores_RN[:, b])*np.sign(truth_N[a] - truth_N[b])
-        right += np.nansum(d + 1)/2; total += (~np.isnan(d)).sum()
+    for group in pd.unique(group_N):
+        members = np.flatnonzero(group_N == group)
+        i, j = np.triu_indices(len(members), 1)
+        a, b = members[i], members[j]
+        differ = np.abs(truth_N[a] - truth_N[b]) > tie
+        a, b = a[differ], b[differ]
+        agree = np.sign(scores_RN[:, a] - scores_RN[:, b])*np.sign(truth_N[a] - truth_N[b])
+        right += np.nansum(agree + 1)/2
+        total += (~np.isnan(agree)).sum()
     return right/total if total else np.nan
 
-def measures(scores_RN, truth_N, group_N, threshold: float = .75) -> dict:
+# %% ../../nbs/rewards/03_agreement.ipynb #c8b764e4
+def measures(
+    scores_RN: np.ndarray,   # NaN where there is none
+    truth_N: np.ndarray,
+    group_N: np.ndarray,
+    threshold: float = .75,  # truth from which a result is right
+) -> dict:
     "Every measure, on one sample."
-    mean_N = np.nanmean(scores_RN, 0) if len(scores_RN) > 1 else scores_RN[0]
-    var_N = np.nanvar(scores_RN, 0, ddof=1) if len(scores_RN) > 1 else np.full(len(truth_N), np.nan)
+    several = len(scores_RN) > 1
+    mean_N = np.nanmean(scores_RN, 0) if several else scores_RN[0]
+    var_N = np.nanvar(scores_RN, 0, ddof=1) if several else np.full(len(truth_N), np.nan)
     first, right = scores_RN[0], truth_N >= threshold
-    ok = ~np.isnan(first)
-    return dict(bias=np.nanmean(mean_N - truth_N), sd=np.nanmean(var_N)**.5, error=np.nanmean((scores_RN - truth_N)**2)**.5, ranking=ranking(scores_RN, truth_N, group_N),
-                auc=auc(first, right), kappa=kappa(first[ok] >= threshold, right[ok]), failed=np.isnan(scores_RN).mean())
+    scored = ~np.isnan(first)
+    return dict(bias=np.nanmean(mean_N - truth_N), sd=np.nanmean(var_N)**.5,
+                error=np.nanmean((scores_RN - truth_N)**2)**.5, ranking=ranking(scores_RN, truth_N, group_N),
+                auc=auc(first, right), kappa=kappa(first[scored] >= threshold, right[scored]),
+                failed=np.isnan(scores_RN).mean())
 
-def agreement(judgements: dict,   # name -> `Judgements`
-              labels: Labels,
-              n_boot: int = 200,  # draws of groups, for the 95 % intervals
-              seed: int = 0
-             ) -> pd.DataFrame:   # index name; each measure with its `low` and `high`, then the cost
-    """Bias, standard deviation over repeats, root mean square error, ranking within groups, AUC and kappa (right: truth at least 0.75).
-
-    Groups, not items, are drawn: the members of a group share their pictures and instructions."""
-    rng, groups = np.random.default_rng(seed), pd.unique(labels.group_N)
-    where = {g: np.flatnonzero(labels.group_N == g) for g in groups}
-    draws = []
+def _draws_of_groups(group_N, n_boot, seed):
+    "Bootstrap samples: the rows of each, and which draw of a group each belongs to."
+    rng, groups = np.random.default_rng(seed), pd.unique(group_N)
+    rows = {g: np.flatnonzero(group_N == g) for g in groups}
     for _ in range(n_boot):
-        picked = [where[g] for g in rng.choice(groups, len(groups))]
-        draws.append((np.concatenate(picked), np.repeat(np.arange(len(picked)), [len(p) for p in picked])))
+        picked = [rows[g] for g in rng.choice(groups, len(groups))]
+        yield np.concatenate(picked), np.repeat(np.arange(len(picked)), [len(p) for p in picked])
+
+def agreement(
+    judgements: dict,   # name -> `Judgements`
+    labels: Labels,
+    n_boot: int = 200,  # draws of groups, for the 95 % intervals
+    seed: int = 0,
+) -> pd.DataFrame:      # index name; each measure with its `low` and `high`, then the cost
+    """Bias, standard deviation over repeats, root mean square error, ranking within groups, AUC and kappa.
+
+    Right is a truth of at least 0.75. Groups, not items, are drawn: the members of a group share their pictures and
+    instructions."""
+    draws = list(_draws_of_groups(labels.group_N, n_boot, seed))
     rows = {}
-    import warnings
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)           # means of nothing but NaN are NaN
         for name, j in judgements.items():
-            row, boot = measures(j.scores_RN, labels.truth_N, labels.group_N), pd.DataFrame([measures(j.scores_RN[:, i], labels.truth_N[i], g) for i, g in draws])
-            rows[name] = {(m, c): v for m in row for c, v in (('', row[m]), ('low', boot[m].quantile(.025)), ('high', boot[m].quantile(.975)))} | {('cost', 'tokens'): j.tokens, ('cost', 'seconds'): j.seconds}
+            row = measures(j.scores_RN, labels.truth_N, labels.group_N)
+            boot = pd.DataFrame([measures(j.scores_RN[:, i], labels.truth_N[i], g) for i, g in draws])
+            rows[name] = {}
+            for m, value in row.items():
+                rows[name] |= {(m, ''): value, (m, 'low'): boot[m].quantile(.025), (m, 'high'): boot[m].quantile(.975)}
+            rows[name] |= {('cost', 'tokens'): j.tokens, ('cost', 'seconds'): j.seconds}
     return pd.DataFrame(rows).T
 
-def format_agreement(table: pd.DataFrame # from `agreement`
-                  ) -> pd.DataFrame: # texts: one column a measure
+# %% ../../nbs/rewards/03_agreement.ipynb #c8b764e5
+def format_agreement(
+    table: pd.DataFrame, # from `agreement`
+) -> pd.DataFrame:       # texts: one column a measure
     "The table to be read: each measure with its 95 % interval, where it has one."
     t = table.astype(float)
-    say = lambda v, lo, hi: '-' if np.isnan(v) else f'{v:.2f}' + (f' [{lo:.2f}, {hi:.2f}]' if hi > lo else '')
-    out = {m: [say(*x) for x in t[m][['', 'low', 'high']].to_numpy()] for m in t.columns.unique(0) if m != 'cost'}
-    return pd.DataFrame(out | {'tokens': t['cost', 'tokens'].round(1).astype(str), 'seconds': t['cost', 'seconds'].round(3).astype(str)}, t.index)
+    def text(value, low, high):
+        if np.isnan(value): return '-'
+        return f'{value:.2f}' + (f' [{low:.2f}, {high:.2f}]' if high > low else '')
+    columns = {m: [text(*x) for x in t[m][['', 'low', 'high']].to_numpy()] for m in t.columns.unique(0) if m != 'cost'}
+    columns |= dict(tokens=t['cost', 'tokens'].round(1).astype(str), seconds=t['cost', 'seconds'].round(3).astype(str))
+    return pd.DataFrame(columns, t.index)
 
-def bias_by_type(judgements: dict, labels: Labels) -> pd.DataFrame: # index type, a column a judge
+def bias_by_type(
+    judgements: dict, # name -> `Judgements`
+    labels: Labels,
+) -> pd.DataFrame:    # index type, a column a judge
     "Mean error by instruction type."
-    return pd.DataFrame({n: pd.Series(np.nanmean(j.scores_RN, 0) - labels.truth_N).groupby(labels.type_N).mean() for n, j in judgements.items()})
+    errors = {name: pd.Series(np.nanmean(j.scores_RN, 0) - labels.truth_N) for name, j in judgements.items()}
+    return pd.DataFrame({name: e.groupby(labels.type_N).mean() for name, e in errors.items()})
 
-def plot_agreement(table: pd.DataFrame): # a matplotlib figure
+def plot_agreement(
+    table: pd.DataFrame, # from `agreement`
+):                       # a matplotlib figure
     "Bias against variance, and ranking against cost."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, 3.2), layout='constrained')
-    bars = lambda t, m: np.abs(np.stack([t[m, ''] - t[m, 'low'], t[m, 'high'] - t[m, '']])[:, None])
-    for ax, x, y, names in zip(fig.subplots(1, 2), (('sd', ''), ('cost', 'tokens')), (('bias', ''), ('ranking', '')), (('standard deviation over repeats', 'bias'), ('tokens a score', 'pairs ranked right'))):
-        for (name, t), color in zip(table.iterrows(), ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000')):
-            ax.errorbar(t[x], t[y], yerr=bars(t, y[0]), fmt='o', color=color, label=name, capsize=2)
-        ax.set(xlabel=names[0], ylabel=names[1]); ax.axhline(0 if y[0] == 'bias' else .5, color='.8', zorder=0)
-    fig.axes[1].set_xscale('log'); fig.axes[0].legend(fontsize=7)
+    left, right = fig.subplots(1, 2)
+    panels = ((left, ('sd', ''), ('bias', ''), 'standard deviation over repeats', 'bias', 0),
+              (right, ('cost', 'tokens'), ('ranking', ''), 'tokens a score', 'pairs ranked right', .5))
+    for ax, x, y, xlabel, ylabel, chance in panels:
+        for i, (name, row) in enumerate(table.iterrows()):
+            bars = np.abs([[row[y] - row[y[0], 'low']], [row[y[0], 'high'] - row[y]]])
+            color = line_style(i)['color']
+            ax.errorbar(row[x], row[y], yerr=bars, fmt='o', color=color, label=name, capsize=2)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.axhline(chance, color='.8', zorder=0)
+    right.set_xscale('log')
+    left.legend(fontsize=7)
     return fig

@@ -220,7 +220,8 @@ def check_engine(
         engine.judge_wait = patience
         engine.away = ''
     verdict = verdict['if'] if isinstance(verdict, dict) else verdict
-    answered = [c for c in verdict.calls if c['answer'] and 'cut at' not in c['error']]
+    useless = ('the answer was cut', 'refused')
+    answered = [c for c in verdict.calls if c['answer'] and not c['error'].startswith(useless)]
     if not answered or verdict.error and mode is logit:
         raise InputError(f'judge: {engine.model} is not ready: {verdict.error}')
 

@@ -1,0 +1,284 @@
+"Judges behind servers that restart, refuse, and answer in many forms; every right value is written by hand."
+import json, math, os, socket, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import numpy as np, pytest, torch
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.rewards.cache import Cached, merge_caches
+from mt_editflow_nb.rewards.cube import Judge, TurnScorer, judge_usage, load_judge
+from mt_editflow_nb.rewards.engines import Ask, Reply
+from mt_editflow_nb.rewards.judges import Item, PROMPTS, load_mode
+from mt_editflow_nb.rewards.servers import Server
+
+class Scripted(ThreadingHTTPServer):
+    "A chat server on loopback. `script(request)` gives the fields of a choice, or a status and an error's message."
+    daemon_threads, allow_reuse_address = True, True
+    def __init__(self, script, port=0, models=200):
+        self.script, self.models, self.requests = script, models, []
+        super().__init__(('127.0.0.1', port), Handler)
+        self.url = f'http://127.0.0.1:{self.server_port}/v1'
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+    def handle_error(self, *_): pass
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def do_GET(self): self.answer(self.server.models, dict(data=[]))
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        self.server.requests.append(request)
+        said = self.server.script(request)
+        if isinstance(said, tuple): return self.answer(said[0], dict(error=dict(message=said[1], code=None)))
+        if isinstance(said, str): said = dict(message=dict(role='assistant', content=said))
+        choice = dict(index=0, finish_reason='stop') | said
+        self.answer(200, dict(id='x', object='chat.completion', created=0, model='m', choices=[choice],
+                              usage=dict(prompt_tokens=5, completion_tokens=2, total_tokens=7)))
+    def answer(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    "The client's pauses between tries, a hundredth as long; no proxy of this machine."
+    import openai._base_client as client
+    for name in ('INITIAL_RETRY_DELAY', 'MAX_RETRY_DELAY'): monkeypatch.setattr(client, name, .01)
+    for name in [n for n in os.environ if n.lower().endswith('_proxy')]: monkeypatch.delenv(name)
+
+def closed_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+picture = np.zeros((8, 8, 3), np.uint8)
+item = Item('if', (picture, picture + 1), ('make it red',))
+good = '{"reasoning": "it is red", "score": 6}'
+def verdict(script, mode='think', **options):
+    with Scripted(script) as server:
+        judge = load_judge(f'm@{server.url}:{mode}', **options)
+        return judge.mode(judge.engine, [item], judge.prompts)[0], server.requests
+
+def message(content, **more): return dict(message=dict(role='assistant', content=content, **more))
+
+@pytest.mark.parametrize('answer', [
+    good, '<think>Perhaps {"score": 1}? No.</think>' + good, 'Perhaps {"score": 1}.</think>' + good,
+    "{'reasoning': 'red', 'score': 6}", '{"reasoning": "red", "score": 6,}', '{"reasoning": "a\nb", "score": "6"}',
+    'So:\n```json\n{"score": "6/9"}\n```\nDone.',
+    message([dict(type='text', text=good)]), message(good, reasoning_content='Perhaps {"score": 1}?')])
+def test_forms_of_answers_that_are_scores(answer):
+    assert verdict(lambda request: answer)[0].score == 6/9
+
+cut, filtered = dict(finish_reason='length'), dict(finish_reason='content_filter')
+
+@pytest.mark.parametrize('answer, reason', [
+    (message('<think>Perhaps {"score": 1}? But wait') | cut, 'cut at 512 tokens'),
+    ('<think>Perhaps {"score": 1}? But wait', 'after the thought'),
+    (message('{"draft": {"score": 1}, "sco') | cut, 'cut at 512 tokens'),
+    (message(None, reasoning='I think {"score": 7}') | cut, 'cut at 512 tokens'),
+    (message(None, refusal='I cannot judge this.') | filtered, 'content filter: I cannot judge this.'),
+    ((400, "Unsupported parameter 'max_tokens', use 'max_completion_tokens'"), 'judge_options: {max_completion_tokens'),
+    ((400, 'At most 1 image(s) may be provided in one prompt.'), '--limit-mm-per-prompt')])
+def test_forms_of_answers_that_are_none_say_why(answer, reason):
+    v, _ = verdict(lambda request: answer)
+    assert math.isnan(v.score) and reason in v.error and '\n' not in v.error
+
+def test_settings_reach_the_request():
+    v, (request,) = verdict(lambda request: good, max_completion_tokens=900, temperature=1, extra_body=dict(top_k=5))
+    assert v.score == 6/9 and 'max_tokens' not in request
+    assert (request['max_completion_tokens'], request['temperature'], request['top_k']) == (900, 1, 5)
+    v, (request,) = verdict(lambda request: '6', 'direct', max_tokens=77)
+    assert v.score == 6/9 and request['max_tokens'] == 77
+    with pytest.raises(InputError, match="judge_options: expected one of .*did you mean 'max_tokens'"):
+        load_judge('m@http://a/v1:think', max_token=9)
+
+def likely(*tokens):
+    tops = [dict(token=t, bytes=b, logprob=math.log(p)) for t, b, p in tokens]
+    return message('7') | dict(logprobs=dict(content=[dict(tops[0], top_logprobs=tops)]))
+
+def test_probabilities_by_bytes_and_with_few_of_them():
+    tops = likely(('bytes:\\x37', [0x37], .6), ('\u0120' + '8', None, .2))
+    v, (request,) = verdict(lambda request: tops, 'logit', top_logprobs=5)
+    assert v.score == pytest.approx((7*.6 + 8*.2)/.8/9) and request['top_logprobs'] == 5
+
+@pytest.mark.parametrize('script', [
+    lambda request: (400, 'Requested sample logprobs of 20, which is greater than max allowed: 5'),
+    lambda request: (400, 'logprobs are not supported with reasoning models'),
+    lambda request: (404, 'no such endpoint') if 'questions' in request else '7'])
+def test_a_server_without_probabilities_is_named(script):
+    with pytest.raises(InputError, match='token probabilities.*top_logprobs') as e: verdict(script, 'logit')
+    assert '\n' not in str(e.value)
+
+def test_readiness_is_one_question():
+    with Scripted(lambda request: good) as server:
+        load_judge(f'm@{server.url}:think', cache=None).check_ready()
+        assert len(server.requests) == 1
+    for mode, script, reason in (('logit', lambda r: (400, 'logprobs are not supported'), 'token probabilities'),
+                                 ('logit', lambda r: likely(('<think>', None, .99)), 'probability 0.000'),
+                                 ('think', lambda r: message('<think>so') | cut, 'cut at 512 tokens')):
+        with Scripted(script) as server, pytest.raises(InputError, match=reason):
+            load_judge(f'm@{server.url}:{mode}').check_ready()
+    gone = load_judge(f'm@http://127.0.0.1:{closed_port()}/v1:think', retries=0)
+    with pytest.raises(InputError, match='connection refused'): gone.check_ready() # it does not wait half an hour
+    assert gone.engine.judge_wait == 1800
+
+def test_causes_of_lost_connections(monkeypatch, tmp_path):
+    ask = [Ask((), 'how good?')]
+    def error(url): return Server('m', url, retries=0, judge_wait=0)(ask)[0].error
+    assert 'connection refused' in error(f'http://127.0.0.1:{closed_port()}/v1')
+    assert 'the name no-such-host.invalid is not known' in error('http://no-such-host.invalid/v1')
+    monkeypatch.setenv('HTTP_PROXY', f'http://me:secret@127.0.0.1:{closed_port()}')
+    said = error('http://judge.example/v1')
+    assert 'the proxy that HTTP_PROXY names' in said and 'refused' in said and 'secret' not in said
+    monkeypatch.setenv('ALL_PROXY', 'socks5://me:secret@127.0.0.1:1')
+    with pytest.raises(InputError, match='^ALL_PROXY: expected .*HTTP proxy.*socks5') as e: error('http://judge.example/v1')
+    assert 'secret' not in str(e.value) and '\n' not in str(e.value)
+
+def test_a_key_with_a_line_break_is_one_line(monkeypatch):
+    monkeypatch.setenv('OPENAI_API_KEY', 'very-secret\n')
+    with pytest.raises(InputError, match='^OPENAI_API_KEY: expected one line') as e:
+        Server('m', 'http://127.0.0.1:9/v1')([Ask((), 'x')])
+    assert 'secret' not in str(e.value) and '\n' not in str(e.value)
+
+def test_a_server_that_restarts_is_waited_for_with_one_line(capfd):
+    port, answers = closed_port(), []
+    judge = Judge(Server('m', f'http://127.0.0.1:{port}/v1', retries=0, judge_wait=120), load_mode('think'))
+    threading.Timer(1.5, lambda: answers.append(Scripted(lambda request: good, port))).start()
+    sessions, images = shape_sessions(1, turns=2, seed=3), np.zeros((1, 2, 2, 48, 48, 3), np.uint8)
+    scores = judge(sessions, images)
+    assert scores.failed == 0 and judge_usage(scores)['calls'] == 8
+    said = capfd.readouterr().err
+    assert said.count('waiting up to 2 minutes') == said.count('answers again') == 1 and 'connection refused' in said
+    answers[0].shutdown()
+
+def test_a_server_that_stays_away_stops_the_run_and_what_was_said_is_kept(tmp_path, capfd):
+    servers = [Scripted(lambda request: good)]
+    def judge():
+        return load_judge(f'm@{servers[0].url}:think', cache=tmp_path/'judge.sqlite', retries=0, judge_wait=1)
+    sessions, images = shape_sessions(2, turns=1, seed=3), np.zeros((2, 2, 1, 48, 48, 3), np.uint8)
+    images[1] = 7
+    judge()(sessions[:1], images[:1])
+    servers[0].shutdown()
+    servers[0].server_close()
+    with pytest.raises(InputError, match='connection refused.*waited .* minutes.*last checkpoint is kept') as e:
+        judge()(sessions, images)
+    assert '\n' not in str(e.value)
+    servers[0] = Scripted(lambda request: good, servers[0].server_port)
+    assert judge()(sessions, images).failed == 0
+    asked = [json.dumps(r['messages']) for r in servers[0].requests]
+    assert len(asked) == len(set(asked)) == 2   # the first session's were on record; equal pictures are one call
+    servers[0].shutdown()
+
+def test_interrupt_ends_the_waiting():
+    judge = Judge(Server('m', f'http://127.0.0.1:{closed_port()}/v1', retries=0, judge_wait=3600), load_mode('think'))
+    sessions, images = shape_sessions(1, turns=1, seed=3), np.zeros((1, 2, 1, 48, 48, 3), np.uint8)
+    with pytest.raises(KeyboardInterrupt):
+        with TurnScorer(judge, sessions, 2) as scorer:
+            scorer(0, slice(0, 1), images)
+            time.sleep(1)
+            raise KeyboardInterrupt                                          # ends here, not in an hour
+
+def test_several_servers_take_turns_and_the_dead_one_is_left_out_until_it_is_back():
+    gate = threading.Barrier(4, timeout=30)
+    def together(request):
+        gate.wait()                                                          # four calls at once: two a server
+        return good
+    with Scripted(together) as a, Scripted(together) as b:
+        judge = load_judge(f'm@{a.url},{b.url}:think', concurrency=4)
+        assert [v.score for v in judge.mode(judge.engine, [item]*4, PROMPTS)] == [6/9]*4
+        assert len(a.requests) == len(b.requests) == 2
+    port = closed_port()
+    with Scripted(lambda request: good) as a:
+        server = Server('m', f'{a.url},http://127.0.0.1:{port}/v1', retries=0, concurrency=1)
+        server.absent = {}
+        for n in range(3): assert [r.text for r in server([Ask((), f'{n}/{i}') for i in range(3)])] == [good]*3
+        with Scripted(lambda request: 'I am back', port):
+            a.script = lambda request: (500, 'broken')
+            assert server([Ask((), 'now?')])[0].text == 'I am back' and not server.absent
+
+def test_unusable_answers_are_asked_again_after_the_repair(tmp_path):
+    says = ['I cannot tell.']
+    with Scripted(lambda request: says[0]) as server:
+        def judge(): return load_judge(f'm@{server.url}:think', cache=tmp_path/'judge.sqlite', max_failed=1)
+        def scores(j): return j(shape_sessions(1, turns=1, seed=3), np.zeros((1, 2, 1, 48, 48, 3), np.uint8))
+        assert scores(judge()).failed == 4 and scores(judge()).failed == 4
+        says[0] = good
+        assert scores(judge()).failed == 0
+        n = len(server.requests)
+        assert scores(judge()).failed == 0 and len(server.requests) == n
+        usage = judge_usage(scores(judge()))
+        assert usage['calls'] == 0 and usage['hits'] == 4
+        offline = load_judge(f'm@{server.url}:think', cache=tmp_path/'judge.sqlite', offline=True)
+        assert scores(offline).failed == 0 and len(server.requests) == n
+
+def test_another_address_is_another_judge(tmp_path):
+    def score(server, **options):
+        judge = load_judge(f'm@{server.url}:think', cache=tmp_path/'judge.sqlite', **options)
+        return judge.mode(judge.engine, [item], judge.prompts)[0].score
+    with Scripted(lambda request: good) as a, Scripted(lambda request: '{"score": 9}') as b:
+        assert (score(a), score(b), score(a)) == (6/9, 1, 6/9) and len(a.requests) == len(b.requests) == 1
+        score(a, picture='jpeg')
+        assert len(a.requests) == 2 and 'data:image/jpeg' in json.dumps(a.requests[1])
+
+def test_pictures_are_encoded_once(monkeypatch):
+    with Scripted(lambda request: good) as server:
+        judge = load_judge(f'm@{server.url}:think', picture='webp')
+        images = np.random.default_rng(0).integers(0, 256, (1, 2, 2, 48, 48, 3), np.uint8)
+        judge(shape_sessions(1, turns=2, seed=3), images)
+        assert judge.engine.pictures.encoded == 5 and len(server.requests) == 8   # a first picture and four results
+
+def test_joint_scores_have_masks_of_their_own():
+    says = ['{"success": 9, "preservation": 3}', '{"success": "9", "preservation": "unclear"}',
+            '{"success": 12, "preservation": 0}', 'no']
+    images = np.zeros((1, 4, 1, 48, 48, 3), np.uint8)
+    with Scripted(lambda request: says[min(len(server.requests), 4) - 1]) as server:
+        judge = load_judge(f'm@{server.url}:joint', max_failed=1, concurrency=1)
+        scores = judge(shape_sessions(1, turns=1, seed=3), images)
+    got = scores.rewards_PGTM[0, :, 0]
+    assert got[0].tolist() == [1, np.float32(1/3)] and got[1, 0] == 1 and got[1, 1].isnan()
+    assert got[2, 0].isnan() and got[2, 1] == 0 and got[3].isnan().all()
+    assert scores.success_PGT[0, :2, 0].tolist() == [1, 1] and scores.success_PGT[0, 2:, 0].isnan().all()
+    assert judge_usage(scores)['calls'] == 4 + 2                             # the last is asked three times
+
+@pytest.mark.parametrize('name', ('editscore', 'unifiedreward'))
+def test_reward_models_answer_with_a_list_of_two(name):
+    with Scripted(lambda request: '{"reasoning": "fine", "score": [20, 5]}') as server:
+        judge = load_judge(f'{name}:m@{server.url}')
+        scores = judge(shape_sessions(1, turns=1, seed=3), np.zeros((1, 1, 1, 48, 48, 3), np.uint8))
+    assert scores.rewards_PGTM.flatten().tolist() == pytest.approx([.8, .2]) and len(server.requests) == 1
+
+def test_long_instructions_are_named_by_session_and_turn():
+    session, = shape_sessions(1, turns=2, seed=3)
+    session.instructions[1] = 'make it red and ' * 10_000
+    with pytest.raises(InputError, match=f'^session {session.id}, turn 2: expected .* at most 5000 characters'):
+        load_judge('tiny:logit').check_ready([session])
+    with pytest.raises(InputError, match='^instructions: expected at most 10000 characters'):
+        load_judge('tiny:logit')([session], np.zeros((1, 1, 2, 48, 48, 3), np.uint8))
+
+def test_missing_is_not_failed():
+    with Scripted(lambda request: 'I cannot tell.') as server:
+        judge = load_judge(f'm@{server.url}:think', max_failed=1)
+        scores = judge(shape_sessions(1, turns=1, seed=3), np.zeros((1, 1, 1, 48, 48, 3), np.uint8))
+    assert scores.success_PGT.dtype == torch.float32 and scores.success_PGT.isnan().all()
+    assert scores.rewards_PGTM.isnan().all()
+
+def test_caches_of_several_processes_are_joined(tmp_path, monkeypatch):
+    class Says:
+        model = 'm'
+        def __init__(self, text): self.text = text
+        def __call__(self, asks): return [Reply(self.text) for _ in asks]
+    asks = [Ask((), str(i)) for i in range(4)]
+    for rank in (1, 2):
+        monkeypatch.setenv('RANK', str(rank))
+        Cached(Says(f'process {rank}'), tmp_path/'judge.sqlite')(asks[rank:rank + 2])
+    monkeypatch.setenv('RANK', '0')
+    first = Cached(Says('process 0'), tmp_path/'judge.sqlite')
+    assert [r.text for r in first(asks)] == ['process 0', 'process 1', 'process 1', 'process 2'] and first.calls == 1
+    monkeypatch.setenv('RANK', '1')                   # a resume: every process begins with everything
+    assert Cached(Says('nobody'), tmp_path/'judge.sqlite')(asks[:1])[0].text == 'process 0'
+    assert merge_caches(tmp_path/'all.sqlite', [tmp_path/'judge.sqlite', tmp_path/'none.sqlite']) == 4
