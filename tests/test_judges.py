@@ -26,7 +26,8 @@ def completion(content, **choice):
     "The body of a chat completion."
     plain = dict(index=0, finish_reason='stop', message=dict(role='assistant', content=content), logprobs=None)
     usage = dict(prompt_tokens=5, completion_tokens=2, total_tokens=7)
-    return json.dumps(dict(id='x', object='chat.completion', created=0, model='m', usage=usage, choices=[plain | choice]))
+    fields = dict(id='x', object='chat.completion', created=0, model='m', usage=usage)
+    return json.dumps(fields | dict(choices=[plain | choice]))
 
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *a): pass
@@ -222,7 +223,7 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
         items = list(Judge(None, None, TINY_PROMPTS).items(sessions[:1], images[:1, :2, :1], [0]).values())
         ways = ('number', 'think', 'questions')
         asks = [Ask(i.images, prompt(TINY_PROMPTS, i, how), max_tokens=24) for i in items for how in ways]
-        assert [r.text for r in near(asks)] == [r.text for r in far(asks)]         # word for word where nothing is drawn
+        assert [r.text for r in near(asks)] == [r.text for r in far(asks)]      # word for word where nothing is drawn
     finally:
         job.kill()
         job.wait()
