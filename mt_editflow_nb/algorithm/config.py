@@ -6,7 +6,7 @@
 __all__ = ['RENAMED', 'Config', 'make_config']
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 import numpy as np, pandas as pd
 from pydantic import BaseModel, Field, ValidationError
 from ..data.files import InputError
@@ -27,7 +27,7 @@ class Config(BaseModel, extra='forbid'):
     offload: bool = Field(False, description='text encoders rest in host memory between uses')
     adam8bit: bool = Field(False, description='8-bit AdamW states')
     sessions: str = Field('shapeworld', description="'shapeworld', or a JSON Lines file of your own sessions")
-    heldout: Optional[str] = Field(None, description='JSON Lines file to evaluate on, if `sessions` is a file')
+    heldout: Optional[Union[int, float, str]] = Field(None, description="of a file of sessions: how many are held out, or a share below 1; another file; or 'training'")
     turns: Optional[int] = Field(None, ge=1, le=8, description="T; None: 3 in the shape world, the file's own otherwise")
     judge: str = Field('verifier', description="who rewards: 'verifier' (graded), 'verifier:binary', or MODEL:MODE such as 'tiny:think', see `load_judge`")
     eval_judge: str = Field('verifier', description='who evaluates, before and after')

@@ -62,7 +62,7 @@ def train(c: Config,           # from `make_config`
     "Train, or go on training, and leave everything in the run folder. Raises `KeyboardInterrupt` after an orderly stop by Ctrl-C."
     judge = judge or load_judge(c.judge)
     editor, main_process = load_for(c, lora_rank=c.lora_rank), processes()[0] == 0
-    batch, _ = session_source(c, editor)
+    batch = session_source(c).for_editor(editor).batch
     run, asked, short = open_run(c, run), c, False
     if editor.device.type == 'cuda' or (run/'batch.json').is_file(): c = c.model_copy(update=dict(batch=find_batch(lambda n: trial_step(editor, n), c.batch, run/'batch.json')))
     policy = Policy(c, editor)
@@ -136,7 +136,7 @@ def experiment(c: Config,           # from `make_config`
         base = load_for(c)
         if not given and base.size != WORLD_SIDE and (wrong := [k for k in ('judge', 'eval_judge') if getattr(c, k).startswith('verifier')]):
             raise InputError(f"{wrong[0]}: got {getattr(c, wrong[0])!r}, which reads the shape world's pictures of {WORLD_SIDE} pixels, but the editor works at {base.size}; expected MODEL:MODE")
-        _, heldout = session_source(c, base)
+        heldout = session_source(c).for_editor(base).heldout
         before, images = _outcomes(run, 'before', base, heldout, c, examiner, progress, None if given else _base_file(run, c))
         del base; gc.collect()                                           # a card has room for one
         after, images2 = _outcomes(run, 'after', train(c, run, judge, progress), heldout, c, examiner, progress)
