@@ -1,5 +1,5 @@
 "Every recipe is valid, names its sources, can be planned, and runs an iteration on the tiny twin of its family; the plan's numbers against independent counts."
-import json
+import importlib, json
 from types import SimpleNamespace
 from unittest.mock import patch
 import numpy as np, pytest, torch
@@ -8,7 +8,6 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from safetensors.torch import load_file
 from readme import root
 from test_families import judge
-from mt_editflow_nb import training
 from mt_editflow_nb.editing.loading import find_editor, load_editor
 from mt_editflow_nb.editing.lora import lora_parameters
 from mt_editflow_nb.editing.flux2 import tiny_klein
@@ -24,6 +23,7 @@ from mt_editflow_nb.training.train import load_for
 from mt_editflow_nb.cli.train import main, read_recipe
 from mt_editflow_nb.algorithm.config import make_config
 
+training = importlib.import_module('mt_editflow_nb.training.train')
 recipes = sorted((root/'experiments/recipes').glob('*.yaml'))
 
 @pytest.fixture(scope='session')
@@ -163,7 +163,8 @@ def test_the_verifier_reads_small_pictures_only(tmp_path, capsys):
     "A real editor with the judge left out is told so before anything is rolled out; with another judge the shape world is fine at any size."
     assert main(['size=64', 'iterations=0', 'eval_sessions=1', 'eval_judge=tiny:logit', '--run', str(tmp_path/'a')]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("mtef_train: judge: got 'verifier'") and '48 pixels' in said and 'works at 64' in said
+    assert said.startswith('mtef_train: judge: expected MODEL:MODE') and '48 pixels' in said and 'works at 64' in said
+    assert said.endswith("received 'verifier'")
     c = make_config(dict(size=64, judge='tiny:logit', eval_judge='tiny:logit', iterations=1, sessions_per_iteration=1, group=2, turns=1, num_steps=2, lora_rank=2, std='group', min_std=0.))
     training.train(c, tmp_path/'b', judge, progress=False)
     assert len((tmp_path/'b'/'metrics.jsonl').read_text().splitlines()) == 1
@@ -287,7 +288,7 @@ def test_command(capsys, tmp_path):
     assert main(['--plan', 'lora_rank=4']) == 0
     out = capsys.readouterr().out
     assert all(x in out for x in ('memory, GB', 'rows sampled', 'minutes an iteration'))
-    with patch.object(training, 'experiment', side_effect=torch.OutOfMemoryError): assert main(['--run', str(tmp_path/'x')]) == 2
+    with patch('mt_editflow_nb.cli.train.experiment', side_effect=torch.OutOfMemoryError): assert main(['--run', str(tmp_path/'x')]) == 2
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and 'too little memory' in err and 'GB' in err
 
@@ -321,7 +322,7 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
 def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch):
     from mt_editflow_nb import card
     from mt_editflow_nb.editing.lora import save_lora
-    import json
+    import importlib, json
     save_lora(load_editor(lora_rank=2), tmp_path/'run'/'lora')
     (tmp_path/'run'/'config.json').write_text(json.dumps(dict(config=dict(editor='tiny', size=48, guidance=2., num_steps=3, quantize=None))))
     asked = {}

@@ -258,7 +258,7 @@ def test_the_ablation_notebook_in_a_sweep(tmp_path):
     assert load_results(tmp_path/'runs'/'one.json').points['defaults'].after.success_IT.shape == (1, 4, 2)                       # tested on more turns than trained
 
 def test_supervised_training_is_a_run_like_any_other(tmp_path):
-    from mt_editflow_nb.training.runs import last_checkpoint
+    from mt_editflow_nb.training.checkpoints import last_checkpoint
     from mt_editflow_nb.algorithm.config import make_config
     from mt_editflow_nb.training.train import train
     train(make_config(tiny | dict(algorithm='sft')), tmp_path/'run', progress=False)

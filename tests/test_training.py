@@ -1,7 +1,9 @@
 "Whole runs: killed, interrupted, out of disk, from a user's own files, and from the command line."
-import json, os, random, resource, signal, subprocess, sys, time
+import importlib, json, os, random, resource, shutil, signal, subprocess, sys, time
+from contextlib import contextmanager
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, psutil, pytest, torch
+from PIL import Image
 from safetensors.torch import load_file
 import mt_editflow_nb
 from mt_editflow_nb.editing.loading import load_editor
@@ -9,13 +11,14 @@ from mt_editflow_nb.editing.lora import load_lora
 from mt_editflow_nb.cli.eval import main as mtef_eval
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.editing.rollout import rollout
-from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.files import InputError, locked
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
-from mt_editflow_nb.training.runs import last_checkpoint, load_checkpoint
+from mt_editflow_nb.training.checkpoints import last_checkpoint
 from mt_editflow_nb.cli.train import main
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.training.train import train
+from mt_editflow_nb.training.checkpoints import Stopped
+from mt_editflow_nb.training.train import experiment, train
 
 small = dict(sessions_per_iteration=1, group=2, turns=2, num_steps=2, lora_rank=2, iterations=8, save_every=2, eval_sessions=4)
 pairs = lambda **changes: [f'{k}={json.dumps(v)}' for k, v in (small | changes).items()]
@@ -26,13 +29,18 @@ def same_end(a, b):
     x, y = adapter(a), adapter(b)
     return lines(a) == lines(b) and x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
+@contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     "A run that nothing happened to, on one thread as the processes below."
-    run, threads = tmp_path_factory.mktemp('whole')/'run', torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: assert main([*pairs(), '--run', str(run)]) == 0
-    finally: torch.set_num_threads(threads)
+    run = tmp_path_factory.mktemp('whole')/'run'
+    with one_thread(): assert main([*pairs(), '--run', str(run)]) == 0
     return run
 
 def start(run, *args):
@@ -44,20 +52,19 @@ def wait_for_iteration(job, run, n):
         assert job.poll() is None, job.communicate()[1]
         time.sleep(.01)
 
-@pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
 def test_stopped_at_a_random_moment_and_resumed(whole, tmp_path, sent):
     run = tmp_path/'a folder'
     job = start(run, *pairs())
-    wait_for_iteration(job, run, random.randint(1, 4))
-    time.sleep(random.random()*.1)
+    moment = random.Random(sent)
+    wait_for_iteration(job, run, moment.randint(1, 4))
+    time.sleep(moment.random()*.1)
     job.send_signal(sent)
     _, said = job.communicate(timeout=60)
-    if sent == signal.SIGINT: assert job.returncode == 130 and f'--resume {run}' in said
-    else: assert job.returncode == -signal.SIGKILL
+    if sent == signal.SIGKILL: assert job.returncode == -signal.SIGKILL
+    else: assert job.returncode == 128 + sent and f'--resume {run}' in said
     assert len(lines(run)) < small['iterations']
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
-    try: assert main(['--resume', str(run)]) == 0
-    finally: torch.set_num_threads(threads)
+    with one_thread(): assert main(['--resume', str(run)]) == 0
     assert same_end(whole, run)
     assert json.loads((run/'results.json').read_text())['table'] == json.loads((whole/'results.json').read_text())['table']
 
@@ -106,7 +113,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, algorithm):
     assert same_end(tmp_path/'whole', run)
 
 def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
-    import mt_editflow_nb.algorithm.iterate as module
+    module = importlib.import_module('mt_editflow_nb.algorithm.iterate')
     real, calls = module.nft_loss, []
     def poisoned(*args, **kw):
         calls.append(1)
@@ -117,13 +124,157 @@ def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
         train(make_config(small | dict(train_timesteps=2)), tmp_path/'run', progress=False)
     assert last_checkpoint(tmp_path/'run').name == '000002' and '\n' not in str(e.value)
 
+def copied(whole, folder):
+    "A finished run as if it had been stopped before its last evaluation."
+    shutil.copytree(whole, folder)
+    for name in ('before.safetensors', 'after.safetensors', 'results.json'): (folder/name).unlink()
+    return folder
+
 def test_a_checkpoint_that_is_not_one(tmp_path, whole):
-    import shutil
+    "With an older good one beside it the run goes on from there and ends as ever; without, it stops with one line."
+    run = copied(whole, tmp_path/'run')
+    (last_checkpoint(run)/'state.safetensors').write_bytes(b'not weights')
+    assert last_checkpoint(run).name == '000006'
+    with one_thread(): train(make_config(small), run, progress=False)
+    assert same_end(whole, run)
+    for folder in (run/'checkpoints').iterdir(): (folder/'state.safetensors').write_bytes(b'not weights')
+    with pytest.raises(InputError, match='checkpoint: .*000008 is not a checkpoint of this run') as e:
+        train(make_config(small), run, progress=False)
+    assert '\n' not in str(e.value)
+
+def flip(file):
+    "Change one bit of a file."
+    content = bytearray(file.read_bytes())
+    content[len(content)//2] ^= 16
+    file.write_bytes(content)
+
+def says_another_iteration(file): file.write_text(json.dumps(json.loads(file.read_text()) | dict(iteration=6)))
+def cut_in_half(file): file.write_bytes(file.read_bytes()[:len(file.read_bytes())//2])
+
+@pytest.mark.parametrize('harm,name', [(flip, 'state.safetensors'), (cut_in_half, 'state.safetensors'),
+                                       (says_another_iteration, 'state.json'), (cut_in_half, 'state.json')],
+                         ids=lambda x: getattr(x, '__name__', x))
+def test_a_damaged_checkpoint_is_never_gone_on_from(whole, tmp_path, capsys, harm, name):
+    run = copied(whole, tmp_path/'run')
+    harm(run/'checkpoints'/'000008'/name)
+    with one_thread(): train(make_config(small), run, progress=False)
+    said = capsys.readouterr().err
+    assert '000008 is not a checkpoint of this run' in said and 'going on from 000006' in said and 'Traceback' not in said
+    assert same_end(whole, run)
+
+def test_logs_that_are_not_whole(whole, tmp_path, capsys):
+    "Half a line inside, half a line at the end, half a `batch.json`, and a log that is gone: said, and the run goes on."
+    run = copied(whole, tmp_path/'run')
+    shutil.rmtree(run/'checkpoints'/'000008')
+    log = lines(whole)
+    (run/'metrics.jsonl').write_text('\n'.join([*log[:2], log[2][:20], *log[3:7], log[7][:9]]))
+    (run/'timings.jsonl').unlink()
+    (run/'batch.json').write_text('{"bat')
+    with one_thread(): train(make_config(small), run, progress=False)
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: the lines of 1 of 6 iterations are missing (the first: 2)" in said
+    assert "timings.jsonl: the lines of 6 of 6 iterations are missing (the first: 0)" in said
+    assert lines(run) == log[:2] + log[3:]
+    assert len((run/'timings.jsonl').read_text().splitlines()) == 2
+
+def test_a_finished_run_with_a_damaged_adapter(whole, tmp_path, capsys):
     run = tmp_path/'run'
     shutil.copytree(whole, run)
-    for name in ('before.safetensors', 'after.safetensors'): (run/name).unlink()
-    (last_checkpoint(run)/'state.safetensors').write_bytes(b'not weights')
-    with pytest.raises(InputError, match='checkpoint: .*000008 is not a checkpoint of this run'): train(make_config(small), run, progress=False)
+    flip(run/'lora'/'pytorch_lora_weights.safetensors')
+    (run/'rollouts'/'heldout_1.png').unlink()
+    with one_thread(): assert main(['--resume', str(run)]) == 0
+    assert 'not the adapter that was trained' in capsys.readouterr().err
+    assert same_end(whole, run) and (run/'rollouts'/'heldout_1.png').is_file()
+
+def test_only_what_it_was_made_from_goes_on(tmp_path, capsys):
+    "Sessions whose pictures have changed, and another editor of the same shape in the same folder, are refused with one line."
+    file = save_sessions(shape_sessions(6, 1, seed=7), tmp_path/'mine')
+    editor = tmp_path/'editor'
+    shutil.copytree(Path(mt_editflow_nb.__file__).parent/'assets'/'tiny_kontext', editor)
+    fields = dict(sessions_per_iteration=1, group=2, num_steps=2, lora_rank=2, iterations=1, sessions=str(file), editor=str(editor))
+    run, argv = tmp_path/'run', [f'{k}={v}' for k, v in fields.items()]
+    assert main([*argv, '--run', str(run)]) == 0
+    identity = json.loads((run/'config.json').read_text())['identity']
+    assert set(identity) == {'sessions', 'heldout', 'editor', 'judge', 'eval_judge'}
+    capsys.readouterr()
+    picture = next((tmp_path/'mine'/'images').iterdir())
+    before = picture.read_bytes()
+    image = Image.open(picture).convert('RGB')
+    image.putpixel((0, 0), (9, 9, 9))
+    image.save(picture)
+    assert main(['--resume', str(run)]) == 2
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'was begun with other' in said and 'sessions' in said
+    picture.write_bytes(before)
+    flip(editor/'transformer'/'diffusion_pytorch_model.safetensors')
+    assert main(['--resume', str(run)]) == 2
+    assert 'was begun with another editor' in capsys.readouterr().err
+
+def test_one_writer_and_one_folder_each(tmp_path, monkeypatch, capsys):
+    "A second process in a run folder is turned away; runs that begin in the same second get folders of their own."
+    run = tmp_path/'run'
+    with locked(run):
+        assert main([*pairs(), '--run', str(run)]) == 2
+        assert 'not in use' in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, 'strftime', lambda *_: '20260101-000000')
+    for _ in range(2): assert main(pairs(iterations=0, eval_sessions=1)) == 0
+    assert sorted(p.name for p in (tmp_path/'runs').iterdir() if p.name[0] != '.') == ['20260101-000000', '20260101-000000-2']
+    assert oct((tmp_path/'runs'/'20260101-000000'/'results.json').stat().st_mode & 0o777) == oct(0o666 & ~umask())
+
+def umask():
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+def test_killed_before_it_had_a_configuration(tmp_path):
+    run = tmp_path/'run'
+    for name in ('rollouts', 'checkpoints'): (run/name).mkdir(parents=True)
+    assert main([*pairs(iterations=0, eval_sessions=1), '--run', str(run)]) == 0
+
+def test_relative_paths_of_a_resumed_run(tmp_path, monkeypatch, capsys):
+    "The paths of a configuration start where the run was begun; `~` is the home folder."
+    (tmp_path/'there').mkdir()
+    monkeypatch.chdir(tmp_path/'there')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    save_sessions(shape_sessions(3, 1, seed=7), tmp_path/'there'/'mine')
+    fields = dict(sessions_per_iteration=1, group=2, num_steps=2, lora_rank=2, iterations=0, sessions='mine/sessions.jsonl')
+    assert main([*(f'{k}={v}' for k, v in fields.items()), '--run', '~/run']) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(['--resume', str(tmp_path/'run')]) == 0
+    assert 'going on in' in capsys.readouterr().err
+
+def test_a_stop_in_an_evaluation_says_how_to_go_on(tmp_path, capsys):
+    judge, calls = load_judge('verifier'), []
+    def stops(sessions, images):
+        calls.append(1)
+        if len(calls) == 2: signal.raise_signal(signal.SIGTERM)
+        return judge(sessions, images)
+    c = make_config(small | dict(batch=2))
+    with pytest.raises(Stopped): experiment(c, tmp_path/'run', judge=stops, progress=False)
+    assert f'stopped by SIGTERM; go on with: mtef_train --resume {tmp_path/"run"}' in capsys.readouterr().err
+    done = list((tmp_path/'run'/'evaluations'/'before').glob('*.safetensors'))
+    assert len(done) == 1                                          # the first of two batches is not asked again
+    experiment(c, tmp_path/'run', progress=False)
+    experiment(c, tmp_path/'whole', progress=False)
+    results = [json.loads((tmp_path/n/'results.json').read_text())['table'] for n in ('run', 'whole')]
+    assert results[0] == results[1]
+
+@pytest.mark.skipif(not Path('experiments/train.ipynb').is_file(), reason='runs from the top of the repository')
+@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_notebook_does_not_train_on_as_an_orphan(tmp_path, sent):
+    run = tmp_path/'run'
+    job = subprocess.Popen([sys.executable, '-m', 'mt_editflow_nb.training', *pairs(iterations=500), '--notebook', 'experiments/train.ipynb',
+                            '--run', str(run)], stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    wait_for_iteration(job, run, 2)
+    family = psutil.Process(job.pid).children(recursive=True)
+    assert len(family) >= 2                                        # papermill and its kernel
+    job.send_signal(sent)
+    _, said = job.communicate(timeout=120)
+    _, alive = psutil.wait_procs(family, 60)
+    assert not alive
+    if sent == signal.SIGTERM: assert job.returncode == 143 and f'--resume {run}' in said
+    assert last_checkpoint(run) is not None
 
 bad = {'unknown parameter': (['agregation=min'], 'agregation'), 'wrong type': (['lr=fast'], 'lr'), 'no such aggregation': (['aggregation=median'], 'aggregation'),
        'group of one': (['group=1'], 'group'), 'zero turns': (['turns=0'], 'turns'), 'nine turns': (['turns=9'], 'turns'), 'no value': (['lr'], 'field=value'),
@@ -194,9 +345,9 @@ def test_the_main_job_through_papermill(tmp_path, capsys):
 
 def test_runs_of_a_folder_evaluate_the_base_editor_once(tmp_path, monkeypatch):
     "What is found of it lies under a name made of all that it depends on; code with changes that no commit names shares nothing."
-    from mt_editflow_nb import training
-    asked, evaluate = [], training.evaluate
-    monkeypatch.setattr(training, 'evaluate', lambda *a, desc, **kw: asked.append(desc) or evaluate(*a, desc=desc, **kw))
+    training = importlib.import_module('mt_editflow_nb.training.train')
+    asked, evaluate = [], training.evaluate_sessions
+    monkeypatch.setattr(training, 'evaluate_sessions', lambda *a, desc, **kw: asked.append(desc) or evaluate(*a, desc=desc, **kw))
     known = dict(training.environment(), commit='0'*40)
     def run(name, **kw):
         asked.clear()

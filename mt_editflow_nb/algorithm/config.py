@@ -63,6 +63,9 @@ class Config(BaseModel, extra='forbid'):
     eval_sessions: int = Field(512, ge=1, description='held-out sessions of the shape world')
     eval_turns: Optional[int] = Field(None, ge=1, le=8, description='their turns; None: as in training')
     save_every: int = Field(10, ge=1, description='iterations between checkpoints')
+    ema: float = Field(0., ge=0, lt=1, description='EMA decay of the adapter, an iteration; evaluated and handed out is the average; 0: none')
+    eval_every: int = Field(0, ge=0, description='iterations between evaluations on the held-out sessions; 0: only before and after')
+    keep_best: int = Field(0, ge=0, description='how many adapters with the best held-out scores are kept, with `eval_every`')
     seed: int = Field(0, ge=0, description='of everything')
 
 RENAMED = {'times': 'train_timesteps'}     # fields of older runs and recipes

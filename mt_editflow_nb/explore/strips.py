@@ -182,7 +182,7 @@ def read_strips(
 
     config = make_config(read_json(run/'config.json')['config'])
     if config.sessions == 'shapeworld': config = config.model_copy(update=dict(eval_sessions=P))
-    _, heldout = session_source(config)
+    heldout = session_source(config).heldout
     both = zip(outcomes_from(before), outcomes_from(after))
     success_PGT, objects_PGT, background_PGT = (torch.from_numpy(np.stack([x[:P], y[:P]], 1)) for x, y in both)
     cc_PGT = torch.stack([objects_PGT, background_PGT]).float().nanmean(0)
