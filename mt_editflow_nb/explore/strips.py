@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import load_file
-from ..data.files import InputError, expect, one_of, read_json
+from ..data.files import InputError, expect, one_of
 from ..data.plots import session_figure
 from ..data.shapeworld import teacher_images
 from ..rewards.cube import Scores
-from ..algorithm.config import make_config
 from ..evaluation.scores import outcomes_from
+from ..training.runs import read_config
 from ..training.source import session_source
 from .pages import View, checkbox, difference, dropdown, page, picture, shrink, template
 
@@ -180,7 +180,7 @@ def read_strips(
     images_PGTHWC = np.stack([before['images'], after['images']], 1)
     P = len(images_PGTHWC)
 
-    config = make_config(read_json(run/'config.json')['config'])
+    config = read_config(run)
     if config.sessions == 'shapeworld': config = config.model_copy(update=dict(eval_sessions=P))
     heldout = session_source(config).heldout
     both = zip(outcomes_from(before), outcomes_from(after))
