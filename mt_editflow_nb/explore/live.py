@@ -65,7 +65,8 @@ _MONITOR = template('''
 <progress max="{{ [1, run.planned]|max }}" value="{{ run.iterations }}"></progress></td>
 <td>{{ run.left }}</td>
 <td class="text">
-{% for f in run.findings %}⚠ iteration {{ f.iteration }}: {{ f.name }}: {{ f.text }}<br>{% else %}nothing seen{% endfor %}
+{% for f in run.findings %}⚠ iteration {{ f.iteration }}: {{ f.name }}: {{ f.text }}<br>
+{% else %}nothing seen{% endfor %}
 </td></tr>
 {% endfor %}
 </tbody></table>
