@@ -5,60 +5,100 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/cli/02_sweep.ipynb #7cfbaeed
+# %% ../../nbs/cli/02_sweep.ipynb #24d2ca63
 import argparse, sys
 from pathlib import Path
-from ..ablation.jobs import describe_sweep, job_slots, job_state, job_status, run_sweep, start_local, start_ray
+from ..ablation.jobs import (
+    describe_sweep, job_slots, job_state, job_status, jobs_of_part, run_sweep, start_local, start_ray)
 from ..ablation.sweeps import Resources, Sweep, plan_sweep, save_plan
-from ..data.files import InputError
+from ..data.files import InputError, expect
 
-# %% ../../nbs/cli/02_sweep.ipynb #9c222e94
+# %% ../../nbs/cli/02_sweep.ipynb #3b7962c3
+def _parser():
+    fields = '\n'.join(f'  {name:14}{f.description or "of a job: cpus, gpus"}' for name, f in Sweep.model_fields.items())
+    parser = argparse.ArgumentParser(
+        'mtef_sweep', formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f'fields of a sweep file:\n{fields}',
+        description='Run every job of a sweep; called again, go on with it.\n'
+                    'Exit status: 0 all done, 1 some failed, 2 wrong input, 130 stopped.')
+    add = parser.add_argument
+    add('sweeps', nargs='+', metavar='SWEEP.yaml', help='one after the other; jobs that they share run once')
+    add('--out', default='runs/sweeps', help='folder for the folders of jobs (default: runs/sweeps)')
+    add('--dry-run', action='store_true', help='check everything, print the plan, run nothing')
+    add('--retry-failed', action='store_true', help='run failed jobs again, from their last checkpoint')
+    add('--jobs', metavar='I/N', help='run every N-th job only, for a scheduler that starts N of these (default: all)')
+    add('--slots', type=int, help='jobs at a time on CPU cores, whatever the resources say (default: as many as fit)')
+    add('--per-gpu', type=int, metavar='N', help='run on GPUs, N jobs on each, whatever the resources say')
+    add('--gpus', help='ids of the GPUs to use, such as 0,2 (default: all that are visible)')
+    add('--engine', choices=('local', 'ray'), default='local', help="'ray' runs on a Ray cluster that shares the folder")
+    add('--address', help='of the Ray cluster (default: $RAY_ADDRESS, or one on this machine)')
+    return parser
+
+def _check_arguments(a):
+    "What can be wrong with arguments by themselves."
+    for name, n in (('--slots', a.slots), ('--per-gpu', a.per_gpu)):
+        expect(n is None or n >= 1, name, 'at least 1', n)
+    expect(not (a.slots and a.per_gpu), '--slots, --per-gpu', 'one or the other', 'both')
+    if a.jobs: jobs_of_part([], a.jobs)
+
+# %% ../../nbs/cli/02_sweep.ipynb #cada2704
+def _plans(a):
+    "All sweeps, checked before the first one runs."
+    plans = [plan_sweep(path, a.out) for path in a.sweeps]
+    names = [plan.name for plan in plans]
+    for path, name in zip(a.sweeps, names): expect(names.count(name) == 1, path, 'sweeps with different names', name)
+    return plans
+
+def _slots(plan, a):
+    "(the plan with the resources of the command line, the environment of each slot)."
+    resources = plan.sweep.resources
+    if a.slots or a.per_gpu: resources = Resources(cpus=resources.cpus, gpus=1/a.per_gpu if a.per_gpu else 0)
+    plan = plan._replace(sweep=plan.sweep.model_copy(update=dict(resources=resources)))
+    if a.slots or a.engine == 'ray':
+        slot = dict(OMP_NUM_THREADS=str(resources.cpus), CUDA_VISIBLE_DEVICES='')
+        return plan, [slot]*(a.slots or len(plan.jobs))
+    return plan, job_slots(resources, gpus=a.gpus.split(',') if a.gpus else None)
+
+def _run_one(plan, slots, a):
+    "Run a sweep, or a part of it, and say how it ended; returns the number of jobs that failed."
+    save_plan(plan, a.out)
+    if a.jobs: plan = plan._replace(jobs=jobs_of_part(plan.jobs, a.jobs))
+    start = start_ray(plan, a.address) if a.engine == 'ray' else start_local(plan)
+    result = run_sweep(plan, start, slots, a.retry_failed)
+    failed = [job for job in plan.jobs if result[job.folder.name] != 'done']
+    print(f'\n{plan.name}: {len(plan.jobs) - len(failed)} of {len(plan.jobs)} jobs are done')
+    for job in failed:
+        error = job_state(job.folder).get('error') or 'its process died'
+        print(f'  failed: {job.label}, seed {job.seed}: {error}\n          {job.folder}')
+    if failed: print('  --retry-failed runs the failed jobs again, from their last checkpoints')
+    if len(failed) < len(plan.jobs): print(f'the report: mtef_report {Path(a.out)/plan.name}.json\n')
+    return len(failed)
+
+# %% ../../nbs/cli/02_sweep.ipynb #7b19762e
+def _run_all(a):
+    "Everything that the arguments ask for; returns the number of jobs that failed."
+    _check_arguments(a)
+    plans, failed = _plans(a), 0
+    for plan in plans:
+        plan, slots = _slots(plan, a)
+        print(describe_sweep(plan, a.out, slots), flush=True)
+        if a.dry_run: print()
+        else: failed += _run_one(plan, slots, a)
+    if a.dry_run and len(plans) > 1:
+        jobs = {job.folder.name: job for plan in plans for job in plan.jobs}
+        left = sum(job_status(job) != 'done' for job in jobs.values())
+        print(f'{len(jobs)} jobs in all, shared ones counted once; {left} are not done')
+    return failed
+
 def main(argv=None):
     "The command `mtef_sweep`."
-    fields = '\n'.join(f'  {k:14}{f.description or "of a job: cpus, gpus"}' for k, f in Sweep.model_fields.items())
-    ap = argparse.ArgumentParser('mtef_sweep', description='Run every job of a sweep; called again, go on with it. Exit status: 0 all done, 1 some failed, 2 wrong input, 130 stopped.',
-                                 epilog=f'fields of a sweep file:\n{fields}', formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('sweeps', nargs='+', metavar='SWEEP.yaml', help='one after the other; jobs that they share run once')
-    ap.add_argument('--out', default='runs/sweeps', help='folder for the folders of jobs (default: runs/sweeps)')
-    ap.add_argument('--dry-run', action='store_true', help='check everything, print the plan, run nothing')
-    ap.add_argument('--retry-failed', action='store_true', help='run failed jobs again, from their last checkpoint')
-    ap.add_argument('--slots', type=int, help='jobs at a time on CPU cores, whatever the resources say (default: as many as they allow)')
-    ap.add_argument('--per-gpu', type=int, metavar='N', help='run on GPUs, N jobs on each, whatever the resources say')
-    ap.add_argument('--gpus', help='ids of the GPUs to use, such as 0,2 (default: all that are visible)')
-    ap.add_argument('--engine', choices=('local', 'ray'), default='local', help="'ray' runs the jobs on a Ray cluster that shares the folder")
-    ap.add_argument('--address', help="of the Ray cluster (default: $RAY_ADDRESS, or one on this machine)")
-    a = ap.parse_args(argv)
-    bad = 0
-    try:
-        for name, n in (('slots', a.slots), ('per-gpu', a.per_gpu)):
-            if n is not None and n < 1: raise InputError(f'--{name}: got {n}, expected at least 1')
-        if a.slots and a.per_gpu: raise InputError('--slots, --per-gpu: one or the other')
-        plans = [plan_sweep(path, a.out) for path in a.sweeps]
-        for path, p in zip(a.sweeps, plans):
-            if [q.name for q in plans].count(p.name) > 1: raise InputError(f'{path}: two sweeps are called {p.name}')
-        for plan in plans:
-            r = plan.sweep.resources
-            if a.slots or a.per_gpu: r = Resources(cpus=r.cpus, gpus=1/a.per_gpu if a.per_gpu else 0)
-            plan = plan._replace(sweep=plan.sweep.model_copy(update=dict(resources=r)))
-            if a.slots or a.engine == 'ray': slots = [dict(OMP_NUM_THREADS=str(r.cpus), CUDA_VISIBLE_DEVICES='')]*(a.slots or len(plan.jobs))
-            else: slots = job_slots(r, gpus=a.gpus.split(',') if a.gpus else None)
-            print(describe_sweep(plan, a.out, slots), flush=True)
-            if a.dry_run: print(); continue
-            save_plan(plan, a.out)
-            result = run_sweep(plan, start_ray(plan, a.address) if a.engine == 'ray' else start_local(plan), slots, a.retry_failed)
-            failed = [j for j in plan.jobs if result[j.folder.name] != 'done']
-            print(f'\n{plan.name}: {len(plan.jobs) - len(failed)} of {len(plan.jobs)} jobs are done')
-            for j in failed: print(f'  failed: {j.label}, seed {j.seed}: {job_state(j.folder).get("error") or "its process died"}\n          {j.folder}')
-            if failed: print('  --retry-failed runs the failed jobs again, from their last checkpoints')
-            bad += len(failed)
-            if len(failed) < len(plan.jobs): print(f'the report: mtef_report {Path(a.out)/plan.name}.json\n')
-        if a.dry_run and len(plans) > 1:
-            jobs = {j.folder.name: job_status(j) for p in plans for j in p.jobs}
-            print(f'{len(jobs)} jobs in all, shared ones counted once; {sum(s != "done" for s in jobs.values())} are not done')
-    except InputError as e: print(f'mtef_sweep: {e}', file=sys.stderr); return 2
-    except OSError as e: print(f'mtef_sweep: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('\nstopped; the same command goes on from the last checkpoints', file=sys.stderr); return 130
-    return int(bad > 0)
+    a = _parser().parse_args(argv)
+    try: return int(_run_all(a) > 0)
+    except InputError as e: print(f'mtef_sweep: {e}', file=sys.stderr)
+    except OSError as e: print(f'mtef_sweep: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr)
+    except KeyboardInterrupt:
+        print('\nstopped; the same command goes on from the last checkpoints', file=sys.stderr)
+        return 130
+    return 2
 
-# %% ../../nbs/cli/02_sweep.ipynb #6be28de4
-if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())      # python -m mt_editflow_nb.cli.sweep; not in a notebook
+# %% ../../nbs/cli/02_sweep.ipynb #2dff08ee
+if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())     # python -m mt_editflow_nb.cli.sweep
