@@ -1,7 +1,10 @@
-"`python experiments/parameters.py` writes the parameters of ablation.ipynb from `Config`, so that every field has its type, default and explanation in one place."
+"""`python experiments/parameters.py` writes the parameters of ablation.ipynb from `Config`.
+
+So every field has its type, default and explanation in one place."""
 import json, typing
 from pathlib import Path
 from mt_editflow_nb.algorithm.config import Config
+from mt_editflow_nb.algorithm.fusion import PRESETS
 
 path = Path(__file__).resolve().parent/'ablation.ipynb'
 
@@ -13,9 +16,13 @@ def kind(t):
 
 def source():
     lines = [("run: str = ''", 'folder of the run; empty: one in runs/ablation/ that is named by the configuration')]
+    about = f'settings by name ({", ".join(PRESETS)}); what differs from the defaults overrides them'
+    lines.append(('preset: Optional[str] = None', about))
     for name, f in Config.model_fields.items():
-        choices = next((typing.get_args(t) for t in (f.annotation, *typing.get_args(f.annotation)) if typing.get_origin(t) is typing.Literal), ())
-        lines.append((f'{name}: {kind(f.annotation)} = {f.default!r}', f.description + (f' ({", ".join(choices)})' if len(choices) > 1 else '')))
+        kinds = (f.annotation, *typing.get_args(f.annotation))
+        choices = next((typing.get_args(t) for t in kinds if typing.get_origin(t) is typing.Literal), ())
+        listed = f' ({", ".join(choices)})' if len(choices) > 1 else ''
+        lines.append((f'{name}: {kind(f.annotation)} = {f.default!r}', f.description + listed))
     wide = max(len(a) for a, _ in lines)
     return '\n'.join(f'{a:{wide}}  # {b}' for a, b in lines)
 

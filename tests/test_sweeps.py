@@ -216,7 +216,7 @@ def test_wrong_files(folder, capsys):
     assert not (folder/'runs').exists()
 
 def test_a_job_is_known_by_everything_that_its_result_depends_on(folder):
-    "The notebook's code, the parameters, and the content of files that they name; not comments of parameters or outputs."
+    "The notebook's code, parameters, and the content of files that they name; not comments of parameters or outputs."
     (folder/'data.jsonl').write_text('{"a": 1}')
     path = spec(folder, fixed=dict(name=str(folder/'data.jsonl')))
     def folder_name(): return plan_sweep(path, folder/'runs').jobs[0].folder.name
@@ -276,7 +276,8 @@ def test_the_sweeps_of_the_paper_are_there_and_share_jobs(shipped_plans):
     assert names <= shipped_plans.keys()
     def folders(name): return {j.folder.name for j in shipped_plans[name].jobs}
     assert folders('adaptive') <= folders('fusion') and folders('adaptive_binary') == folders('fusion_binary')
-    for name in ('aggregation', 'fusion', 'credit', 'algorithm', 'paper'): assert len(shipped_plans[name].sweep.seeds) >= 5
+    for name in ('aggregation', 'fusion', 'credit', 'algorithm', 'paper'):
+        assert len(shipped_plans[name].sweep.seeds) >= 5
 
 def test_sweeps_at_equal_compute(shipped_plans):
     "What comments in the files say, with the configuration's defaults: as many turns, or passes, as the baseline."
@@ -350,7 +351,7 @@ def record(job, status, seconds):
     if status == 'done': (job.folder/'results.json').write_text('{}')
 
 def test_the_loop_with_scripted_jobs(tmp_path, monkeypatch):
-    "Slots are respected, a job that another sweep runs is waited for, one whose process dies without a word has failed."
+    "Slots are respected, a job that another sweep runs is waited for, one whose process dies in silence has failed."
     plan, busy, most, looks = scripted_plan(tmp_path, 6, iterations=3), set(), [], []
     jobs = plan.jobs
     def elsewhere(folder):
@@ -389,7 +390,7 @@ def test_the_time_left_counts_every_slot(tmp_path, capsys):
     assert '1 of 8 jobs, about 6 min left' in capsys.readouterr().err
 
 def test_ten_thousand_jobs(tmp_path):
-    "Planned, saved and listed in time that grows with their number: what would be done once a pair of jobs would not end."
+    "Planned, saved and listed in time that grows with their number: what is done for each pair of jobs would not end."
     write_notebook(tmp_path/'small.ipynb')
     path = spec(tmp_path, grid=dict(x=list(range(1000))), seeds=list(range(10)))
     began = time.process_time()
