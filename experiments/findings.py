@@ -1,48 +1,71 @@
 """Fill the tables of experiments/FINDINGS.md from what `mtef_report` wrote: python experiments/findings.py [--check]
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a folder of experiments/results/sweeps. With --check
-nothing is written, and the exit status is 1 if a table in the text is not the one of the files."""
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a folder of experiments/results/sweeps. With
+--check nothing is written, and the exit status is 1 if a table in the text is not the one of the files."""
 import argparse, re, sys
 from pathlib import Path
 import pandas as pd
-from mt_editflow_nb.ablation.report import last_turn
+from jinja2 import Template
+from mt_editflow_nb.ablation.results import last_turn
 from mt_editflow_nb.data.files import InputError, atomic_write
 
 here = Path(__file__).resolve().parent
-results, text = here/'results'/'sweeps', here/'FINDINGS.md'
+results, findings = here/'results'/'sweeps', here/'FINDINGS.md'
+
+TABLE = Template('''\
+| at turn {{ turn }} | seeds | O | difference of O | p (Holm) | of IF | of CC | would have found | monitor |
+|---|--:|--:|---|--:|---|---|--:|---|
+{% for row in rows %}| {{ row|join(' | ') }} |
+{% endfor %}''')
+
+def read_tables(name):
+    "(comparisons, scores, monitor) of a sweep's report."
+    try: return [pd.read_csv(results/name/f'{table}.csv') for table in ('comparisons', 'scores', 'monitor')]
+    except OSError as e: raise InputError(f'{e.filename}: not there; run mtef_report first') from None
+
+def difference(row): return f'{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]'
+
+def compared_cells(rows):
+    "The cells of a setting that is compared: `rows` is metric -> row of comparisons.csv."
+    O, text = rows.loc['O'], difference(rows.loc['O'])
+    beyond_doubt = f'**{text}**' if O.p_holm < .05 else text
+    of_each = [difference(rows.loc[metric]) for metric in ('IF', 'CC')]
+    return [beyond_doubt, f'{O.p_holm:.3f}', *of_each, f'{O.detectable:.1f}']
 
 def table(name):
     "Markdown: every setting of a sweep against its baseline, at the last turn at which all have an overall score."
-    folder = results/name
-    try: t, scores, seen = (pd.read_csv(folder/f'{x}.csv') for x in ('comparisons', 'scores', 'monitor'))
-    except OSError as e: raise InputError(f'{e.filename}: not there; run mtef_report first') from None
-    last = last_turn(t[t.metric == 'O'].set_index('turn').difference)
-    t = t[t.turn == last].set_index(['point', 'metric'])
-    scores = scores[scores.turn == last].set_index('point')
-    seen = seen.set_index('point').drop(columns='seeds')
-    labels = ['before training', *(p for p in scores.index[1:] if p not in t.index), *t.index.unique('point')]       # then the baseline
-    rows = [f'| at turn {last} | seeds | O | difference of O | p (Holm) | of IF | of CC | would have found | monitor |', '|---|--:|--:|---|--:|---|---|--:|---|']
-    for p in labels:
-        row = [p, str(int(scores.seeds[p])) if p in seen.index else '', f'{scores.O[p]:.1f}']
-        if p in t.index:
-            diff = lambda m: '{:+.1f} [{:+.1f}, {:+.1f}]'.format(*t.loc[(p, m), ['difference', 'low', 'high']])
-            o = t.loc[(p, 'O')]
-            row += [('**{}**' if o.p_holm < .05 else '{}').format(diff('O')), f'{o.p_holm:.3f}', diff('IF'), diff('CC'), f'{o.detectable:.1f}']
-        else: row += ['']*5
-        row += [', '.join(f'{n} {int(k)}' for n, k in seen.loc[p].items() if k) if p in seen.index else '']
-        rows.append(f'| {" | ".join(row)} |')
-    return '\n'.join(rows)
+    comparisons, scores, monitor = read_tables(name)
+    turn = last_turn(comparisons[comparisons.metric == 'O'].set_index('turn').difference)
+    compared = comparisons[comparisons.turn == turn].set_index(['point', 'metric'])
+    scores = scores[scores.turn == turn].set_index('point')
+    seen = monitor.set_index('point').drop(columns='seeds')
+    others = compared.index.unique('point')
+    baseline = [label for label in scores.index[1:] if label not in others]
+    labels = ['before training', *baseline, *others]
+    rows = []
+    for label in labels:
+        trained = label in seen.index
+        found = [f'{signal} {int(n)}' for signal, n in seen.loc[label].items() if n] if trained else []
+        cells = compared_cells(compared.loc[label]) if label in others else ['']*5
+        seeds = int(scores.seeds[label]) if trained else ''
+        rows.append([label, seeds, f'{scores.O[label]:.1f}', *cells, ', '.join(found)])
+    return TABLE.render(turn=turn, rows=rows).rstrip()
 
-def filled(old):
+def filled(text):
     "The text with every table made anew."
-    return re.sub(r'(<!-- table (\S+) -->\n).*?(<!-- end -->)', lambda m: f'{m[1]}\n{table(m[2])}\n\n{m[3]}', old, flags=re.S)
+    def fill(match): return f'{match[1]}\n{table(match[2])}\n\n{match[3]}'
+    return re.sub(r'(<!-- table (\S+) -->\n).*?(<!-- end -->)', fill, text, flags=re.S)
 
-if __name__ == '__main__':
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--check', action='store_true', help='write nothing; exit with 1 if a table is out of date')
-    a = ap.parse_args()
-    old = text.read_text(encoding='utf-8')
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 if a table is out of date')
+    a, old = parser.parse_args(), findings.read_text(encoding='utf-8')
     try: new = filled(old)
-    except InputError as e: print(f'findings.py: {e}', file=sys.stderr); sys.exit(2)
-    if a.check: sys.exit(new != old)
-    atomic_write(text, new)
+    except InputError as e:
+        print(f'findings.py: {e}', file=sys.stderr)
+        return 2
+    if a.check: return int(new != old)
+    atomic_write(findings, new)
+    return 0
+
+if __name__ == '__main__': sys.exit(main())

@@ -2,29 +2,41 @@
 import json, subprocess, sys
 import numpy as np, pandas as pd, pytest
 from safetensors.numpy import save_file
-from mt_editflow_nb.ablation.report import load_results
+from mt_editflow_nb.ablation.report import comparison_table, score_table
+from mt_editflow_nb.ablation.results import Outcomes, load_results
 from mt_editflow_nb.cli.report import main
 from readme import root
 
-S, N, T = 5, 120, 2
+S, I, T = 5, 120, 2
 chance = {'plain': .5, 'much better': .8, 'the same': .5}
+config = dict(sessions_per_iteration=2, group=2, num_steps=3, turns=T)
+
+def write_job(folder, draw, chances, metrics):
+    "A finished job, as `mtef_sweep` leaves it."
+    folder.mkdir(parents=True)
+    for name, p in zip(('before', 'after'), chances):
+        save_file({key: np.ascontiguousarray(x) for key, x in draw(p).items()}, folder/f'{name}.safetensors')
+    (folder/'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in metrics))
+    (folder/'config.json').write_text(json.dumps(dict(config=config)))
+    (folder/'job.json').write_text(json.dumps(dict(status='done', seconds=60)))
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     out, rng = tmp_path_factory.mktemp('runs'), np.random.default_rng(0)
-    plan = dict(sweep='coins', question='Which coin wins?', baseline='plain', grid=dict(a=[0, 1], b=[0, 1]), fixed=dict(iterations=8), notebook='coins.ipynb', points=[])
-    hard = rng.random((N, 1)) < .3
-    draw = lambda p: dict(success_NT=(rng.random((N, T)) < p - .2*hard), object_cc_NT=rng.uniform(.8, 1, (N, T)), background_cc_NT=np.where(hard, np.nan, .9)*np.ones((N, T)))
+    plan = dict(sweep='coins', question='Which coin wins?', baseline='plain', grid=dict(a=[0, 1], b=[0, 1]),
+                fixed=dict(iterations=8), notebook='coins.ipynb', points=[])
+    hard = rng.random((I, 1)) < .3
+    def draw(p):
+        background = np.where(hard, np.nan, .9)*np.ones((I, T))
+        return dict(success_NT=rng.random((I, T)) < p - .2*hard, object_cc_NT=rng.uniform(.8, 1, (I, T)),
+                    background_cc_NT=background)                              # under the names of earlier versions
+    metrics = [dict(iteration=i, rows=4, all_right=[.4, .3 + .01*i], cc=[.9, .8]) for i in range(8)]
     for i, (label, p) in enumerate(chance.items()):
-        jobs = []
-        for s in range(S):
-            folder = out/f'{i}-{s}'; folder.mkdir()
-            for name, q in (('before', .4), ('after', p)): save_file({k: np.ascontiguousarray(v) for k, v in draw(q).items()}, folder/f'{name}.safetensors')
-            (folder/'metrics.jsonl').write_text(''.join(json.dumps(dict(iteration=i, all_right=[.4, .3], cc=[.9, .8])) + '\n' for i in range(8)))
-            (folder/'job.json').write_text(json.dumps(dict(status='done', seconds=60)))
-            jobs.append(dict(seed=s, folder=folder.name))
+        jobs = [dict(seed=s, folder=f'{i}-{s}') for s in range(S)]
+        for job in jobs: write_job(out/job['folder'], draw, (.4, p), metrics)
         plan['points'].append(dict(label=label, values=dict(a=i % 2, b=i//2), jobs=jobs))
     (out/'2-4'/'job.json').write_text(json.dumps(dict(status='failed', error='RuntimeError: told to')))
+    with open(out/'0-0'/'metrics.jsonl', 'a') as f: f.write('{"iteration": 8, "all_r')  # half a line, as a kill leaves
     (out/'coins.json').write_text(json.dumps(plan))
     (out/'other.json').write_text('{"not": "a plan"}')
     return out
@@ -35,26 +47,76 @@ def test_report(runs, capsys):
     said = capsys.readouterr().out
     assert 'report.html' in said and 'much better: better than the baseline' in said and 'the same: undecided' in said
     html = (out/'report.html').read_text()
-    assert 'Which coin wins?' in html and 'told to' in html and '1 jobs are not in this report' in html and html.count('data:image/png') >= 5 and 'load_results' not in html
-    assert {p.name for p in out.iterdir()} >= {f'{n}.{e}' for n in ('verdicts', 'scores', 'comparisons', 'monitor', 'cost') for e in ('csv', 'tex')} | {f'{n}.png' for n in ('forest', 'turns', 'plane', 'curves', 'grid')}
-    scores, after = pd.read_csv(out/'scores.csv', index_col=[0, 1]), load_results(runs/'coins.json').points['much better'].after
+    assert 'Which coin wins?' in html and 'told to' in html and '1 jobs are not in this report' in html
+    assert html.count('data:image/png') >= 6 and 'load_results' not in html
+    names = ('verdicts', 'scores', 'comparisons', 'monitor', 'cost', 'passes')
+    tables = [f'{name}.{e}' for name in names for e in ('csv', 'tex')]
+    pictures = [f'{name}.png' for name in ('forest', 'turns', 'plane', 'passes', 'curves', 'grid')]
+    assert {p.name for p in out.iterdir()} >= {*tables, *pictures}
+    after = load_results(runs/'coins.json').points['much better'].after
+    scores = pd.read_csv(out/'scores.csv', index_col=[0, 1])
     assert abs(scores.loc[('much better', 1), 'marginal'] - 100*after.success_IT[..., 0].mean()) < 1e-9
     table = pd.read_csv(out/'comparisons.csv', index_col=[0, 1, 2])
     row = table.loc[('much better', 1, 'IF')]
     assert row.low < 30 < row.high and row.p_holm < .01 and table.loc[('the same', 1, 'IF'), 'seeds'] == 4
     assert (out/'verdicts.tex').read_text().count(r'\\') >= 3
 
+def test_passes_of_a_report(runs):
+    "Eight iterations of 4 sampled rows of 2 turns and 3 steps, each trained once a turn with its backward pass."
+    table = pd.read_csv(runs/'report'/'coins'/'passes.csv', index_col=0)
+    cost = 8*(4*T*3 + 3*4*T)
+    assert (abs(table.passes - cost/1000) < 1e-12).all() and table.seeds.tolist() == [5, 5, 4]
+    assert (abs(table.per_1000 - table.gain/(cost/1000)) < 1e-9).all()
+    assert table.low['much better'] > 0 and (table.low < table.per_1000).all() and (table.per_1000 < table.high).all()
+    assert (table.reached == table.seeds).all() and abs(table.reach - 100*(.37*.8)**.5).max() < 1e-9
+
 def test_wrong_input(runs, tmp_path, capsys):
     (tmp_path/'empty').mkdir()
     lonely = json.loads((runs/'coins.json').read_text())
-    lonely['points'] = lonely['points'][:1]; lonely['points'][0]['jobs'] = []
-    (runs/'sub').mkdir(exist_ok=True); (runs/'sub'/'lonely.json').write_text(json.dumps(lonely))
-    for argv, word in ((['nowhere'], 'there is none'), ([str(tmp_path/'empty')], 'no sweep in it'), ([str(runs/'other.json')], 'not a sweep'),
-                       ([str(runs/'sub'/'lonely.json')], 'baseline'), ([str(runs), '--n-boot', '5'], '--n-boot')):
+    lonely['points'] = lonely['points'][:1]
+    lonely['points'][0]['jobs'] = []
+    (runs/'sub').mkdir(exist_ok=True)
+    (runs/'sub'/'lonely.json').write_text(json.dumps(lonely))
+    for argv, word in ((['nowhere'], 'there is none'), ([str(tmp_path/'empty')], 'no sweep in it'),
+                       ([str(runs/'other.json')], 'not a sweep'), ([str(runs/'sub'/'lonely.json')], 'baseline'),
+                       ([str(runs), '--n-boot', '5'], '--n-boot'),
+                       ([str(runs), '--notebook', 'none.ipynb'], '--notebook')):
         assert main(argv) == 2
         err = capsys.readouterr().err
         assert err.startswith('mtef_report: ') and word in err and err.count('\n') == 1, err
 
+def test_damaged_jobs_are_named(runs, tmp_path, capsys):
+    "A line inside a log that is not JSON, and outcomes that are cut short: one line with the file."
+    torn = b'{"iteration": 0}\n{"itera\n{"iteration": 2}\n'
+    for name, damage in (('metrics.jsonl', torn), ('after.safetensors', b'\x10')):
+        folder = tmp_path/name
+        write_job(folder/'job', lambda p: dict(zip(Outcomes._fields, np.full((3, 2, 2), p))), (0., 1.), [])
+        point = dict(label='a', values={}, jobs=[dict(seed=0, folder='job')])
+        (folder/'damaged.json').write_text(json.dumps(dict(sweep='damaged', baseline='a', points=[point])))
+        (folder/'job'/name).write_bytes(damage)
+        assert main([str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert name in err and err.count('\n') == 1, err
+
+def test_a_large_sweep_is_reported_in_time_that_grows_with_its_jobs(tmp_path):
+    "Every point is compared with the baseline, and none with every other one: 400 points have 400 rows."
+    def draw(p): return dict(zip(Outcomes._fields, np.full((3, 4, 1), p)))
+    points = [dict(label=f'p{i}', values={}, jobs=[dict(seed=0, folder=f'j{i}')]) for i in range(400)]
+    for i in range(400): write_job(tmp_path/f'j{i}', draw, (0., float(i % 2)), [])
+    (tmp_path/'large.json').write_text(json.dumps(dict(sweep='large', baseline='p0', points=points)))
+    results = load_results(tmp_path/'large.json')
+    assert len(score_table(results)) == 401
+    O = comparison_table(results, n_boot=20).xs('O', level='metric')
+    assert len(O) == 399 and (O.difference == [100.*(i % 2) for i in range(1, 400)]).all()
+
+def test_module_returns_its_status(tmp_path):
+    "`python -m mt_editflow_nb.cli.report`, and `.sweep`, do what the commands do."
+    for name in ('report', 'sweep'):
+        command = [sys.executable, '-m', f'mt_editflow_nb.cli.{name}', str(tmp_path/'none')]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 2 and run.stderr.startswith(f'mtef_{name}: ') and run.stderr.count('\n') == 1
+
 def test_findings_are_those_of_the_files():
     "The tables of FINDINGS.md are made from the committed results."
-    assert subprocess.run([sys.executable, root/'experiments/findings.py', '--check']).returncode == 0, 'run python experiments/findings.py'
+    check = subprocess.run([sys.executable, root/'experiments/findings.py', '--check'])
+    assert check.returncode == 0, 'run python experiments/findings.py'

@@ -319,9 +319,8 @@ def test_a_preset_in_a_sweep_is_its_settings(tmp_path, capsys):
 
 def test_the_judges_weights_are_part_of_a_job(tmp_path):
     import shutil
-    from mt_editflow_nb.rewards.engines import TINY_JUDGE
     judge = tmp_path/'judge'
-    shutil.copytree(TINY_JUDGE, judge)
+    shutil.copytree(root/'mt_editflow_nb/assets/tiny_judge', judge)
     path = ablation_sweep(tmp_path, fixed=dict(judge=f'{judge}:direct'))
     def job_hash(): return plan_sweep(path, tmp_path).jobs[0].hash
     first = job_hash()
@@ -435,7 +434,7 @@ def test_the_ablation_notebook_in_a_sweep(tmp_path):
 
 def test_supervised_training_is_a_run_like_any_other(tmp_path):
     from mt_editflow_nb.algorithm.config import make_config
-    from mt_editflow_nb.training.runs import last_checkpoint
+    from mt_editflow_nb.training.checkpoints import last_checkpoint
     from mt_editflow_nb.training.train import train
     train(make_config(tiny | dict(algorithm='sft')), tmp_path/'run', progress=False)
     rows = [json.loads(x) for x in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]

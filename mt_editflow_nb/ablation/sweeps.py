@@ -172,7 +172,7 @@ def read_notebook(
            'a cell tagged `parameters` with a parameter `run`, the folder of the job', list(parameters))
     return JobNotebook(Path(path), parameters, defaults, _tagged(nb, 'check'), kernel, _body_hash(nb))
 
-# %% ../../nbs/ablation/00_sweeps.ipynb #dcc913eb
+# %% ../../nbs/ablation/00_sweeps.ipynb #35e345d4
 def check_value(
     name: str,        # of the parameter
     value,
@@ -194,10 +194,10 @@ def check_point(
 ):                   # what the cell tagged `check` leaves in `content`; None: nothing
     "Run the notebook's cell tagged `check` with these parameters, here. Raises `InputError` with what it said."
     if not notebook.check: return None
-    scope = dict(__name__='__check__')
+    scope = dict(_types, __name__='__check__')
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            exec(_compiled('from typing import *\n' + notebook.defaults, str(notebook.path)), scope)
+            exec(_compiled(notebook.defaults, str(notebook.path)), scope)
             scope |= values
             exec(_compiled(notebook.check, str(notebook.path)), scope)
         except Exception as e:                     # of any kind: the cell is somebody's code

@@ -5,35 +5,47 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/cli/03_report.ipynb #2a468745
+# %% ../../nbs/cli/03_report.ipynb #98e59284
 import argparse, sys
 from pathlib import Path
 import pandas as pd
 from ..ablation.report import find_plans, write_report
-from ..data.files import InputError
+from ..data.files import InputError, expect, one_line
 
-# %% ../../nbs/cli/03_report.ipynb #689d69b7
+# %% ../../nbs/cli/03_report.ipynb #07980eb4
+def _parser():
+    about = 'Tables, pictures and statistics of sweeps, as HTML, CSV, LaTeX and PNG.'
+    parser = argparse.ArgumentParser('mtef_report', description=about)
+    add = parser.add_argument
+    add('runs', help="folder that `mtef_sweep --out` wrote to, or one sweep's NAME.json in it")
+    add('--out', help='folder for the reports (default: report/ in the folder of the runs)')
+    add('--notebook', help='the notebook to execute (default: the shipped report.ipynb)')
+    add('--n-boot', type=int, default=2000, help='bootstrap draws (default: %(default)s)')
+    return parser
+
+def _report_all(a):
+    "Report every sweep that the arguments name, and print what holds."
+    expect(a.n_boot >= 100, '--n-boot', 'at least 100', a.n_boot)
+    expect(a.notebook is None or Path(a.notebook).is_file(), '--notebook', 'a file', a.notebook)
+    for plan in find_plans(a.runs):
+        html = write_report(plan, Path(a.out or plan.parent/'report')/plan.stem, a.notebook, a.n_boot)
+        print(f'{plan.stem}: {html}')
+        table = html.parent/'verdicts.csv'
+        if not table.is_file(): continue
+        for label, verdict in pd.read_csv(table, index_col=0).verdict.items(): print(f'  {label}: {verdict}')
+
 def main(argv=None):
     "The command `mtef_report`."
-    ap = argparse.ArgumentParser('mtef_report', description='Tables, pictures and statistics of sweeps, as HTML, CSV, LaTeX and PNG.')
-    ap.add_argument('runs', help="folder that `mtef_sweep --out` wrote to, or one sweep's NAME.json in it")
-    ap.add_argument('--out', help='folder for the reports (default: report/ in the folder of the runs)')
-    ap.add_argument('--notebook', help='default: experiments/report.ipynb')
-    ap.add_argument('--n-boot', type=int, default=2000, help='bootstrap draws')
-    a = ap.parse_args(argv)
-    try:
-        if a.n_boot < 100: raise InputError(f'--n-boot: got {a.n_boot}, expected at least 100')
-        for plan in find_plans(a.runs):
-            html = write_report(plan, Path(a.out or plan.parent/'report')/plan.stem, a.notebook, a.n_boot)
-            csv = html.parent/'verdicts.csv'
-            print(f'{plan.stem}: {html}')
-            if csv.is_file(): print(''.join(f'  {label}: {verdict}\n' for label, verdict in pd.read_csv(csv, index_col=0).verdict.items()), end='')
-    except InputError as e: print(f'mtef_report: {e}', file=sys.stderr); return 2
-    except OSError as e: print(f'mtef_report: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr); return 2
-    except Exception as e:
-        if type(e).__name__ != 'PapermillExecutionError': raise
-        print(f'mtef_report: the notebook failed: {e.ename}: {" ".join(str(e.evalue).split())[:300]}', file=sys.stderr); return 1
-    return 0
+    a = _parser().parse_args(argv)
+    from papermill.exceptions import PapermillExecutionError
+    try: _report_all(a)
+    except InputError as e: print(f'mtef_report: {e}', file=sys.stderr)
+    except OSError as e: print(f'mtef_report: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr)
+    except PapermillExecutionError as e:
+        print(f'mtef_report: the notebook failed: {e.ename}: {one_line(e.evalue)[:300]}', file=sys.stderr)
+        return 1
+    else: return 0
+    return 2
 
-# %% ../../nbs/cli/03_report.ipynb #fff6150d
-if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())      # python -m mt_editflow_nb.cli.report; not in a notebook
+# %% ../../nbs/cli/03_report.ipynb #4b98d454
+if __name__ == '__main__' and globals().get('__spec__'): sys.exit(main())     # python -m mt_editflow_nb.cli.report
