@@ -1,6 +1,6 @@
 "Lines of a sessions file that cannot be used: each gives one line that names the file, the line and the field."
-import io, json
-import pytest
+import json, warnings
+import numpy as np, pytest
 from PIL import Image
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import load_edival, load_sessions, save_sessions, Session
@@ -16,6 +16,9 @@ def folder(tmp_path):
     (tmp_path/'flipped.png').write_bytes(data[:60] + bytes(255 - x for x in data[60:]))
     (tmp_path/'empty.png').write_bytes(b'')
     (tmp_path/'folder.png').mkdir()
+    Image.new('RGB', (1, 1)).save(tmp_path/'dot.png')
+    Image.new('1', (12_000, 12_000)).save(tmp_path/'bomb.png')
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path/'nan.tiff')
     return tmp_path
 
 def line(**changes): return json.dumps({k: v for k, v in (good | changes).items() if v != 'DROP'})
@@ -47,7 +50,19 @@ bad_lines = {
     line(instructions=['x', None]): ['`instructions`'],
     line(instructions=['x', '']): ['`instructions`'],
     line(instructions=[]): ['`instructions`', '0 turns'],
-    line(instructions=['x'] * 9): ['`instructions`', '9 turns'],
+    line(instructions=['x'] * 17): ['`instructions`', '17 turns'],
+    line(instructions=['x', 'go on ' * 10_000]): ['`instructions` of turn 2', '4000', '60000'],
+    line(instructions=['x', 'turn it red \ud83d']): ['`instructions`', 'Unicode'],
+    line(id='half \ud83d'): ['`id`', 'Unicode'],
+    line(task_types=['x', '\ud83d']): ['`task_types`', 'Unicode'],
+    line(meta={'a': [{'b': '\ud83d'}]}): ['`meta`', 'Unicode'],
+    line(image='\ud83d.png'): ['`image`', 'path'],
+    line(image='dot.png'): ['dot.png', '1 x 1'],
+    line(image='bomb.png'): ['bomb.png', '12000 x 12000'],
+    line(image='nan.tiff'): ['nan.tiff', 'from 0 to 1', 'nan'],
+    line(image='../outside.png'): ['`image`', 'allow_outside', '../outside.png'],
+    line(image='/etc/hostname'): ['`image`', 'allow_outside', '/etc/hostname'],
+    line(image='images/../../outside.png'): ['`image`', 'allow_outside'],
     line(instructions=['x']): ['`instructions`', '2 turns', 'sessions.jsonl:1', 'received 1'],
     line(task_types='color'): ['`task_types`'],
     line(task_types=['color']): ['`task_types`', '2 turns'],
@@ -67,7 +82,8 @@ def test_bad_line(folder, bad):
     assert message.startswith(f'{path}:3: ') and '\n' not in message and len(message) < 400 + 2*len(str(folder))
     assert all(part in message for part in bad_lines[bad]), message
 
-@pytest.mark.parametrize('content,part', [(None, 'cannot be read'), (b'', 'at least one session'), (b'\n \n', 'at least one session'),
+@pytest.mark.parametrize('content,part', [(None, 'cannot be read'), (b'', 'at least one session'),
+                                          (b'\n \n', 'at least one session'),
                                           (b'{"id": "\xff"}', 'UTF-8')], ids=['missing', 'empty', 'blank', 'latin-1'])
 @pytest.mark.parametrize('load', [load_sessions, load_edival])
 def test_bad_file(tmp_path, load, content, part):
@@ -106,6 +122,47 @@ def test_photos_are_turned_upright_and_rgb(folder):
     assert photo.size == (20, 40) and photo.getpixel((10, 5))[0] > 250 > 5 > photo.getpixel((10, 35))[0]
     assert grey.mode == 'RGB'
 
+def test_transparency_and_depth(folder):
+    "Nothing that a file hides under transparent pixels is shown, and white stays white in 16 bits."
+    Image.new('RGBA', (8, 8), (0, 0, 0, 0)).save(folder/'hidden.png')
+    Image.fromarray(np.full((8, 8), 65535//2, np.uint16)).save(folder/'deep.png')
+    (folder/'s.jsonl').write_text(f'{line(image="hidden.png")}\n{line(id="grey", image="deep.png")}')
+    hidden, deep = [s.image for s in load_sessions(folder/'s.jsonl')]
+    assert hidden.getpixel((0, 0)) == (255, 255, 255) and deep.getpixel((0, 0)) == (127, 127, 127)
+
+def test_pictures_outside_the_folder_only_when_asked(folder):
+    (folder/'sub').mkdir()
+    file = folder/'sub'/'s.jsonl'
+    for image in ('../ok.png', str(folder/'ok.png')):
+        file.write_text(line(image=image))
+        with pytest.raises(InputError, match='allow_outside'): load_sessions(file)
+        assert load_sessions(file, allow_outside=True)[0].image.size == (32, 32)
+    (folder/'sub'/'link.png').symlink_to(folder/'ok.png')      # as hub caches have them: whoever made the link decides
+    for image in ('link.png', str(folder/'sub'/'link.png'), '../sub/link.png'):
+        file.write_text(line(image=image))
+        assert load_sessions(file)[0].image.size == (32, 32)
+
+def test_pictures_are_decoded_when_they_are_asked_for(folder):
+    "Of large sets only the heads are read; what is wrong further in is found when the picture is needed."
+    (folder/'s.jsonl').write_text(f'{line(image="cut.png")}\n{line(id="2")}')
+    cut, good = load_sessions(folder/'s.jsonl', decode=False)
+    assert good.image.size == (32, 32) and cut.instructions == ['x', 'y']
+    with pytest.raises(InputError, match='cut.png: expected an image, could not read it'): cut.image
+    Image.new('RGB', (16, 16), 'red').save(folder/'ok.png')
+    assert good.image.size == (16, 16)                        # what is in the file now, not what was decoded before
+
+def test_bad_sessions_can_be_left_out(folder):
+    rows = [line(id='1'), line(id='2', image='no.png'), '{"half', line(id='4', instructions=['x'] * 3)]
+    (folder/'s.jsonl').write_text('\n'.join(rows))
+    with pytest.warns(UserWarning, match='2 sessions left out'):
+        sessions = load_sessions(folder/'s.jsonl', on_bad='skip', same_turns=False)
+    assert [s.id for s in sessions] == ['1', '4'] and sessions.turns.tolist() == [2, 3]
+    assert sorted(m.removeprefix(f'{folder}/')[:10] for m in sessions.skipped) == ['s.jsonl:2:', 's.jsonl:3:']
+    (folder/'s.jsonl').write_text('{}')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(InputError, match='at least one'): load_sessions(folder/'s.jsonl', on_bad='skip')
+
 def test_what_cannot_be_saved(tmp_path):
     image = Image.new('RGB', (4, 4))
     for sessions, part in [([], 'at least one'), ([Session('a', None, ['x'])], '`image`'),
@@ -124,5 +181,6 @@ def test_interrupted_save_keeps_the_old_set(tmp_path, monkeypatch):
         if path.name == 'sessions.jsonl': raise KeyboardInterrupt
         return write(path, data)
     monkeypatch.setattr(module, 'atomic_write', stop_at_list)
-    with pytest.raises(KeyboardInterrupt): save_sessions([Session('a', Image.new('RGB', (4, 4), 'blue'), ['x'])], tmp_path)
+    new = [Session('a', Image.new('RGB', (4, 4), 'blue'), ['x'])]
+    with pytest.raises(KeyboardInterrupt): save_sessions(new, tmp_path)
     assert load_sessions(path) == old
