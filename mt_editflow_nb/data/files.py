@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'expect', 'one_of', 'atomic_write', 'read_text',
            'to_json', 'read_json', 'read_json_lines', 'append_json_line', 'file_name', 'content_hash', 'locked',
-           'is_locked', 'image_size', 'open_image', 'save_png']
+           'is_locked', 'image_size', 'open_image', 'save_png', 'shipped']
 
 # %% ../../nbs/data/00_files.ipynb #fb37697b
 import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, uuid, warnings
@@ -292,3 +292,14 @@ def save_png(
     f = io.BytesIO()
     image.save(f, 'PNG')
     return atomic_write(path, f.getvalue())
+
+# %% ../../nbs/data/00_files.ipynb #f8dc0650
+def shipped(
+    name: str, # below `experiments`, such as 'recipes/kontext_nft.yaml'
+) -> Path:    # of the file or folder
+    "A recipe, sweep or notebook that comes with the package. Raises `InputError` where there is none of this name."
+    package = Path(__file__).resolve().parents[1]
+    places = (package/'experiments'/name, package.parent/'experiments'/name)
+    found = [p for p in places if p.exists()]
+    expect(found, 'shipped file', "a name such as 'recipes/kontext_nft.yaml'", name)
+    return found[0]
