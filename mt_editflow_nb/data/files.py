@@ -9,6 +9,7 @@ __all__ = ['MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'expe
 
 # %% ../../nbs/data/00_files.ipynb #fb37697b
 import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, uuid, warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 import numpy as np
@@ -179,7 +180,7 @@ def _kind_and_bytes(x):
     if isinstance(x, bytes): return 'bytes', x
     if isinstance(x, Image.Image): return f'image {x.mode} {x.size}', x.tobytes()
     if isinstance(x, dict): return 'dict', b''.join(sorted(_digest(pair) for pair in x.items()))
-    if isinstance(x, (list, tuple)): return 'list', b''.join(map(_digest, x))
+    if isinstance(x, Sequence): return 'list', b''.join(map(_digest, x))
     if isinstance(x, PurePath):
         try: return 'file', Path(x).read_bytes()
         except OSError as e: raise InputError(f'{x}: cannot be read ({e.strerror})') from None
@@ -193,7 +194,7 @@ def _digest(x):
     return hashlib.sha256(f'{kind}:'.encode() + hashlib.sha256(data).digest()).digest()
 
 def content_hash(
-    *values, # texts, numbers, bytes, arrays, pictures, dataclasses, lists, dicts; a `Path` stands for its file
+    *values, # texts, numbers, bytes, arrays, pictures, dataclasses, sequences, dicts; a `Path` stands for its file
 ) -> str:    # 32 hexadecimal digits
     "A hash of content: equal for equal values in any process, different for different kinds, shapes or bytes."
     return _digest(values).hex()[:32]
