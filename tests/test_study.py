@@ -2,17 +2,19 @@
 import signal, subprocess, sys
 from pathlib import Path
 import nbformat, papermill
+from mt_editflow_nb.data.files import append_json_line
 from mt_editflow_nb.rewards.agreement import load_labels
 from mt_editflow_nb.data.shapeworld import shape_sessions
-from mt_editflow_nb.evaluation.study import append_line, make_trials, read_choices
+from mt_editflow_nb.evaluation.study import make_trials, read_choices
 
 root = Path(__file__).resolve().parents[1]
 
 writer = '''
 import sys
-from mt_editflow_nb.evaluation.study import append_line
+from mt_editflow_nb.data.files import append_json_line
 for i in range(100_000):
-    append_line(sys.argv[1], dict(rater='ann', seed=0, trial=i, session=f's{i}', first='a', second='b', choice='first', seconds=1., time='', note='x'*500))
+    row = dict(rater='ann', seed=0, trial=i, session=f's{i}', first='a', second='b', choice='first', seconds=1.)
+    append_json_line(sys.argv[1], row | dict(time='', note='x'*500))
     print(i, flush=True)
 '''
 
@@ -26,8 +28,9 @@ def test_killed_while_writing(tmp_path):
     p.wait()
     trials = read_choices(path).trial.tolist()
     assert trials[:last + 1] == list(range(last + 1))
-    with open(path, 'ab') as f: f.write(b'{"rater": "ann", "choi') # what a kill in the middle of a write would leave
-    append_line(path, dict(rater='ann', seed=0, trial=999_999, session='z', first='a', second='b', choice='tie', seconds=1., time=''))
+    with open(path, 'ab') as f: f.write(b'{"rater": "ann", "choi')    # what a kill in the middle of a write would leave
+    append_json_line(path, dict(rater='ann', seed=0, trial=999_999, session='z', first='a', second='b', choice='tie',
+                                seconds=1., time=''))
     assert read_choices(path).trial.tolist() == trials + [999_999]
 
 def test_the_rating_notebook(tmp_path):
@@ -36,13 +39,18 @@ def test_the_rating_notebook(tmp_path):
     sessions = shape_sessions(6, 3, 'heldout')
     for rater in ('ann', 'ben'):
         for t in make_trials([s.id for s in sessions], ('perfect', 'lazy'), rater)[:5]: # the rest is still to be rated
-            append_line(study/'choices.jsonl', dict(rater=rater, seed=0, **t, choice='tie' if t['trial'] == 4 else 'first' if t['first'] == 'perfect' else 'second', seconds=1., time=''))
+            better = 'first' if t['first'] == 'perfect' else 'second'
+            choice = 'tie' if t['trial'] == 4 else better
+            append_json_line(study/'choices.jsonl', dict(rater=rater, seed=0, **t, choice=choice, seconds=1., time=''))
     out = tmp_path/'rate.ipynb'
-    papermill.execute_notebook(str(root/'experiments/rate.ipynb'), str(out), dict(study=str(study), rater='ann', judges=['verifier']), progress_bar=False)
-    text = '\n'.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/plain', '')) for c in nbformat.read(out, 4).cells for o in c.get('outputs', []))
+    parameters = dict(study=str(study), rater='ann', judges=['verifier'])
+    papermill.execute_notebook(str(root/'experiments/rate.ipynb'), str(out), parameters, progress_bar=False)
+    outputs = [o for c in nbformat.read(out, 4).cells for o in c.get('outputs', [])]
+    text = '\n'.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/plain', '')) for o in outputs)
     assert '10 choices by 2 raters' in text and "Krippendorff's alpha: " in text
     agreement = text[text.index('agreement'):].split('verifier')[1].split()
     assert agreement[:3] == ['100.0'] * 3 and agreement[3] == '8' # two ties are left out
     labels = load_labels(study/'labels.jsonl')
     rated = len({i.instructions for i in labels.items})
-    assert len(labels.items) == 2*rated and labels.truth_N[::2].min() >= .5 and (labels.truth_N[::2] + labels.truth_N[1::2] == 1).all()
+    perfect, lazy = labels.truth_N[::2], labels.truth_N[1::2]
+    assert len(labels.items) == 2*rated and perfect.min() >= .5 and (perfect + lazy == 1).all()
