@@ -19,12 +19,15 @@ def render():
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
     for i, c in enumerate(nb.cells): # a cell that says so shows what it made, not how
         if re.match(r'#\|\s*echo:\s*false\b', c.source):
-            nb.cells[i] = nbformat.v4.new_markdown_cell('\n\n'.join(o.data['text/markdown'] for o in c.outputs if 'text/markdown' in o.get('data', {})))
+            shown = [o.data['text/markdown'] for o in c.outputs if 'text/markdown' in o.get('data', {})]
+            nb.cells[i] = nbformat.v4.new_markdown_cell('\n\n'.join(shown))
     for c in nb.cells:
         if c.cell_type == 'markdown': c.source = from_root(c.source)
         for o in c.get('outputs', []): # the notebook viewer's table style is plain text on GitHub
-            if 'text/html' in o.get('data', {}): o.data['text/html'] = re.sub(r'<style.*?</style>', '', o.data['text/html'], flags=re.S)
-    text, resources = MarkdownExporter().from_notebook_node(nb, {'unique_key': 'index', 'output_files_dir': 'nbs/images'})
+            data = o.get('data', {})
+            if 'text/html' in data: data['text/html'] = re.sub(r'<style.*?</style>', '', data['text/html'], flags=re.S)
+    where = {'unique_key': 'index', 'output_files_dir': 'nbs/images'}
+    text, resources = MarkdownExporter().from_notebook_node(nb, where)
     return text.strip() + '\n', resources['outputs']
 
 if __name__ == '__main__':

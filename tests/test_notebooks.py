@@ -1,19 +1,26 @@
 "The notebooks are the source: what is generated from them agrees with them, and they read well anywhere."
 import ast, json, re, shutil, subprocess, sys
-from pathlib import Path
 import nbformat, pytest
 from readme import render, root
 
 lib = 'mt_editflow_nb'
-notebooks = sorted(p for folder in ('nbs', 'experiments') for p in (root/folder).rglob('*.ipynb')
-                   if not any(part.startswith(('.', '_')) or part == 'results' for part in p.relative_to(root).parts))     # executed reports may lie there
+
+def is_source(path):
+    "Whether a notebook is one of ours: not a hidden file, and no executed report."
+    return not any(part.startswith(('.', '_')) or part == 'results' for part in path.relative_to(root).parts)
+
+found = sorted([*(root/'nbs').rglob('*.ipynb'), *(root/'experiments').rglob('*.ipynb')])
+notebooks = [p for p in found if is_source(p)]
 chapters = [p for p in notebooks if p.is_relative_to(root/'nbs')]
-each = lambda paths: pytest.mark.parametrize('path', paths, ids=lambda p: str(p.relative_to(root)))
+texts = [*sorted(root.glob('*.md')), *sorted((root/'experiments').glob('*.md'))]
+
+def each(paths): return pytest.mark.parametrize('path', paths, ids=lambda p: str(p.relative_to(root)))
 
 def module_of(path):
     "The module that a notebook exports, as the parts of its name, or None."
-    found = re.search(r'#\|\s*default_exp\s+(\S+)', '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code'))
-    return found and tuple(found[1].split('.'))
+    code = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code')
+    name = re.search(r'#\|\s*default_exp\s+(\S+)', code)
+    return name and tuple(name[1].split('.'))
 
 modules = {name: p for p in chapters if (name := module_of(p))}
 
@@ -21,9 +28,13 @@ def test_package_is_exported_from_notebooks(tmp_path):
     shutil.copytree(root/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.*', 'images'))
     shutil.copy(root/'settings.ini', tmp_path)
     (tmp_path/lib).mkdir()
-    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=tmp_path, check=True)
-    code = lambda top: {str(p.relative_to(top)): p.read_text() for p in (top/lib).rglob('*.py')
-                        if p.name not in ('__init__.py', '__main__.py')}     # those two are written by hand
+    command = 'from nbdev.doclinks import nbdev_export; nbdev_export()'
+    subprocess.run([sys.executable, '-c', command], cwd=tmp_path, check=True)
+
+    def code(top):
+        files = [p for p in (top/lib).rglob('*.py') if p.name not in ('__init__.py', '__main__.py')]   # by hand
+        return {str(p.relative_to(top)): p.read_text() for p in files}
+
     exported, committed = code(tmp_path), code(root)
     assert exported.keys() == committed.keys()
     differ = [name for name in exported if exported[name] != committed[name]]
@@ -45,7 +56,8 @@ def test_no_paths_of_one_machine(path):
     for c in nbformat.read(path, 4).cells:
         texts = [c.source]
         for o in c.get('outputs', []):
-            texts += [o.get('text', '')] + [json.dumps(v) for k, v in o.get('data', {}).items() if not k.startswith('image/')]
+            shown = [v for kind, v in o.get('data', {}).items() if not kind.startswith('image/')]
+            texts += [o.get('text', ''), *map(json.dumps, shown)]
         for text in texts: # not the same words inside a URL or inline image
             found += re.findall(r'(?<![\w.~+/-])/(?:work|root|home|Users)/\S*', re.sub(r'base64,[\w+/=]+', '', text))
     assert not found
@@ -62,7 +74,7 @@ def test_links_of_readme_exist():
     missing = [link for link in links if not (root/link).exists()]
     assert not missing
 
-@pytest.mark.parametrize('path', [*sorted(root.glob('*.md')), *sorted((root/'experiments').glob('*.md'))], ids=lambda p: p.name)
+@each(texts)
 def test_links_of_texts_exist(path):
     links = re.findall(r'\]\((?![a-z]+:|#)([^)#\s]+)', path.read_text(encoding='utf-8'))
     missing = [link for link in links if not (path.parent/link).exists()]
@@ -95,7 +107,8 @@ def imported(name):
             used = [m for m in modules if tuple(parts[1:1 + len(m)]) == m]
             if used: yield max(used, key=len)
 
-ROOMS = ('data', 'editing', 'rewards', 'algorithm', 'evaluation', 'training', 'ablation', 'explore', 'cli')   # in reading order
+# in reading order
+ROOMS = ('data', 'editing', 'rewards', 'algorithm', 'evaluation', 'training', 'ablation', 'explore', 'cli')
 
 def place(name):
     "Where a chapter stands in reading order: its room, then its number and letter."
@@ -108,18 +121,24 @@ def test_imports_earlier_chapters_only(name):
 
 @pytest.mark.parametrize('name', modules, ids='.'.join)
 def test_takes_no_private_names_of_others(name):
-    source = root.joinpath(lib, *name).with_suffix('.py').read_text()
-    taken = [(node.module, a.name) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith(lib))
-             for a in node.names if a.name.startswith('_') and not a.name.startswith('__')]
+    tree = ast.parse(root.joinpath(lib, *name).with_suffix('.py').read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if node.level or (node.module or '').startswith(lib)]
+    taken = [(node.module, a.name) for node in ours for a in node.names if re.match('_[^_]', a.name)]
     assert not taken
+
+def public_names(name):
+    "What `__all__` of a module lists."
+    tree = ast.parse(root.joinpath(lib, *name).with_suffix('.py').read_text())
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    lists = [node.value for node in assigned if getattr(node.targets[0], 'id', '') == '__all__']
+    return [n for value in lists for n in ast.literal_eval(value)]
 
 def test_public_names_are_unique():
     "No two rooms give the same name to two things."
     seen = {}
     for name in modules:
-        tree = ast.parse(root.joinpath(lib, *name).with_suffix('.py').read_text())
-        public, = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__'] or [[]]
-        for n in public: seen.setdefault(n, []).append('.'.join(name))
+        for n in public_names(name): seen.setdefault(n, []).append('.'.join(name))
     twice = {n: places for n, places in seen.items() if len(places) > 1 and n != 'main'}
     assert not twice
 
