@@ -83,7 +83,7 @@ def to_vae(
     vae,                # the autoencoder that reads them
 ) -> torch.Tensor: # [N, 3, H, W] in [-1, 1], on the autoencoder's device and in its precision
     "8-bit pictures as an autoencoder takes them."
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(vae.device).permute(0, 3, 1, 2)
+    pixels = torch.tensor(np.ascontiguousarray(images)).to(vae.device).permute(0, 3, 1, 2)
     return (pixels.float()/127.5 - 1).to(vae.dtype)
 
 def to_uint8(
