@@ -246,19 +246,25 @@ def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(
     monkeypatch.setenv('OPENAI_API_KEY', key)
     settings = ['sessions_per_iteration=1', 'group=2', 'num_steps=2', 'turns=2', 'iterations=2', 'eval_sessions=2',
                 'lora_rank=2', 'train_timesteps=1', 'save_every=1']
-    down = [False]
-    with Faulty(lambda n, body: (500, f'no, {key}') if down[0] else Honest()(n, body)) as server:
+    fails_from = [10**9]                                                     # the number of a call
+    def answer(n, body): return (500, f'no, {key}') if n >= fails_from[0] else Honest()(n, body)
+    with Faulty(answer) as server:
         judge = f'judge=m@{server.url}:think'
         assert main([*settings, judge, '--run', str(tmp_path/'run')]) == 0
         asked = len(server.seen)
-        assert 0 < asked <= 2*2*2*2
+        assert 0 < asked <= 2*2*2*2 + 1                                      # one more: is the judge there
         assert main([*settings, judge, '--run', str(tmp_path/'run')]) == 0 and len(server.seen) == asked
-        down[0] = True
+        timings = [json.loads(x) for x in (tmp_path/'run'/'timings.jsonl').read_text().splitlines()]
+        assert sum(t['judge']['calls'] for t in timings) == asked - 1 and all(t['judge']['tokens'] for t in timings)
+        fails_from[0] = 0
+        assert main([*settings, judge, 'seed=2', '--run', str(tmp_path/'never')]) == 2  # found before anything is done
+        assert not (tmp_path/'never'/'before.safetensors').exists()
+        fails_from[0] = len(server.seen) + 3
         assert main([*settings, judge, 'seed=1', '--run', str(tmp_path/'down')]) == 2
-        down[0] = False
+        fails_from[0] = 10**9
         assert main(['--resume', str(tmp_path/'down')]) == 0
     said = capfd.readouterr()
-    assert 'scores failed' in said.err and key not in said.out + said.err
+    assert 'scores failed' in said.err and 'is not ready' in said.err and key not in said.out + said.err
     files = [p for p in tmp_path.rglob('*') if p.is_file()]
     assert any(p.name == 'judge.sqlite' for p in files)
     assert not [p for p in files if key.encode() in p.read_bytes()]

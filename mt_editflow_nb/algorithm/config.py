@@ -31,6 +31,8 @@ class Config(BaseModel, extra='forbid'):
     turns: Optional[int] = Field(None, ge=1, le=8, description="T; None: 3 in the shape world, the file's own otherwise")
     judge: str = Field('verifier', description="who rewards: 'verifier' (graded), 'verifier:binary', or MODEL:MODE such as 'tiny:think', see `load_judge`")
     eval_judge: str = Field('verifier', description='who evaluates, before and after')
+    judge_options: dict = Field(default_factory=dict, description='settings of the judge, such as {max_tokens: 2000, concurrency: 64}, see `Server`')
+    eval_judge_options: dict = Field(default_factory=dict, description='the same for the one that evaluates')
     sessions_per_iteration: int = Field(8, ge=1, description='P')
     group: int = Field(8, ge=2, description='G, members a session')
     keep: Optional[int] = Field(None, ge=1, description='members a group that are trained on, those with the largest advantages; None: all')
@@ -86,5 +88,6 @@ def make_config(values: dict # field -> value
     if c.weights is not None and len(c.weights) != 2: raise InputError(f'weights: got {c.weights}, expected two numbers, for if and cc')
     if c.aggregation == 'discounted' and c.gamma is None: raise InputError("gamma: got None, expected a number in (0, 1] with aggregation 'discounted'")
     if c.aggregation == 'none' and c.credit in ('broadcast', 'to_go'): raise InputError(f"aggregation: got 'none', expected a rule that collapses turns for credit {c.credit!r}")
-    load_judge(c.judge); load_judge(c.eval_judge)
+    load_judge(c.judge, **c.judge_options)
+    load_judge(c.eval_judge, **c.eval_judge_options)
     return c

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FOLLOWED_BY', 'load_for', 'prepare', 'opened', 'log_rows', 'saying_how_to_go_on', 'iteration_signals', 'save_figure',
            'save_group_figure', 'log_iteration', 'run_evaluation', 'heldout_row', 'keep_best', 'evaluate_heldout',
-           'fit_batch', 'say_findings', 'one_iteration', 'train_from_checkpoint', 'train_in', 'train', 'base_file',
-           'read_outcomes', 'write_outcomes', 'FirstBatch', 'saved_evaluation', 'results_of', 'draw_heldout',
-           'is_finished', 'check_size', 'run_stages', 'experiment']
+           'fit_batch', 'say_findings', 'one_iteration', 'train_from_checkpoint', 'train_in', 'load_judges',
+           'check_judges', 'train', 'base_file', 'read_outcomes', 'write_outcomes', 'FirstBatch', 'saved_evaluation',
+           'results_of', 'draw_heldout', 'is_finished', 'check_size', 'run_stages', 'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #e171c571
 import gc, os, shutil, sys, time
@@ -25,7 +25,7 @@ from ..data.shapeworld import WORLD_SIDE
 from ..editing.loading import load_editor
 from ..editing.lora import save_lora
 from ..editing.rollout import resize_sessions
-from ..rewards.cube import load_judge
+from ..rewards.cube import judge_usage, load_judge
 from ..algorithm.config import Config
 from ..algorithm.iterate import iterate
 from ..algorithm.policy import Policy
@@ -120,7 +120,7 @@ def save_group_figure(run, iteration: int, sessions, rolled, scores, adv_PGT):
                             scores.success_PGT[0][order].tolist(), f'iteration {iteration}')
     save_figure(figure, Path(run)/'rollouts'/f'{iteration:06d}.png')
 
-def log_iteration(c, run, state: RunState, meter, metrics: dict):
+def log_iteration(c, run, state: RunState, meter, metrics: dict, scores):
     "Append an iteration to the logs: what can be compared bit for bit, and seconds and memory apart from it."
     metrics |= dict(lr=c.lr*(1 - metrics['iteration']/c.iterations), passes=meter.passes)
     seconds = meter.seconds()
@@ -128,6 +128,7 @@ def log_iteration(c, run, state: RunState, meter, metrics: dict):
     speed = round(edits/max(seconds['seconds'], 1e-9), 3)
     timings = dict(iteration=metrics['iteration'], **seconds, edits_per_second=speed)
     if torch.cuda.is_available(): timings['peak_GB'] = round(torch.cuda.max_memory_allocated()/1e9, 3)
+    if scores.calls: timings['judge'] = judge_usage(scores)
     for name, row in (('metrics.jsonl', metrics), ('timings.jsonl', timings)):
         try: append_json_line(Path(run)/name, row)
         except OSError as e: raise InputError(f'{Path(run)/name}: cannot be written ({e.strerror})') from e
@@ -209,7 +210,7 @@ def one_iteration(c, run, state: RunState, source, judge, stop) -> dict: # metri
         if processes()[0]: return metrics                          # all hold the same adapter; one writes
         if c.algorithm != 'sft':
             metrics |= iteration_signals(c, state.policy.editor, sessions, rolled, scores, adv_PGT)
-        log_iteration(c, run, state, meter, metrics)
+        log_iteration(c, run, state, meter, metrics, scores)
         if state.iteration % c.save_every == 0 or state.iteration == c.iterations:
             state.save()
             say_findings(c, run, i)
@@ -251,6 +252,18 @@ def train_in(c, run, source, judge, eval_judge, progress: bool, stop): # the tra
     file = Path(run)/'batch.json'
     return halve_while_memory_ends(attempt, min(c.batch, remembered_batch(file) or c.batch), file, where)
 
+def load_judges(c, judge=None, cache=None) -> tuple: # (the judge that trains, the judge that evaluates)
+    "The judges of a configuration, or the given one for both; one that does both is loaded once."
+    if judge: return judge, judge
+    judge = load_judge(c.judge, cache=cache, **c.judge_options)
+    if (c.eval_judge, c.eval_judge_options) == (c.judge, c.judge_options): return judge, judge
+    return judge, load_judge(c.eval_judge, **c.eval_judge_options)
+
+def check_judges(*judges):
+    "Ask each judge one small question, so that one that cannot answer is found before anything expensive."
+    for judge in dict.fromkeys(judges):
+        if hasattr(judge, 'check_ready'): judge.check_ready()
+
 def train(c: Config,           # from `make_config`
           run,                 # folder to create, or to continue
           judge=None,          # (sessions, images) -> `Scores`; None: the one that `c.judge` names
@@ -261,13 +274,12 @@ def train(c: Config,           # from `make_config`
     Raises `Stopped`, a `KeyboardInterrupt`, when a signal asks to stop, and `InputError` for what does not fit."""
     source, identity = prepare(c)
     with opened(c, run, identity) as run, saying_how_to_go_on(run), stop_requests() as stop:
-        judge, given = judge or load_judge(c.judge), judge
-        eval_judge = given or (judge if c.eval_judge == c.judge else load_judge(c.eval_judge))
+        judge, eval_judge = load_judges(c, judge)
         return train_in(c, run, source, judge, eval_judge, progress, stop)
 
 # %% ../../nbs/training/04_train.ipynb #d4549ef3
-_BASE_DEPENDS_ON = ('editor', 'quantize', 'size', 'guidance', 'turns', 'eval_turns', 'eval_judge', 'num_steps', 'batch',
-                    'eval_sessions')
+_BASE_DEPENDS_ON = ('editor', 'quantize', 'size', 'guidance', 'turns', 'eval_turns', 'eval_judge', 'eval_judge_options',
+                    'num_steps', 'batch', 'eval_sessions')
 
 def base_file(run, c: Config, identity: dict) -> Path: # None: what is found is not shared
     "Where runs of one folder share what they found of the base editor, named by all that it depends on."
@@ -389,8 +401,8 @@ def experiment(c: Config,           # from `make_config`
     with opened(c, run, identity) as run, saying_how_to_go_on(run), stop_requests() as stop:
         if not is_finished(run):
             given = judge is not None
-            judge = judge or load_judge(c.judge, cache=run/'judge.sqlite')          # a resumed run asks nothing twice
-            eval_judge = judge if given or c.eval_judge == c.judge else load_judge(c.eval_judge)     # loaded once
+            judge, eval_judge = load_judges(c, judge, run/'judge.sqlite')           # a resumed run asks nothing twice
+            check_judges(judge, eval_judge)
             run_stages(c, run, source, identity, judge, eval_judge, given, progress, stop)
         results, table = results_of(c, run, source)
         if processes()[0] == 0:
