@@ -111,7 +111,8 @@ def measure(c, configs, nf4, compiled, device, dtype, repeat):
     rows = count_rows(c, T)
     iteration = (rows['sampled'] + rows['compared'])*forward + rows['trained']*both
     return dict(weights=weights_name(nf4, dtype), compiled=compiled, seconds_forward_row=forward,
-                seconds_train_row=both, seconds_iteration=iteration, edits_per_gpu_second=c.sessions_per_iteration*c.group*T/iteration,
+                seconds_train_row=both, seconds_iteration=iteration,
+                edits_per_gpu_second=c.sessions_per_iteration*c.group*T/iteration,
                 peak_GB=torch.cuda.max_memory_allocated()/1e9 if device.type == 'cuda' else None,
                 kernel_share=kernel_share(train, device),
                 utilisation=(flops_of_a_row(c, configs)/forward)/speed if speed else None)

@@ -1,21 +1,37 @@
-"Two processes with the same global batch give the adapter that one gives, started by accelerate's launcher as a user would."
+"""Two processes with the same global batch give the adapter that one gives.
+
+They are started by accelerate's launcher, as a user would."""
 import json, os, socket, subprocess, sys
-import pytest, torch
+import pytest
 from safetensors.torch import load_file
 from mt_editflow_nb.cli.train import main
 
-settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2', 'batch=16', 'lora_rank=2', 'updates=2', 'std=global', 'whiten=true', 'lr=2e-4']   # AdamW divides by the gradient's size: rounding grows with lr
+# AdamW divides by the gradient's size: rounding grows with lr
+settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2',
+            'batch=16', 'lora_rank=2', 'updates=2', 'std=global', 'whiten=true', 'lr=2e-4']
 
-@pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], ['algorithm=grpo', 'clip=1e-2']], ids=['nft', 'grpo'])
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+def rows(run): return [json.loads(line) for line in (run/'metrics.jsonl').read_text().splitlines()]
+
+@pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], ['algorithm=grpo', 'clip=1e-2']],
+                         ids=['nft', 'grpo'])
 def test_two_processes_are_one(tmp_path, extra):
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = str(s.getsockname()[1])
-    run = lambda name: [*settings, *extra, '--run', str(tmp_path/name)]
-    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--main_process_port', port, '-m', 'mt_editflow_nb.training', *run('two')],
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    def arguments(name): return [*settings, *extra, '--run', str(tmp_path/name)]
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2',
+                '--main_process_port', free_port(), '-m', 'mt_editflow_nb.training']
+    done = subprocess.run([*launcher, *arguments('two')], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          timeout=900, env=dict(os.environ, OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stdout[-2000:]
-    assert main(run('one')) == 0
+    assert main(arguments('one')) == 0
     one, two = (load_file(tmp_path/n/'lora'/'pytorch_lora_weights.safetensors') for n in ('one', 'two'))
     assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
     assert any(one[k].abs().max() > 1e-4 for k in one if 'lora_B' in k)                     # it was trained
-    a, b = ([json.loads(x) for x in (tmp_path/n/'metrics.jsonl').read_text().splitlines()] for n in ('one', 'two'))
-    assert len(a) == len(b) == 2 and all(x['rows'] == y['rows'] and x['if'] == pytest.approx(y['if'], abs=1e-4) and abs(x['loss'] - y['loss']) < 1e-4 for x, y in zip(a, b))
+    a, b = rows(tmp_path/'one'), rows(tmp_path/'two')
+    assert len(a) == len(b) == 2
+    for x, y in zip(a, b):
+        assert x['rows'] == y['rows']
+        assert x['if'] == pytest.approx(y['if'], abs=1e-4) and abs(x['loss'] - y['loss']) < 1e-4

@@ -108,7 +108,7 @@ def _held_out_of(sessions, c):
     if amount is None: amount = min(c.eval_sessions, max(1, round(DEFAULT_SHARE*len(sessions))))
     return *split_by_picture(sessions, amount), f'held-out sessions of {file} (apart by picture)'
 
-# %% ../../nbs/training/02_source.ipynb #35786287
+# %% ../../nbs/training/02_source.ipynb #1b3325cf
 def _check_fields(c):
     "A setting without an effect is an error."
     shape_world = c.sessions == 'shapeworld'
@@ -123,17 +123,22 @@ def _check_turns(c, name, sessions):
     turns = len(sessions[0].instructions)
     expect(c.turns in (None, turns), 'turns', f'none, or the {turns} of {name}', c.turns)
 
+def _check_words(sessions):
+    "The exact verifier reads the shape world's words. Raises `InputError` for others."
+    for s in sessions:
+        for instruction in s.instructions: parse_edit(instruction)
+
 def session_source(c: Config # `sessions`, `heldout`, `turns`, `eval_sessions`, ... are read
                   ) -> SessionSource:
     "The sessions of a run. Raises `InputError` for files that do not fit it."
     _check_fields(c)
     if c.sessions == 'shapeworld': return _shape_world(c)
-    train, heldout, name = _held_out_of(load_sessions(c.sessions), c)
+    sessions = load_sessions(c.sessions)
+    if c.judge.startswith('verifier'): _check_words(sessions)
+    train, heldout, name = _held_out_of(sessions, c)
     heldout = heldout[:c.eval_sessions]
     for field, sessions in (('sessions', train), ('heldout', heldout)): _check_turns(c, field, sessions)
-    for judge, sessions in ((c.judge, train), (c.eval_judge, heldout)):
-        if not judge.startswith('verifier'): continue
-        for instruction in (t for s in sessions for t in s.instructions): parse_edit(instruction)   # its words only
+    if c.eval_judge.startswith('verifier'): _check_words(heldout)
     alike = near_copies(heldout, train) if c.heldout != 'training' else ()
     said = [f'heldout: the picture of {h.id!r} looks like that of {t.id!r}, which is trained on' for h, t in alike[:3]]
     return SessionSource(_shuffled(train, c), heldout, name, content_hash(train), content_hash(heldout), tuple(said))
