@@ -333,11 +333,15 @@ def plan(c,               # a run's configuration, `Config`
         uncounted=sorted(j for j in {c.judge, c.eval_judge} if judge_bytes(j, size, element) is None),
         gpu_bytes=torch.cuda.get_device_properties(0).total_memory if found else None)
 
-# %% ../../nbs/training/01_budget.ipynb #8d7327b3
+# %% ../../nbs/training/01_budget.ipynb #26d7684a
 _LOWER = {'transformer': 'quantize=nf4', 'text encoders': 'quantize=nf4 or offload=true',
           'optimiser': 'adam8bit=true or a smaller lora_rank', 'rollouts': 'fewer sessions_per_iteration',
           'adapter, its gradient, old policy': 'a smaller lora_rank or lora_targets=attention',
           'autoencoder': 'a smaller size', 'judge': 'MODEL+nf4:MODE, or MODEL@URL:MODE on another card'}
+
+def _gigabytes(b: float) -> str:
+    "One decimal, and enough digits where that would be 0.0."
+    return f'{b/1e9:.1f} GB' if b >= 5e7 or not b else f'{b/1e9:.2g} GB'
 
 def advice(p: dict # from `plan`
           ) -> str: # one line
@@ -346,9 +350,9 @@ def advice(p: dict # from `plan`
         if part.startswith('activations'): return 'checkpointing=true, a smaller batch or size'
         return _LOWER.get(part, 'nothing')
     largest = sorted(p['memory'].items(), key=lambda part: -part[1])[:3]
-    card = f" on a card of {p['gpu_bytes']/1e9:.1f} GB" if p.get('gpu_bytes') else ''
-    parts = '; '.join(f'{part} {b/1e9:.1f} GB ({lower(part)})' for part, b in largest)
-    return f"planned are {sum(p['memory'].values())/1e9:.1f} GB{card}: {parts}"
+    card = f" on a card of {_gigabytes(p['gpu_bytes'])}" if p.get('gpu_bytes') else ''
+    parts = '; '.join(f'{part} {_gigabytes(b)} ({lower(part)})' for part, b in largest if b)
+    return f"planned are {_gigabytes(sum(p['memory'].values()))}{card}: {parts}"
 
 def _time_lines(p):
     if not p['found']: yield 'no GPU is found here; the time is that of the card named below'
