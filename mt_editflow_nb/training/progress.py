@@ -51,7 +51,7 @@ def metered(editor): # yields a `PassMeter`
     try: yield meter
     finally: editor.velocity = velocity
 
-# %% ../../nbs/training/03b_progress.ipynb #4c9480d2
+# %% ../../nbs/training/03b_progress.ipynb #6544e3e1
 TRAINED_ROW = 3.  # seconds of a trained row, forward and backward, over those of a sampled one
 
 def estimate_seconds(c,                 # a run's configuration
@@ -69,8 +69,8 @@ def estimate_seconds(c,                 # a run's configuration
 
 def in_words(seconds: float) -> str:
     "A duration for people."
-    if seconds < 90: return f'{seconds:.0f} seconds'
-    return f'{seconds/60:.0f} minutes' if seconds < 5400 else f'{seconds/3600:.1f} hours'
+    if seconds < 90: return f'{max(1, round(seconds))} s'
+    return f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
 
 def estimate_text(c, estimate: dict) -> str: # of a run's configuration, and from `estimate_seconds`
     total, iteration, evaluation = (in_words(estimate[k]) for k in ('total', 'iteration', 'evaluation'))
