@@ -9,8 +9,8 @@ __all__ = ['FOLLOWED_BY', 'load_for', 'prepare', 'opened', 'log_rows', 'saying_h
            'check_judges', 'train', 'base_file', 'read_outcomes', 'write_outcomes', 'FirstBatch', 'saved_evaluation',
            'results_of', 'draw_heldout', 'is_finished', 'check_size', 'run_stages', 'experiment']
 
-# %% ../../nbs/training/04_train.ipynb #e171c571
-import gc, os, shutil, sys, time
+# %% ../../nbs/training/04_train.ipynb #9b5f1116
+import gc, json, os, shutil, sys, time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -369,7 +369,7 @@ def is_finished(run) -> bool:
     print(f'{adapter}: not the adapter that was trained; it is made again from the last checkpoint', file=sys.stderr)
     return False
 
-# %% ../../nbs/training/04_train.ipynb #1d612726
+# %% ../../nbs/training/04_train.ipynb #e7179028
 def check_size(c, editor):
     "The exact verifier reads pictures of one size. Raises `InputError` before anything is rolled out."
     for field in ('judge', 'eval_judge'):
@@ -409,4 +409,4 @@ def experiment(c: Config,           # from `make_config`
             draw_heldout(run, source)
             atomic_write(run/'results.csv', table.to_csv())
             atomic_write(run/'results.json', to_json(results, indent=1))
-    return read_json(run/'results.json')
+    return json.loads(to_json(results))
