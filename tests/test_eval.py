@@ -90,16 +90,21 @@ def test_the_exposure_notebook_with_two_seeds(tmp_path):
     "Two adapters that change nothing: every difference is 0; and what was measured is not measured again."
     for seed in (0, 1): save_lora(load_editor(lora_rank=2), tmp_path/f'seed_{seed}/lora')
     def run(**kw):
-        papermill.execute_notebook(str(root/'experiments/exposure.ipynb'), str(tmp_path/'out.ipynb'), dict(n=2, turns=2, n_back=1, back_turns=2, steps=1, out=str(tmp_path/'out')) | kw, progress_bar=False)
+        parameters = dict(n=2, turns=2, n_back=1, back_turns=2, steps=1, out=str(tmp_path/'out')) | kw
+        papermill.execute_notebook(str(root/'experiments/exposure.ipynb'), str(tmp_path/'out.ipynb'), parameters,
+                                   progress_bar=False)
         return pd.read_csv(tmp_path/'out/exposure.csv')
     alone = run()
-    assert set(alone.which) == {'before'} and {'half-life', 'exposure', 'drift', 'long', 'undo, own words'} <= set(alone.table)
+    assert set(alone.which) == {'before'}
+    assert {'half-life', 'exposure', 'drift', 'long', 'undo, own words'} <= set(alone.table)
     before = {f: f.stat().st_mtime_ns for f in (tmp_path/'out/measured').iterdir()}
     both = run(lora=str(tmp_path/'seed_*/lora'))
     assert len(before) == 1 and all(f.stat().st_mtime_ns == t for f, t in before.items())
-    pd.testing.assert_frame_equal(both[both.which == 'before'].drop(columns='superiority').reset_index(drop=True), alone)
+    of_base = both[both.which == 'before'].drop(columns='superiority').reset_index(drop=True)
+    pd.testing.assert_frame_equal(of_base, alone)
     d = both[(both.which == 'difference') & both.value.notna()]
-    assert len(d) > 20 and (d[['value', 'low', 'high']] == 0).all(axis=None) and (tmp_path/'out/exposure.png').is_file()
+    assert len(d) > 20 and (d[['value', 'low', 'high']] == 0).all(axis=None)
+    assert (tmp_path/'out/exposure.png').is_file()
 
 real = Path(os.environ.get('EDIVAL_CSV') or root/'../shared/data/edival_bench_sessions.csv')
 

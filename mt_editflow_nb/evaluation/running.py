@@ -56,8 +56,7 @@ class EvaluatedSession(NamedTuple):
 def evaluation_protocol(editor, sessions: list, **settings) -> dict:
     "What the results of an evaluation depend on; `settings`: seed, num_steps, batch, and names of editor and judge."
     adapter = [p.detach().float().cpu().numpy() for p in lora_parameters(editor)]
-    data = [(s.id, list(s.instructions), np.asarray(s.image)) for s in sessions]
-    return dict(sessions=content_hash(data), adapter=content_hash(adapter), size=editor.size) | settings
+    return dict(sessions=content_hash(sessions), adapter=content_hash(adapter), size=editor.size) | settings
 
 def check_protocol(
     folder,         # created when missing

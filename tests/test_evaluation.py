@@ -1,0 +1,57 @@
+"An evaluation that is killed at any moment goes on, and ends with the same table and the same pictures."
+import json, signal, subprocess, sys
+import numpy as np, pytest
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.evaluation.running import evaluate
+from mt_editflow_nb.evaluation.scores import load_outcomes, score_intervals
+from mt_editflow_nb.rewards.cube import load_judge
+from safetensors.numpy import save_file
+
+how = dict(num_steps=1, batch=2)
+program = """
+import sys
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.evaluation.running import evaluate_sessions
+from mt_editflow_nb.rewards.cube import load_judge
+sessions = shape_sessions(12, 2, 'heldout')
+for e in evaluate_sessions(load_editor(), sessions, load_judge('verifier'), num_steps=1, batch=2, folder=sys.argv[1]):
+    print(e.index, flush=True)
+"""
+
+def test_killed_and_resumed(tmp_path):
+    folder, sessions, judge = tmp_path/'before', shape_sessions(12, 2, 'heldout'), load_judge('verifier')
+    for stop_at in (2, 6):                        # killed twice, each time while the next batch is being made
+        process = subprocess.Popen([sys.executable, '-c', program, str(folder)], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if int(line) == stop_at: break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = {f.name: f.stat().st_mtime_ns for f in folder.glob('[0-9]*')}
+    assert len(done) >= 3
+    asked = []
+    def counting(part, images):
+        asked.append(len(part))
+        return judge(part, images)
+    resumed, images = evaluate(load_editor(), sessions, counting, folder=folder, **how)
+    whole, expected = evaluate(load_editor(), sessions, judge, **how)
+    assert len(asked) == 6 - len(done)
+    assert all((folder/name).stat().st_mtime_ns == t for name, t in done.items()), 'a batch was made twice'
+    for a, b in zip([*resumed, images], [*whole, expected]): np.testing.assert_array_equal(a, b)
+    assert score_intervals(resumed, n_boot=20).equals(score_intervals(whole, n_boot=20))
+
+def test_half_a_file_of_the_protocol_is_one_line(tmp_path):
+    (tmp_path/'protocol.json').write_text('{"sessions": "ab')
+    with pytest.raises(InputError, match='not valid JSON'):
+        evaluate(load_editor(), shape_sessions(2, 1, 'heldout'), load_judge('verifier'), folder=tmp_path, **how)
+
+def test_outcomes_of_earlier_versions(tmp_path):
+    "Boolean success, names that end in `_NT`, pictures in the same file."
+    arrays = dict(success_NT=np.array([[True, False], [True, True]]), object_cc_NT=np.full((2, 2), .5, np.float32),
+                  background_cc_NT=np.full((2, 2), np.nan, np.float32), images=np.zeros((2, 2, 4, 4, 3), np.uint8))
+    save_file(arrays, tmp_path/'after.safetensors', metadata=dict(ids=json.dumps(['a', 'b'])))
+    outcomes, ids = load_outcomes(tmp_path)
+    assert ids == ['a', 'b'] and outcomes.success_IT.dtype == np.float32
+    assert score_intervals(outcomes, n_boot=20).value[2, 'IF'] == 50
