@@ -7,142 +7,193 @@ __all__ = ['STRUCTURES', 'structure_of', 'plain_edit', 'teacher_path', 'undo_fol
            'structured_sessions', 'plain_form']
 
 # %% ../../nbs/data/04_structures.ipynb #701e6ef2
-from dataclasses import replace
 import re
+from dataclasses import replace
 import numpy as np
 from PIL import Image
-from .files import InputError
+from .files import InputError, expect, one_of
 from .sessions import Session
-from .shapeworld import BACKGROUNDS, COLORS, OBJECTS, POSITIONS, SPLITS, Edit, Scene, apply_edit, random_chain, parse_edit, render, edit_text, enlarge
-from .verifier import content_consistency, instruction_followed, consistency_reference
-from .shapeworld import closeness, recognise, read_scene
+from .shapeworld import (BACKGROUNDS, OBJECTS, POSITIONS, SPLITS, Edit, Reading, apply_edit,
+                                            closeness, edit_text, parse_edit, random_chain, read_scene, recognise,
+                                            render, with_article)
+from .verifier import VERIFIED, consistency_reference, content_consistency, instruction_followed
 
 # %% ../../nbs/data/04_structures.ipynb #4b70d11d
 STRUCTURES = ('undo', 'referring', 'conditional')
 _names = f"({'|'.join(OBJECTS[1:])})"
 _condition = re.compile(rf'if there is an? {_names}, (.+), otherwise (.+)')
 
-def structure_of(text: str) -> str:
+def _words(text): return ' '.join(text.lower().strip(' ."\'').split())
+
+def structure_of(
+    text: str, # an instruction
+) -> str:
     "'undo', 'referring', 'conditional', or 'plain'."
-    t = text.lower().strip(' ."\'')
-    return 'undo' if t == 'undo the last change' else 'conditional' if _condition.fullmatch(t) else 'referring' if 'the one you just added' in t else 'plain'
+    words = _words(text)
+    if words == 'undo the last change': return 'undo'
+    if _condition.fullmatch(words): return 'conditional'
+    return 'referring' if 'the one you just added' in words else 'plain'
 
 def plain_edit(
-    text: str, # an instruction of a structured session
-    codes, # the nine object codes that are seen now
+    text: str,   # an instruction of a structured session
+    codes,       # the nine object codes that are seen now
     edits: list, # the plain `Edit`s so far, None for an undo
-) -> Edit: # None for an undo: it asks for a picture, not for an edit
+) -> Edit:       # None for an undo: it asks for a picture, not for an edit
     "The plain edit that an instruction asks for. Raises `InputError` where it points at nothing."
-    kind, t = structure_of(text), ' '.join(text.lower().strip(' ."\'').split())
+    kind, words = structure_of(text), _words(text)
     if kind == 'undo':
         if not edits: raise InputError(f'instruction {text!r}: there is no change to undo in the first turn')
         return None
     if kind == 'referring':
         added = [e.obj for e in edits if e and e.type == 'subject_add']
         if not added: raise InputError(f'instruction {text!r}: nothing was added before')
-        return parse_edit(t.replace('the one you just added', f'the {OBJECTS[added[-1]]}'))
+        return parse_edit(words.replace('the one you just added', f'the {OBJECTS[added[-1]]}'))
     if kind == 'conditional':
-        name, then, other = _condition.fullmatch(t).groups()
+        name, then, other = _condition.fullmatch(words).groups()
         there = OBJECTS.index(name) in list(codes)
         return parse_edit(then.replace('remove it', f'remove the {name}') if there else other)
-    return parse_edit(t)
+    return parse_edit(words)
 
-def teacher_path(session) -> tuple: # (scenes [T + 1], edits [T], None for an undo)
+def teacher_path(
+    session: Session,
+) -> tuple: # (scenes [T + 1], edits [T], None for an undo)
     "The teacher's way through a session: what a perfect editor with memory would do."
     scenes, edits = [read_scene(np.asarray(session.image))], []
     for text in session.instructions:
         e = plain_edit(text, scenes[-1].cells, edits)
-        scenes.append(scenes[-2] if e is None else apply_edit(scenes[-1], e)); edits.append(e)
+        scenes.append(scenes[-2] if e is None else apply_edit(scenes[-1], e))
+        edits.append(e)
     return scenes, edits
 
 # %% ../../nbs/data/04_structures.ipynb #d9474c30
-def undo_followed(earlier, after) -> tuple: # (success: bool, graded: float in [0, 1])
-    "Is the picture of two turns ago back? Two `Reading`s of one image each."
+def undo_followed(
+    earlier: Reading, # of one image: what was shown two turns ago
+    after: Reading,   # of one image: this turn's result
+) -> tuple:           # (success: bool, graded: float in [0, 1])
+    "Is the picture of two turns ago back?"
     known = np.flatnonzero(earlier.codes >= 0)
     near = closeness(after.rms)[known, earlier.codes[known]].mean() if len(known) else 0.
-    return bool(len(known) and (after.codes == earlier.codes)[known].all() and after.background == earlier.background), float(near)
+    same_cells = len(known) and (after.codes == earlier.codes)[known].all()
+    return bool(same_cells and after.background == earlier.background), float(near)
+
+def _undo_background(edits, first):
+    "After the last background change was undone: the change back to the background before it."
+    before = [e.background for e in edits if e.background][:-1]
+    return Edit('background_change', background=(before or [list(BACKGROUNDS)[first.background]])[-1])
+
+def _verify_member(instructions, first_image, first, images, now):
+    "The five verdicts of each turn of one member, in the order of `VERIFIED`. `first` and `now` are readings."
+    readings, edits, so_far = [first], [], []      # `so_far`: edits meant, an undone background as one more change
+    for text, image, after in zip(instructions, images, now):
+        e = plain_edit(text, readings[-1].codes, edits)
+        if e:
+            verdict = instruction_followed(e, readings[-1], after)
+            so_far.append(e)
+        else:
+            verdict = undo_followed(readings[-2], after)
+            if edits[-1] and edits[-1].type == 'background_change': so_far.append(_undo_background(so_far, first))
+        edits.append(e)
+        readings.append(after)
+        reference = consistency_reference(first_image, first, so_far)
+        terms = content_consistency(reference, first, so_far, image, after)
+        yield *verdict, *terms, not any(x.type == 'background_change' for x in so_far)
 
 def verify_structured(
-    sessions: list, # P sessions whose instructions may look back
+    sessions: list,            # P sessions whose instructions may look back
     images_PGTHWC: np.ndarray, # uint8, every turn's result
-) -> dict: # arrays [P, G, T] as `verifier.verify` returns them
+) -> dict:                     # arrays [P, G, T] as `verifier.verify` returns them
     "Score structured sessions exactly. For sessions of plain instructions it is `verifier.verify`."
     P, G, T, H, W, C = images_PGTHWC.shape
     first = np.stack([np.asarray(s.image) for s in sessions])
     seen, now = recognise(first), recognise(images_PGTHWC.reshape(-1, H, W, C))
-    out = {k: np.zeros((P, G, T), d) for k, d in dict(success=bool, graded=np.float32, object_cc=np.float32, background_cc=np.float32, cc_valid=bool).items()}
-    for p, s in enumerate(sessions):
+    out = {name: np.zeros((P, G, T), kind) for name, kind in VERIFIED.items()}
+    for p, session in enumerate(sessions):
         for g in range(G):
-            readings, edits, so_far = [seen[p]], [], []
-            for t in range(T):
-                after = now[(p * G + g) * T + t]
-                e = plain_edit(s.instructions[t], readings[-1].codes, edits)
-                out['success'][p, g, t], out['graded'][p, g, t] = instruction_followed(e, readings[-1], after) if e else undo_followed(readings[-2], after)
-                undid = None if e or edits[-1] is None else edits[-1].type == 'background_change'
-                if e: so_far.append(e)
-                elif undid: so_far.append(Edit('background_change', background=next((x.background for x in reversed(so_far[:-1]) if x.background), list(BACKGROUNDS)[seen[p].background])))
-                edits.append(e); readings.append(after)
-                ref = consistency_reference(first[p], seen[p], so_far)
-                out['cc_valid'][p, g, t] = not any(x.type == 'background_change' for x in so_far)
-                out['object_cc'][p, g, t], out['background_cc'][p, g, t] = content_consistency(ref, seen[p], so_far, images_PGTHWC[p, g, t], after)
+            turns = [now[(p*G + g)*T + t] for t in range(T)]
+            verdicts = _verify_member(session.instructions, first[p], seen[p], images_PGTHWC[p, g], turns)
+            for name, values in zip(VERIFIED, zip(*verdicts)): out[name][p, g] = values
     return out
 
 # %% ../../nbs/data/04_structures.ipynb #f6f5bf24
-def structured_sessions(
-    n: int, # how many
-    structure: str, # one of `STRUCTURES`
-    turns: int = 3, # T, at least 2
-    split: str = 'heldout', # 'train' or 'heldout'
-    seed: int = 0,
-) -> list: # `Session`s; task_types name the structure of a turn, or the ordinary type
-    "Seeded sessions in which every second turn looks back. `meta['plain']` says the same in plain words along the teacher's way."
-    if structure not in STRUCTURES: raise InputError(f'structure: got {structure!r}, expected one of {", ".join(STRUCTURES)}')
-    if turns < 2: raise InputError(f'turns: got {turns}, expected at least 2: the first turn cannot look back')
-    out = []
-    for i in range(n):
-        rng = np.random.default_rng((seed, i, list(SPLITS).index(split), 1 + STRUCTURES.index(structure)))
-        while (s := _one(rng, f'{structure}-{split}-{seed}-{i}', structure, turns, split)) is None: pass
-        out.append(s)
-    return out
+def _pick(rng, options): return options[int(rng.integers(len(options)))]
 
-def _one(rng, id, structure, turns, split):
-    "One session, or None where the dice leave no room."
-    (scenes, _), scene = random_chain(rng, 1, split), None
-    scenes, edits, texts = scenes[:1], [], []
-    for t in range(turns):
-        cells, back = scenes[-1].cells, t % 2 == 1
-        free, here = [c for c in range(9) if not cells[c]], sorted({o for o in cells if o})
-        absent = [o for o in range(1, len(OBJECTS)) if o not in cells]
-        if not here or len(free) < 2: return None
-        pick = lambda xs: xs[int(rng.integers(len(xs)))]
-        if structure == 'undo' and back: text = 'undo the last change'
-        elif structure == 'referring' and back:
-            added = OBJECTS[edits[-1].obj]
-            same = [o for o in absent if OBJECTS[o].split()[1] == added.split()[1]]
-            text = pick([f'move the one you just added to the {POSITIONS[pick(free)]}', 'remove the one you just added',
-                         f'replace the one you just added with {_a(OBJECTS[pick(absent)])}'] + ([f'change the color of the one you just added to {OBJECTS[pick(same)].split()[0]}'] if same else []))
-        elif structure == 'conditional' and back:
-            name = OBJECTS[pick(here if rng.random() < .5 else absent)]
-            text = f'if there is {_a(name)}, remove it, otherwise add {_a(OBJECTS[pick([o for o in absent if OBJECTS[o] != name])])} at the {POSITIONS[pick(free)]}'
-        elif structure == 'referring': text = f'add {_a(OBJECTS[pick(absent)])} at the {POSITIONS[pick(free)]}'
-        else:
-            obj = pick(here)
-            text = edit_text(pick([Edit('subject_add', pick(absent), cell=pick(free)), Edit('subject_remove', obj), Edit('position_change', obj, cell=pick(free)), Edit('subject_replace', obj, new=pick(absent))]))
-        e = plain_edit(text, cells, edits)
-        scenes.append(scenes[-2] if e is None else apply_edit(scenes[-1], e)); edits.append(e); texts.append(text)
-    plain = [edit_text(e) if e else _inverse(edits[t - 1], scenes[t - 1], scenes[t]) for t, e in enumerate(edits)]
-    return Session(id, Image.fromarray(render(scenes[:1])[0]), texts, [structure_of(x) if structure_of(x) != 'plain' else parse_edit(x).type for x in texts], dict(plain=plain))
+def _look_back(rng, structure, edits, here, absent, free):
+    "The text of a turn that looks back."
+    if structure == 'undo': return 'undo the last change'
+    if structure == 'referring':
+        added = OBJECTS[edits[-1].obj]
+        same_shape = [o for o in absent if OBJECTS[o].split()[1] == added.split()[1]]
+        texts = [f'move the one you just added to the {POSITIONS[_pick(rng, free)]}', 'remove the one you just added',
+                 f'replace the one you just added with {with_article(OBJECTS[_pick(rng, absent)])}']
+        if same_shape:
+            color = OBJECTS[_pick(rng, same_shape)].split()[0]
+            texts.append(f'change the color of the one you just added to {color}')
+        return _pick(rng, texts)
+    name = OBJECTS[_pick(rng, here if rng.random() < .5 else absent)]
+    other = with_article(OBJECTS[_pick(rng, [o for o in absent if OBJECTS[o] != name])])
+    place = POSITIONS[_pick(rng, free)]
+    return f'if there is {with_article(name)}, remove it, otherwise add {other} at the {place}'
 
-def _a(name): return f'an {name}' if name[0] in 'aeiou' else f'a {name}'
+def _look_ahead(rng, structure, here, absent, free):
+    "The text of an ordinary turn; one that can be referred to adds something."
+    if structure == 'referring':
+        return edit_text(Edit('subject_add', _pick(rng, absent), cell=_pick(rng, free)))
+    obj = _pick(rng, here)
+    return edit_text(_pick(rng, [
+        Edit('subject_add', _pick(rng, absent), cell=_pick(rng, free)), Edit('subject_remove', obj),
+        Edit('position_change', obj, cell=_pick(rng, free)), Edit('subject_replace', obj, new=_pick(rng, absent))]))
 
-def _inverse(e, before, after):
-    "What takes `after` back to `before`, in plain words."
+def _inverse(e, before):
+    "What takes the scene after an edit back to the scene before, in plain words."
     if e.type == 'subject_add': return edit_text(Edit('subject_remove', e.obj))
     where = before.cells.index(e.obj)
     if e.type == 'subject_remove': return edit_text(Edit('subject_add', e.obj, cell=where))
     if e.type == 'position_change': return edit_text(Edit('position_change', e.obj, cell=where))
     return edit_text(Edit('subject_replace', e.new, new=e.obj))
 
-def plain_form(sessions: list) -> list:
+# %% ../../nbs/data/04_structures.ipynb #f6f5bf25
+def _structured_session(rng, id, structure, turns, split):
+    "One session, or None where a scene leaves no room for the next turn."
+    scenes, edits, texts = random_chain(rng, 1, split)[0][:1], [], []
+    for t in range(turns):
+        cells = scenes[-1].cells
+        free, here = [c for c in range(9) if not cells[c]], sorted({o for o in cells if o})
+        absent = [o for o in range(1, len(OBJECTS)) if o not in cells]
+        if not here or len(free) < 2: return None
+        if t % 2: text = _look_back(rng, structure, edits, here, absent, free)
+        else: text = _look_ahead(rng, structure, here, absent, free)
+        e = plain_edit(text, cells, edits)
+        scenes.append(scenes[-2] if e is None else apply_edit(scenes[-1], e))
+        edits.append(e)
+        texts.append(text)
+    plain = [edit_text(e) if e else _inverse(edits[t - 1], scenes[t - 1]) for t, e in enumerate(edits)]
+    kinds = [structure_of(text) for text in texts]
+    types = [parse_edit(text).type if kind == 'plain' else kind for text, kind in zip(texts, kinds)]
+    return Session(id, Image.fromarray(render(scenes[:1])[0]), texts, types, dict(plain=plain))
+
+def structured_sessions(
+    n: int,                 # how many
+    structure: str,         # one of `STRUCTURES`
+    turns: int = 3,         # T, at least 2
+    split: str = 'heldout', # 'train' or 'heldout'
+    seed: int = 0,          # a different seed gives other sessions
+) -> list: # `Session`s; task_types name the structure of a turn, or the ordinary type
+    """Seeded sessions in which every second turn looks back.
+    `meta['plain']` says the same in plain words along the teacher's way."""
+    one_of('structure', structure, STRUCTURES)
+    expect(turns >= 2, 'turns', 'at least 2, since the first turn cannot look back', turns)
+    sessions = []
+    for i in range(n):
+        rng = np.random.default_rng((seed, i, list(SPLITS).index(split), 1 + STRUCTURES.index(structure)))
+        session = None
+        while session is None:
+            session = _structured_session(rng, f'{structure}-{split}-{seed}-{i}', structure, turns, split)
+        sessions.append(session)
+    return sessions
+
+def plain_form(
+    sessions: list, # from `structured_sessions`
+) -> list:
     "The same sessions with every turn in plain words, as an assistant with memory would say them."
-    return [replace(s, id=f'{s.id}-plain', instructions=list(s.meta['plain']), task_types=[parse_edit(t).type for t in s.meta['plain']], meta={}) for s in sessions]
+    return [replace(s, id=f'{s.id}-plain', instructions=list(s.meta['plain']),
+                    task_types=[parse_edit(text).type for text in s.meta['plain']], meta={}) for s in sessions]
