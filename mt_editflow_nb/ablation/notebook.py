@@ -13,58 +13,45 @@ from ..algorithm.fusion import PRESETS
 from ..data.files import content_hash, one_of, read_json_lines
 from ..data.sessions import load_sessions
 from ..editing.loading import find_editor
-from ..rewards.cube import load_judge
+from ..training.runs import check_parameters, editor_fingerprint, judge_fingerprint
 
 # %% ../../nbs/ablation/00b_notebook.ipynb #55510008
-def _is_parameter(name, value):
-    "Is this variable of a notebook one that papermill may have set?"
-    plain = value is None or isinstance(value, (bool, int, float, str, list, dict))
-    return plain and not name.startswith('_') and name not in ('In', 'Out')       # those are IPython's
-
 def notebook_config(
     variables: dict, # of the notebook: `globals()`
 ) -> Config:
     "The configuration that a notebook's parameters make. Raises `InputError` for a variable that is no parameter."
-    values = {name: value for name, value in variables.items() if _is_parameter(name, value)}
-    for name in values: one_of('unknown parameter', name, ['run', 'preset', *Config.model_fields])
-    fields = {name: value for name, value in values.items() if name in Config.model_fields}
-    preset = values.get('preset')
+    check_parameters(variables, ['run', 'preset', *Config.model_fields])
+    fields = {name: value for name, value in variables.items() if name in Config.model_fields}
+    preset = variables.get('preset')
     if preset is None: return make_config(fields)
     one_of('preset', preset, PRESETS)
     changed = {name: value for name, value in fields.items() if value != Config.model_fields[name].default}
     return make_config(PRESETS[preset] | changed)
 
 # %% ../../nbs/ablation/00b_notebook.ipynb #c1dff2ca
-@functools.lru_cache(1000)
-def _hash_files(files): return content_hash([(name, content_hash(Path(path))) for name, path, *_ in files])
+def _stamps(files):
+    "Times and sizes of files. What is hashed is read again only if one of them has changed."
+    return tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files if p.is_file())
 
-def _folder_hash(folder):
-    "A hash of the weights and settings in a folder, read again only if a size or a time has changed."
-    kinds = ('.safetensors', '.json', '.txt', '.model', '.jinja')
-    found = [(p, p.stat()) for p in sorted(Path(folder).rglob('*')) if p.suffix in kinds]
-    return _hash_files(tuple((str(p.relative_to(folder)), str(p), s.st_mtime_ns, s.st_size) for p, s in found))
+@functools.lru_cache(100)
+def _editor_hash(editor, stamps): return editor_fingerprint(editor)
 
 @functools.lru_cache(100)
 def _sessions_hash(path, stamps): return content_hash(load_sessions(path))
 
-def _stamps(path):
-    "Times and sizes of a file of sessions and of its pictures."
-    folder = Path(path).parent
+def _session_files(path):
+    "A file of sessions and its pictures."
     pictures = {str(row.get('image')) for row in read_json_lines(path)}
-    files = [Path(path), *(folder/name for name in sorted(pictures))]
-    return tuple((p.stat().st_mtime_ns, p.stat().st_size) for p in files if p.is_file())
+    return [Path(path), *(Path(path).parent/name for name in sorted(pictures))]
 
 def config_content(
     config: Config,
 ) -> dict: # field -> hash or name
     "What a configuration stands for: the content of what it names."
-    content = {}
-    for field in ('judge', 'eval_judge'):
-        engine = getattr(load_judge(getattr(config, field)), 'engine', None)        # the exact verifier has none
-        if engine is not None: content[field] = engine.model                        # a local one's holds a fingerprint
-    editor = find_editor(config.editor)[0]
-    if Path(editor).is_dir(): content['editor'] = _folder_hash(editor)
+    folder = Path(find_editor(config.editor)[0])
+    content = dict(editor=_editor_hash(config.editor, _stamps(sorted(folder.rglob('*')) if folder.is_dir() else [])))
+    for field in ('judge', 'eval_judge'): content[field] = judge_fingerprint(getattr(config, field))
     for field in ('sessions', 'heldout'):
-        path = getattr(config, field)
-        if path and Path(path).is_file(): content[field] = _sessions_hash(path, _stamps(path))
+        path = str(getattr(config, field))
+        if Path(path).is_file(): content[field] = _sessions_hash(path, _stamps(_session_files(path)))
     return content

@@ -13,9 +13,10 @@ from ..ablation.jobs import (
 from ..ablation.sweeps import Resources, Sweep, plan_sweep, save_plan
 from ..data.files import InputError, expect
 
-# %% ../../nbs/cli/02_sweep.ipynb #3b7962c3
+# %% ../../nbs/cli/02_sweep.ipynb #0d397791
 def _parser():
-    fields = '\n'.join(f'  {name:14}{f.description or "of a job: cpus, gpus"}' for name, f in Sweep.model_fields.items())
+    about = {name: f.description or 'of a job: cpus, gpus' for name, f in Sweep.model_fields.items()}
+    fields = '\n'.join(f'  {name:14}{description}' for name, description in about.items())
     parser = argparse.ArgumentParser(
         'mtef_sweep', formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f'fields of a sweep file:\n{fields}',
         description='Run every job of a sweep; called again, go on with it.\n'
@@ -29,7 +30,7 @@ def _parser():
     add('--slots', type=int, help='jobs at a time on CPU cores, whatever the resources say (default: as many as fit)')
     add('--per-gpu', type=int, metavar='N', help='run on GPUs, N jobs on each, whatever the resources say')
     add('--gpus', help='ids of the GPUs to use, such as 0,2 (default: all that are visible)')
-    add('--engine', choices=('local', 'ray'), default='local', help="'ray' runs on a Ray cluster that shares the folder")
+    add('--engine', choices=('local', 'ray'), default='local', help="'ray': a Ray cluster that shares the folder")
     add('--address', help='of the Ray cluster (default: $RAY_ADDRESS, or one on this machine)')
     return parser
 
