@@ -1,7 +1,7 @@
 """`python experiments/parameters.py` writes the parameters of ablation.ipynb from `Config`.
 
 So every field has its type, default and explanation in one place."""
-import json, typing
+import json, types, typing
 from pathlib import Path
 from mt_editflow_nb.algorithm.config import Config
 from mt_editflow_nb.algorithm.fusion import PRESETS
@@ -10,7 +10,7 @@ path = Path(__file__).resolve().parent/'ablation.ipynb'
 
 def kind(t):
     "The annotation as papermill reads it: choices are texts, and checked by the next cell."
-    if typing.get_origin(t) is typing.Union: return f'Optional[{kind(typing.get_args(t)[0])}]'
+    if typing.get_origin(t) in (typing.Union, types.UnionType): return f'Optional[{kind(typing.get_args(t)[0])}]'
     if typing.get_origin(t) is typing.Literal: return 'str'
     return t.__name__ if isinstance(t, type) and not typing.get_args(t) else str(t)
 

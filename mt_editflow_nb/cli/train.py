@@ -13,6 +13,7 @@ from safetensors import SafetensorError                             # what a ful
 from tqdm.auto import tqdm
 from ..data.files import InputError, atomic_write, expect, one_line, read_json, read_text
 from ..algorithm.config import Config, make_config
+from ..algorithm.fusion import PRESETS
 from ..algorithm.processes import broadcast_path, processes
 from ..training.budget import PUBLISHED, advice, plan, plan_text, savings_text
 from ..training.checkpoints import Stopped, stop_requests
@@ -117,8 +118,9 @@ def run_notebook(notebook, # a papermill notebook that runs `experiment` on the 
 # %% ../../nbs/cli/00_train.ipynb #5526c3bd
 def _parser():
     fields = '\n'.join(f'  {k:24}{f.description} (default {f.default})' for k, f in Config.model_fields.items())
+    presets = f'  {"preset":24}settings of a published recipe: {", ".join(PRESETS)}\n'
     about = 'Train a multi-turn image editor with MT-EditFlow and evaluate it before and after.'
-    parser = argparse.ArgumentParser('mtef_train', description=about, epilog='fields:\n' + fields,
+    parser = argparse.ArgumentParser('mtef_train', description=about, epilog='fields:\n' + presets + fields,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('settings', nargs='*', metavar='RECIPE.yaml | field=value', help='a recipe file, then single fields')
