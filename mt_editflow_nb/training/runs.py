@@ -80,7 +80,7 @@ def read_config(run # a run folder
     older = 'identity' not in held
     if older and fields.get('sessions', 'shapeworld') != 'shapeworld':
         fields |= dict(heldout=fields.get('heldout') or 'training', eval_sessions=10**9, eval_turns=None)
-    try: return make_config(fields)
+    try: return make_config(fields, strict=False)
     except InputError as e: raise InputError(f'run: {file}: {e}') from None
 
 def _differences(held: Config, new: Config) -> list:
