@@ -1,11 +1,12 @@
 "Judges behind servers that restart, refuse, and answer in many forms; every right value is written by hand."
 import json, math, os, socket, threading, time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest, torch
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.rewards.cache import Cached, merge_caches
-from mt_editflow_nb.rewards.cube import Judge, TurnScorer, judge_usage, load_judge
+from mt_editflow_nb.rewards.cube import Judge, Scores, TurnScorer, judge_usage, load_judge
 from mt_editflow_nb.rewards.engines import Ask, Reply
 from mt_editflow_nb.rewards.judges import Item, PROMPTS, load_mode
 from mt_editflow_nb.rewards.servers import Server
@@ -282,3 +283,24 @@ def test_caches_of_several_processes_are_joined(tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '1')                   # a resume: every process begins with everything
     assert Cached(Says('nobody'), tmp_path/'judge.sqlite')(asks[:1])[0].text == 'process 0'
     assert merge_caches(tmp_path/'all.sqlite', [tmp_path/'judge.sqlite', tmp_path/'none.sqlite']) == 4
+
+@pytest.mark.parametrize('change, reason', [
+    (lambda s: None, 'a judge that returns `Scores`'), (lambda s: s.rewards_PGTM, 'a judge that returns `Scores`'),
+    (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM.transpose(0, 1)), 'the shape of the rollout'),
+    (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM*1e30), 'values in'),
+    (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM.numpy()), 'a torch tensor')])
+@pytest.mark.parametrize('by_turn', (True, False))
+def test_scores_of_a_users_own_judge_are_checked_where_they_enter(change, reason, by_turn):
+    sessions, images = shape_sessions(2, turns=1, seed=3), np.zeros((2, 3, 1, 48, 48, 3), np.uint8)
+    class Theirs:
+        rewards = ('if', 'cc')
+        def score(self, sessions, images, turn=None, **kw):
+            half = torch.full((2, 3, 1), .5)
+            return change(Scores(('if', 'cc'), torch.stack([half, half], -1), half.round(), half, half))
+        def __call__(self, sessions, images): return self.score(sessions, images)
+        def check(self, scores, of=None): pass
+    Theirs.by_turn = by_turn
+    with pytest.raises(InputError, match=f'^judge.*{reason}') as e, TurnScorer(Theirs(), sessions, 3) as scorer:
+        scorer(0, slice(0, 2), images)
+        scorer.scores(images)
+    assert '\n' not in str(e.value)

@@ -342,6 +342,9 @@ class TurnScorer:
         if self.with_failures:                                            # is too much lost already? Not one call more
             self.judge.check(_join(self.with_failures), self.total)
         s = self.judge.score(self.sessions[p], images_PGTHWC, turn=t, **self.kw)
+        expect(isinstance(s, Scores), 'judge', 'a judge that returns `Scores`', type(s).__name__)
+        turns = getattr(s.success_PGT, 'shape', ())[-1:]         # one; of a coarse judge none, and all at the end
+        s = _check_shape(s, (*images_PGTHWC.shape[:2], *turns))
         if s.failed: self.with_failures.append(s)
         return s
 
