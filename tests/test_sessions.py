@@ -184,3 +184,19 @@ def test_interrupted_save_keeps_the_old_set(tmp_path, monkeypatch):
     new = [Session('a', Image.new('RGB', (4, 4), 'blue'), ['x'])]
     with pytest.raises(KeyboardInterrupt): save_sessions(new, tmp_path)
     assert load_sessions(path) == old
+
+def test_a_run_reads_pictures_outside_only_when_asked(tmp_path):
+    from mt_editflow_nb.algorithm.config import make_config
+    from mt_editflow_nb.data.shapeworld import shape_sessions
+    from mt_editflow_nb.training.source import session_source
+    file = save_sessions(shape_sessions(5, 2), tmp_path/'pictures')
+    rows = [json.loads(text) for text in file.read_text().splitlines()]
+    for row in rows: row['image'] = f'../pictures/{row["image"]}'
+    elsewhere = tmp_path/'elsewhere'/'sessions.jsonl'
+    elsewhere.parent.mkdir()
+    elsewhere.write_text('\n'.join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match='sessions.jsonl:1: `image`.*allow_outside'):
+        session_source(make_config(dict(sessions=str(elsewhere))))
+    source = session_source(make_config(dict(sessions=str(elsewhere), allow_outside=True)))
+    assert len(source.batch(0)) == 8 and len(source.heldout) == 1
+    with pytest.raises(InputError, match='allow_outside'): session_source(make_config(dict(allow_outside=True)))

@@ -34,6 +34,7 @@ class EditorFields(BaseModel):
 class SessionFields(BaseModel):
     "What is edited, and who judges it."
     sessions: str = Field('shapeworld', description="'shapeworld', or a JSON Lines file of your own sessions")
+    allow_outside: bool = Field(False, description='pictures of a session file may lie outside its folder')
     heldout: int | float | str | None = Field(None, description=(
         "of a file of sessions: how many are held out, or a share below 1; another file; or 'training'"))
     turns: int | None = Field(None, ge=1, le=8, description=(

@@ -102,7 +102,7 @@ def _held_out_of(sessions, c):
     file, amount = Path(c.sessions).name, c.heldout
     if amount == 'training': return sessions, sessions, f'training sessions of {file} (nothing is held out)'
     if isinstance(amount, str):
-        heldout = load_sessions(amount)
+        heldout = load_sessions(amount, allow_outside=c.allow_outside)
         check_apart(heldout, sessions)
         return sessions, heldout, f'sessions of {Path(amount).name}'
     if amount is None: amount = min(c.eval_sessions, max(1, round(DEFAULT_SHARE*len(sessions))))
@@ -114,6 +114,7 @@ def _check_fields(c):
     shape_world = c.sessions == 'shapeworld'
     expect(not (shape_world and c.heldout is not None), 'heldout',
            'none in the shape world, which has a split of its own', c.heldout)
+    expect(not (shape_world and c.allow_outside), 'allow_outside', 'a file of sessions to apply it to', c.sessions)
     expect(shape_world or c.eval_turns is None, 'eval_turns', 'none for a file, whose sessions have turns of their own',
            c.eval_turns)
     expect(shape_world or c.algorithm != 'sft', 'algorithm',
@@ -133,7 +134,7 @@ def session_source(c: Config # `sessions`, `heldout`, `turns`, `eval_sessions`, 
     "The sessions of a run. Raises `InputError` for files that do not fit it."
     _check_fields(c)
     if c.sessions == 'shapeworld': return _shape_world(c)
-    sessions = load_sessions(c.sessions)
+    sessions = load_sessions(c.sessions, allow_outside=c.allow_outside)
     if c.judge.startswith('verifier'): _check_words(sessions)
     train, heldout, name = _held_out_of(sessions, c)
     heldout = heldout[:c.eval_sessions]
