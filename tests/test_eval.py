@@ -1,13 +1,14 @@
 "mtef_eval on EdiVal-Bench: the folder layout, a kill in the middle, and models of the real classes."
 import csv, json, os, signal, subprocess, sys, time
 from pathlib import Path
-import nbformat, numpy as np, pandas as pd, papermill, pytest
+import numpy as np, pandas as pd, papermill, pytest
 from PIL import Image
-from mt_editflow_nb.evaluation import edival
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.evaluation.card import load_run
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import save_lora
+from mt_editflow_nb.evaluation.edival import made_from, turn_file
+from mt_editflow_nb.evaluation.edival_models import tiny_edival_models
 from mt_editflow_nb.evaluation.scores import load_outcomes
 
 root = Path(__file__).resolve().parents[1]
@@ -19,24 +20,39 @@ kinds = ['subject_add', 'count_change', 'text_change']
 def bench(tmp_path):
     folder, rng = tmp_path/'bench', np.random.default_rng(0)
     folder.mkdir()
-    rows = [['image_index', 'turns', 'task_type', 'instructions', 'format_instructions', 'bg_consistency', 'unchanged_objects', 'available_objects', 'all_objects']]
+    rows = [['image_index', 'turns', 'task_type', 'instructions', 'format_instructions', 'bg_consistency',
+             'unchanged_objects', 'available_objects', 'all_objects']]
     for i in (0, 12):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((512, 512)).save(folder/f'{i}_input_raw.jpg')
-        for t in (1, 2, 3): rows.append([i, t, kinds[:t], natural[:t], formatted[:t], True, ['dog'], ['dog', 'cat'], ['dog', 'cat']])
+        small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        small.resize((512, 512)).save(folder/f'{i}_input_raw.jpg')
+        for t in (1, 2, 3):
+            told = [kinds[:t], natural[:t], formatted[:t]]
+            rows.append([i, t, *told, True, ['dog'], ['dog', 'cat'], ['dog', 'cat']])
     with open(folder/'oai_instruction_generation_output.csv', 'w', newline='') as f: csv.writer(f).writerows(rows)
     return folder
 
-def args(bench, out): return ['--sessions', 'edival', '--images', str(bench), '--steps', '2', '--batch', '1', '--out', str(out)]
+def args(bench, out):
+    return ['--sessions', 'edival', '--images', str(bench), '--steps', '2', '--batch', '1', '--out', str(out)]
+
+def flags(models): return [x for name, folder in models.items() for x in (f'--{name}', str(folder))]
+
+def start(command):
+    code = f'import sys; from mt_editflow_nb.cli.eval import main; sys.exit(main({command!r}))'
+    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+def wait_for(file, process):
+    until = time.monotonic() + 300
+    while not file.is_file():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(.01)
 
 def test_killed_generation_goes_on_to_the_same_pictures(bench, tmp_path):
     out, whole = tmp_path/'out', tmp_path/'whole'
     command = args(bench, out) + ['--generate-only']
-    p = subprocess.Popen([sys.executable, '-c', f'from mt_editflow_nb.cli.eval import main; main({command!r})'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 300
-    while not edival.turn_file(out, '0', 2).is_file():
-        assert p.poll() is None and time.monotonic() < until
-        time.sleep(.01)
-    p.send_signal(signal.SIGKILL); p.wait()
+    process = start(command)
+    wait_for(turn_file(out, '0', 2), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     done = {f.name: f.stat().st_mtime_ns for f in (out/'multipass').glob('[0-9]*')}
     assert main(command) == 0 and main(args(bench, whole) + ['--generate-only']) == 0
     names = sorted(f.name for f in (whole/'multipass').iterdir())
@@ -46,20 +62,33 @@ def test_killed_generation_goes_on_to_the_same_pictures(bench, tmp_path):
         assert a.shape == (512, 512, 3) and (a == b).all(), name
     assert all((out/'multipass'/n).stat().st_mtime_ns == t for n, t in done.items()), 'a picture was made twice'
 
-def tiny_models(folder):
-    "The builders of tiny models in the benchmark's chapter."
-    names = {}
-    for c in nbformat.read(root/'nbs/evaluation/04a_edival_models.ipynb', 4).cells:
-        if c.cell_type == 'code' and 'def tiny_detector' in c.source: exec(c.source, names)
-    return dict(detector=names['tiny_detector'](folder/'detector'), vlm=names['tiny_asker'](folder/'vlm'), features=names['tiny_dino'](folder/'features', True), quality=names['tiny_preference'](folder/'quality'))
+def test_sigterm_says_how_to_go_on(bench, tmp_path):
+    out = tmp_path/'out'
+    process = start(args(bench, out) + ['--generate-only'])
+    wait_for(turn_file(out, '0', 1), process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and 'the same command goes on' in error and 'Traceback' not in error
+
+def test_a_changed_first_picture_is_generated_and_scored_again(bench, tmp_path, capsys):
+    "What was made of the old picture is not taken for the new one; the other session is left alone."
+    out, models = tmp_path/'out', tiny_edival_models(tmp_path/'models')
+    command = args(bench, out) + flags(models)
+    assert main(command) == 0, capsys.readouterr().err
+    def state(id): return [f.read_bytes() for f in (turn_file(out, id, 1), turn_file(out, id, 3), out/'scores'/f'{id}.json')]
+    before = {id: state(id) for id in ('0', '12')}
+    Image.new('RGB', (512, 512), 'teal').save(bench/'0_input_raw.jpg')
+    assert main(command) == 0, capsys.readouterr().err
+    assert state('12') == before['12'] and all(a != b for a, b in zip(state('0'), before['0']))
+    assert made_from(turn_file(out, '0', 1))
 
 def test_scored_by_models_of_the_real_classes(bench, tmp_path, capsys):
-    out, models = tmp_path/'out', tiny_models(tmp_path)
-    command = args(bench, out) + [x for k, v in models.items() for x in (f'--{k}', str(v))]
+    out, models = tmp_path/'out', tiny_edival_models(tmp_path)
+    command = args(bench, out) + flags(models)
     assert main(command) == 0, capsys.readouterr().err
     outcomes, ids = load_outcomes(out)
     assert ids == ['0', '12'] and outcomes.success_IT.shape == (2, 3) and not np.isnan(outcomes.background_cc_IT).any()
-    rows = json.loads((out/'scores'/'0.json').read_text())
+    rows = json.loads((out/'scores'/'0.json').read_text())['rows']
     assert [r['task_type'] for r in rows] == kinds and all(r['success'] or r['why'] for r in rows) and all('quality' in r for r in rows)
     card = (out/'card.md').read_text()
     assert str(models['detector']) in card and '## Quality' in card
@@ -71,9 +100,10 @@ def test_scored_by_models_of_the_real_classes(bench, tmp_path, capsys):
     assert 'quality is' in error and error.count('\n') == 1
 
 def test_judged_by_an_engine_of_the_rewards_and_replayed(bench, tmp_path, capsys):
-    "The shipped tiny judge answers the benchmark's questions (without knowing the words); its answers are kept, and replayed without it."
-    out, models = tmp_path/'out', tiny_models(tmp_path) | dict(vlm='tiny:logit')
-    command = args(bench, out) + [x for k, v in models.items() if k != 'quality' for x in (f'--{k}', str(v))]
+    "The shipped tiny judge answers the benchmark's questions; its answers are kept, and replayed without it."
+    out, models = tmp_path/'out', tiny_edival_models(tmp_path) | dict(vlm='tiny:logit')
+    del models['quality']
+    command = args(bench, out) + flags(models)
     assert main(command) == 0, capsys.readouterr().err
     said = {f.name: f.read_bytes() for f in (out/'scores').iterdir()}
     assert (out/'judge.sqlite').is_file() and '| vlm | tiny:logit |' in (out/'card.md').read_text()
@@ -106,13 +136,15 @@ def test_the_exposure_notebook_with_two_seeds(tmp_path):
     assert len(d) > 20 and (d[['value', 'low', 'high']] == 0).all(axis=None)
     assert (tmp_path/'out/exposure.png').is_file()
 
-real = Path(os.environ.get('EDIVAL_CSV') or root/'../shared/data/edival_bench_sessions.csv')
+real = Path(os.environ.get('EDIVAL_DATA', 'EDIVAL_DATA'))/'edival_bench_sessions.csv'
 
-@pytest.mark.skipif(not real.is_file(), reason="EdiVal-Bench's CSV is not part of the repository")
+@pytest.mark.skipif(not real.is_file(), reason='EDIVAL_DATA names no folder with the benchmark')
 def test_the_benchmarks_own_file(tmp_path, capsys):
     "Two of the 572 real sessions; their pictures are made up, only those two are needed."
     for i in (0, 1): Image.new('RGB', (512, 512), 'navy').save(tmp_path/f'{i}_input_raw.jpg')
-    assert main(['--sessions', 'edival', '--images', str(tmp_path), '--csv', str(real), '--n', '2', '--steps', '1', '--generate-only', '--out', str(tmp_path/'out')]) == 0
+    common = ['--sessions', 'edival', '--images', str(tmp_path), '--csv', str(real), '--steps', '1']
+    common += ['--out', str(tmp_path/'out')]
+    assert main([*common, '--n', '2', '--generate-only']) == 0
     assert len(list((tmp_path/'out/multipass').iterdir())) == 8
-    assert main(['--sessions', 'edival', '--images', str(tmp_path), '--csv', str(real), '--n', '3', '--steps', '1', '--out', str(tmp_path/'out')]) == 2
+    assert main([*common, '--n', '3']) == 2
     assert '2_input_raw.jpg' in capsys.readouterr().err

@@ -95,7 +95,7 @@ def best_median_worst(
     order = np.argsort(-scores_I, kind='stable')
     return dict(best=int(order[0]), median=int(order[len(order) // 2]), worst=int(order[-1]))
 
-# %% ../../nbs/evaluation/06_card.ipynb #f28ad04a
+# %% ../../nbs/evaluation/06_card.ipynb #b66283fe
 def model_of(
     judge: str, # such as 'Qwen/Qwen2.5-VL-7B-Instruct+nf4@http://localhost:8000/v1:think@4'
 ) -> str:       # such as 'qwen2.5-vl-7b-instruct'; 'verifier' for both of its forms
@@ -121,10 +121,10 @@ def blind_spots(
     "What a reader of the scores has to know beside them."
     notes, unscored = [], int(np.isnan(np.asarray(success_IT, float)).sum())
     if unscored:
-        notes.append(f'{unscored} of {np.size(success_IT)} turns could not be scored; they are left out of every score.')
+        notes.append(f'{unscored} of {np.size(success_IT)} turns could not be scored; every score leaves them out.')
     if trained_by and model_of(trained_by) == model_of(judge):
         notes.append(f'The judge that scores, {judge}, is the judge that trained: what it overlooks was rewarded.')
-    if shared: notes.append(f'{len(shared)} first pictures were in the training data, the first in session {shared[0]}.')
+    if shared: notes.append(f'{len(shared)} first pictures were in the training data, the first in {shared[0]}.')
     if shared is None: notes.append('Whether these pictures were in the training data could not be checked.')
     return notes
 
@@ -225,9 +225,10 @@ def _strip(folder, name, session, images_THWC, marks_T):
     head = f'{name.capitalize()}: session {session.id}'
     return dict(head=head, file=f'strip_{name}.png', data=base64.b64encode(f.getvalue()).decode())
 
-# %% ../../nbs/evaluation/06_card.ipynb #0b9905d1
-_about_results = ('Percent, with 95 % bootstrap intervals over sessions. IF: all instructions so far followed; marginal: '
-                  'this one followed; CC: content consistency with the first image; O: geometric mean of IF and CC.')
+# %% ../../nbs/evaluation/06_card.ipynb #35edb965
+_about_results = ('Percent, with 95 % bootstrap intervals over sessions. IF: all instructions so far followed; '
+                  'marginal: this one followed; CC: content consistency with the first image; '
+                  'O: geometric mean of IF and CC.')
 _about_failures = ('Success in percent with 95 % Wilson intervals, then how many turns failed for which reason; '
                    'hardest first.')
 _about_sessions = ('Best, median and worst by score (how long everything was right, then how much was kept). '

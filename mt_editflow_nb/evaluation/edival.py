@@ -43,7 +43,7 @@ def protocol_differences(
     different = [name for name, value in published.items() if used.get(name) not in (None, value)]
     return [f'{name} {used[name]} (published: {default.get(name, published[name])})' for name in different]
 
-# %% ../../nbs/evaluation/04b_edival.ipynb #0e645b55
+# %% ../../nbs/evaluation/04b_edival.ipynb #c7cde4f5
 EDIVAL_SEED = 1234  # of the noise, the same in every turn
 
 def turn_file(
@@ -92,7 +92,7 @@ def check_settings(
     file = Path(folder)/name
     if not file.is_file(): return atomic_write(file, to_json(settings, indent=1))
     held, now = read_json(file), settings
-    names = [k for k in sorted(set(held) | set(now)) if held.get(k) != now.get(k)]
+    names = [k for k in sorted(held) if held[k] != now.get(k)]  # what earlier versions did not note is not known
     differ = '; '.join(f'{k} is {held.get(k)!r} there and {now.get(k)!r} here' for k in names[:3])
     if names:
         raise InputError(f'{file}: expected the same settings, received others ({differ}); choose another folder')
