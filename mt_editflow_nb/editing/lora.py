@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'ADAPTER_FILE', 'target_layers', 'add_lora', 'lora_parameters', 'to_safetensors', 'save_lora',
            'find_adapter', 'read_adapter', 'fitting_tensors', 'without_prefix', 'from_kohya', 'from_diffusers',
-           'match_adapter', 'adapter_config', 'load_lora', 'init_lora', 'swapped', 'base_only']
+           'match_adapter', 'adapter_config', 'load_lora', 'start_from_adapter', 'swapped', 'base_only']
 
 # %% ../../nbs/editing/04_lora.ipynb #fa2036ea
 import json, logging, re, struct
@@ -238,7 +238,7 @@ def load_lora(
     expect(not unset, f'lora: {file}', 'a tensor for every layer of the adapter', unset)
 
 # %% ../../nbs/editing/04_lora.ipynb #03183d16
-def init_lora(
+def start_from_adapter(
     editor,           # with a new adapter, from `add_lora`
     source: str|Path, # a file, a folder or a hub name, see `find_adapter`
 ):
