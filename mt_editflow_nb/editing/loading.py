@@ -53,7 +53,7 @@ def find_editor(
     return source, family
 
 # %% ../../nbs/editing/05_loading.ipynb #373a4009
-KEPT_IN_16_BITS = ['visual', 'lm_head']    # modules of text encoders
+KEPT_IN_16_BITS = ['model.visual', 'visual', 'lm_head']    # modules of text encoders, by the start or end of a name
 
 def nf4_config(
     text_encoder: str,  # name of the large text encoder in the pipeline
