@@ -1,6 +1,4 @@
-"""Two processes with the same global batch give the adapter that one gives.
-
-They are started by accelerate's launcher, as a user would."""
+"Two processes with the same global batch give the adapter that one gives, started by accelerate's launcher."
 import json, os, socket, subprocess, sys
 import pytest
 from safetensors.torch import load_file
@@ -10,28 +8,28 @@ from mt_editflow_nb.cli.train import main
 settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2',
             'batch=16', 'lora_rank=2', 'updates=2', 'std=global', 'whiten=true', 'lr=2e-4']
 
-def free_port():
+def launch_two(arguments):
+    "A run of two processes on the CPU."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
-
-def rows(run): return [json.loads(line) for line in (run/'metrics.jsonl').read_text().splitlines()]
+        port = str(s.getsockname()[1])
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2',
+                '--main_process_port', port, '-m', 'mt_editflow_nb.training']
+    return subprocess.run([*launcher, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          timeout=900, env=dict(os.environ, OMP_NUM_THREADS='1'))
 
 @pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], ['algorithm=grpo', 'clip=1e-2']],
                          ids=['nft', 'grpo'])
 def test_two_processes_are_one(tmp_path, extra):
     def arguments(name): return [*settings, *extra, '--run', str(tmp_path/name)]
-    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2',
-                '--main_process_port', free_port(), '-m', 'mt_editflow_nb.training']
-    done = subprocess.run([*launcher, *arguments('two')], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=900, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    done = launch_two(arguments('two'))
     assert done.returncode == 0, done.stdout[-2000:]
     assert main(arguments('one')) == 0
-    one, two = (load_file(tmp_path/n/'lora'/'pytorch_lora_weights.safetensors') for n in ('one', 'two'))
+    one, two = (load_file(tmp_path/name/'lora'/'pytorch_lora_weights.safetensors') for name in ('one', 'two'))
     assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
     assert any(one[k].abs().max() > 1e-4 for k in one if 'lora_B' in k)                     # it was trained
-    a, b = rows(tmp_path/'one'), rows(tmp_path/'two')
+    a, b = ([json.loads(x) for x in (tmp_path/n/'metrics.jsonl').read_text().splitlines()] for n in ('one', 'two'))
     assert len(a) == len(b) == 2
     for x, y in zip(a, b):
-        assert x['rows'] == y['rows']
+        assert x['rows'] == y['rows'] and x['passes'] == y['passes']
         assert x['if'] == pytest.approx(y['if'], abs=1e-4) and abs(x['loss'] - y['loss']) < 1e-4

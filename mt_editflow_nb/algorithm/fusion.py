@@ -49,7 +49,7 @@ def advantages(
     min_std: float = 1e-3,           # a reward that varies less than this within a group contributes 0 there
     eps: float = 1e-4,               # added to every std that divides
     gamma: float = None,             # of aggregation 'discounted'
-    success_PGT: torch.Tensor = None # [P, G, T]: 1 (or true) where the turn succeeded, 0 where not, NaN where nobody could say; of credit 'until_failure' alone
+    success_PGT: torch.Tensor = None # [P, G, T], for 'until_failure' alone: 1 where the turn succeeded, NaN: unknown
 ) -> torch.Tensor: # `adv_PGT`, float32; 0 for members left out
     """Group-relative advantages of every turn, computed in float64.
 
@@ -58,8 +58,10 @@ def advantages(
     MT-EditFlow arXiv 2606.01985, Flow-GRPO arXiv 2505.05470 (reward level, global std), MixGRPO arXiv 2507.21802 and
     GDPO arXiv 2601.05242 (advantage level), Edit-R2 arXiv 2606.05950 (until_failure).
     Raises `InputError` for unknown names, wrong shapes, infinite rewards, groups of one, and contradictions."""
-    _one_of('aggregation', aggregation, AGGREGATIONS); _one_of('fusion', fusion, FUSIONS)
-    _one_of('credit', credit, CREDITS); _one_of('std', std, STDS)
+    _one_of('aggregation', aggregation, AGGREGATIONS)
+    _one_of('fusion', fusion, FUSIONS)
+    _one_of('credit', credit, CREDITS)
+    _one_of('std', std, STDS)
     r = torch.as_tensor(rewards_PGTM).detach().double()
     if r.ndim != 4 or not r.numel():
         raise InputError(f'`rewards_PGTM`: expected shape [P, G, T, M], received {list(r.shape)}')
@@ -87,7 +89,7 @@ def advantages(
     else: R_MPGS = aggregate(r_MPGT, aggregation, gamma)[..., None]                         # or one for all turns
     valid_PGS = ~R_MPGS.isnan().any(0)
 
-    if fusion == 'adaptive':                                                                # each reward relative to its level
+    if fusion == 'adaptive':                                                         # each reward relative to its level
         level_M11S = R_MPGS.where(valid_PGS, 0).sum((1, 2), keepdim=True)/valid_PGS.sum((0, 1)).clamp(min=1)
         R_MPGS = torch.where(level_M11S != 0, R_MPGS/level_M11S.abs(), R_MPGS)
     R_MPGS, w = _fuse(R_MPGS, w, fusion)

@@ -75,7 +75,8 @@ def guard_log_ratio(
     """GRPO-Guard's normalised log-ratio, arXiv 2510.22319: `grpo_loss(guard_log_ratio(...), zeros, adv, clip=...)`.
 
     For 'cps', whose log-probability lacks the factor, pass `logp/(2 std²)` and `logp_old/(2 std²)`."""
-    _same_shape(mean=mean, mean_old=mean_old); _same_shape(logp=logp, logp_old=logp_old)
+    _same_shape(mean=mean, mean_old=mean_old)
+    _same_shape(logp=logp, logp_old=logp_old)
     logp, logp_old, mean, mean_old = _finite(logp=logp, logp_old=logp_old, mean=mean, mean_old=mean_old)
     std = _step_std(std, mean)
     std = std.reshape(logp.shape if std.numel() > 1 else ())
