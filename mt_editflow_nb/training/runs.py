@@ -21,7 +21,7 @@ from ..rewards.cube import load_judge
 from ..algorithm.config import Config, make_config
 from ..algorithm.processes import processes
 
-# %% ../../nbs/training/03_runs.ipynb #1aacac7d
+# %% ../../nbs/training/03_runs.ipynb #b31f81e9
 def environment() -> dict:
     "Versions, threads and commit (`-dirty` behind it where files differ from it), for `config.json`."
     git = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
@@ -32,7 +32,7 @@ def environment() -> dict:
     return dict(python=platform.python_version(), commit=commit, threads=torch.get_num_threads(),
                 mt_editflow_nb=__version__, **packages)
 
-EDGE = 1 << 20    # bytes at each end of a large file that its fingerprint reads
+EDGE = 1 << 25    # bytes at each end of a large file that its fingerprint reads
 
 def _edges(file: Path):
     "Size and both ends of a file: all of a small one, enough to tell two sets of weights apart."
@@ -45,7 +45,7 @@ def editor_fingerprint(name_or_path # as `load_editor` takes it
                       ) -> str:
     """What identifies an editor's weights: the content of a folder, or the commit of a hub name in the local cache.
 
-    Of files above two megabytes, size and both ends are read. Raises `InputError` for what is not an editor."""
+    Of files above 64 megabytes, size and both ends are read. Raises `InputError` for what is not an editor."""
     from huggingface_hub import try_to_load_from_cache
     source, family = find_editor(name_or_path)
     if Path(source).is_dir():
