@@ -1,12 +1,14 @@
 "An evaluation that is killed at any moment goes on, and ends with the same table and the same pictures."
 import json, signal, subprocess, sys
 import numpy as np, pytest
+from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.evaluation.running import evaluate
 from mt_editflow_nb.evaluation.scores import load_outcomes, score_intervals
 from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.training.train import experiment, read_outcomes
 from safetensors.numpy import save_file
 
 how = dict(num_steps=1, batch=2)
@@ -55,3 +57,14 @@ def test_outcomes_of_earlier_versions(tmp_path):
     outcomes, ids = load_outcomes(tmp_path)
     assert ids == ['a', 'b'] and outcomes.success_IT.dtype == np.float32
     assert score_intervals(outcomes, n_boot=20).value[2, 'IF'] == 50
+
+def test_steps_of_evaluation_apart_from_those_of_training(tmp_path, capsys):
+    "`eval_steps` is what before and after are evaluated with; a line says that training uses others."
+    config = make_config(dict(iterations=0, eval_sessions=3, turns=2, num_steps=3, eval_steps=1))
+    experiment(config, tmp_path/'run', progress=False)
+    sessions, judge = shape_sessions(3, 2, 'heldout'), load_judge('verifier')
+    expected, images = evaluate(load_editor(), sessions, judge, num_steps=1)
+    outcomes, kept = read_outcomes(tmp_path/'run'/'before.safetensors')
+    np.testing.assert_array_equal(outcomes.success_IT, expected.success_IT)
+    np.testing.assert_array_equal(kept, images)
+    assert capsys.readouterr().err.count('evaluation: steps: 1 here, but training used 3') == 1

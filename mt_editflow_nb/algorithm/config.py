@@ -93,6 +93,7 @@ class RunFields(BaseModel):
     batch: int = Field(64, ge=1, description='rows a transformer call')
     eval_sessions: int = Field(512, ge=1, description='held-out sessions of the shape world')
     eval_turns: int | None = Field(None, ge=1, le=8, description='their turns; None: as in training')
+    eval_steps: int | None = Field(None, ge=1, description='denoising steps in evaluation; None: `num_steps`')
     save_every: int = Field(10, ge=1, description='iterations between checkpoints')
     ema: float = Field(0., ge=0, lt=1, description=(
         'EMA decay of the adapter, an iteration; evaluated and handed out is the average; 0: none'))

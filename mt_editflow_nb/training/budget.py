@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'TRANSFORMERS', 'PUBLISHED_JUDGES', 'DECODER_NUMBERS', 'PEAK', 'UTILISATION', 'editor_configs',
            'weightless_editor', 'weightless_text', 'SavedTensors', 'profile_row', 'weight_bytes', 'weightless_encoder',
-           'judge_bytes', 'count_rows', 'evaluation_rows', 'transformer_profile', 'memory_by_part', 'plan', 'advice',
-           'plan_text', 'changes_worth_a_look', 'savings_text', 'remembered_batch', 'find_batch', 'rollout_store',
-           'trial_step']
+           'judge_bytes', 'count_rows', 'evaluation_steps', 'evaluation_rows', 'transformer_profile', 'memory_by_part',
+           'plan', 'advice', 'plan_text', 'changes_worth_a_look', 'savings_text', 'remembered_batch', 'find_batch',
+           'rollout_store', 'trial_step']
 
 # %% ../../nbs/training/01_budget.ipynb #662f3dfd
 from functools import lru_cache
@@ -229,12 +229,17 @@ def count_rows(c,         # a run's configuration
     comparisons = (c.algorithm == 'nft') + (c.kl_weight > 0)              # the old policy's velocity, the base editor's
     return dict(sampled=sampled*c.num_steps, trained=trained, compared=trained*comparisons)
 
+def evaluation_steps(c       # a run's configuration
+                    ) -> int:
+    "Denoising steps of an evaluation: `eval_steps`, or those of training."
+    return getattr(c, 'eval_steps', None) or c.num_steps
+
 def evaluation_rows(c,         # a run's configuration
                     turns: int # T
                    ) -> int:   # rows that go through the transformer in all evaluations of a run
     "Before and after training, and every `eval_every` iterations."
     between = c.iterations//c.eval_every if getattr(c, 'eval_every', 0) else 0
-    return c.eval_sessions*(getattr(c, 'eval_turns', None) or turns)*c.num_steps*(2 + between)
+    return c.eval_sessions*(getattr(c, 'eval_turns', None) or turns)*evaluation_steps(c)*(2 + between)
 
 # %% ../../nbs/training/01_budget.ipynb #13d0b453
 @lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from ..data.files import InputError, atomic_write, read_json, to_json
-from .budget import count_rows
+from .budget import count_rows, evaluation_steps
 
 # %% ../../nbs/training/03b_progress.ipynb #c7cc97a8
 class PassMeter:
@@ -63,7 +63,7 @@ def estimate_seconds(c,                 # a run's configuration
     rows = count_rows(c, turns)
     compared = 0 if c.algorithm == 'nft' and not c.old_decay and not c.kl_weight else rows['compared']
     iteration = row_seconds*(rows['sampled'] + compared + TRAINED_ROW*rows['trained'])
-    evaluation = row_seconds*sessions*turns*c.num_steps
+    evaluation = row_seconds*sessions*turns*evaluation_steps(c)
     between = c.iterations//c.eval_every if c.eval_every else 0
     return dict(evaluation=evaluation, iteration=iteration, total=(2 + between)*evaluation + c.iterations*iteration)
 

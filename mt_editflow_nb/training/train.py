@@ -31,10 +31,10 @@ from ..algorithm.iterate import iterate
 from ..algorithm.policy import Policy
 from ..algorithm.processes import processes
 from ..algorithm.supervised import supervise
-from ..evaluation.running import collect_sessions, evaluate_sessions, unscored_note
+from ..evaluation.running import collect_sessions, evaluate_sessions, training_mismatches, unscored_note
 from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, edival_scores, outcomes_from,
                                               score_intervals)
-from .budget import find_batch, remembered_batch, trial_step
+from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
 from .checkpoints import RunState, Stopped, halve_while_memory_ends, stop_requests, stop_with
 from .monitor import find_hacking, hacking_signals
 from .progress import estimate_seconds, estimate_text, metered, note_progress
@@ -145,8 +145,8 @@ def run_evaluation(c, run, name: str, editor, heldout: list, judge, progress: bo
         batch = find_batch(trial, c.batch, Path(run)/'batch_evaluation.json')
     folder = Path(run)/'evaluations'/name
     evaluated = []
-    for session in evaluate_sessions(editor, heldout, judge, num_steps=c.num_steps, batch=batch, folder=folder, keep=8,
-                                     settings=settings, progress=progress, desc=name):
+    for session in evaluate_sessions(editor, heldout, judge, num_steps=evaluation_steps(c), batch=batch,
+                                     folder=folder, keep=8, settings=settings, progress=progress, desc=name):
         evaluated.append(session)
         if on_session: on_session(len(evaluated), len(heldout))
     outcomes, images = collect_sessions(evaluated)
@@ -279,7 +279,7 @@ def train(c: Config,           # from `make_config`
 
 # %% ../../nbs/training/04_train.ipynb #d4549ef3
 _BASE_DEPENDS_ON = ('editor', 'quantize', 'size', 'guidance', 'turns', 'eval_turns', 'eval_judge', 'eval_judge_options',
-                    'num_steps', 'batch', 'eval_sessions')
+                    'num_steps', 'eval_steps', 'batch', 'eval_sessions')
 
 def base_file(run, c: Config, identity: dict) -> Path: # None: what is found is not shared
     "Where runs of one folder share what they found of the base editor, named by all that it depends on."
@@ -308,7 +308,7 @@ class FirstBatch:
     def __call__(self, done: int, total: int):
         text = ''
         if self.name == 'before' and done == min(self.c.batch, total):
-            rows = done*self.turns*self.c.num_steps
+            rows = done*self.turns*evaluation_steps(self.c)
             estimate = estimate_seconds(self.c, self.turns, total, (time.monotonic() - self.start)/rows)
             text = estimate_text(self.c, estimate)
             if self.speak: print(text, file=sys.stderr)
@@ -322,6 +322,8 @@ def saved_evaluation(c, run, name: str, editor, heldout, judge, progress: bool, 
     if shared and (found := read_outcomes(shared)):
         write_outcomes(file, *found)
         return
+    for text in training_mismatches(dict(steps=c.num_steps), dict(steps=c.eval_steps)):
+        if name == 'before': print(f'warning: evaluation: {text}', file=sys.stderr)
     report = FirstBatch(c, run, name, len(heldout[0].instructions), progress)
     settings = dict(editor_name=str(c.editor), judge_name=c.eval_judge)
     found = run_evaluation(c, run, name, editor, heldout, judge, progress, settings, report)
