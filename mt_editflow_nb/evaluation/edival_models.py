@@ -19,7 +19,7 @@ from ..data.files import InputError, content_hash, expect, one_line, read_text
 from ..rewards.engines import Ask, fingerprint
 from ..rewards.judges import MODES, ask_and_parse
 from ..rewards.cube import load_judge
-from .edival_rules import QUESTIONS, Describe, Detect, Found, NoAnswer, choices_of, kind_of
+from .edival_rules import QUESTIONS, Detect, Found, NoAnswer, choices_of, kind_of
 
 # %% ../../nbs/evaluation/04a_edival_models.ipynb #43187db5
 def _word_tokenizer(words, **kw):

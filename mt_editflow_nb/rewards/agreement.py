@@ -11,7 +11,7 @@ import json, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..data.files import InputError, expect, open_image, read_text
+from ..data.files import expect, open_image, read_text
 from ..data.plots import line_style
 from .cube import judge_items, verifier
 from .judges import Item

@@ -35,7 +35,7 @@ from ..evaluation.running import collect_sessions, evaluate_sessions, training_m
 from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, edival_scores, outcomes_from,
                                               score_intervals)
 from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
-from .checkpoints import RunState, Stopped, halve_while_memory_ends, stop_requests, stop_with
+from .checkpoints import RunState, halve_while_memory_ends, stop_requests, stop_with
 from .monitor import find_hacking, hacking_signals
 from .progress import estimate_seconds, estimate_text, metered, note_progress
 from .runs import (cut_log, environment, log_gaps, metrics_rows, note_environment, open_run,
