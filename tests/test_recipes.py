@@ -201,7 +201,7 @@ def test_judges_are_counted():
     remembered = 32*words*28*2*4*128*2                              # keys and values of 28 layers, 4 heads of 128
     assert whole == 8_292_166_656*2 + remembered                    # published count
     assert .28 < (four - remembered)/(8_292_166_656*2) < .4         # a bit over a quarter: embeddings and head stay
-    held = sum(p.numel()*p.element_size() for p in Local('tiny')._loaded[0].parameters())
+    held = sum(p.numel()*p.element_size() for p in Local('tiny').loaded[0].parameters())
     assert held <= judge_bytes('tiny:think', 48, 4) < 200*held
     def known(name, *_): return None if name == 'some/model:think' else 0
     c = make_config(dict(judge='some/model:think'))
