@@ -21,6 +21,7 @@ from ..data.files import (InputError, atomic_write, content_hash, expect, one_li
 from ..data.sessions import load_edival, load_sessions
 from ..data.shapeworld import parse_edit, shape_sessions
 from ..data.structures import STRUCTURES, plain_form, structured_sessions
+from ..editing.editor import check_instructions, long_instructions
 from ..editing.loading import find_editor, load_editor
 from ..editing.lora import load_lora
 from ..editing.rollout import resize_sessions
@@ -158,9 +159,13 @@ def made_with(a) -> dict:
                 editor_weights=_weights(source) if source.is_dir() else None,
                 adapter_weights=_weights(lora) if a.lora and lora.exists() else None)
 
-def _load_editor(a):
+def _load_editor(a, sessions): # raises `InputError` where instructions of a file are longer than its text encoder takes
     editor = load_editor(a.editor, quantize=a.quantize, size=a.size, guidance=a.guidance)
     if a.lora: load_lora(editor, a.lora)
+    if a.sessions not in ('shapeworld', 'edival'): check_instructions(editor, sessions)
+    elif cut := long_instructions(editor, sessions):
+        _say(f'warning: {len(cut)} instructions are longer than the {editor.max_text_tokens} tokens that the editor '
+             'reads, and are cut')
     return editor
 
 # %% ../../nbs/cli/01_eval.ipynb #0026380f
@@ -313,7 +318,7 @@ def evaluate_free(a, out: Path) -> tuple: # (table, sessions)
     if a.structure and not a.plain and a.judge == 'verifier': judge = structured_judge
     sessions = chosen_sessions(a)
     check_against(a.against, sessions)
-    editor = _load_editor(a)
+    editor = _load_editor(a, sessions)
     sessions = resize_sessions(editor, sessions)
     began = time.monotonic()
     outcomes, images = run_free(a, editor, sessions, judge, out)
@@ -388,7 +393,7 @@ def quality_table(
 # %% ../../nbs/cli/01_eval.ipynb #73ffb77f
 def _generate(a, sessions, out, settings):
     if not pictures_to_make(sessions, out, a.steps, settings=settings): return
-    editor = _load_editor(a)
+    editor = _load_editor(a, sessions)
     generate_edival(editor, sessions, out, num_steps=a.steps, batch=a.batch, settings=settings, progress=True)
 
 def _edival_facts(a, sessions, out):

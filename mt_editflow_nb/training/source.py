@@ -16,6 +16,7 @@ from PIL import Image
 from ..data.files import InputError, content_hash, expect
 from ..data.sessions import load_sessions
 from ..data.shapeworld import parse_edit, shape_sessions
+from ..editing.editor import check_instructions
 from ..editing.rollout import resize_sessions
 from ..algorithm.config import Config
 
@@ -74,10 +75,14 @@ class SessionSource(NamedTuple):
     train_hash: str     # of the content, pictures included
     heldout_hash: str   # of the content, pictures included
     warnings: tuple = ()# sentences for the user
+    of_file: tuple = () # every `Session` of a file that is trained on
 
     def for_editor(self, editor # from `load_editor`
                   ):            # a `SessionSource`
-        "The same sessions with their pictures in the size that an editor takes."
+        """The same sessions with their pictures in the size that an editor takes.
+
+        Raises `InputError` for instructions that its text encoder would cut."""
+        for sessions in (self.of_file, self.heldout): check_instructions(editor, sessions)
         def batch(iteration): return resize_sessions(editor, self.batch(iteration))
         return self._replace(batch=batch, heldout=resize_sessions(editor, self.heldout))
 
@@ -142,4 +147,5 @@ def session_source(c: Config # `sessions`, `heldout`, `turns`, `eval_sessions`, 
     if c.eval_judge.startswith('verifier'): _check_words(heldout)
     alike = near_copies(heldout, train) if c.heldout != 'training' else ()
     said = [f'heldout: the picture of {h.id!r} looks like that of {t.id!r}, which is trained on' for h, t in alike[:3]]
-    return SessionSource(_shuffled(train, c), heldout, name, content_hash(train), content_hash(heldout), tuple(said))
+    return SessionSource(_shuffled(train, c), heldout, name, content_hash(train), content_hash(heldout), tuple(said),
+                         tuple(train))
