@@ -15,7 +15,7 @@ from ..editing.samplers import sde_step, sde_window
 from ..rewards.cube import Scores, TurnScorer
 from .config import Config
 from .fusion import advantages
-from .losses import grpo_loss, guard_log_ratio, kl_to_base, nft_loss
+from .losses import grpo_loss, guard_log_ratio, guard_weights, kl_to_base, nft_loss
 from .policy import Policy
 from .processes import SharedDraws, gather_scores, processes, sum_statistics
 from .updates import (Statistics, gradient_step, learning_rate, micro_batches, require_finite,
@@ -134,6 +134,7 @@ def grpo_terms(config: Config, # of the run
                                                       sampled.mean_TKNLC[t, k, n], std)
                 loss, statistics = grpo_loss(logp, logp_old, batch.adv_NT[n, t],
                                              clip=config.clip, adv_max=config.adv_max)
+                if config.guard: loss = loss*guard_weights(sampled.sigmas)[step].item()
                 if config.kl_weight:
                     v_base = policy.base_velocity(x, s, text, image)
                     mean_base, *_ = score_step(config, sampled, t, k, n, v_base)
