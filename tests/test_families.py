@@ -277,7 +277,7 @@ def test_instructions_that_would_be_cut_are_named(folder, editor, session):
     "klein and T5 cut what is too long without a word; Qwen reads everything."
     family = find_editor(folder)[1]
     long = Session('b', session.image, ['add a ring', 'make it blue '*60])
-    assert check_instructions(editor, [session]) is None
+    for sessions in ([], [session]): assert check_instructions(editor, sessions) is None
     if 'Qwen' in family: assert check_instructions(editor, [session, long]) is None
     else:
         with pytest.raises(InputError, match=rf'at most {editor.max_text_tokens} .*session b, turn 2: \d+$'):

@@ -108,7 +108,7 @@ def long_instructions(
     sessions: list, # of `Session`s
 ) -> list: # of (session id, turn from 1, tokens)
     "The instructions that the editor's text encoder would cut."
-    if getattr(editor, 'max_text_tokens', None) is None: return []
+    if not sessions or getattr(editor, 'max_text_tokens', None) is None: return []
     texts, _ = deduplicate([text for s in sessions for text in s.instructions])
     tokens = dict(zip(texts, editor.count_tokens(texts)))
     return [(s.id, turn, tokens[text]) for s in sessions for turn, text in enumerate(s.instructions, 1)
