@@ -8,9 +8,14 @@ from mt_editflow_nb.algorithm.fusion import PRESETS
 
 path = Path(__file__).resolve().parent/'ablation.ipynb'
 
+def union(members):
+    kinds = [kind(t) for t in members if t is not types.NoneType]
+    inner = kinds[0] if len(kinds) == 1 else f'Union[{", ".join(kinds)}]'
+    return f'Optional[{inner}]' if types.NoneType in members else inner
+
 def kind(t):
     "The annotation as papermill reads it: choices are texts, and checked by the next cell."
-    if typing.get_origin(t) in (typing.Union, types.UnionType): return f'Optional[{kind(typing.get_args(t)[0])}]'
+    if typing.get_origin(t) in (typing.Union, types.UnionType): return union(typing.get_args(t))
     if typing.get_origin(t) is typing.Literal: return 'str'
     return t.__name__ if isinstance(t, type) and not typing.get_args(t) else str(t)
 

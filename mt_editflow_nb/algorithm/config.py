@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['RL', 'EFFECTIVE', 'RENAMED', 'EditorFields', 'SessionFields', 'RolloutFields', 'AdvantageFields', 'LossFields',
-           'RunFields', 'Config', 'refuse_ineffective', 'check_rollout', 'check_advantage', 'make_config']
+           'RunFields', 'Config', 'refuse_ineffective', 'check_adapter', 'check_rollout', 'check_advantage',
+           'make_config']
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
 import difflib
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ..data.files import InputError, expect, one_of
+from ..editing.lora import LORA_TARGETS
 from ..rewards.cube import load_judge
 from .aggregation import AGGREGATIONS
 from .fusion import CREDITS, FUSIONS, PRESETS, STDS
@@ -25,10 +27,19 @@ class EditorFields(BaseModel):
         "embedded or classifier-free, in rollouts and in evaluation; None: what the editor's family publishes"))
     lora_rank: int = Field(16, ge=1, le=4096, description='rank of the trained adapter')
     lora_alpha: float | None = Field(None, gt=0, description="the adapter's output is scaled by alpha/rank; None: by 1")
-    lora_targets: Literal['all', 'attention'] = Field('all', description=(
-        "linear layers with an adapter: 'all' of the transformer blocks, or those of 'attention'"))
+    lora_targets: str | list[str] = Field('all', description=(
+        "linear layers with an adapter: 'all' of the transformer blocks, those of 'attention' or 'attention_mlp', or a "
+        'list of ends of their names'))
+    init_lora: str | None = Field(None, description=(
+        'an adapter that training starts from, and that is evaluated before it: a file, a folder, or a hub name'))
     checkpointing: bool = Field(False, description='gradient checkpointing: less memory, a third more computing')
     offload: bool = Field(False, description='text encoders rest in host memory between uses')
+    attention_backend: str | None = Field(None, description=(
+        "kernel of the transformer's attention, such as 'flash'; None: torch's own"))
+    compile: str | None = Field(None, description=(
+        "compile the transformer's blocks with this backend, such as 'inductor'; None: do not"))
+    autocast: bool = Field(False, description="the adapter's matrix products in bfloat16")
+    tf32: bool = Field(False, description='float32 matrix products in TF32, on a GPU')
     adam8bit: bool = Field(False, description='8-bit AdamW states')
 
 class SessionFields(BaseModel):
@@ -80,7 +91,7 @@ class LossFields(BaseModel):
     window: int = Field(0, ge=0, description=(
         'GRPO: stochastic steps a rollout, placed anew each iteration; 0: all but the last'))
     clip: float = Field(1e-3, gt=0, description='GRPO: clip range of the ratio')
-    guard: bool = Field(False, description="GRPO: GRPO-Guard's ratio correction")
+    guard: bool = Field(False, description="GRPO: GRPO-Guard's centred ratios and re-weighted steps")
     kl_weight: float = Field(0., ge=0, description='pull towards the base editor')
 
 class RunFields(BaseModel):
@@ -143,6 +154,12 @@ def refuse_ineffective(config: Config # to check
            'sessions=FILE, without which it has no effect', config.heldout)
 
 # %% ../../nbs/algorithm/03_config.ipynb #7d3ad1b4
+def check_adapter(config: Config # to check
+                 ):
+    "Raises `InputError` for an unknown name of layers. Which layers there are, only the loaded editor knows."
+    if isinstance(config.lora_targets, str): one_of('lora_targets', config.lora_targets, LORA_TARGETS)
+    expect(config.lora_targets, 'lora_targets', 'at least one end of a name', config.lora_targets)
+
 def check_rollout(config: Config # to check
                  ):
     "Raises `InputError` for rollouts that GRPO or NFT cannot learn from."
@@ -197,6 +214,7 @@ def make_config(values: dict,       # field -> value; `preset` names one of `PRE
         values = PRESETS[preset] | values
     try: config = Config(**values)
     except ValidationError as e: raise InputError('; '.join(map(_explain, e.errors()))) from None
+    check_adapter(config)
     check_rollout(config)
     check_advantage(config)
     if strict: refuse_ineffective(config)

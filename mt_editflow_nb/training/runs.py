@@ -17,6 +17,7 @@ from ..data.files import (InputError, atomic_write, content_hash, one_of, read_j
                                        to_json)
 from ..data.plots import plot_learning_curves
 from ..editing.loading import find_editor
+from ..editing.lora import find_adapter
 from ..rewards.cube import load_judge
 from ..algorithm.config import Config, make_config
 from ..algorithm.processes import processes
@@ -64,8 +65,9 @@ def run_identity(c: Config, # of the run
                  source     # its `SessionSource`
                 ) -> dict:
     "What a run's numbers depend on besides its configuration and the versions of code."
+    adapter = dict(init_lora=content_hash(find_adapter(c.init_lora))) if c.init_lora else {}
     return dict(sessions=source.train_hash, heldout=source.heldout_hash, editor=editor_fingerprint(c.editor),
-                judge=judge_fingerprint(c.judge), eval_judge=judge_fingerprint(c.eval_judge))
+                judge=judge_fingerprint(c.judge), eval_judge=judge_fingerprint(c.eval_judge), **adapter)
 
 # %% ../../nbs/training/03_runs.ipynb #ed7e1a5e
 def read_config(run # a run folder
@@ -88,7 +90,7 @@ def _differences(held: Config, new: Config) -> list:
     return [f'{k} is {old[k]!r} there and {here[k]!r} here' for k in sorted(here) if old[k] != here[k]]
 
 _WHAT = dict(sessions='other sessions to train on', heldout='other held-out sessions', editor='another editor',
-             judge='another judge', eval_judge='another evaluating judge')
+             judge='another judge', eval_judge='another evaluating judge', init_lora='another adapter to start from')
 
 def _check_identity(run, held: dict, new: dict):
     "Raises `InputError` where a run would go on with other data, another editor or another judge."

@@ -46,8 +46,10 @@ from .source import session_source
 def load_for(c: Config, # of a run
              **kw):     # with `lora_rank`: add an adapter to train
     "The editor of a configuration."
-    if kw: kw |= dict(seed=c.seed, lora_alpha=c.lora_alpha, lora_targets=c.lora_targets, checkpointing=c.checkpointing)
-    return load_editor(c.editor, quantize=c.quantize, size=c.size, guidance=c.guidance, offload=c.offload, **kw)
+    if kw: kw |= dict(seed=c.seed, lora_alpha=c.lora_alpha, lora_targets=c.lora_targets, init_lora=c.init_lora,
+                      checkpointing=c.checkpointing)
+    return load_editor(c.editor, quantize=c.quantize, size=c.size, guidance=c.guidance, offload=c.offload,
+                       attention_backend=c.attention_backend, compile=c.compile, autocast=c.autocast, tf32=c.tf32, **kw)
 
 def prepare(c: Config # of a run
            ) -> tuple: # (its `SessionSource`, its identity)
@@ -279,10 +281,12 @@ def train(c: Config,           # from `make_config`
 
 # %% ../../nbs/training/04_train.ipynb #d4549ef3
 _BASE_DEPENDS_ON = ('editor', 'quantize', 'size', 'guidance', 'turns', 'eval_turns', 'eval_judge', 'eval_judge_options',
-                    'num_steps', 'eval_steps', 'batch', 'eval_sessions')
+                    'num_steps', 'eval_steps', 'batch', 'eval_sessions', 'attention_backend', 'compile', 'autocast',
+                    'tf32')
 
 def base_file(run, c: Config, identity: dict) -> Path: # None: what is found is not shared
     "Where runs of one folder share what they found of the base editor, named by all that it depends on."
+    if c.init_lora: return None                                        # begins with an adapter of its own
     versions = environment()
     changed = (versions['commit'] or '').endswith('-dirty')
     if changed or Path(c.editor).is_dir() or Path(c.eval_judge.split(':')[0]).is_dir(): return None
@@ -382,7 +386,8 @@ def check_size(c, editor):
 
 def run_stages(c, run, source, identity, judge, eval_judge, given: bool, progress: bool, stop):
     "Evaluate, train, evaluate: what has been done before is not done again."
-    base = load_for(c)
+    adapter = dict(lora_rank=c.lora_rank) if c.init_lora else {}
+    base = load_for(c, **adapter)
     if not given: check_size(c, base)
     shared = None if given else base_file(run, c, identity)
     saved_evaluation(c, run, 'before', base, source.for_editor(base).heldout, eval_judge, progress, shared)
