@@ -23,7 +23,7 @@ from ..data.shapeworld import parse_edit, shape_sessions
 from ..data.structures import STRUCTURES, plain_form, structured_sessions
 from ..editing.editor import check_instructions, long_instructions
 from ..editing.loading import find_editor, load_editor
-from ..editing.lora import load_lora
+from ..editing.lora import load_lora, read_adapter
 from ..editing.rollout import resize_sessions
 from ..rewards.cube import load_judge
 from ..evaluation.card import (blind_spots, is_shape_world, load_session_images,
@@ -160,6 +160,7 @@ def made_with(a) -> dict:
                 adapter_weights=_weights(lora) if a.lora and lora.exists() else None)
 
 def _load_editor(a, sessions): # raises `InputError` where instructions of a file are longer than its text encoder takes
+    if a.lora: read_adapter(a.lora)                                 # before the editor, which may take minutes
     editor = load_editor(a.editor, quantize=a.quantize, size=a.size, guidance=a.guidance)
     if a.lora: load_lora(editor, a.lora)
     if a.sessions not in ('shapeworld', 'edival'): check_instructions(editor, sessions)

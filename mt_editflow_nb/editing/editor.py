@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np, torch
 from PIL import Image, ImageOps
-from ..data.files import InputError, expect
+from ..data.files import InputError, expect, one_line
 
 # %% ../../nbs/editing/00_editor.ipynb #1cbead80
 @dataclass
@@ -199,5 +199,5 @@ def hub_errors(
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
         raise InputError(f'{field}: {name} is not in the local cache, and the hub cannot be reached') from None
     except hub.EntryNotFoundError: raise InputError(f'{field}: {name} {missing}') from None
-    except (OSError, hub.HfHubHTTPError) as e:
-        raise InputError(f'{field}: {name} cannot be reached on the hub: {str(e).splitlines()[0]}') from None
+    except (OSError, hub.HTTPError) as e:                           # HTTPError is the HTTP library's: no connection
+        raise InputError(f'{field}: {name} cannot be reached on the hub: {one_line(e)[:300]}') from None

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'ADAPTER_FILE', 'target_layers', 'add_lora', 'lora_parameters', 'to_safetensors', 'save_lora',
-           'find_adapter', 'read_adapter', 'fitting_tensors', 'without_prefix', 'from_kohya', 'from_diffusers',
-           'match_adapter', 'adapter_config', 'load_lora', 'start_from_adapter', 'swapped', 'base_only']
+           'find_adapter', 'adapter_facts', 'read_adapter', 'fitting_tensors', 'without_prefix', 'from_kohya',
+           'from_diffusers', 'match_adapter', 'adapter_config', 'load_lora', 'start_from_adapter', 'swapped',
+           'base_only']
 
 # %% ../../nbs/editing/04_lora.ipynb #fa2036ea
 import json, logging, re, struct
@@ -118,6 +119,25 @@ def find_adapter(
         file = '/'.join(inside) or choose(huggingface_hub.list_repo_files(repo))
         return Path(huggingface_hub.hf_hub_download(repo, file))
 
+def adapter_facts(
+    metadata: dict, # of a safetensors file
+    file: Path,     # the file; an `adapter_config.json` may stand beside it
+) -> dict: # peft's fields, as far as they are written down
+    "What an adapter's file says about its rank and alpha. Raises `InputError` for fields that are not usable."
+    config, written = file.parent/'adapter_config.json', metadata.get('lora_adapter_metadata', '{}')
+    try: fields = json.loads(written)
+    except json.JSONDecodeError as e: raise InputError(f'lora: {file}: its metadata is not JSON: {e}') from None
+    expect(isinstance(fields, dict), f'lora: {file}: metadata', 'fields and values', written[:60])
+    if fields: facts = {k.removeprefix('transformer.'): v for k, v in fields.items()}
+    else: facts = read_json(config) if config.is_file() else {}
+    expect(isinstance(facts, dict), f'lora: {config}', 'fields and values', facts)
+    pattern = facts.get('alpha_pattern') or {}
+    expect(isinstance(pattern, dict), f'lora: {file}: alpha_pattern', 'layers and numbers', pattern)
+    alphas = [facts.get('lora_alpha', 1), *pattern.values()]
+    for alpha in alphas:
+        expect(type(alpha) in (int, float), f'lora: {file}: lora_alpha', 'a number', alpha)
+    return facts
+
 def read_adapter(
     source: str|Path, # as in `find_adapter`
 ) -> tuple: # (tensors by the names of the file, rank and alpha as far as they are written down, the file)
@@ -130,11 +150,9 @@ def read_adapter(
     except (safetensors.SafetensorError, OSError) as e:
         raise InputError(f'lora: {file}: expected a safetensors file, could not read it ({one_line(e)})') from None
     for name, x in tensors.items(): check_finite(f'lora: {file}: {name}', x)
-    written = json.loads(metadata.get('lora_adapter_metadata', '{}'))
-    facts = {k.removeprefix('transformer.'): v for k, v in written.items()}
-    config = file.parent/'adapter_config.json'
-    if not facts and config.is_file(): facts = read_json(config)
-    return tensors, facts, file
+    integers = [name for name, x in tensors.items() if not x.is_floating_point()]
+    expect(not integers, f'lora: {file}', 'floating-point tensors', integers[:1])
+    return tensors, adapter_facts(metadata, file), file
 
 # %% ../../nbs/editing/04_lora.ipynb #d44ce28f
 def fitting_tensors(
@@ -222,7 +240,7 @@ def adapter_config(
     other_ranks = {f'^{layer}': r for layer, r in ranks.items() if r != rank}
     config = dict(r=rank, rank_pattern=other_ranks, target_modules=sorted(ranks))
     if 'lora_alpha' not in facts: return config | dict(lora_alpha=rank, alpha_pattern=other_ranks)
-    return config | {k: facts[k] for k in ('lora_alpha', 'alpha_pattern', 'use_rslora') if k in facts}
+    return config | {k: facts[k] for k in ('lora_alpha', 'alpha_pattern', 'use_rslora') if facts.get(k) is not None}
 
 def load_lora(
     editor,           # without an adapter
