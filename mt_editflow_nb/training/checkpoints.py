@@ -77,6 +77,7 @@ def write_checkpoint(run,             # a run folder
         parameters = sum(name.startswith('param.') for name in tensors)
         state = dict(iteration=iteration, parameters=parameters, sha256=_sha256(tmp/'state.safetensors'))
         (tmp/'state.json').write_text(to_json(state))
+        shutil.copymode(tmp/'state.json', tmp/'state.safetensors')  # save_file gives 0600, whatever the umask
         if editor is not None: save_lora(editor, tmp/'lora')
         for name in ('state.safetensors', 'state.json'): _sync(tmp/name)
         shutil.rmtree(final, ignore_errors=True)
