@@ -291,7 +291,7 @@ def test_a_notebook_does_not_train_on_as_an_orphan(tmp_path, sent):
 bad = {
     'unknown parameter': (['agregation=min'], 'agregation'), 'wrong type': (['lr=fast'], 'lr'),
     'no such aggregation': (['aggregation=median'], 'aggregation'), 'group of one': (['group=1'], 'group'),
-    'zero turns': (['turns=0'], 'turns'), 'nine turns': (['turns=9'], 'turns'), 'no value': (['lr'], 'field=value'),
+    'zero turns': (['turns=0'], 'turns'), '17 turns': (['turns=17'], 'turns'), 'no value': (['lr'], 'field=value'),
     'judge': (['judge=oracle'], 'judge'), 'missing file': (['sessions=none.jsonl'], 'none.jsonl'),
     'missing recipe': (['none.yaml'], 'none.yaml'), 'editor': (['editor=./none'], 'editor'),
     'resume': (['--resume', 'none'], '--resume'), 'notebook': (['--notebook', 'none.ipynb'], 'none.ipynb'),

@@ -12,6 +12,7 @@ import difflib
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ..data.files import InputError, expect, one_of
+from ..data.sessions import MAX_TURNS
 from ..editing.lora import LORA_TARGETS
 from ..rewards.cube import load_judge
 from .aggregation import AGGREGATIONS
@@ -48,7 +49,7 @@ class SessionFields(BaseModel):
     allow_outside: bool = Field(False, description='pictures of a session file may lie outside its folder')
     heldout: int | float | str | None = Field(None, description=(
         "of a file of sessions: how many are held out, or a share below 1; another file; or 'training'"))
-    turns: int | None = Field(None, ge=1, le=8, description=(
+    turns: int | None = Field(None, ge=1, le=MAX_TURNS, description=(
         "T; None: 3 in the shape world, the file's own otherwise"))
     judge: str = Field('verifier', description=(
         "who rewards: 'verifier' (graded), 'verifier:binary', or MODEL:MODE such as 'tiny:think', see `load_judge`"))
@@ -103,7 +104,7 @@ class RunFields(BaseModel):
     max_grad_norm: float = Field(1., gt=0, description='gradients are clipped to this norm')
     batch: int = Field(64, ge=1, description='rows a transformer call')
     eval_sessions: int = Field(512, ge=1, description='held-out sessions of the shape world')
-    eval_turns: int | None = Field(None, ge=1, le=8, description='their turns; None: as in training')
+    eval_turns: int | None = Field(None, ge=1, le=MAX_TURNS, description='their turns; None: as in training')
     eval_steps: int | None = Field(None, ge=1, description='denoising steps in evaluation; None: `num_steps`')
     save_every: int = Field(10, ge=1, description='iterations between checkpoints')
     ema: float = Field(0., ge=0, lt=1, description=(
