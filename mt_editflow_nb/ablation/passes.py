@@ -14,7 +14,7 @@ from ..data.plots import running_mean
 from .results import METRICS, Results, compare_points, last_turn, seed_scores
 
 # %% ../../nbs/ablation/01c_passes.ipynb #0add9034
-PASS_COST = dict(sampled=1, old=1, reference=1, compared=1, trained=3)   # in forward passes
+PASS_COST = dict(sampled=1, old=1, reference=1, compared=1, trained=3)   # in forward passes; compared: of old logs
 
 def _settings(config):
     "All fields of a configuration, old names and defaults included."

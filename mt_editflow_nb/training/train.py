@@ -37,7 +37,7 @@ from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, ediva
 from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
 from .checkpoints import RunState, halve_while_memory_ends, stop_requests, stop_with
 from .monitor import find_hacking, hacking_signals
-from .progress import estimate_seconds, estimate_text, metered, note_progress
+from .progress import clocked, estimate_seconds, estimate_text, note_progress
 from .runs import (cut_log, environment, log_gaps, metrics_rows, note_environment, open_run,
                                           run_identity)
 from .source import session_source
@@ -122,10 +122,10 @@ def save_group_figure(run, iteration: int, sessions, rolled, scores, adv_PGT):
                             scores.success_PGT[0][order].tolist(), f'iteration {iteration}')
     save_figure(figure, Path(run)/'rollouts'/f'{iteration:06d}.png')
 
-def log_iteration(c, run, state: RunState, meter, metrics: dict, scores):
+def log_iteration(c, run, state: RunState, clock, metrics: dict, scores):
     "Append an iteration to the logs: what can be compared bit for bit, and seconds and memory apart from it."
-    metrics |= dict(lr=c.lr*(1 - metrics['iteration']/c.iterations), passes=meter.passes)
-    seconds = meter.seconds()
+    metrics |= dict(lr=c.lr*(1 - metrics['iteration']/c.iterations))
+    seconds = clock.seconds()
     edits = c.sessions_per_iteration*c.group*len(metrics.get('success', ()))
     speed = round(edits/max(seconds['seconds'], 1e-9), 3)
     timings = dict(iteration=metrics['iteration'], **seconds, edits_per_second=speed)
@@ -205,14 +205,14 @@ def one_iteration(c, run, state: RunState, source, judge, stop) -> dict: # metri
     i = state.iteration
     sessions = source.batch(i)
     step = supervise if c.algorithm == 'sft' else iterate
-    with metered(state.policy.editor) as meter:
+    with clocked(state.policy.editor) as clock:
         metrics, rolled, scores, adv_PGT = step(c, state.policy, sessions, judge, i)
     with stop.deferred():
         state.advance()
         if processes()[0]: return metrics                          # all hold the same adapter; one writes
         if c.algorithm != 'sft':
             metrics |= iteration_signals(c, state.policy.editor, sessions, rolled, scores, adv_PGT)
-        log_iteration(c, run, state, meter, metrics, scores)
+        log_iteration(c, run, state, clock, metrics, scores)
         if state.iteration % c.save_every == 0 or state.iteration == c.iterations:
             state.save()
             say_findings(c, run, i)
