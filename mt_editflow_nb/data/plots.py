@@ -178,7 +178,7 @@ def plot_learning_curves(
             ax.fill_between(x, mean - half, mean + half, color=line_style(i)['color'], alpha=.15, lw=0)
         ax.set_title(plain_label(METRIC_NAMES.get(metric, metric)), fontsize=10)
         ax.set_xlabel('iteration', fontsize=9)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     _finish_panels(fig, transparent)
     return fig
 
