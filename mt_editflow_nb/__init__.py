@@ -10,7 +10,7 @@ _HOMES = {
     'load_editor': 'editing.loading', 'load_lora': 'editing.lora', 'rollout': 'editing.rollout',
     'load_judge': 'rewards.cube',
     'advantages': 'algorithm.fusion', 'PRESETS': 'algorithm.fusion', 'make_config': 'algorithm.config',
-    'evaluate': 'evaluation.scores', 'edival_scores': 'evaluation.scores',
+    'evaluate': 'evaluation.running', 'edival_scores': 'evaluation.scores',
     'train': 'training.train', 'experiment': 'training.train',
 }
 __all__ = [*_HOMES]

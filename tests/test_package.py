@@ -51,7 +51,7 @@ def test_sweeps_and_reports(away):
     sweep.write_text('question: Does it run away from the checkout?\nnotebook: ../ablation.ipynb\n'
                      f'grid: {{lr: [0.001]}}\nbaseline: {{lr: 0.001}}\nfixed: {{{fixed}}}\nseeds: [0]\n')
     away('mtef_sweep', str(sweep), '--out', 'sweeps')
-    away('mtef_report', 'sweeps', '--n-boot', '50')
+    away('mtef_report', 'sweeps', '--n-boot', '100')
     assert list((away.folder/'sweeps'/'report').rglob('*.html'))
 
 def test_names_to_start_with():
