@@ -67,7 +67,10 @@ def write_sources():
                     ignore=shutil.ignore_patterns('*.ipynb', '*.md'))
     for name in ('recipes', 'sweeps'): shutil.copytree(root/'experiments'/name, source/'experiments'/name)
     for path in (root/'experiments').glob('*.md'): shutil.copy(path, source/'experiments')
-    for path in [*root.glob('*.md'), root/'LICENSE']: shutil.copy(path, source)
+    shutil.copy(root/'LICENSE', source)
+    for path in root.glob('*.md'):      # README.md is the front page here
+        text = path.read_text().replace('README.md#dimension-letters', 'index.md#Dimension-letters')
+        (source/path.name).write_text(text)
     for name in modules:
         page = source/'api'/f'{".".join(name)}.md'
         page.parent.mkdir(exist_ok=True)
@@ -75,6 +78,8 @@ def write_sources():
 
     index = nbformat.read(source/'nbs'/'index.ipynb', as_version=4)
     front = '\n\n'.join(from_root(c.source) for c in index.cells if c.cell_type == 'markdown')
+    # a folder has no page
+    front = front.replace('](experiments/recipes)', '](experiments/recipes/kontext_nft.yaml)')
     (source/'nbs'/'index.ipynb').unlink()
     (source/'README.md').unlink()
     trees = [toctree('Start', ['nbs/tutorials/tour', 'CONTRIBUTING', 'CHANGELOG'])]
