@@ -31,6 +31,7 @@ from ..algorithm.iterate import iterate
 from ..algorithm.policy import Policy
 from ..algorithm.processes import processes
 from ..algorithm.supervised import supervise
+from ..algorithm.updates import learning_rate
 from ..evaluation.running import collect_sessions, evaluate_sessions, training_mismatches, unscored_note
 from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, edival_scores, outcomes_from,
                                               score_intervals)
@@ -124,7 +125,7 @@ def save_group_figure(run, iteration: int, sessions, rolled, scores, adv_PGT):
 
 def log_iteration(c, run, state: RunState, clock, metrics: dict, scores):
     "Append an iteration to the logs: what can be compared bit for bit, and seconds and memory apart from it."
-    metrics |= dict(lr=c.lr*(1 - metrics['iteration']/c.iterations))
+    metrics |= dict(lr=learning_rate(c, metrics['iteration']))
     seconds = clock.seconds()
     edits = c.sessions_per_iteration*c.group*len(metrics.get('success', ()))
     speed = round(edits/max(seconds['seconds'], 1e-9), 3)
