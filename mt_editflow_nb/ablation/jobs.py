@@ -36,8 +36,8 @@ def is_running(
     return is_locked(folder, 'job.lock')
 
 def job_status(
-    job: Job,
-) -> str: # 'new', 'running', 'done', 'failed', or 'cut'
+    job: Job, # of a plan
+) -> str:     # 'new', 'running', 'done', 'failed', or 'cut'
     "How a job stands. 'cut': it was started, has not come to its end, and nobody runs it."
     state = job_state(job.folder)
     if state.get('hash') != job.hash: return 'new'
@@ -48,7 +48,8 @@ def job_status(
 # %% ../../nbs/ablation/01_jobs.ipynb #c95815e2
 class JobRecord:
     "What `job.json` says of a job that runs in this process, and the one way to end the process."
-    def __init__(self,
+    def __init__(
+        self,
         message: dict, # what `job_message` wrote
     ):
         self.folder, self.started = Path(message['folder']), time.monotonic()
@@ -61,13 +62,22 @@ class JobRecord:
                            started=time.strftime('%Y-%m-%d %H:%M:%S'))
         self.ending, self.reason = threading.Lock(), None
 
-    def write(self, status, error=None):
+    def write(
+        self,
+        status,     # 'running', 'done', 'failed' or 'cut'
+        error=None, # one line; None: there was none
+    ):
         "Write `job.json`."
         seconds = self.seconds_before + time.monotonic() - self.started
         facts = self.facts | dict(status=status, error=error, seconds=round(seconds, 1))
         atomic_write(self.folder/'job.json', to_json(facts, indent=1))
 
-    def end(self, status, error, exit_status):
+    def end(
+        self,
+        status,      # 'done', 'failed' or 'cut'
+        error,       # one line; None: there was none
+        exit_status, # of the process
+    ):
         "End this process and all that it has started."
         import psutil
         self.ending.acquire()                 # and never release it: the first reason to end is the one that counts
@@ -76,7 +86,12 @@ class JobRecord:
         try: self.write(status, error)
         finally: os._exit(exit_status)
 
-    def stop(self, status, error, exit_status):
+    def stop(
+        self,
+        status,      # 'failed' or 'cut'
+        error,       # one line; None: there was none
+        exit_status, # of the process
+    ):
         "Interrupt the kernel, so that training saves what it has, and `end` when that is done, or after a while."
         import psutil
         self.reason = self.reason or (status, error, exit_status)
@@ -130,9 +145,9 @@ def run_job():
 
 # %% ../../nbs/ablation/01_jobs.ipynb #bc7bf9d7
 def job_message(
-    job: Job,
-    plan: Plan,
-) -> str: # JSON
+    job: Job,   # to run
+    plan: Plan, # that it belongs to
+) -> str:       # JSON
     "What the process of a job has to know."
     of_job = dict(folder=str(job.folder.resolve()), values=job.values, parameters=job.parameters, hash=job.hash)
     of_plan = dict(notebook=str(plan.notebook), kernel=plan.kernel, time_limit=read_seconds(plan.sweep.time_limit))
@@ -192,8 +207,8 @@ def job_slots(
 
 # %% ../../nbs/ablation/01_jobs.ipynb #c1c13941
 def start_local(
-    plan: Plan,
-): # (job, environment) -> (poll, stop); poll() is an exit status or None, stop(force) ends the job
+    plan: Plan, # of the sweep
+):              # (job, environment) -> (poll, stop); poll() is an exit status or None, stop(force) ends the job
     "Start jobs as processes of this machine."
     def start(job, env):
         process = job_process(job_message(job, plan), env)
@@ -218,7 +233,7 @@ def _connect_ray(address):
     return ray
 
 def start_ray(
-    plan: Plan,
+    plan: Plan,          # of the sweep
     address: str = None, # of a running cluster; None: RAY_ADDRESS, or one that starts here
 ):                       # (job, environment) -> (poll, stop), as `start_local`
     "Start jobs on a Ray cluster, which decides where and when they run."
@@ -255,8 +270,8 @@ def jobs_of_part(
 
 # %% ../../nbs/ablation/01_jobs.ipynb #560301c3
 def job_progress(
-    job: Job,
-) -> tuple: # (lines of `metrics.jsonl`, of how many; None if that is not known)
+    job: Job, # of a plan
+) -> tuple:   # (lines of `metrics.jsonl`, of how many; None if that is not known)
     "How far a job is."
     try: n = (job.folder/'metrics.jsonl').read_bytes().count(b'\n')
     except OSError: n = 0
@@ -267,7 +282,7 @@ def time_left(
     finished: list, # seconds of each finished job
     running: list,  # (elapsed seconds, fraction done or None) of each running job
     waiting: int,   # jobs that have not started
-    slots: int,
+    slots: int,     # jobs at a time
 ) -> float|None:    # seconds; None: nothing to go by yet
     "An estimate of the time until all jobs are done."
     guesses = list(finished) or [elapsed/done for elapsed, done in running if done and done > .02]
@@ -280,8 +295,8 @@ def time_left(
     return max((waiting*each + sum(rests))/max(1, min(slots, waiting + len(running))), last, *rests)
 
 def duration_text(
-    seconds: float|None,
-) -> str: # such as '42 s', '17 min', '3.5 h'; '' for None
+    seconds: float|None, # None: not known
+) -> str:                # such as '42 s', '17 min', '3.5 h'; '' for None
     "A duration as one says it."
     if seconds is None: return ''
     if seconds < 90: return f'{seconds:.0f} s'
@@ -292,11 +307,12 @@ def _name(job): return f'{job.label}, seed {job.seed}'
 
 class SweepDisplay:
     "What a sweep says on standard error while it runs."
-    def __init__(self,
-        plan: Plan,
-        done: int,       # jobs that were done before
-        n_lines: int,    # jobs at a time, each with a line of its own
-        progress: bool,  # False: say nothing
+    def __init__(
+        self,
+        plan: Plan,     # of the sweep
+        done: int,      # jobs that were done before
+        n_lines: int,   # jobs at a time, each with a line of its own
+        progress: bool, # False: say nothing
     ):
         from tqdm import tqdm
         self.progress, self.bars = progress, progress and sys.stderr.isatty()
@@ -306,15 +322,19 @@ class SweepDisplay:
         look['bar_format'] = '  {desc:50.50} {bar:20} {n_fmt}/{total_fmt}{postfix}'
         self.lines = [tqdm(position=i + 1, leave=False, **look) for i in range(n_lines)]
 
-    def say(self, text):
+    def say(
+        self,
+        text, # one line
+    ):
         "A line that stays."
         if self.bars: self.total.write(text, file=sys.stderr)
         elif self.progress: print(time.strftime('%H:%M:%S'), text, file=sys.stderr, flush=True)
 
-    def draw(self,
-        shown: list,  # (job, iterations, of how many, elapsed seconds) of the running jobs
-        left: str,    # the time left
-        failed: int,  # jobs
+    def draw(
+        self,
+        shown: list, # (job, iterations, of how many, elapsed seconds) of the running jobs
+        left: str,   # the time left
+        failed: int, # jobs
     ):
         "Draw the bars anew."
         if not self.bars: return
@@ -354,7 +374,13 @@ class SweepRun:
     most_at_once: int = 1                             # jobs; with Ray, only the cluster knows how many fit
     display: SweepDisplay = None
 
-def open_sweep_run(plan, start, slots, retry_failed, progress):
+def open_sweep_run(
+    plan,         # of the sweep
+    start,        # (job, environment) -> (poll, stop)
+    slots,        # environment of each slot
+    retry_failed, # put failed jobs in line again
+    progress,     # lines on standard error
+):
     "The state of a sweep that is about to run, as the folders of its jobs say it."
     status = {job.folder.name: job_status(job) for job in plan.jobs}
     final = ('done',) if retry_failed else ('done', 'failed')
@@ -448,12 +474,12 @@ def signals_as_interrupts():
 
 # %% ../../nbs/ablation/01_jobs.ipynb #e960f79c
 def run_sweep(
-    plan: Plan,
+    plan: Plan,                 # from `plan_sweep`
     start,                      # (job, environment) -> (poll, stop): `start_local(plan)` or `start_ray(plan)`
     slots: list,                # environment of each slot, from `job_slots`
     retry_failed: bool = False, # run failed jobs again, from their last checkpoint
     progress: bool = True,      # lines on standard error
-    poll_seconds: float = .2,
+    poll_seconds: float = .2,   # between two looks at the jobs
 ) -> dict:                      # folder name -> 'done', 'failed' or 'left' (it failed in an earlier call)
     "Run what is not done. Raises `KeyboardInterrupt` after stopping the running jobs."
     run = open_sweep_run(plan, start, slots, retry_failed, progress)
@@ -476,10 +502,10 @@ def run_sweep(
 
 # %% ../../nbs/ablation/01_jobs.ipynb #8b5c862c
 def describe_sweep(
-    plan: Plan,
-    out: str|Path,       # folder of the jobs' folders
-    slots: list,         # from `job_slots`
-    n_points: int = 50,  # the most points to list
+    plan: Plan,         # from `plan_sweep`
+    out: str|Path,      # folder of the jobs' folders
+    slots: list,        # from `job_slots`
+    n_points: int = 50, # the most points to list
 ) -> str:
     "The plan as text: what has been done, and what will run."
     status = [job_status(job) for job in plan.jobs]

@@ -45,8 +45,8 @@ def _session_files(path):
     return [Path(path), *(Path(path).parent/name for name in sorted(pictures))]
 
 def config_content(
-    config: Config,
-) -> dict: # field -> hash or name
+    config: Config, # from `notebook_config`
+) -> dict:          # field -> hash or name
     "What a configuration stands for: the content of what it names."
     folder = Path(find_editor(config.editor)[0])
     content = dict(editor=_editor_hash(config.editor, _stamps(sorted(folder.rglob('*')) if folder.is_dir() else [])))

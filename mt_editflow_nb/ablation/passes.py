@@ -75,7 +75,7 @@ def pass_curve(
 
 def passes_until(
     passes: np.ndarray, # from `pass_curve`
-    O: np.ndarray,
+    O: np.ndarray,      # scores of the same curve, in percent
     target: float,      # percent
 ) -> float:             # NaN: it is not reached
     "Passes until a learning curve first is at a given score."
@@ -84,7 +84,7 @@ def passes_until(
 
 def curve_mean(
     passes: np.ndarray, # from `pass_curve`
-    O: np.ndarray,
+    O: np.ndarray,      # scores of the same curve, in percent
     budget: float,      # passes
 ) -> float:             # percent; NaN where there is no curve up to the budget
     "The area under a learning curve up to a budget, over the width of that area."
@@ -113,7 +113,7 @@ def _last_turn_with_O(point):
     return last_turn(pd.Series(O_T, pd.RangeIndex(1, len(O_T) + 1, name='turn')))
 
 def pass_table(
-    results: Results,
+    results: Results,    # from `load_results`
     turn: int = None,    # of the gain; None: the last at which the baseline has an overall score
     reach: float = None, # O in percent on the training sessions; None: what the baseline ends with
     n_boot: int = 1000,  # bootstrap draws

@@ -32,7 +32,7 @@ def _point_scores(label, outcomes):
         yield (label, t + 1), row
 
 def score_table(
-    results: Results,
+    results: Results, # from `load_results`
 ) -> pd.DataFrame: # index (point, turn); per metric its mean over seeds and, as `METRIC sd`, their standard deviation
     "Scores in percent of the base editor and of every point."
     first = results.points[results.plan['baseline']]
@@ -47,7 +47,7 @@ def _with_seeds(point, seeds):
     return Outcomes(*(x[[place[seed] for seed in seeds]] for x in point.after))
 
 def comparison_table(
-    results: Results,
+    results: Results,   # from `load_results`
     n_boot: int = 1000, # bootstrap draws
 ) -> pd.DataFrame:      # index (point, turn, metric); empty where no point shares a seed with the baseline
     """Every point against the baseline, over the seeds that both have.
@@ -79,7 +79,7 @@ def _verdict(row):
 def verdicts(
     table: pd.DataFrame, # from `comparison_table`
     turn: int = None,    # None: `last_turn` of the metric
-    metric: str = 'O',
+    metric: str = 'O',   # one of `METRICS`
 ) -> pd.DataFrame:       # a row a point, with a sentence in `verdict`
     "What holds at one turn and metric: better or worse (Holm-adjusted p below 0.05), or undecided."
     turn = turn or last_turn(table.xs(metric, level='metric').difference)
@@ -89,9 +89,9 @@ def verdicts(
     return chosen
 
 def save_table(
-    table: pd.DataFrame,
-    folder: str|Path,
-    name: str,
+    table: pd.DataFrame, # any
+    folder: str|Path,    # created when missing
+    name: str,           # without a suffix
 ):
     "Write `NAME.csv` with all digits, and `NAME.tex` for a paper."
     atomic_write(Path(folder)/f'{name}.csv', table.to_csv())
@@ -109,8 +109,8 @@ def power_range(
 
 # %% ../../nbs/ablation/02_report.ipynb #b750f345
 def monitor_table(
-    results: Results,
-) -> pd.DataFrame: # index point; a column a finding, the number of seeds with it; and `seeds`
+    results: Results, # from `load_results`
+) -> pd.DataFrame:    # index point; a column a finding, the number of seeds with it; and `seeds`
     "What the hacking monitor saw in the logs of a sweep."
     seen = {label: [{finding.name for finding in find_hacking(rows)} for rows in point.curves]
             for label, point in results.points.items()}
@@ -120,8 +120,8 @@ def monitor_table(
     return table.assign(seeds=[len(runs) for runs in seen.values()]).rename_axis('point')
 
 def cost_table(
-    results: Results,
-) -> pd.DataFrame: # index point; seeds, minutes_training
+    results: Results, # from `load_results`
+) -> pd.DataFrame:    # index point; seeds, minutes_training
     "How long training took."
     rows = {point.label: dict(seeds=len(point.seeds), minutes_training=np.mean(point.seconds)/60)
             for point in results.points.values()}
@@ -148,7 +148,7 @@ def _legend(fig):
     fig.legend(*fig.axes[-1].get_legend_handles_labels(), loc='outside right upper', fontsize=7)
 
 def plot_curves(
-    results: Results,
+    results: Results, # from `load_results`
     turn: int = None, # from 1; None: the last
 ) -> Figure:
     "Learning curves on the training sessions: mean over seeds and its 95 % interval."
@@ -156,8 +156,8 @@ def plot_curves(
 
 # %% ../../nbs/ablation/02_report.ipynb #06490e2e
 def plot_turns(
-    results: Results,
-    metrics=('O', 'IF', 'CC', 'marginal'),
+    results: Results,                      # from `load_results`
+    metrics=('O', 'IF', 'CC', 'marginal'), # a panel each
 ) -> Figure:
     "Scores over turns; grey: before training."
     fig = Figure(figsize=(3*len(metrics) + 2, 3.2), layout='constrained')
@@ -187,7 +187,7 @@ def _iso_O(ax):
     ax.clabel(lines, fontsize=6, fmt='O %.0f')
 
 def plot_plane(
-    results: Results,
+    results: Results, # from `load_results`
 ) -> Figure:
     "IF against CC at the last turn with both: large marks are means, small ones seeds, lines have equal O."
     fig, turn, points = Figure(figsize=(7, 4), layout='constrained'), _last_turn_of(results), _shown(results)
@@ -222,7 +222,7 @@ def plot_forest(
 
 # %% ../../nbs/ablation/02_report.ipynb #fda4ccb5
 def plot_passes(
-    results: Results,
+    results: Results, # from `load_results`
     turn: int = None, # from 1; None: the last of training
 ):                    # `Figure`, or None where no run logs what it needs
     "O on the training sessions over passes through the transformer: mean over seeds and its 95 % interval."
@@ -253,9 +253,9 @@ def _gains_of_grid(results, metric, turn):
     return axes, np.array([[np.mean(gains.get((str(y), str(x)), [np.nan])) for x in xs] for y in ys])
 
 def plot_grid(
-    results: Results,
-    metric: str = 'O',
-): # `Figure`, or None if the grid has fewer than two axes
+    results: Results,  # from `load_results`
+    metric: str = 'O', # one of `METRICS`
+):                     # `Figure`, or None if the grid has fewer than two axes
     "Heat map of the last turn's gain for the first two axes of the grid; further axes are averaged."
     turn = _last_turn_of(results)
     axes, gains = _gains_of_grid(results, metric, turn)

@@ -175,7 +175,7 @@ def read_notebook(
 # %% ../../nbs/ablation/00_sweeps.ipynb #35e345d4
 def check_value(
     name: str,        # of the parameter
-    value,
+    value,            # as read from the sweep file
     parameters: dict, # name -> `Parameter`
 ):                    # the value in its parameter's type: 1 becomes 1.0 for a float
     "A value for a notebook's parameter. Raises `InputError` for an unknown name, or a value of another type."
@@ -189,9 +189,9 @@ def check_value(
 def _compiled(source, path): return compile(source, path, 'exec')
 
 def check_point(
-    notebook: JobNotebook,
-    values: dict,    # parameter -> value; the others have their defaults
-):                   # what the cell tagged `check` leaves in `content`; None: nothing
+    notebook: JobNotebook, # from `read_notebook`
+    values: dict,          # parameter -> value; the others have their defaults
+):                         # what the cell tagged `check` leaves in `content`; None: nothing
     "Run the notebook's cell tagged `check` with these parameters, here. Raises `InputError` with what it said."
     if not notebook.check: return None
     scope = dict(_types, __name__='__check__')
@@ -250,8 +250,8 @@ def label_of(
     return ', '.join(f'{name}={_value_text(value)}' for name, value in values.items()) or 'defaults'
 
 def sweep_points(
-    sweep: Sweep,
-) -> dict: # label -> {name: value}
+    sweep: Sweep, # from `read_sweep`
+) -> dict:        # label -> {name: value}
     "All points of a sweep, those of the grid first. Raises `InputError` where two have one label."
     on_grid = [dict(zip(sweep.grid, values)) for values in itertools.product(*sweep.grid.values())]
     if sweep.points and not sweep.grid: on_grid = []
@@ -264,7 +264,7 @@ def sweep_points(
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #85ac20a0
 def baseline_label(
-    sweep: Sweep,
+    sweep: Sweep, # from `read_sweep`
     points: dict, # from `sweep_points`
 ) -> str:
     "The one point that `baseline` names, by its label or by some of its values. Raises `InputError` if it is not one."
@@ -289,10 +289,10 @@ def _named_files(values):
             if path.is_file(): yield name, _file_hash(value, path.stat().st_mtime_ns, path.stat().st_size)
 
 def job_hash(
-    notebook: JobNotebook,
-    parameters: dict, # all but `run`
-    content,          # what `check_point` returned
-) -> str:             # 64 hexadecimal digits
+    notebook: JobNotebook, # from `read_notebook`
+    parameters: dict,      # all but `run`
+    content,               # what `check_point` returned
+) -> str:                  # 64 hexadecimal digits
     "The identity of a job: whatever its result depends on."
     files = {k: v for k, v in parameters.items() if k != 'seed'}
     everything = [notebook.path.name, notebook.body, parameters, content, dict(_named_files(files))]
@@ -362,7 +362,7 @@ def plan_sweep(
     return Plan(path.stem, sweep, notebook.path.resolve(), jobs, baseline, points, notebook.kernel)
 
 def save_plan(
-    plan: Plan,
+    plan: Plan,    # from `plan_sweep`
     out: str|Path, # folder of the jobs' folders
 ) -> Path:
     "Write `OUT/NAME.json`: which folders belong to which point of the sweep, for the report."

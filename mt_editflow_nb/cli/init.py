@@ -14,8 +14,8 @@ from ..data.files import InputError, shipped
 COPIED = ('recipes', 'sweeps', 'train.ipynb', 'ablation.ipynb', 'report.ipynb')   # of the folder `experiments`
 
 def copy_out(
-    folder: str|Path # created when missing; a file that is there already is never overwritten
-) -> list: # of the paths written
+    folder: str|Path, # created when missing; a file that is there already is never overwritten
+) -> list:            # of the paths written
     "Copy recipes, sweeps and notebooks into a folder. Raises `InputError` when one of them is there already."
     folder = Path(folder).expanduser()
     taken = [name for name in COPIED if (folder/name).exists()]
@@ -29,8 +29,8 @@ def copy_out(
 
 # %% ../../nbs/cli/04_init.ipynb #01c10765
 def main(
-    argv: list|None = None # arguments; None: those of the command line
-) -> int: # exit status
+    argv: list|None = None, # arguments; None: those of the command line
+) -> int:                   # exit status
     "The command `mtef_init`."
     about = 'Copy the recipes, sweeps and notebooks that come with the package into a folder, to be changed there.'
     parser = argparse.ArgumentParser('mtef_init', description=about)

@@ -34,7 +34,9 @@ def _report_all(a):
         if not table.is_file(): continue
         for label, verdict in pd.read_csv(table, index_col=0).verdict.items(): print(f'  {label}: {verdict}')
 
-def main(argv=None):
+def main(
+    argv=None, # arguments; None: those of the command line
+):             # exit status
     "The command `mtef_report`."
     a = _parser().parse_args(argv)
     from papermill.exceptions import PapermillExecutionError

@@ -90,7 +90,9 @@ def _run_all(a):
         print(f'{len(jobs)} jobs in all, shared ones counted once; {left} are not done')
     return failed
 
-def main(argv=None):
+def main(
+    argv=None, # arguments; None: those of the command line
+):             # exit status
     "The command `mtef_sweep`."
     a = _parser().parse_args(argv)
     try: return int(_run_all(a) > 0)

@@ -31,8 +31,8 @@ def read_scores(
 
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #138742ee
 def viescore_items(
-    consistency, # [n, 2], from 0 to 10; NaN: unreadable
-    quality,     # [n, 2], from 0 to 10; NaN: unreadable
+    consistency,   # [n, 2], from 0 to 10; NaN: unreadable
+    quality,       # [n, 2], from 0 to 10; NaN: unreadable
 ) -> pd.DataFrame: # a row an item: SC, PQ, O; NaN where what they are made of is
     "VIEScore of items: the smaller score of each pair, and the root of their product."
     SC, PQ = (np.asarray(x, float).min(1) for x in (consistency, quality))
@@ -41,7 +41,7 @@ def viescore_items(
 def gedit_table(
     items: pd.DataFrame, # from `viescore_items`, with a column `group`
     keep=None,           # bool [n], such as the intersection of several systems; None: all
-) -> pd.DataFrame: # index group, and 'mean of groups'; SC, PQ, O; `items`, and how many of them were `unreadable`
+) -> pd.DataFrame:       # index group, and 'mean of groups'; SC, PQ, O; `items`, and how many of them were `unreadable`
     "GEdit-Bench's table: means over the readable items of each group, then over groups."
     if keep is not None: items = items[np.asarray(keep, bool)]
     groups = items.groupby('group')
@@ -62,8 +62,8 @@ def intersection_of(
 
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #5ac840d7
 def imgedit_items(
-    scores, # [n, 3], from 1 to 5; NaN: unreadable
-    types,  # n names
+    scores,        # [n, 3], from 1 to 5; NaN: unreadable
+    types,         # n names
 ) -> pd.DataFrame: # a row an item: type, score
     "ImgEdit's score of items. Of `replace`, the second and third score are capped by the first."
     scores, types = np.asarray(scores, float), np.asarray(types)
@@ -73,7 +73,7 @@ def imgedit_items(
 
 def imgedit_table(
     items: pd.DataFrame, # from `imgedit_items`
-) -> pd.DataFrame: # index type, 'mean of types', 'mean of items'; score, `items`, and how many were `unreadable`
+) -> pd.DataFrame:       # index type, 'mean of types', 'mean of items'; score, `items`, and how many were `unreadable`
     "ImgEdit-Bench's table: means over the readable items of each type, and both overall means."
     types = items.groupby('type').score
     table = pd.DataFrame(dict(score=types.mean(), items=types.size(), unreadable=types.size() - types.count()))
@@ -92,11 +92,11 @@ def both_exceed(
     return np.where(np.isnan(scores).any(-1), np.nan, (scores > limit).all(-1))
 
 def success_rates(
-    success_IT,             # 1, 0, or NaN where a turn is unreadable, was not made, or the session has no such turn
-    turns: tuple = None,    # those to be shown, such as (3, 5, 10); None: all
-    turns_I=None,           # how many turns of each session were asked about; None: T
-    n_boot: int = 2000,     # draws of sessions
-    seed: int = 0,          # of the draws
+    success_IT,          # 1, 0, or NaN where a turn is unreadable, was not made, or the session has no such turn
+    turns: tuple = None, # those to be shown, such as (3, 5, 10); None: all
+    turns_I=None,        # how many turns of each session were asked about; None: T
+    n_boot: int = 2000,  # draws of sessions
+    seed: int = 0,       # of the draws
 ) -> pd.DataFrame: # index turn; SR, low, high, alone in percent; `sessions` SR is over, turns `unreadable` up to here
     "Success rates over turns with 95 % bootstrap intervals. Raises `InputError` for turns that no session has."
     success = np.asarray(success_IT, float)

@@ -113,11 +113,11 @@ def shared_pictures(
     return [s.id for s in sessions if s.image is not None and small(s) in known]
 
 def blind_spots(
-    success_IT,               # NaN: unscored
-    judge: str,               # that scores
-    trained_by: str = None,   # the judge that trained; None: not known, or nothing was trained
-    shared: list = (),        # from `shared_pictures`; None: the training data could not be read
-) -> list:                    # of sentences
+    success_IT,             # NaN: unscored
+    judge: str,             # that scores
+    trained_by: str = None, # the judge that trained; None: not known, or nothing was trained
+    shared: list = (),      # from `shared_pictures`; None: the training data could not be read
+) -> list:                  # of sentences
     "What a reader of the scores has to know beside them."
     notes, unscored = [], int(np.isnan(np.asarray(success_IT, float)).sum())
     if unscored:
@@ -235,9 +235,9 @@ _about_sessions = ('Best, median and worst by score (how long everything was rig
                    'Green, whole frame: followed; red, dotted: not; grey: not scored.')
 
 def card_results(
-    table: pd.DataFrame,   # from `score_intervals`
-    success_IT=None,       # NaN: unscored; a column counts these where there are some
-) -> pd.DataFrame:         # index turn; a column of texts for each metric
+    table: pd.DataFrame, # from `score_intervals`
+    success_IT=None,     # NaN: unscored; a column counts these where there are some
+) -> pd.DataFrame:       # index turn; a column of texts for each metric
     "Scores to be read: every number with its interval."
     wide = format_intervals(table).unstack('metric')[list(EDIVAL_METRICS)]
     if success_IT is None: return wide
@@ -247,7 +247,7 @@ def card_results(
 def write_card(
     folder: str|Path,   # gets card.md, card.html, strip_best.png, strip_median.png, strip_worst.png
     *,
-    title: str,
+    title: str,         # of the page
     facts: dict,        # heading -> {name: value}, such as Editor, Data, Protocol
     sessions: list,     # I `Session`s
     outcomes: Outcomes, # [I, T]
@@ -273,16 +273,16 @@ def write_card(
 
 # %% ../../nbs/evaluation/06_card.ipynb #c70e639b
 def save_session_images(
-    folder: str|Path,         # gets multipass/*.png as EdiVal-Bench names them
-    session,                  # a `Session`
-    images_THWC: np.ndarray,  # uint8, every turn's result
+    folder: str|Path,        # gets multipass/*.png as EdiVal-Bench names them
+    session,                 # a `Session`
+    images_THWC: np.ndarray, # uint8, every turn's result
 ):
     "Keep a session's first picture and its results."
     for t, image in enumerate([session.image, *map(Image.fromarray, images_THWC)]):
         save_png(image, turn_file(folder, session.id, t))
 
 def load_session_images(
-    folder: str|Path,
+    folder: str|Path, # that holds `multipass`
     session,          # a `Session`
 ) -> np.ndarray:      # uint8 [T, H, W, 3]
     "A session's results, as `save_session_images` and EdiVal-Bench keep them."

@@ -57,9 +57,9 @@ def turn_file(
     return earlier if earlier != path(file_name(id)) and earlier.is_file() else path(file_name(id))
 
 def save_made(
-    image: Image.Image,
-    path: str|Path,
-    key: str,         # of all that the picture depends on
+    image: Image.Image, # to write
+    path: str|Path,     # of the PNG file
+    key: str,           # of all that the picture depends on
 ):
     "Write a PNG file that remembers what it was made from."
     f, info = io.BytesIO(), PngInfo()
@@ -77,16 +77,16 @@ def made_from(
         raise InputError(f'{path}: expected a PNG file, received one that cannot be read ({e})') from None
 
 def is_made(
-    path: Path,  # of a turn's picture
-    key: str,    # of all that it depends on now
+    path: Path, # of a turn's picture
+    key: str,   # of all that it depends on now
 ) -> bool:
     "Whether a picture is there and need not be made again."
     return path.is_file() and made_from(path) in (None, key)
 
 def check_settings(
-    folder: str|Path,
-    name: str,      # of the file that notes them
-    settings: dict, # of JSON's types
+    folder: str|Path, # that holds what was made
+    name: str,        # of the file that notes them
+    settings: dict,   # of JSON's types
 ):
     "Note how a folder's content was made. Raises `InputError` where other settings made what is there."
     file = Path(folder)/name
@@ -135,7 +135,7 @@ def generate_edival(
     folder: str|Path,        # gets multipass/*.png
     *,
     num_steps: int = 28,     # denoising steps
-    seed: int = EDIVAL_SEED,
+    seed: int = EDIVAL_SEED, # of the noise, the same in every turn
     batch: int = 8,          # sessions at a time
     settings: dict = None,   # what else a picture depends on: names and fingerprints of editor and adapter
     progress: bool = False,  # a progress bar
@@ -159,9 +159,9 @@ def generate_edival(
 
 def pictures_to_make(
     sessions: list,          # with images
-    folder: str|Path,
+    folder: str|Path,        # as for `generate_edival`
     num_steps: int = 28,     # as for `generate_edival`
-    seed: int = EDIVAL_SEED,
+    seed: int = EDIVAL_SEED, # as for `generate_edival`
     settings: dict = None,   # as for `generate_edival`
 ) -> int:                    # at most: where a picture is made anew, those after it count too
     "How many pictures `generate_edival` would still make."
@@ -177,8 +177,8 @@ def pictures_to_make(
     return count
 
 def pictures_of_others(
-    sessions: list,
-    folder: str|Path,
+    sessions: list,   # of the benchmark
+    folder: str|Path, # that holds `multipass`
 ) -> int:
     "How many turns' pictures were not made by `generate_edival`."
     files = [turn_file(folder, s.id, t) for s in sessions for t in range(1, len(s.instructions) + 1)]
@@ -208,15 +208,15 @@ def _check_unscored(scored, max_failed):
 
 # %% ../../nbs/evaluation/04b_edival.ipynb #6b637f86
 def score_edival(
-    sessions: list,           # I `Session`s with images
-    folder: str|Path,         # made by `generate_edival`; gets scores/*.json
-    tools: EdivalTools,       # None: nothing may be left to score
+    sessions: list,         # I `Session`s with images
+    folder: str|Path,       # made by `generate_edival`; gets scores/*.json
+    tools: EdivalTools,     # None: nothing may be left to score
     *,
-    judges: dict = None,      # what the tools are: names, fingerprints, questions
-    batch: int = 16,          # sessions at a time
-    max_failed: float = .2,   # share of unscored turns above which the run stops
-    progress: bool = False,   # a progress bar
-) -> list:                    # I results of `score_sessions`
+    judges: dict = None,    # what the tools are: names, fingerprints, questions
+    batch: int = 16,        # sessions at a time
+    max_failed: float = .2, # share of unscored turns above which the run stops
+    progress: bool = False, # a progress bar
+) -> list:                  # I results of `score_sessions`
     "Score every session whose pictures are all there; what was scored before is read."
     scored, bar = [], tqdm(total=len(sessions), desc='scoring', unit='session', disable=not progress)
     for i in range(0, len(sessions), batch):
@@ -238,8 +238,8 @@ def score_edival(
     return scored
 
 def sessions_to_score(
-    sessions: list,
-    folder: str|Path,
+    sessions: list,      # with images
+    folder: str|Path,    # as for `score_edival`
     judges: dict = None, # as for `score_edival`
 ) -> int:
     "How many sessions `score_edival` would still score."

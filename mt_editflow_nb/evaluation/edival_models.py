@@ -136,13 +136,27 @@ def weights_of(
 # %% ../../nbs/evaluation/04a_edival_models.ipynb #7df0a48c
 class Detector:
     "(image, names, threshold) -> `Found`; `many` answers a list of `Detect`. Thresholds below 0.25 are not served."
-    def __init__(self, model, processor, batch: int):
+    def __init__(
+        self,
+        model,      # Grounding DINO
+        processor,  # its own
+        batch: int, # pictures at a time
+    ):
         self.model, self.processor, self.batch = model, processor, batch
         self.seen = OrderedDict()  # (picture, prompt) -> what was found there, the last ones
 
-    def __call__(self, image, names, threshold): return self.many([Detect(image, tuple(names), threshold)])[0]
+    def __call__(
+        self,
+        image,     # a PIL image
+        names,     # of objects; any of them counts
+        threshold, # a box counts if its score is above
+    ):
+        return self.many([Detect(image, tuple(names), threshold)])[0]
 
-    def many(self, requests):
+    def many(
+        self,
+        requests, # of `Detect`
+    ):            # of `Found`, in the same order
         keys = [(content_hash(r.image), self.prompt(r.names)) for r in requests]
         new = {key: r.image for key, r in zip(keys, requests) if key not in self.seen}
         for part in _chunks(list(new), self.batch):
@@ -152,15 +166,25 @@ class Detector:
         return answers
 
     @staticmethod
-    def prompt(names): return ' . '.join(name.strip().lower().replace('.', '') for name in names) + ' .'
+    def prompt(
+        names, # of objects
+    ):         # such as 'red cat . dog .'
+        return ' . '.join(name.strip().lower().replace('.', '') for name in names) + ' .'
 
     @staticmethod
-    def above(found, threshold): # a box counts if its score is above the threshold, as published
+    def above(
+        found,     # boxes with their scores
+        threshold, # excluded, as published
+    ):             # a box counts if its score is above the threshold, as published
         keep = found.scores_N > threshold
         return Found(found.boxes_N4[keep], found.scores_N[keep])
 
     @torch.no_grad()
-    def look(self, images, prompts):
+    def look(
+        self,
+        images,  # PIL images
+        prompts, # one for each image
+    ):           # of `Found`, with every box above 0.25
         x = self.processor(images=images, text=prompts, padding=True, return_tensors='pt').to(self.model.device)
         out = self.processor.post_process_grounded_object_detection(
             self.model(**x), x['input_ids'], threshold=.25, text_threshold=.25)
@@ -218,8 +242,8 @@ THINK = (' First say what you see. Then answer with one JSON object and nothing 
          '{{"reasoning": "what you see, in short", "answer": "{0}"}}')
 
 def as_jpeg(
-    image: Image.Image,
-) -> np.ndarray: # uint8 [H, W, 3]
+    image: Image.Image, # any mode
+) -> np.ndarray:        # uint8 [H, W, 3]
     "A picture as it comes out of a JPEG file with Pillow's settings: so the published script shows it to a model."
     f = io.BytesIO()
     image.convert('RGB').save(f, 'JPEG')
@@ -240,20 +264,36 @@ def _vote(reply, choices):
 # %% ../../nbs/evaluation/04a_edival_models.ipynb #edc912b9
 class Asker:
     "(images, question) -> text, or `NoAnswer`; `many` answers a list of `Question` with texts and `NoAnswer`s."
-    def __init__(self, engine, mode: str, questions: dict, max_tokens: int):
+    def __init__(
+        self,
+        engine,          # of a judge
+        mode: str,       # 'direct', 'logit' or 'think@k'
+        questions: dict, # kind -> text with gaps
+        max_tokens: int, # of an answer in words
+    ):
         self.engine, self.questions, self.max_tokens = engine, questions, max_tokens
         self.mode, _, votes = mode.partition('@')
         self.votes = int(votes or 1)
 
-    def __call__(self, images, question):
+    def __call__(
+        self,
+        images,   # PIL images: none, one, or before and after
+        question, # one of the benchmark's, its gaps filled
+    ):
         answer = self.ask([(images, kind_of(question, self.questions), question)])[0]
         if isinstance(answer, NoAnswer): raise answer
         return answer
 
-    def many(self, requests):
+    def many(
+        self,
+        requests, # of `Question`
+    ):            # texts, or `NoAnswer`s in their place
         return self.ask([(r.images, r.kind, self.questions[r.kind].format(*r.words)) for r in requests])
 
-    def ask(self, requests): # of (images, kind, text)
+    def ask(
+        self,
+        requests, # of (images, kind, text)
+    ):            # texts, or `NoAnswer`s in their place
         answers = [None] * len(requests)
         choices = [() if self.mode == 'direct' else choices_of(kind, self.questions) for _, kind, _ in requests]
         for some in dict.fromkeys(choices):
@@ -263,7 +303,13 @@ class Asker:
             for i, calls in zip(places, asks): answers[i] = self.decide([next(said) for _ in calls], some, requests[i])
         return answers
 
-    def calls(self, images, kind, text, choices):
+    def calls(
+        self,
+        images,  # PIL images
+        kind,    # of question
+        text,    # the question
+        choices, # answers that it allows; empty: any words
+    ):           # of `Ask`
         pixels = tuple(map(as_jpeg, images))
         longest = min(20, self.max_tokens) if kind == 'name' else self.max_tokens
         if not choices: return [Ask(pixels, text, max_tokens=longest)]
@@ -271,11 +317,20 @@ class Asker:
         text += THINK.format(' or '.join(choices))
         return [Ask(pixels, text, max_tokens=512, temperature=.7, seed=k) for k in range(self.votes)]
 
-    def heard(self, asks, choices): # [(what was parsed or None, calls)]
+    def heard(
+        self,
+        asks,    # of `Ask`
+        choices, # answers that they allow; empty: any words
+    ):           # of (parsed answer or None, calls)
         parse = _words if not choices else partial(_likelier if self.mode == 'logit' else _vote, choices=choices)
         return ask_and_parse(self.engine, asks, parse)
 
-    def decide(self, said, choices, request):
+    def decide(
+        self,
+        said,    # from `heard`, for one request
+        choices, # answers that it allows; empty: any words
+        request, # (images, kind, text)
+    ):
         heard = [parsed for parsed, _ in said if parsed is not None]
         if 2 * len(heard) <= len(said):
             return NoAnswer(f'vlm: no answer to {request[2].strip()[:60]!r}: {said[0][1][-1]["error"]}')
@@ -285,7 +340,6 @@ class Asker:
 # %% ../../nbs/evaluation/04a_edival_models.ipynb #6e3f985f
 def load_asker(
     name: str = ASKER,           # as for `load_judge`: MODEL (`+nf4` for 4 bits) or MODEL@URL of a server, with
-                                 # `:direct` (taken if none is given), `:logit` or `:think@k` behind
     max_tokens: int = 1024,      # of an answer in words
     questions: dict = QUESTIONS, # kind -> text with gaps, such as `read_edival_questions` returns
     **kw,                        # cache, offline and engine settings of `load_judge`
@@ -316,25 +370,38 @@ def float_pixels(
 
 class FeatureExtractor:
     "(images) -> (one vector each [images, channels], [images, patches, channels]), float32 on the CPU."
-    def __init__(self, model, prepare, pixels: int, skip: int, batch: int):
+    def __init__(
+        self,
+        model,       # DINOv2 or DINOv3
+        prepare,     # (images) -> pixels [images, 3, height, width]
+        pixels: int, # a side, at which it sees a picture
+        skip: int,   # tokens in front of the patches
+        batch: int,  # pictures at a time
+    ):
         self.model, self.prepare, self.pixels, self.skip, self.batch = model, prepare, pixels, skip, batch
 
     @torch.no_grad()
-    def __call__(self, images):
+    def __call__(
+        self,
+        images, # PIL images of any sizes
+    ):
         parts = [self.prepare(part).to(self.model.device) for part in _chunks(list(images), self.batch)]
         x = torch.cat([self.model(pixel_values=part).last_hidden_state.float().cpu() for part in parts])
         return x[:, 0], x[:, self.skip:]
 
-    def many(self, requests):
+    def many(
+        self,
+        requests, # of `Describe`
+    ):            # of (vectors, patches), in the same order
         sizes = [len(r.images) for r in requests]
         cls, patches = self([im for r in requests for im in r.images])
         return list(zip(cls.split(sizes), patches.split(sizes)))
 
 def load_features(
-    name: str = FEATURES,    # a DINOv3 or DINOv2 folder or hub name
-    device: str = 'auto',    # 'auto' is the GPU where there is one
-    registers: bool = True,  # take register tokens for patches, as the published script does
-    batch: int = 32,         # pictures at a time
+    name: str = FEATURES,   # a DINOv3 or DINOv2 folder or hub name
+    device: str = 'auto',   # 'auto' is the GPU where there is one
+    registers: bool = True, # take register tokens for patches, as the published script does
+    batch: int = 32,        # pictures at a time
 ) -> FeatureExtractor:
     "Self-supervised features. Raises `InputError` where they cannot be loaded."
     from transformers import AutoImageProcessor, AutoModel, ViTImageProcessorPil

@@ -34,10 +34,10 @@ SLOTS = dict(
     background_change=(r'Change the background to ([^,]+), remain the (.+) unchanged',))
 
 def slots_of(
-    task_type: str,  # one of the nine
-    formatted: str,  # the instruction with bracketed slots
-    natural: str,    # the instruction as the editor reads it; only backgrounds are read from it
-) -> tuple:          # the slots' texts; None where the benchmark's patterns do not fit
+    task_type: str, # one of the nine
+    formatted: str, # the instruction with bracketed slots
+    natural: str,   # the instruction as the editor reads it; only backgrounds are read from it
+) -> tuple:         # the slots' texts; None where the benchmark's patterns do not fit
     "What an instruction names. A background comes with the objects that stay, one slot each."
     one_of('`task_type`', task_type, list(SLOTS))
     text = natural if task_type == 'background_change' else formatted
@@ -58,9 +58,9 @@ class Found(NamedTuple):
     def best(self): return self.boxes_N4[int(np.argmax(self.scores_N))]  # the surest box; of equals the first
 
 def iou(
-    a,       # a box
-    b,       # another
-) -> float:  # in [0, 1]
+    a,      # a box
+    b,      # another
+) -> float: # in [0, 1]
     "Intersection over union of two boxes."
     width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
@@ -69,8 +69,8 @@ def iou(
     return float(shared / union) if union > 0 else 0.
 
 def contains(
-    a,      # a box
-    b,      # another
+    a, # a box
+    b, # another
 ) -> bool:
     "Whether box `a` holds box `b`."
     return bool(a[0] <= b[0] and a[1] <= b[1] and a[2] >= b[2] and a[3] >= b[3])
@@ -87,8 +87,8 @@ def count_distinct(
 
 # %% ../../nbs/evaluation/04_edival_rules.ipynb #3b43672f
 def centers(
-    boxes_N4,        # any number of boxes
-) -> np.ndarray:     # [N, 2]: across, down
+    boxes_N4,    # any number of boxes
+) -> np.ndarray: # [N, 2]: across, down
     "Middles of boxes."
     b = np.asarray(boxes_N4, float).reshape(-1, 4)
     return np.stack([(b[:, 0] + b[:, 2]) / 2, (b[:, 1] + b[:, 3]) / 2], -1)
@@ -105,9 +105,9 @@ def beyond(
     return float(sign * (a[axis] - b[axis]))
 
 def crop(
-    image: Image.Image,
-    box,             # in fractions of the picture
-) -> Image.Image:    # at least one pixel
+    image: Image.Image, # any size
+    box,                # in fractions of the picture
+) -> Image.Image:       # at least one pixel
     "The picture inside a box."
     w, h = image.size
     left, top = min(max(int(box[0] * w), 0), w - 1), min(max(int(box[1] * h), 0), h - 1)
@@ -128,17 +128,17 @@ QUESTIONS = dict(
          'Reply with the name alone. Object: {0}')
 
 def kind_of(
-    question: str,              # as it was asked
-    questions: dict=QUESTIONS,  # kind -> text with gaps
+    question: str,               # as it was asked
+    questions: dict = QUESTIONS, # kind -> text with gaps
 ) -> str:
     "Which kind of question this is."
     beginnings = {text.split('{')[0]: kind for kind, text in questions.items()}
     return beginnings[max((b for b in beginnings if question.startswith(b)), key=len)]
 
 def choices_of(
-    kind: str,                  # a key of `questions`
-    questions: dict=QUESTIONS,  # kind -> text with gaps
-) -> tuple:                     # ('YES', 'NO') as the question spells them; empty: it wants other words
+    kind: str,                   # a key of `questions`
+    questions: dict = QUESTIONS, # kind -> text with gaps
+) -> tuple:                      # ('YES', 'NO') as the question spells them; empty: it wants other words
     "The answers that a question allows."
     return tuple(dict.fromkeys(re.findall(r'\b(?:yes|no)\b', questions[kind], re.I)))[:2]
 
@@ -179,7 +179,7 @@ def _answer(tools, request): # of one request; a `NoAnswer` is returned, not rai
 
 def answer_all(
     requests: list,     # of `Detect`, `Question` and `Describe`
-    tools: EdivalTools,
+    tools: EdivalTools, # that answer
 ) -> list:              # their answers, in the same order; a `NoAnswer` in the place of one that is not there
     "Ask each tool everything at once where it can take that."
     answers = [None] * len(requests)
@@ -193,7 +193,7 @@ def answer_all(
 # %% ../../nbs/evaluation/04_edival_rules.ipynb #a3eb1ddf
 def run_together(
     runs: list,         # of generators that yield requests
-    tools: EdivalTools,
+    tools: EdivalTools, # that answer
 ) -> list:              # what each of them returns
     "Let rules run side by side: in every round, all that they want to know is asked at once."
     results = [None] * len(runs)
@@ -219,7 +219,11 @@ def _passed(): return RuleVerdict(True)
 def _failed(why): return RuleVerdict(False, why)
 def _center_px(box): return (centers([box])[0] * EDIVAL_SIDE).astype(int)  # whole pixels, as published
 
-def subject_add(slots, before, after):
+def subject_add(
+    slots,  # (new object,), or (new object, side, reference)
+    before, # the previous turn's result
+    after,  # this turn's result
+):
     """The model sees the new object, and so does the detector.
     Where a place is asked for, one is at least 3 % of the picture to that side of a reference."""
     new, side, reference = slots if len(slots) == 3 else (*slots, None, None)
@@ -237,7 +241,11 @@ def _believable(found): # boxes as large as the picture are not believed
     small = [not (b[2] - b[0] > .98 and b[3] - b[1] > .98) for b in found.boxes_N4]
     return Found(found.boxes_N4[small], found.scores_N[small])
 
-def subject_remove(slots, before, after):
+def subject_remove(
+    slots,  # (object,)
+    before, # the previous turn's result
+    after,  # this turn's result
+):
     "The object was there and is not, or what is found now is elsewhere (IoU below 0.2)."
     had = _believable((yield Detect(before, slots, .35)))
     if not had: return _failed('not detected before')
@@ -248,12 +256,18 @@ def subject_remove(slots, before, after):
     return _failed('still there')
 
 # %% ../../nbs/evaluation/04_edival_rules.ipynb #159d5763
-def singular(name: str) -> str:
+def singular(
+    name: str, # of an object
+) -> str:
     "A name without its plural ending, in the benchmark's crude way."
     if name.endswith('es'): return name[:-2]
     return name.removesuffix('s')
 
-def subject_replace(slots, before, after):
+def subject_replace(
+    slots,  # (old object, new object)
+    before, # the previous turn's result
+    after,  # this turn's result
+):
     "The model sees the replacement, and some box of the new object overlaps one of the old."
     if not _yes((yield Question((before, after), 'replaced', slots))): return _failed('the judge sees no replacement')
     had = yield Detect(before, (singular(slots[0]),), .3)
@@ -271,7 +285,11 @@ def _count(image, name):
     found = yield Detect(image, (name,), .4)
     return count_distinct(found.boxes_N4)
 
-def position_change(slots, before, after):
+def position_change(
+    slots,  # (object, side, reference)
+    before, # the previous turn's result
+    after,  # this turn's result
+):
     """As many objects and references as before; then the middle of the surest box is on the right side,
     and neither box holds the other."""
     thing, side, reference = slots
@@ -290,7 +308,11 @@ def position_change(slots, before, after):
     return _passed() if right else _failed('wrong place')
 
 # %% ../../nbs/evaluation/04_edival_rules.ipynb #770e3500
-def count_change(slots, before, after):
+def count_change(
+    slots,  # (object, count)
+    before, # the previous turn's result
+    after,  # this turn's result
+):
     "The object was there, and now there are as many as asked for."
     name, count = slots
     if not (yield Detect(before, (name,), .3)): return _failed('not detected before')
@@ -298,20 +320,36 @@ def count_change(slots, before, after):
     if not found: return _failed('not detected')
     return _passed() if str(count_distinct(found.boxes_N4)) == count.strip() else _failed('wrong count')
 
-def attribute_alter(formatted, before, after):
+def attribute_alter(
+    formatted, # the instruction with bracketed slots
+    before,    # the previous turn's result
+    after,     # this turn's result
+):
     "Color and material: the model alone decides, from both whole pictures and the bracketed instruction."
     seen = _yes((yield Question((before, after), 'edited', (formatted,))))
     return _passed() if seen else _failed('the judge sees no such change')
 
-def color_alter(slots, before, after):
+def color_alter(
+    slots,  # (object, color)
+    before, # the previous turn's result
+    after,  # this turn's result
+):
     "As `attribute_alter`, where only the slots are known."
     return attribute_alter('Change the color of [{}] to [{}]'.format(*slots), before, after)
 
-def material_alter(slots, before, after):
+def material_alter(
+    slots,  # (object, material)
+    before, # the previous turn's result
+    after,  # this turn's result
+):
     "As `attribute_alter`, where only the slots are known."
     return attribute_alter('Change the material of [{}] to [{}]'.format(*slots), before, after)
 
-def text_change(slots, before, after):
+def text_change(
+    slots,  # (new text,), or (old text, object, new text)
+    before, # the previous turn's result
+    after,  # this turn's result
+):
     "The new text can be read: in the whole picture, or on the object where its old text was."
     if len(slots) == 3:
         had = yield Detect(before, (slots[1],), .3)
@@ -322,7 +360,11 @@ def text_change(slots, before, after):
     said = yield Question((after,), 'text')
     return _passed() if slots[-1].lower() in said.lower() else _failed('another text is read')
 
-def background_change(slots, before, after):
+def background_change(
+    slots,  # (background, kept object, ...)
+    before, # the previous turn's result
+    after,  # this turn's result
+):
     "Each object that stays is detected, not as the whole picture, and the model sees the new background."
     for name in slots[1:]:
         found = yield Detect(after, (name,), .25)
@@ -339,12 +381,12 @@ RULES = dict(
     position_change=position_change, count_change=count_change, background_change=background_change)
 
 def rule_steps(
-    task_type: str,          # one of the nine
-    slots: tuple,            # from `slots_of`
-    before: Image.Image,     # the previous turn's result
-    after: Image.Image,      # this turn's result
-    formatted: str = None,   # the bracketed instruction, which the model reads for colors and materials
-):                           # a generator of requests that returns a `RuleVerdict`
+    task_type: str,        # one of the nine
+    slots: tuple,          # from `slots_of`
+    before: Image.Image,   # the previous turn's result
+    after: Image.Image,    # this turn's result
+    formatted: str = None, # the bracketed instruction, which the model reads for colors and materials
+):                         # a generator of requests that returns a `RuleVerdict`
     "EdiVal-IF of one turn. What the benchmark's patterns cannot read has failed, as published."
     if not slots: return _failed('the rule cannot read the instruction')
     if formatted and task_type in ('color_alter', 'material_alter'):
@@ -364,10 +406,10 @@ def follows_rule(
 
 # %% ../../nbs/evaluation/04_edival_rules.ipynb #566f6080
 def object_steps(
-    first: Image.Image,  # x_0
-    now: Image.Image,    # x_t
-    names: list,         # of the objects that no instruction has named
-):                       # a generator of requests that returns a float in [-1, 1]; NaN where there is no such object
+    first: Image.Image, # x_0
+    now: Image.Image,   # x_t
+    names: list,        # of the objects that no instruction has named
+):                      # a generator of requests that returns a float in [-1, 1]; NaN where there is no such object
     "EdiVal-CC, object term of one turn."
     if not names: return np.nan
     boxes = (yield Detect(first, tuple(names), .35)).boxes_N4
@@ -379,10 +421,10 @@ def object_steps(
     return float((.5 * whole + .5 * parts).mean())
 
 def background_weights(
-    boxes_N4,                   # of objects in either picture
-    grid: tuple,                # (rows, columns) of patches
-    pixels: int = EDIVAL_SIDE,  # a side, at which the features see a picture
-) -> torch.Tensor:              # [rows * columns], in {0} and [1/2, 1]
+    boxes_N4,                  # of objects in either picture
+    grid: tuple,               # (rows, columns) of patches
+    pixels: int = EDIVAL_SIDE, # a side, at which the features see a picture
+) -> torch.Tensor:             # [rows * columns], in {0} and [1/2, 1]
     "How much of each patch is background."
     mask = Image.new('L', (EDIVAL_SIDE, EDIVAL_SIDE), 1)
     corners = np.clip((np.asarray(boxes_N4).reshape(-1, 4) * EDIVAL_SIDE).astype(int), 0, EDIVAL_SIDE)
@@ -400,11 +442,11 @@ def grid_of(
     return rows, patches // rows
 
 def background_steps(
-    first: Image.Image,         # x_0
-    now: Image.Image,           # x_t
-    names: list,                # of all objects that ever were in the picture
-    pixels: int = EDIVAL_SIDE,  # a side, at which the features see a picture
-):                              # a generator of requests that returns a float in [-1, 1]; NaN: no object is listed
+    first: Image.Image,        # x_0
+    now: Image.Image,          # x_t
+    names: list,               # of all objects that ever were in the picture
+    pixels: int = EDIVAL_SIDE, # a side, at which the features see a picture
+):                             # a generator of requests that returns a float in [-1, 1]; NaN: no object is listed
     "EdiVal-CC, background term of one turn."
     if not names: return np.nan
     in_first = yield Detect(first, tuple(names), .35)
@@ -415,11 +457,23 @@ def background_steps(
     pooled = (F.normalize(patches, dim=-1) * weights[:, None]).sum(1)
     return float(F.cosine_similarity(pooled[:1], pooled[1:]))
 
-def object_term(first, now, names, detect, features) -> float:
+def object_term(
+    first,    # x_0
+    now,      # x_t
+    names,    # of the objects that no instruction has named
+    detect,   # (image, names, threshold) -> `Found`
+    features, # (images) -> (one vector each, one a patch)
+) -> float:   # in [-1, 1]; NaN where there is no such object
     "`object_steps` with tools that answer one request at a time."
     return run_together([object_steps(first, now, names)], EdivalTools(detect, None, features))[0]
 
-def background_term(first, now, names, detect, features) -> float:
+def background_term(
+    first,    # x_0
+    now,      # x_t
+    names,    # of all objects that ever were in the picture
+    detect,   # (image, names, threshold) -> `Found`
+    features, # (images) -> (one vector each, one a patch)
+) -> float:   # in [-1, 1]; NaN where no object is listed
     "`background_steps` with tools that answer one request at a time."
     pixels = getattr(features, 'pixels', EDIVAL_SIDE)
     return run_together([background_steps(first, now, names, pixels)], EdivalTools(detect, None, features))[0]
@@ -427,7 +481,9 @@ def background_term(first, now, names, detect, features) -> float:
 # %% ../../nbs/evaluation/04_edival_rules.ipynb #09dc56ca
 _needed = ('format_instructions', 'bg_consistency', 'unchanged_objects', 'all_objects')
 
-def to_square(image: Image.Image) -> Image.Image:
+def to_square(
+    image: Image.Image, # any size and mode
+) -> Image.Image:
     "RGB at the benchmark's size."
     image = image.convert('RGB')
     size = (EDIVAL_SIDE, EDIVAL_SIDE)
@@ -465,10 +521,10 @@ def turn_steps(
 
 # %% ../../nbs/evaluation/04_edival_rules.ipynb #ef3afd24
 def score_sessions(
-    sessions: list,      # I `Session`s from `load_edival`, with their images
-    images: list,        # I lists of T PIL images: every turn's result
-    tools: EdivalTools,
-) -> list:               # I lists of T dicts: turn, task_type, success, why, object_cc, background_cc, and with a
+    sessions: list,     # I `Session`s from `load_edival`, with their images
+    images: list,       # I lists of T PIL images: every turn's result
+    tools: EdivalTools, # detector, VLM, features, and perhaps a measure of quality
+) -> list:              # I lists of T dicts: turn, task_type, success, why, object_cc, background_cc, and with a
                          # quality tool also quality, quality_first
     "EdiVal's scores of sessions side by side. What is void or could not be scored is None."
     for s in sessions: check_edival_session(s)
@@ -496,8 +552,8 @@ def score_session(
     return score_sessions([session], [images], EdivalTools(detect, ask, features, quality))[0]
 
 def outcomes_of(
-    scored: list,  # I results of `score_session`
-) -> Outcomes:     # arrays [I, T]
+    scored: list, # I results of `score_session`
+) -> Outcomes:    # arrays [I, T]
     "The arrays that `edival_scores` takes; NaN where nothing could be scored."
     def value(x): return np.nan if x is None else x
     def array(key): return np.array([[value(row[key]) for row in rows] for rows in scored], float)

@@ -145,7 +145,7 @@ def _exposure(exposure, n_boot, seed):
     return boot, _turn_index(free.shape[-1], _exposure_quantities), dict(zip(_exposure_quantities, counts))
 
 def exposure_table(
-    exposure: Exposure,
+    exposure: Exposure, # from `measure_exposure`
     n_boot: int = 2000, # draws
     seed: int = 0,      # of the draws
 ) -> pd.DataFrame:      # index (turn, quantity); value, low, high in percent, and over how many `sessions`

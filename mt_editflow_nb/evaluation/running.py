@@ -30,14 +30,14 @@ def equal_length_batches(
     return [indices[k:k + batch] for indices in by_length.values() for k in range(0, len(indices), batch)]
 
 def run_batch(
-    editor,          # from `load_editor`
-    sessions: list,  # of one length
-    judge,           # (sessions, images) -> `Scores`
+    editor,         # from `load_editor`
+    sessions: list, # of one length
+    judge,          # (sessions, images) -> `Scores`
     *,
-    num_steps: int,  # denoising steps
-    seed: int,       # of the noise
-    first: int,      # number of the first session among all
-) -> tuple:          # (`Outcomes` of these sessions, images uint8 [I, T, H, W, 3])
+    num_steps: int, # denoising steps
+    seed: int,      # of the noise
+    first: int,     # number of the first session among all
+) -> tuple:         # (`Outcomes` of these sessions, images uint8 [I, T, H, W, 3])
     "Let an editor run freely, and ask the judge. Raises `InputError` for scores that break a judge's contract."
     generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
     made = rollout(editor, sessions, group=1, num_steps=num_steps, generator=generator, batch=len(sessions))
@@ -53,7 +53,11 @@ class EvaluatedSession(NamedTuple):
     outcomes: Outcomes      # `[1, T]`, of its own T turns
     images_THWC: np.ndarray # uint8, every turn's result; None where this session's are not kept
 
-def evaluation_protocol(editor, sessions: list, **settings) -> dict:
+def evaluation_protocol(
+    editor,         # from `load_editor`
+    sessions: list, # I `Session`s
+    **settings,     # seed, num_steps, batch, and names of editor and judge
+) -> dict:
     "What the results of an evaluation depend on; `settings`: seed, num_steps, batch, and names of editor and judge."
     adapter = [p.detach().float().cpu().numpy() for p in lora_parameters(editor)]
     return dict(sessions=content_hash(sessions), adapter=content_hash(adapter), size=editor.size) | settings
@@ -87,19 +91,19 @@ def _read_batch(file):
     return outcomes_from(arrays), arrays['images']
 
 def evaluate_sessions(
-    editor,               # from `load_editor`
-    sessions: list,       # I `Session`s
-    judge,                # (sessions, images) -> `Scores`
+    editor,                   # from `load_editor`
+    sessions: list,           # I `Session`s
+    judge,                    # (sessions, images) -> `Scores`
     *,
-    num_steps: int,       # denoising steps
-    seed: int = 1234,     # of the noise
-    batch: int = 64,      # sessions at a time
-    folder=None,          # keeps results, and is gone on with if it holds some; None: nothing is written
-    keep: int = None,     # how many sessions' pictures are kept, from the first on; None: all
-    settings: dict = None, # what else results depend on, such as the names of editor and judge
-    progress: bool = False, # a progress bar
+    num_steps: int,           # denoising steps
+    seed: int = 1234,         # of the noise
+    batch: int = 64,          # sessions at a time
+    folder=None,              # keeps results, and is gone on with if it holds some; None: nothing is written
+    keep: int = None,         # how many sessions' pictures are kept, from the first on; None: all
+    settings: dict = None,    # what else results depend on, such as the names of editor and judge
+    progress: bool = False,   # a progress bar
     desc: str = 'evaluating', # in front of it
-): # yields `EvaluatedSession`s, batch by batch
+):                            # yields `EvaluatedSession`s, batch by batch
     "Run and judge sessions, one batch after the other. Raises `InputError` where the folder holds other results."
     with ExitStack() as open_things:
         if folder:
@@ -156,7 +160,7 @@ def evaluate(
 
 # %% ../../nbs/evaluation/01a_running.ipynb #ee1a7f26
 def trained_with(
-    lora, # folder of an adapter
+    lora,  # folder of an adapter
 ) -> dict: # `editor`, `size`, `guidance`, `steps`, `quantize`; empty where that is not known
     "The settings that an adapter was trained with, from the run folder that it lies in."
     try: config = read_json(Path(lora).resolve().parent/'config.json')['config']

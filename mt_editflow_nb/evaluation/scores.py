@@ -61,7 +61,7 @@ def _checked(outcomes, dims=(2,), who=''):
     return Outcomes(**arrays)
 
 def all_right_so_far(
-    success_IT, # [..., T]: 1, 0, or NaN where a turn is unscored
+    success_IT,  # [..., T]: 1, 0, or NaN where a turn is unscored
 ) -> np.ndarray: # float [..., T]: 1, 0, or NaN from an unscored turn on, unless the session had failed before it
     "Whether all turns up to each one were followed."
     success = np.asarray(success_IT, float)
@@ -70,8 +70,8 @@ def all_right_so_far(
     return np.where(right, 1., np.where(np.isnan(first_other), np.nan, 0.))
 
 def metric_arrays(
-    outcomes: Outcomes,
-) -> tuple: # (success, all right so far, object term, background term), float, of one shape
+    outcomes: Outcomes, # `[I, T]`, or with seeds `[S, I, T]`
+) -> tuple:             # (success, all right so far, object term, background term), float, of one shape
     "What scores are means of. Unscored turns are NaN in all four."
     success, *cc = (np.asarray(x, float) for x in outcomes)
     return success, all_right_so_far(success), *(np.where(np.isnan(success), np.nan, x) for x in cc)
@@ -81,8 +81,11 @@ EDIVAL_METRICS = ('IF', 'marginal', 'CC', 'O')
 
 def weighted_scores(
     weights_BI: np.ndarray, # B ways to weigh I sessions
-    success_IT, right_so_far_IT, object_cc_IT, background_cc_IT, # from `metric_arrays`; seeds may be averaged
-) -> np.ndarray: # [B, T, 4] in percent: IF, marginal, CC, O
+    success_IT,             # from `metric_arrays`, like all that follow; seeds may be averaged
+    right_so_far_IT,        # all right up to each turn
+    object_cc_IT,           # object term
+    background_cc_IT,       # background term
+) -> np.ndarray:            # [B, T, 4] in percent: IF, marginal, CC, O
     """EdiVal's scores of weighted sessions.
 
     A CC term with no valid entry leaves CC to the other; with neither, CC and O are NaN."""
@@ -198,9 +201,9 @@ def compare_scores(
 
 # %% ../../nbs/evaluation/01_scores.ipynb #66337cc6
 def plot_comparison(
-    table: pd.DataFrame, # from `compare_scores`
+    table: pd.DataFrame,                 # from `compare_scores`
     labels: tuple = ('before', 'after'), # names of the two editors
-):                       # a matplotlib figure
+):                                       # a matplotlib figure
     "Both editors over turns, a panel a metric. Where the band leaves out `before`, the difference is more than luck."
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, len(EDIVAL_METRICS), figsize=(11, 2.6), sharex=True, layout='constrained')
@@ -218,7 +221,7 @@ def plot_comparison(
 # %% ../../nbs/evaluation/01_scores.ipynb #d2f6b3c8
 def save_outcomes(
     path,               # of a safetensors file
-    outcomes: Outcomes,
+    outcomes: Outcomes, # to write
     ids: list = None,   # of the sessions, so that only the same sessions are compared
 ):
     "Write outcomes as safetensors."
@@ -245,9 +248,9 @@ def load_outcomes(
     except InputError as e: raise InputError(f'{file}: {e}') from None
 
 def compare(
-    run_a, # run folder, file, or `Outcomes`: the one to compare with
-    run_b, # the one that might be better
-    **kw,  # n_boot and seed of `compare_scores`
+    run_a,         # run folder, file, or `Outcomes`: the one to compare with
+    run_b,         # the one that might be better
+    **kw,          # n_boot and seed of `compare_scores`
 ) -> pd.DataFrame: # as `compare_scores`, with columns `a` and `b` for `before` and `after`
     "Is run b better than run a? Paired over sessions. Raises `InputError` for runs over different sessions."
     (a, ids_a), (b, ids_b) = load_outcomes(run_a), load_outcomes(run_b)

@@ -39,7 +39,7 @@ class Interval(NamedTuple):
     high: np.ndarray
 
 def seed_interval(
-    values, # one entry a seed: numbers, arrays or score tables; at least two. Raises `InputError` otherwise
+    values,    # one entry a seed: numbers, arrays or score tables; at least two. Raises `InputError` otherwise
 ) -> Interval: # of the shape of one entry
     "Mean over training seeds with its 95 % Student-t interval."
     x = np.asarray(values, dtype=float)
@@ -61,7 +61,7 @@ def wilson(
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #9da54150
 def holm(
-    p, # p values; NaN where nothing was compared
+    p,           # p values; NaN where nothing was compared
 ) -> np.ndarray: # adjusted p values, NaN where `p` is
     "Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979)."
     from statsmodels.stats.multitest import multipletests
@@ -73,11 +73,11 @@ def holm(
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #bfaec12c
 def power(
-    effect: float,        # the true difference
-    se: float,            # standard error of its estimate; 0: it is known exactly
-    df: float = np.inf,   # degrees of freedom of `se`
-    alpha: float = .05,   # two-sided level
-) -> float:               # in [0, 1]
+    effect: float,      # the true difference
+    se: float,          # standard error of its estimate; 0: it is known exactly
+    df: float = np.inf, # degrees of freedom of `se`
+    alpha: float = .05, # two-sided level
+) -> float:             # in [0, 1]
     "Probability that a two-sided t test finds an effect."
     from scipy import stats
     if not se > 0: return 1. if effect else alpha
@@ -86,11 +86,11 @@ def power(
     return float(stats.nct.sf(critical, df, shift) + np.nan_to_num(stats.nct.cdf(-critical, df, shift)))
 
 def detectable(
-    se: float,            # standard error of the estimate
-    df: float = np.inf,   # degrees of freedom of `se`
-    alpha: float = .05,   # two-sided level
-    chance: float = .8,   # the power wanted
-) -> float:               # an effect, in the units of `se`
+    se: float,          # standard error of the estimate
+    df: float = np.inf, # degrees of freedom of `se`
+    alpha: float = .05, # two-sided level
+    chance: float = .8, # the power wanted
+) -> float:             # an effect, in the units of `se`
     "The smallest effect that a two-sided t test finds with this probability."
     high = 1.
     while power(high, 1., df, alpha) < chance and high < 1e6: high *= 2
@@ -108,8 +108,8 @@ def session_weights(
     return rng.multinomial(sessions, np.full(sessions, 1 / sessions), size=n_boot).astype(float)
 
 def divide(
-    a, # numerator
-    b, # denominator, 0 or more, of a shape that fits
+    a,           # numerator
+    b,           # denominator, 0 or more, of a shape that fits
 ) -> np.ndarray: # a / b, NaN where b is 0
     "A ratio that does not exist where its denominator is 0."
     return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=np.asarray(b) > 0)
@@ -155,8 +155,8 @@ class Bootstrap(NamedTuple):
         return self.draws_BX + seed_errors(self.seeds_SX, len(self.draws_BX), rng)
 
 def bootstrap(
-    quantities, # (weights [B, I], *arrays [I, T]) -> [B, X]
-    arrays,     # of the data, each `[I, T]`, or with seeds `[S, I, T]`
+    quantities,             # (weights [B, I], *arrays [I, T]) -> [B, X]
+    arrays,                 # of the data, each `[I, T]`, or with seeds `[S, I, T]`
     weights_BI: np.ndarray, # from `session_weights`; the same for what is compared
 ) -> Bootstrap:
     "Compute quantities of the data, of bootstrap draws, and of each seed."
@@ -169,9 +169,9 @@ def bootstrap(
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #8d5413d4
 def percentile_interval(
-    draws_BX: np.ndarray,    # NaN: a draw without this quantity
-    method: str = 'linear',  # of `np.quantile`; 'nearest' where draws may be infinite, which cannot be averaged
-) -> tuple:                  # (low [X], high [X]); NaN where no draw has the quantity
+    draws_BX: np.ndarray,   # NaN: a draw without this quantity
+    method: str = 'linear', # of `np.quantile`; 'nearest' where draws may be infinite, which cannot be averaged
+) -> tuple:                 # (low [X], high [X]); NaN where no draw has the quantity
     "The middle 95 % of draws."
     ends = np.full((2, draws_BX.shape[1]), np.nan)
     some = (~np.isnan(draws_BX)).any(0)
@@ -190,7 +190,7 @@ def superiority(
 def format_intervals(
     table: pd.DataFrame,  # a number a row, with columns `low` and `high`
     value: str = 'value', # the number's column
-    digits: int = 1,
+    digits: int = 1,      # after the point
 ) -> pd.Series:           # texts such as '57.4 [53.3, 61.7]'; 'none valid' where there is no number
     "Numbers with their intervals, to be read."
     def text(row):
@@ -200,7 +200,7 @@ def format_intervals(
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #ae785062
 def bradley_terry(
-    wins, # square: how often row beat column; ties count half on both sides
+    wins,        # square: how often row beat column; ties count half on both sides
 ) -> np.ndarray: # log strengths, mean 0
     """Maximum-likelihood strengths (Bradley and Terry, Biometrika 39, 1952).
 
@@ -219,7 +219,7 @@ def bradley_terry(
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #7fc59b26
 def label_coincidences(
-    labels_RI, # what each of R raters said of each of I units; None or NaN: nothing
+    labels_RI,   # what each of R raters said of each of I units; None or NaN: nothing
 ) -> np.ndarray: # [I, labels, labels]
     "How often two labels meet in each unit; nothing where a unit has fewer than two labels."
     said = pd.DataFrame(np.array(labels_RI, dtype=object)).T.stack().dropna().astype(str)
@@ -231,7 +231,7 @@ def label_coincidences(
 
 def alpha_of_coincidences(
     pairs: np.ndarray, # [labels, labels], summed over units
-) -> float: # NaN where no unit has two labels, or all labels are equal
+) -> float:            # NaN where no unit has two labels, or all labels are equal
     "Krippendorff's nominal alpha of a table of coincidences."
     n, totals = pairs.sum(), pairs.sum(1)
     expected = (n**2 - (totals**2).sum()) / (n - 1) if n > 1 else 0
@@ -239,6 +239,6 @@ def alpha_of_coincidences(
 
 def krippendorff_alpha(
     labels_RI, # what each of R raters said of each of I units; None or NaN: nothing
-) -> float: # 1: agreement, 0: as by chance; NaN where no unit has two labels, or all labels are equal
+) -> float:    # 1: agreement, 0: as by chance; NaN where no unit has two labels, or all labels are equal
     "Nominal alpha (Krippendorff, Computing Krippendorff's alpha-reliability, 2011)."
     return alpha_of_coincidences(label_coincidences(labels_RI).sum(0))

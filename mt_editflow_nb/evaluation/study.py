@@ -67,12 +67,14 @@ def read_choices(
 class RatingDesk:
     "What one rater has still to rate. It goes on where the rater stopped."
     keys = {'1': 'first', '2': 'second', '0': 'tie'}
-    def __init__(self,
-                 sessions: list, # I `Session`s
-                 images: dict,   # two names -> uint8 [I, T, H, W, 3]
-                 path: str|Path, # the study's file
-                 rater: str,     # a name
-                 seed: int = 0): # of the study. Raises `InputError` where these do not fit
+    def __init__(
+        self,
+        sessions: list, # I `Session`s
+        images: dict,   # two names -> uint8 [I, T, H, W, 3]
+        path: str|Path, # the study's file
+        rater: str,     # a name
+        seed: int = 0,  # of the study
+    ):
         expect(rater.strip(), 'rater', 'a name', rater)
         for name, x in images.items():
             expect(len(x) == len(sessions), 'images', f'{len(sessions)} sessions of {name!r}', len(x))
@@ -93,12 +95,19 @@ class RatingDesk:
         self.remaining = len(self.trials) - len(rated)
         self.shown_at = time.monotonic()
 
-    def press(self, key: str):
+    def press(
+        self,
+        key: str, # 1, 2, 0 or u
+    ):
         "A key: 1, 2, 0, or u to take the last choice back. Others do nothing."
         if key == 'u' and (rated := self.rated()): self.write(self.trials[rated[-1]], None)
         elif key in self.keys and self.trial: self.write(self.trial, self.keys[key])
 
-    def write(self, trial: dict, choice: str):
+    def write(
+        self,
+        trial: dict, # from `make_trials`
+        choice: str, # one of `CHOICES`; None takes the last one back
+    ):
         "Put a choice on the disk, then go on. None takes the choice back."
         seconds, now = round(time.monotonic() - self.shown_at, 2), time.strftime('%Y-%m-%dT%H:%M:%S%z')
         row = dict(rater=self.rater, seed=self.seed, **trial, choice=choice, seconds=seconds, time=now)
@@ -107,8 +116,8 @@ class RatingDesk:
 
 # %% ../../nbs/evaluation/07_study.ipynb #19a0bf66
 def desk_picture(
-    desk: RatingDesk,
-): # a matplotlib figure; None when all is rated
+    desk: RatingDesk, # of one rater
+):                    # a matplotlib figure; None when all is rated
     "Both systems' rows of the session to be rated, unnamed."
     if not desk.trial: return None
     i, session = desk.sessions[desk.trial['session']]
@@ -118,7 +127,10 @@ def desk_picture(
 
 class RatingWidget:
     "A desk to be seen: the picture, a box for keys, buttons. `view` is what a notebook shows."
-    def __init__(self, desk: RatingDesk):
+    def __init__(
+        self,
+        desk: RatingDesk, # of one rater
+    ):
         import ipywidgets as w
         self.desk = desk
         self.image, self.status = w.Image(format='png'), w.HTML()
@@ -129,14 +141,20 @@ class RatingWidget:
         self.view = w.VBox([self.image, w.HBox([self.box, *buttons, self.status])])
         self.draw()
 
-    def typed(self, change):
+    def typed(
+        self,
+        change, # what ipywidgets says about the box
+    ):
         "A key in the box. One that was typed while the next picture was drawn is no choice, but a way back."
         if not change['new']: return
         self.box.value = ''
         key = change['new'][-1].lower()
         if key == 'u' or time.monotonic() - self.desk.shown_at > .2: self.press(key)
 
-    def press(self, key: str):
+    def press(
+        self,
+        key: str, # 1, 2, 0 or u
+    ):
         before = self.desk.shown_at
         self.desk.press(key)
         if self.desk.shown_at != before: self.draw()

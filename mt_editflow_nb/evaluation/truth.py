@@ -35,9 +35,9 @@ def _ground_name(reading):
     return list(BACKGROUNDS)[max(0, reading.background)]
 
 def shape_detect(
-    image: Image.Image,
-    names: list,      # of objects, whole or with a plural ending cut off
-    threshold: float, # of confidence; these eyes are always sure
+    image: Image.Image, # of the shape world, at any size
+    names: list,        # of objects, whole or with a plural ending cut off
+    threshold: float,   # of confidence; these eyes are always sure
 ) -> Found:
     "A detector for the shape world: a box for each cell that shows one of `names`."
     wanted = {i for i, o in enumerate(OBJECTS) if i and (o in names or singular(o) in names)}
@@ -69,7 +69,8 @@ def shape_ask(
 
 # %% ../../nbs/evaluation/05_truth.ipynb #9777dcf7
 def unreliable(
-    detect, ask,  # the tools
+    detect,       # (image, names, threshold) -> `Found`
+    ask,          # (images, question) -> text
     miss: float,  # probability that a box is missed
     wrong: float, # probability that a yes or no is turned around
     rng,          # `np.random.Generator`
@@ -97,7 +98,7 @@ def _new_place(edit, before):
             if new_is > 0 >= old_is: return side, OBJECTS[reference]
 
 def edival_words(
-    edit: Edit,
+    edit: Edit,    # of the shape world
     before: Scene, # that it is applied to
 ) -> tuple:        # (task type, formatted, natural); formatted is '' where its words cannot say it
     "One instruction of the shape world as EdiVal-Bench would write it."
@@ -125,7 +126,7 @@ def _with_cells(scene, changes):
     return replace(scene, cells=tuple(cells))
 
 def attempts(
-    edit: Edit,
+    edit: Edit,    # that was asked for
     before: Scene, # that it is to be applied to
     other: Edit,   # of another session
     rng,           # `np.random.Generator`
@@ -156,10 +157,11 @@ def _judged(session, attempt, edit, words, before, after, tools):
 
 # %% ../../nbs/evaluation/05_truth.ipynb #e51d9aac
 def judge_rules(
-    sessions: list,                     # of the shape world
-    detect=shape_detect, ask=shape_ask, # the tools
-    seed: int = 0,                      # of the attempts
-) -> pd.DataFrame: # a row an attempt: session, type, attempt, truth, rule (bool), why
+    sessions: list,      # of the shape world
+    detect=shape_detect, # (image, names, threshold) -> `Found`
+    ask=shape_ask,       # (images, question) -> text
+    seed: int = 0,       # of the attempts
+) -> pd.DataFrame:       # a row an attempt: session, type, attempt, truth, rule (bool), why
     "What the exact verifier and what EdiVal's rules say about many attempts."
     rng, rows, by_type = np.random.default_rng(seed), [], {}
     edits = [[parse_edit(text) for text in s.instructions] for s in sessions]
@@ -176,10 +178,11 @@ def judge_rules(
     return pd.DataFrame(rows)
 
 def judge_images(
-    sessions: list,                     # I sessions of the shape world
-    images_ITHWC: np.ndarray,           # uint8, every turn's result
-    detect=shape_detect, ask=shape_ask, # the tools
-) -> pd.DataFrame: # a row a turn: session, type, attempt ('turn 1', ...), truth, rule (bool), why
+    sessions: list,           # I sessions of the shape world
+    images_ITHWC: np.ndarray, # uint8, every turn's result
+    detect=shape_detect,      # (image, names, threshold) -> `Found`
+    ask=shape_ask,            # (images, question) -> text
+) -> pd.DataFrame:            # a row a turn: session, type, attempt ('turn 1', ...), truth, rule (bool), why
     "What both say about an editor's own pictures. A cell that was not recognised before an edit counts as empty."
     rows = []
     for s, images in zip(sessions, images_ITHWC):
@@ -226,7 +229,7 @@ def pixel_features(
     return parts.flatten(1), parts
 
 def damaged(
-    scene: Scene,
+    scene: Scene, # intact
     objects: int, # how many are erased
     shift: int,   # levels by which every pixel of the ground is shifted
     rng,          # `np.random.Generator`
@@ -257,7 +260,8 @@ def consistency_against_truth(
     return pd.DataFrame(rows)
 
 def rank_correlation(
-    x, y,              # numbers; pairs with a NaN are left out
+    x,                 # numbers; pairs with a NaN are left out
+    y,                 # as many numbers
     session,           # which session each pair is of
     n_boot: int = 500, # draws of sessions
     seed: int = 0,     # of the draws
@@ -295,11 +299,12 @@ def edival_session(
     return replace(session, instructions=texts, task_types=types, meta=meta)
 
 def edival_outcomes(
-    sessions: list,                     # I sessions from `edival_session`
-    images_ITHWC: np.ndarray,           # uint8, every turn's result
-    detect=shape_detect, ask=shape_ask, # the tools
-    features=pixel_features,            # of pictures, for consistency
-) -> Outcomes:                          # [I, T]
+    sessions: list,           # I sessions from `edival_session`
+    images_ITHWC: np.ndarray, # uint8, every turn's result
+    detect=shape_detect,      # (image, names, threshold) -> `Found`
+    ask=shape_ask,            # (images, question) -> text
+    features=pixel_features,  # of pictures, for consistency
+) -> Outcomes:                # [I, T]
     "What EdiVal's scoring says about an editor in the shape world."
     chains = [list(map(Image.fromarray, images)) for images in images_ITHWC]
     return outcomes_of([score_session(s, chain, detect, ask, features) for s, chain in zip(sessions, chains)])

@@ -18,14 +18,14 @@ from .strips import Strips
 
 # %% ../../nbs/explore/02_bench.ipynb #8d3ffa64
 def bench_item(
-    strips: Strips,
+    strips: Strips,          # sessions with their results
     p: int,                  # session
     g: int,                  # member
     t: int,                  # turn, from 0
     aspect: str,             # 'if', 'cc' or 'quality'
     instruction: str = None, # another one for this turn
-    prompts=PROMPTS
-) -> tuple: # (`Item`, what the exact verifier says or None)
+    prompts=PROMPTS,         # a judge's `Prompts`
+) -> tuple:                  # (`Item`, what the exact verifier says or None)
     "What a judge is shown for one turn."
     session = strips.sessions[p]
     images = strips.images_PGTHWC[p:p + 1, g:g + 1]
@@ -41,8 +41,8 @@ def bench_item(
 def with_prompt(
     prompts,     # `Prompts`
     aspect: str, # the one to change
-    text: str    # {scale} in it is the best score
-): # `Prompts`
+    text: str,   # {scale} in it is the best score
+):               # `Prompts`
     "The same prompts with another text for one aspect. Raises `InputError` for other words in braces."
     if text == prompts.aspects[aspect]: return prompts
     try: text.format(scale=prompts.scale)
@@ -76,10 +76,10 @@ def _column(name, score, calls=()):
                 calls=rounded)
 
 def reward_bench(
-    item,               # from `bench_item`
-    verdicts: dict,     # mode -> `Verdict`
-    exact: float = None # the verifier's score; None: it has no word on this
-) -> str: # HTML
+    item,                # from `bench_item`
+    verdicts: dict,      # mode -> `Verdict`
+    exact: float = None, # the verifier's score; None: it has no word on this
+) -> str:                # HTML
     "One turn as its judges see it."
     columns = [_column(mode, v.score, v.calls) for mode, v in verdicts.items()]
     if exact is not None: columns.insert(0, _column('exact verifier', exact))
@@ -87,10 +87,10 @@ def reward_bench(
                               instructions=' / '.join(item.instructions), columns=columns))
 
 def bench_figure(
-    item,               # from `bench_item`
-    verdicts: dict,     # mode -> `Verdict`
-    exact: float = None # the verifier's score
-): # matplotlib figure
+    item,                # from `bench_item`
+    verdicts: dict,      # mode -> `Verdict`
+    exact: float = None, # the verifier's score
+):                       # matplotlib figure
     "The two pictures and a bar for each score."
     from matplotlib.figure import Figure
     bars = {} if exact is None else {'exact verifier': exact}
@@ -135,8 +135,8 @@ class RewardBench(View):
     "Pick a turn, score it in several modes, change the words, score again."
     def __init__(
         self,
-        strips: Strips,
-        judge # from `load_judge`, for its engine and prompts; its mode is one of those that are compared
+        strips: Strips, # sessions with their results
+        judge,          # from `load_judge`, for its engine and prompts; its mode is one of those that are compared
     ):
         self.strips = strips
         self.judge = judge
@@ -181,8 +181,8 @@ class RewardBench(View):
         return load_mode(mode)(engine, [item], prompts)[0]
 
 def explore_rewards(
-    strips: Strips,
-    judge # from `load_judge`
+    strips: Strips, # sessions with their results
+    judge,          # from `load_judge`
 ) -> RewardBench:
     "Question a judge about single turns."
     return RewardBench(strips, judge)

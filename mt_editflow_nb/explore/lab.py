@@ -49,13 +49,13 @@ def formula(
     names: tuple,         # of the M rewards
     *,
     aggregation: str,     # as for `advantages`, like all that follow
-    fusion: str,
-    credit: str,
+    fusion: str,          # where rewards become one
+    credit: str,          # which turns get the advantage
     weights: list = None, # M numbers; None: equal
-    std: str = 'group',
-    whiten: bool = False,
-    **_                   # what the formula does not show
-) -> str: # HTML
+    std: str = 'group',   # normaliser
+    whiten: bool = False, # divide by the spread of the batch
+    **_,                  # what the formula does not show
+) -> str:                 # HTML
     "What `advantages` computes with these settings."
     weights = [1/len(names)]*len(names) if weights is None else weights
     used = [dict(name=n, weight=f'{w:g}', share=f'{w/sum(weights):.2g}') for n, w in zip(names, weights) if w]
@@ -103,12 +103,12 @@ def _advantage_cell(advantage, largest, framed):
 
 # %% ../../nbs/explore/03_lab.ipynb #a6e2773a
 def advantage_lab(
-    scores: Scores,
+    scores: Scores,       # of P sessions x G members x T turns
     p: int = 0,           # the session that is shown
     against: dict = None, # other settings to compare with
     sort: bool = False,   # members by advantage
-    **settings            # of `advantages`
-) -> str: # HTML
+    **settings,           # of `advantages`
+) -> str:                 # HTML
     "Rewards and advantages of a group as a page. Raises `InputError` for settings that contradict each other."
     adv_PGT = advantages(scores.rewards_PGTM, success_PGT=scores.success_PGT, **settings)
     turned_PGT = torch.zeros_like(adv_PGT, dtype=torch.bool)
@@ -130,10 +130,10 @@ def advantage_lab(
                             turns=adv_PGT.numel(), compared=bool(against), **counts, **turned))
 
 def lab_figure(
-    scores: Scores,
-    p: int = 0, # the session that is shown
-    **settings  # of `advantages`
-): # matplotlib figure
+    scores: Scores, # of P sessions x G members x T turns
+    p: int = 0,     # the session that is shown
+    **settings,     # of `advantages`
+):                  # matplotlib figure
     "Rewards and advantages of a group as heat maps."
     from matplotlib.figure import Figure
     adv_GT = advantages(scores.rewards_PGTM, success_PGT=scores.success_PGT, **settings)[p]
@@ -157,7 +157,7 @@ class AdvantageLab(View):
     "Choose aggregation, fusion, credit, normaliser and weights, or a preset of all of them."
     def __init__(
         self,
-        scores: Scores
+        scores: Scores, # of P sessions x G members x T turns
     ):
         self.scores = scores
         M = len(scores.names)
@@ -195,7 +195,7 @@ class AdvantageLab(View):
         return lab_figure(self.scores, p, **self._settings(**values))
 
 def explore_advantages(
-    scores: Scores
+    scores: Scores, # of P sessions x G members x T turns
 ) -> AdvantageLab:
     "Turn the knobs of an advantage."
     return AdvantageLab(scores)

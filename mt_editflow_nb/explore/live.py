@@ -36,8 +36,8 @@ def _state(iterations, planned, finished):
     return 'training' if 0 < iterations < planned else 'evaluating'
 
 def read_training(
-    run: str|Path # a run folder; it need not have begun
-) -> dict: # iterations, planned, rows, seconds_left (None: not known), state, findings, strip (a path or None)
+    run: str|Path, # a run folder; it need not have begun
+) -> dict:         # iterations, planned, rows, seconds_left (None: not known), state, findings, strip (a path or None)
     "What a run folder says about its training, now."
     run = Path(run)
     begun = (run/'config.json').is_file()
@@ -77,7 +77,7 @@ _MONITOR = template('''
 {% endif %}''')
 
 def named_runs(
-    runs # a run folder, a list of them, or a dict name -> folder
+    runs,  # a run folder, a list of them, or a dict name -> folder
 ) -> dict: # name -> path
     "Run folders by their names."
     if isinstance(runs, (str, Path)): runs = [runs]
@@ -85,9 +85,9 @@ def named_runs(
     return {name: Path(run) for name, run in runs.items()}
 
 def plot_training(
-    runs,            # as for `named_runs`
-    window: int = 10 # iterations that are averaged
-): # matplotlib figure
+    runs,             # as for `named_runs`
+    window: int = 10, # iterations that are averaged
+):                    # matplotlib figure
     "Learning curves of several runs."
     rows = {name: read_training(run)['rows'] for name, run in named_runs(runs).items()}
     return plot_learning_curves(rows, SHOWN, window=window, transparent=True)
@@ -95,8 +95,8 @@ def plot_training(
 def training_monitor(
     runs,             # as for `named_runs`
     window: int = 10, # iterations that are averaged
-    strips: str = ''  # the name of a run whose latest group is shown
-) -> str: # HTML
+    strips: str = '', # the name of a run whose latest group is shown
+) -> str:             # HTML
     "Curves, state, time left, and what the hacking monitor sees."
     logs = {name: read_training(run) for name, run in named_runs(runs).items()}
     shown = []
@@ -115,7 +115,7 @@ class TrainingMonitor(View):
         self,
         runs,              # as for `named_runs`; they need not have begun
         every: float = 2., # seconds between looks
-        window: int = 10   # iterations that are averaged
+        window: int = 10,  # iterations that are averaged
     ):
         self.runs = named_runs(runs)
         self.every = every
@@ -159,7 +159,7 @@ class TrainingMonitor(View):
 def explore_training(
     runs,              # a run folder, several, or a dict name -> folder; they need not have begun
     every: float = 2., # seconds between looks
-    window: int = 10   # iterations that are averaged
+    window: int = 10,  # iterations that are averaged
 ) -> TrainingMonitor:
     "Follow runs while they train."
     return TrainingMonitor(runs, every, window)

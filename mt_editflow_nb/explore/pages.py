@@ -49,8 +49,8 @@ STYLE = Markup('''<style>
 _templates = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 def template(
-    text: str # Jinja2
-): # a template; `render(**names)` gives HTML in which every value is escaped
+    text: str, # Jinja2
+):             # a template; `render(**names)` gives HTML in which every value is escaped
     "A piece of a page."
     return _templates.from_string(text)
 
@@ -59,22 +59,22 @@ _PAGE = template('{{ style }}<div class="mtef">{{ parts }}</div>')
 _COMPLAINT = template('<p class="error" role="alert">{{ message }}</p>')
 
 def page(
-    *parts: str # HTML
-) -> str: # HTML
+    *parts: str, # HTML
+) -> str:        # HTML
     "Parts of a page, with the style that all views share."
     return _PAGE.render(style=STYLE, parts=Markup(''.join(parts)))
 
 def complain(
-    error: Exception # its text is shown
-) -> str: # HTML
+    error: Exception, # its text is shown
+) -> str:             # HTML
     "A page for input that cannot be used."
     return page(_COMPLAINT.render(message=error))
 
 # %% ../../nbs/explore/00_pages.ipynb #4fe7122d
 def shrink(
     image: np.ndarray, # uint8 [H, W, 3]
-    side: int = 128    # pixels; a larger picture is reduced by a whole number to at least this
-) -> np.ndarray: # uint8 [H', W', 3]
+    side: int = 128,   # pixels; a larger picture is reduced by a whole number to at least this
+) -> np.ndarray:       # uint8 [H', W', 3]
     "A picture about as large as it is shown."
     factor = max(image.shape[:2])//side
     if factor < 2: return image
@@ -82,14 +82,14 @@ def shrink(
 
 def as_url(
     data: bytes,       # of a picture file
-    kind: str = 'png'  # or 'jpeg'
-) -> str: # a data URL
+    kind: str = 'png', # or 'jpeg'
+) -> str:              # a data URL
     "A picture file as text that a page can hold."
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
 
 def picture_url(
-    image: np.ndarray # uint8 [H, W, 3]
-) -> str: # a data URL
+    image: np.ndarray, # uint8 [H, W, 3]
+) -> str:              # a data URL
     "A picture as text: PNG up to 64 pixels, so that every pixel is kept, JPEG above."
     file = io.BytesIO()
     kind = 'png' if max(image.shape[:2]) <= 64 else 'jpeg'
@@ -99,8 +99,8 @@ def picture_url(
 
 def difference(
     a: np.ndarray, # uint8 [H, W, 3]
-    b: np.ndarray  # the same shape
-) -> np.ndarray: # uint8 [H, W, 3]
+    b: np.ndarray, # the same shape
+) -> np.ndarray:   # uint8 [H, W, 3]
     "Where two pictures differ: black where not, white where by half of the full scale or more."
     largest = np.abs(a.astype(np.int16) - b).max(-1, keepdims=True)
     return np.minimum(255, 2*largest).astype(np.uint8).repeat(3, -1)
@@ -115,14 +115,14 @@ def picture(
     image: np.ndarray,       # uint8 [H, W, 3]
     alt: str,                # what it is, in words
     ok: bool = None,         # a solid green or a dotted red frame; None: no frame
-    over: np.ndarray = None  # uint8, shown instead while the mouse or the focus is on it
-) -> Markup: # HTML
+    over: np.ndarray = None, # uint8, shown instead while the mouse or the focus is on it
+) -> Markup:                 # HTML
     "A picture in a frame."
     over_url = None if over is None else picture_url(over)
     return Markup(_PICTURE.render(url=picture_url(image), alt=alt, frame=_FRAMES[ok], over_url=over_url))
 
 def figure_png(
-    figure # of matplotlib
+    figure, # of matplotlib
 ) -> bytes: # of a PNG file
     "A figure as a picture."
     file = io.BytesIO()
@@ -140,7 +140,7 @@ class View(widgets.VBox):
         draw,           # (**values) -> HTML; an `InputError` becomes a page
         controls: dict, # name -> widget
         still=None,     # (**values) -> matplotlib figure, for readers without widgets; None: the page
-        below=()        # further widgets
+        below=(),       # further widgets
     ):
         self.draw = draw
         self.controls = controls
@@ -170,7 +170,7 @@ class View(widgets.VBox):
 def dropdown(
     name: str,  # the label
     options,    # values, or (text, value) pairs
-    value=None  # the one that is chosen; None: the first
+    value=None, # the one that is chosen; None: the first
 ) -> widgets.Dropdown:
     "A choice, as wide as it needs to be."
     box = widgets.Dropdown(description=name, options=list(options), style=NATURAL, layout=dict(width='auto'))
@@ -179,15 +179,15 @@ def dropdown(
     return box
 
 def checkbox(
-    name: str,          # the label
-    value: bool = False # whether it is ticked
+    name: str,           # the label
+    value: bool = False, # whether it is ticked
 ) -> widgets.Checkbox:
     "Yes or no."
     return widgets.Checkbox(description=name, value=value, indent=False, layout=dict(width='auto', margin='2px 10px'))
 
 def button(
     name: str, # the label
-    **kwargs   # of ipywidgets' `Button`
+    **kwargs,  # of ipywidgets' `Button`
 ) -> widgets.Button:
     "Something to press."
     return widgets.Button(description=name, layout=dict(width='auto'), **kwargs)
@@ -214,8 +214,8 @@ class Task(widgets.HBox):
 
     def tick(
         self,
-        done: float,   # from 0 to 1
-        word: str = '' # what is being done
+        done: float,    # from 0 to 1
+        word: str = '', # what is being done
     ):
         "To be called by the work. Raises `Cancelled` once the button has been pressed."
         if self.stop.is_set(): raise Cancelled
@@ -224,7 +224,7 @@ class Task(widgets.HBox):
 
     def start(
         self,
-        work # () -> None; calls `tick`
+        work, # () -> None; calls `tick`
     ):
         "Run it; what goes wrong is said beside the bar."
         if self.running: return self._say('wait for it, or cancel it')
@@ -255,7 +255,7 @@ _ALERT = template('<span role="alert">{{ word }}</span>')
 @contextmanager
 def before_velocity(
     editor, # from `load_editor`
-    call    # () -> None; what it raises ends the rollout
+    call,   # () -> None; what it raises ends the rollout
 ):
     "Call something before every call of an editor's transformer."
     velocity = editor.velocity

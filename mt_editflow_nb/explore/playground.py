@@ -30,8 +30,8 @@ def edit_turn(
     instruction: str, # what to do
     *,
     num_steps: int,   # denoising steps
-    seed: int = 0     # of the noise, the same for both
-) -> list: # uint8 [H, W, 3], as many
+    seed: int = 0,    # of the noise, the same for both
+) -> list:            # uint8 [H, W, 3], as many
     "Carry out one instruction."
     def edited(image):
         session = Session('playground', Image.fromarray(image), [instruction])
@@ -44,8 +44,8 @@ def edit_turn(
 
 # %% ../../nbs/explore/04_playground.ipynb #f3430c2f
 def possible_edits(
-    scene: Scene
-) -> list: # of instructions
+    scene: Scene, # the current one
+) -> list:        # of instructions
     "Everything that one could ask for in a scene of the shape world."
     here = sorted({o for o in scene.cells if o})
     free = [i for i, o in enumerate(scene.cells) if not o]
@@ -70,7 +70,7 @@ class Game:
     def __init__(
         self,
         first: np.ndarray, # uint8 [H, W, 3]
-        members: list      # what the results of a turn are called
+        members: list,     # what the results of a turn are called
     ):
         self.first = first
         self.members = members
@@ -123,9 +123,9 @@ class SceneBoxes(widgets.HBox):
     "A box for each cell and for the background, a random scene, and a picture from a file."
     def __init__(
         self,
-        random,    # numpy generator of the random scenes
-        on_image,  # (PIL image) -> None, called whenever there is another one
-        on_problem # (`InputError`) -> None, for a file that is no picture
+        random,     # numpy generator of the random scenes
+        on_image,   # (PIL image) -> None, called whenever there is another one
+        on_problem, # (`InputError`) -> None, for a file that is no picture
     ):
         self.random = random
         self.on_image = on_image
@@ -143,7 +143,10 @@ class SceneBoxes(widgets.HBox):
         self.another.on_click(lambda _: self.put(random_scene(int(random.integers(1e6)))))
         self.upload.observe(self._opened, 'value')
 
-    def put(self, scene):
+    def put(
+        self,
+        scene, # to show
+    ):
         "Set the boxes to a scene."
         self.setting = True
         for box, o in zip(self.cells, scene.cells): box.value = o
@@ -163,7 +166,7 @@ class SceneBoxes(widgets.HBox):
                 self.on_problem(InputError(f'{file["name"]}: expected a picture, received {type(e).__name__}'))
 
 def random_scene(
-    seed: int
+    seed: int, # of the draw
 ) -> Scene:
     "The first scene of a held-out session."
     return read_scene(np.asarray(shape_sessions(1, 1, 'heldout', seed=seed)[0].image))
@@ -175,7 +178,7 @@ class Playground(View):
         self,
         editor,             # from `load_editor`; with an adapter, before and after are shown
         num_steps: int = 6, # denoising steps, to begin with
-        seed: int = 0       # of the first scene
+        seed: int = 0,      # of the first scene
     ):
         adapted = getattr(editor.transformer, 'peft_config', None)
         self.editor = editor
@@ -197,13 +200,20 @@ class Playground(View):
             self.buttons[name].on_click(action)
         self.boxes.put(random_scene(seed))
 
-    def show(self, game):
+    def show(
+        self,
+        game, # to continue
+    ):
         "Go on with a game."
         self.game = game
         self.text.options = game.suggestions()
         self.update()
 
-    def begin(self, image): self.show(Game(as_square(image, self.editor.size), self.members))
+    def begin(
+        self,
+        image, # a PIL image, of any size
+    ):
+        self.show(Game(as_square(image, self.editor.size), self.members))
     def start_again(self, _=None): self.show(Game(self.game.first, self.members))
     def undo(self, _=None): self.show(self.game.undo())
     def _problem(self, error): self.page.value = complain(error)
@@ -223,8 +233,8 @@ class Edits:
     def __init__(
         self,
         playground: Playground,
-        told: str,     # the instruction
-        num_steps: int # denoising steps
+        told: str,      # the instruction
+        num_steps: int, # denoising steps
     ):
         self.playground = playground
         self.game = playground.game
@@ -251,7 +261,7 @@ class Edits:
 def explore_editor(
     editor,             # from `load_editor`; with an adapter, before and after are shown
     num_steps: int = 6, # denoising steps, to begin with
-    seed: int = 0       # of the first scene
+    seed: int = 0,      # of the first scene
 ) -> Playground:
     "Ask an editor anything."
     return Playground(editor, num_steps, seed)

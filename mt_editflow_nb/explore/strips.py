@@ -31,11 +31,19 @@ class Strips:
     members: list = None         # G names; None: numbers
     adv_PGT: torch.Tensor = None # advantages, if there are any
 
-    def name(self, g):
+    def name(
+        self,
+        g, # member
+    ):     # such as 'member 3'
         "What a member is called."
         return self.members[g] if self.members else f'member {g}'
 
-    def followed(self, p, g, t):
+    def followed(
+        self,
+        p, # session
+        g, # member
+        t, # turn, from 0
+    ):
         "Whether a turn's instruction was followed; None where nobody can say."
         if self.scores is None: return None
         success = self.scores.success_PGT[p, g, t]
@@ -43,20 +51,30 @@ class Strips:
             success = success + 0*self.scores.rewards_PGTM[p, g, t, self.scores.names.index('if')]
         return None if success.isnan() else bool(success)
 
-    def rewards(self, p, g, t):
+    def rewards(
+        self,
+        p, # session
+        g, # member
+        t, # turn, from 0
+    ):
         "The rewards of a turn in words; a score that failed is a dash."
         if self.scores is None: return ''
         values = self.scores.rewards_PGTM[p, g, t].tolist()
         return ' '.join(f'{name} —' if np.isnan(r) else f'{name} {r:.2f}' for name, r in zip(self.scores.names, values))
 
-    def advantage(self, p, g, t):
+    def advantage(
+        self,
+        p, # session
+        g, # member
+        t, # turn, from 0
+    ):
         "The advantage of a turn in words."
         return '' if self.adv_PGT is None else f'A {self.adv_PGT[p, g, t]:+.2f}'
 
 # %% ../../nbs/explore/01_strips.ipynb #70847200
 def sort_keys(
-    strips: Strips
-) -> list: # of texts
+    strips: Strips, # sessions with or without scores
+) -> list:          # of texts
     "What the rows of a session can be sorted by."
     keys = ['member']
     if strips.scores is not None: keys += [*strips.scores.names, 'turns right']
@@ -64,10 +82,10 @@ def sort_keys(
     return keys
 
 def member_order(
-    strips: Strips,
-    p: int,   # which session
-    sort: str # one of `sort_keys`
-) -> list: # G members, best first; those without a score last
+    strips: Strips, # sessions with scores
+    p: int,         # which session
+    sort: str,      # one of `sort_keys`
+) -> list:          # G members, best first; those without a score last
     "The rows of a session in order. Raises `InputError` for a key that there is not."
     one_of('sort', sort, sort_keys(strips))
     members = range(strips.images_PGTHWC.shape[1])
@@ -99,8 +117,8 @@ _STRIP = template('''
 _WORDS = {True: ('followed', '✓'), False: ('not followed', '✗'), None: ('not judged', '')}
 
 def intended_images(
-    session # a `Session`
-): # uint8 [T, H, W, 3], or None
+    session, # a `Session`
+):           # uint8 [T, H, W, 3], or None
     "The perfect results, where they are known: in the shape world."
     try: return teacher_images(session)
     except InputError: return None
@@ -117,12 +135,12 @@ def _cell(strips, p, g, t, before, now, differences):
 
 # %% ../../nbs/explore/01_strips.ipynb #32915c6e
 def session_strip(
-    strips: Strips,
+    strips: Strips,            # sessions with their results
     p: int = 0,                # which session
     sort: str = 'member',      # one of `sort_keys`
     differences: bool = False, # show them instead of the pictures, not only under the mouse
-    target: bool = True        # the intended results, where they are known
-) -> str: # HTML
+    target: bool = True,       # the intended results, where they are known
+) -> str:                      # HTML
     "A session as a page."
     session = strips.sessions[p]
     G, T = strips.images_PGTHWC.shape[1:3]
@@ -140,12 +158,12 @@ def session_strip(
     return page(_STRIP.render(instructions=instructions, first=shown_first, intended=intended, rows=rows))
 
 def strip_figure(
-    strips: Strips,
+    strips: Strips,       # sessions with their results
     p: int = 0,           # which session
     sort: str = 'member', # one of `sort_keys`
     rows: int = 4,        # at most
-    **_                   # what only the page shows
-): # matplotlib figure
+    **_,                  # what only the page shows
+):                        # matplotlib figure
     "The best rows of a session as a figure."
     order = member_order(strips, p, sort)[:rows]
     turns = range(strips.images_PGTHWC.shape[2])
@@ -157,7 +175,7 @@ def strip_figure(
     return session_figure(strips.sessions[p], strips.images_PGTHWC[p][order], labels, marks, title)
 
 def explore_sessions(
-    strips: Strips
+    strips: Strips, # sessions with their results
 ) -> View:
     "Leaf through sessions and sort their members."
     controls = dict(
@@ -170,8 +188,8 @@ def explore_sessions(
 
 # %% ../../nbs/explore/01_strips.ipynb #a5b1901d
 def read_strips(
-    run: str|Path # folder of a finished run
-) -> Strips: # two members: before and after training
+    run: str|Path, # folder of a finished run
+) -> Strips:       # two members: before and after training
     "The held-out sessions that a run keeps pictures of. Raises `InputError` where there is no finished run."
     run = Path(run)
     missing = [name for name in ('config.json', 'before.safetensors', 'after.safetensors') if not (run/name).is_file()]

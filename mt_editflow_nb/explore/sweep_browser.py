@@ -19,8 +19,8 @@ from .strips import read_strips, session_strip
 
 # %% ../../nbs/explore/06_sweep_browser.ipynb #77156966
 def sweep_axes(
-    results # from `load_results`
-) -> dict: # name -> values, as texts
+    results, # from `load_results`
+) -> dict:   # name -> values, as texts
     "Settings in which the points of a sweep differ."
     points = results.points.values()
     names = dict.fromkeys(name for point in points for name in point.values)
@@ -30,9 +30,9 @@ def sweep_axes(
 def _setting(point, name): return str(point.values.get(name, 'default'))
 
 def fitting_points(
-    results,    # from `load_results`
-    where: dict # setting -> value, as texts
-) -> list: # of `Point`
+    results,     # from `load_results`
+    where: dict, # setting -> value, as texts
+) -> list:       # of `Point`
     "The points of a sweep that have these settings."
     points = results.points.values()
     return [point for point in points if all(_setting(point, name) == value for name, value in where.items())]
@@ -81,8 +81,8 @@ def sweep_table(
     metric: str = 'O',   # a score
     turn: int = None,    # None: the last
     sort: str = 'score', # 'score', 'difference' or 'point'
-    where: dict = None   # setting -> value, as texts; None: all points
-) -> str: # HTML
+    where: dict = None,  # setting -> value, as texts; None: all points
+) -> str:                # HTML
     "Points that fit, with their scores, differences to the baseline and verdicts."
     scores = score_table(results)
     turn = turn or int(scores.index.get_level_values('turn').max())
@@ -111,7 +111,10 @@ class JobView(View):
         self.children = [self.job, self.link, *self.children]
         self.job.observe(self._picked, 'value')
 
-    def offer(self, folders):
+    def offer(
+        self,
+        folders, # name of a job -> its folder
+    ):
         "Let these jobs be picked: a dict name -> folder."
         self.job.options = [('choose', ''), *folders.items()]
 
@@ -135,8 +138,8 @@ class SweepBrowser(View):
     "Filter the table of a sweep, and look into its jobs."
     def __init__(
         self,
-        path: str|Path,    # `NAME.json` of a sweep
-        n_boot: int = 1000 # bootstrap draws
+        path: str|Path,     # `NAME.json` of a sweep
+        n_boot: int = 1000, # bootstrap draws
     ):
         self.path = Path(path)
         self.results = load_results(self.path)
@@ -172,8 +175,8 @@ class SweepBrowser(View):
         self.jobs.offer(folders)
 
 def explore_sweep(
-    path: str|Path,    # `NAME.json` of a sweep
-    n_boot: int = 1000 # bootstrap draws
+    path: str|Path,     # `NAME.json` of a sweep
+    n_boot: int = 1000, # bootstrap draws
 ) -> SweepBrowser:
     "Browse a sweep."
     return SweepBrowser(path, n_boot)

@@ -69,8 +69,9 @@ def _words(source, encoder) -> int:
     if not Path(source).is_dir(): return 512
     return min(read_json(file).get('model_max_length', 512), 512)
 
-def editor_configs(name_or_path # of an editor, as `load_editor` takes it
-                  ) -> dict:    # as in `PUBLISHED`; `size` and `distilled` where its files say so
+def editor_configs(
+    name_or_path, # of an editor, as `load_editor` takes it
+) -> dict:        # as in `PUBLISHED`; `size` and `distilled` where its files say so
     "The configurations of an editor; of its files only the small JSON ones are read."
     import diffusers
     from transformers import AutoConfig
@@ -88,10 +89,13 @@ def editor_configs(name_or_path # of an editor, as `load_editor` takes it
                 size=vae.get('sample_size'),
                 distilled=diffusers.DiffusionPipeline.load_config(source).get('is_distilled', False))
 
-def weightless_editor(configs: dict,          # from `editor_configs`
-                      *, size: int,           # pixels
-                      guidance: float = None, # 1 is no classifier-free guidance; None: the family's published one
-                      dtype=torch.bfloat16):  # an editor whose `velocity` runs on the meta device
+def weightless_editor(
+    configs: dict,          # from `editor_configs`
+    *,
+    size: int,              # pixels
+    guidance: float = None, # 1 is no classifier-free guidance; None: the family's published one
+    dtype=torch.bfloat16,   # of its weights
+):                          # an editor whose `velocity` runs on the meta device
     "The full-size transformer of a family, without numbers, autoencoder and text encoders."
     import diffusers
     family = configs['pipeline']
@@ -104,10 +108,11 @@ def weightless_editor(configs: dict,          # from `editor_configs`
     adopt_pipeline(editor, pipe, size, 1. if configs.get('distilled') else guidance)
     return editor
 
-def weightless_text(editor,        # from `weightless_editor`
-                    words: int,    # L, text tokens
-                    rows: int = 1  # N
-                   ) -> Text:
+def weightless_text(
+    editor,        # from `weightless_editor`
+    words: int,    # L, text tokens
+    rows: int = 1, # N
+) -> Text:
     "Encoded instructions without numbers."
     config, dtype = editor.transformer.config, editor.transformer.dtype
     pooled = 'pooled_projection_dim' in config       # FLUX.1, whose guidance is embedded
@@ -123,21 +128,36 @@ def weightless_text(editor,        # from `weightless_editor`
 # %% ../../nbs/training/01_budget.ipynb #fca49358
 class SavedTensors:
     "Counts the bytes that autograd saves for the backward pass of a transformer: in all, and block by block."
-    def __init__(self, transformer, sequence: int): # the length of the sequence that attention runs over
+    def __init__(
+        self,
+        transformer,   # to be profiled
+        sequence: int, # length of the sequence that attention runs over
+    ):
         self.sequence, self.kept, self.blocks, self.inside = sequence, {}, [], False
         self.parameters = {id(p) for p in transformer.parameters()}
         named = [m for n, m in transformer.named_modules() if n.count('.') == 1 and 'blocks' in n]
         self.hooks = [m.register_forward_pre_hook(self.enter, with_kwargs=True) for m in named]
         self.hooks += [m.register_forward_hook(self.leave) for m in named]
-    def enter(self, module, args, kwargs):
+    def enter(
+        self,
+        module, # a block
+        args,   # of its call
+        kwargs, # of its call
+    ):
         tensors = [a for a in (*args, *kwargs.values()) if torch.is_tensor(a) and a.ndim == 3]
         self.blocks.append(dict(input=sum(a.numel()*a.element_size() for a in tensors), kept=0))
         self.inside = True
     def leave(self, *_): self.inside = False
-    def is_activation(self, t):
+    def is_activation(
+        self,
+        t, # a tensor that autograd saves
+    ):
         if id(t) in self.parameters or (t._base is not None and id(t._base) in self.parameters): return False
         return t.ndim < 2 or t.shape[-2:] != (self.sequence, self.sequence)
-    def save(self, t):
+    def save(
+        self,
+        t, # a tensor that autograd saves
+    ):     # the same tensor
         storage = t.untyped_storage()                # a view keeps all of its storage
         key = storage._cdata, storage.nbytes()
         if self.is_activation(t) and key not in self.kept:
@@ -152,9 +172,10 @@ class SavedTensors:
         self.listening.__exit__(*exception)
         for hook in self.hooks: hook.remove()
 
-def profile_row(editor,        # from `weightless_editor`, or a real one
-                text: Text     # of one row
-               ) -> dict:      # bytes: activations, checkpointed, working; operations: flops_forward, flops_backward
+def profile_row(
+    editor,     # from `weightless_editor`, or a real one
+    text: Text, # of one row
+) -> dict:      # bytes: activations, checkpointed, working; operations: flops_forward, flops_backward
     """One row forward and backward through a transformer: what it keeps and what it costs.
 
     `activations` and `checkpointed` are the bytes kept without and with gradient checkpointing; the backward pass
@@ -177,11 +198,12 @@ def _in_16_bits(model) -> tuple:
     asked = [*(getattr(model, '_keep_in_fp32_modules', None) or ())]       # T5's `wo` overflows in less
     return ('lm_head', *asked)
 
-def weight_bytes(model,             # may be on the meta device; an adapter is not counted
-                 nf4: bool,         # linear layers in 4 bits
-                 element: int = 2,  # bytes a number otherwise
-                 within: str = ''   # only layers whose name holds this are quantised
-                ) -> int:
+def weight_bytes(
+    model,            # may be on the meta device; an adapter is not counted
+    nf4: bool,        # linear layers in 4 bits
+    element: int = 2, # bytes a number otherwise
+    within: str = '', # only layers whose name holds this are quantised
+) -> int:
     "Bytes of a model's weights in NF4 (arXiv 2305.14314, without double quantisation) or as they are."
     kept, quantised = _in_16_bits(model), 0
     for name, m in model.named_modules():
@@ -190,8 +212,10 @@ def weight_bytes(model,             # may be on the meta device; an adapter is n
     rest = sum(p.numel() for n, p in model.named_parameters() if 'lora_' not in n) - quantised
     return quantised//2 + quantised//64*4 + rest*element
 
-def weightless_encoder(name: str, # of a class of transformers
-                       config):   # an object, or a dict of its fields
+def weightless_encoder(
+    name: str, # of a class of transformers
+    config,    # an object, or a dict of its fields
+):             # on the meta device
     "A text encoder, or a judge, without numbers."
     import transformers
     cls = getattr(transformers, name)
@@ -200,10 +224,11 @@ def weightless_encoder(name: str, # of a class of transformers
 # others are read from the hub
 PUBLISHED_JUDGES = {'Qwen/Qwen2.5-VL-7B-Instruct': ('Qwen2_5_VLForConditionalGeneration', _qwen_vl)}
 
-def judge_bytes(judge: str,  # as in `load_judge`
-                size: int,   # pixels, of the pictures that it looks at
-                element: int # bytes a number
-               ) -> int:     # None: its configuration cannot be read
+def judge_bytes(
+    judge: str,   # as in `load_judge`
+    size: int,    # pixels, of the pictures that it looks at
+    element: int, # bytes a number
+) -> int:         # None: its configuration cannot be read
     "Weights of a judge in this process, and what it remembers of the words of a batch of calls."
     import transformers
     engine = getattr(load_judge(judge), 'engine', None)
@@ -219,9 +244,10 @@ def judge_bytes(judge: str,  # as in `load_judge`
     return weight_bytes(model, engine.quantize == 'nf4', element) + engine.batch*words*a_word
 
 # %% ../../nbs/training/01_budget.ipynb #07454753
-def count_rows(c,         # a run's configuration
-               turns: int # T
-              ) -> dict:  # rows that go through the transformer in an iteration
+def count_rows(
+    c,          # a run's configuration
+    turns: int, # T
+) -> dict:      # rows that go through the transformer in an iteration
     "`sampled` and `compared` rows only forward, `trained` rows forward and backward."
     sampled = c.sessions_per_iteration*c.group*turns
     trained = c.sessions_per_iteration*(c.keep or c.group)*turns
@@ -229,27 +255,30 @@ def count_rows(c,         # a run's configuration
     comparisons = (c.algorithm == 'nft') + (c.kl_weight > 0)              # the old policy's velocity, the base editor's
     return dict(sampled=sampled*c.num_steps, trained=trained, compared=trained*comparisons)
 
-def evaluation_steps(c       # a run's configuration
-                    ) -> int:
+def evaluation_steps(
+    c, # a run's configuration
+) -> int:
     "Denoising steps of an evaluation: `eval_steps`, or those of training."
     return getattr(c, 'eval_steps', None) or c.num_steps
 
-def evaluation_rows(c,         # a run's configuration
-                    turns: int # T
-                   ) -> int:   # rows that go through the transformer in all evaluations of a run
+def evaluation_rows(
+    c,          # a run's configuration
+    turns: int, # T
+) -> int:       # rows that go through the transformer in all evaluations of a run
     "Before and after training, and every `eval_every` iterations."
     between = c.iterations//c.eval_every if getattr(c, 'eval_every', 0) else 0
     return c.eval_sessions*(getattr(c, 'eval_turns', None) or turns)*evaluation_steps(c)*(2 + between)
 
 # %% ../../nbs/training/01_budget.ipynb #13d0b453
 @lru_cache(maxsize=16)
-def transformer_profile(editor: str,        # as `load_editor` takes it
-                        size: int,          # pixels
-                        guidance: float,    # None: the family's
-                        lora_rank: int,
-                        lora_targets: str,  # as `add_lora` takes them
-                        real: bool          # bfloat16 as on a card, or float32
-                       ) -> SimpleNamespace:
+def transformer_profile(
+    editor: str,       # as `load_editor` takes it
+    size: int,         # pixels
+    guidance: float,   # None: the family's
+    lora_rank: int,    # of the adapter
+    lora_targets: str, # as `add_lora` takes them
+    real: bool,        # bfloat16 as on a card, or float32
+) -> SimpleNamespace:
     "What a plan needs to know of a transformer with its adapter."
     configs, element = editor_configs(editor), 2 if real else 4
     dtype = torch.bfloat16 if real else torch.float32
@@ -281,7 +310,14 @@ def _rollout_bytes(c, configs, profile, turns, element) -> int:
     a_text = profile.text_numbers*element*(2 if 'Qwen' in configs['pipeline'] and profile.passes > 1 else 1)
     return N*turns*((2 + 3*steps)*L*C*4 + a_text)
 
-def memory_by_part(c, configs, profile, turns, element, real) -> dict: # part -> bytes
+def memory_by_part(
+    c,       # a run's configuration
+    configs, # from `editor_configs`
+    profile, # from `transformer_profile`
+    turns,   # T
+    element, # bytes a number
+    real,    # bfloat16 on a card, or float32 on the CPU
+) -> dict:   # part -> bytes
     "What a run holds on the card at its worst moment. `profile` is from `transformer_profile`."
     row, adapter, size = profile.row, profile.adapter, profile.size
     activations = c.batch*(row['checkpointed' if c.checkpointing else 'activations'] + row['working'])
@@ -306,9 +342,10 @@ PEAK = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S':
         'RTX 4090': 165e12, 'A6000': 155e12, 'L4': 121e12, 'RTX 3090': 71e12}
 UTILISATION = {None: .4, 'nf4': .3}
 
-def plan(c,               # a run's configuration, `Config`
-         gpu: str = None  # name of the card; None: the one found, else an H100
-        ) -> dict:
+def plan(
+    c,               # a run's configuration, `Config`
+    gpu: str = None, # name of the card; None: the one found, else an H100
+) -> dict:
     """What a run needs, without loading it.
 
     `memory`: part -> bytes; `rows` of an iteration; `parameters`; `adapter`; `minutes` an iteration; `hours` of the
@@ -348,8 +385,9 @@ def _gigabytes(b: float) -> str:
     "One decimal, and enough digits where that would be 0.0."
     return f'{b/1e9:.1f} GB' if b >= 5e7 or not b else f'{b/1e9:.2g} GB'
 
-def advice(p: dict # from `plan`
-          ) -> str: # one line
+def advice(
+    p: dict, # from `plan`
+) -> str:    # one line
     "What to lower when memory is short, with the plan's numbers."
     def lower(part):
         if part.startswith('activations'): return 'checkpointing=true, a smaller batch or size'
@@ -368,8 +406,9 @@ def _time_lines(p):
            f"{p['iterations']} with the evaluations ({p['evaluation_hours']:.2g} hours of it)")
     yield "(utilisation is assumed; a judge's answers, encoders and autoencoder come on top)"
 
-def plan_text(p: dict # from `plan`
-             ) -> str:
+def plan_text(
+    p: dict, # from `plan`
+) -> str:
     "A plan as a table for people."
     rows, total = p['rows'], sum(p['memory'].values())
     trained = f"{p['parameters']/1e9:,.3f} billion parameters, {p['adapter']/1e6:,.1f} million trained"
@@ -385,7 +424,9 @@ def plan_text(p: dict # from `plan`
     return '\n'.join(lines)
 
 # %% ../../nbs/training/01_budget.ipynb #22162c79
-def changes_worth_a_look(c) -> dict: # what is changed, in words -> fields
+def changes_worth_a_look(
+    c,     # a run's configuration
+) -> dict: # what is changed, in words -> fields
     "Settings that cost less, as far as this configuration leaves room for them."
     size = c.size or 0
     options = {
@@ -399,9 +440,10 @@ def changes_worth_a_look(c) -> dict: # what is changed, in words -> fields
         f'eval_sessions={c.eval_sessions//2}': dict(eval_sessions=c.eval_sessions//2) if c.eval_sessions > 32 else None}
     return {words: fields for words, fields in options.items() if fields}
 
-def savings_text(c,               # a run's configuration
-                 gpu: str = None  # as in `plan`
-                ) -> str:
+def savings_text(
+    c,               # a run's configuration
+    gpu: str = None, # as in `plan`
+) -> str:
     "The plan again under each of a few changes: hours of the whole job, and gigabytes."
     def numbers(c):
         p = plan(c, gpu)
@@ -411,17 +453,19 @@ def savings_text(c,               # a run's configuration
     return '\n'.join(lines)
 
 # %% ../../nbs/training/01_budget.ipynb #955b7e64
-def remembered_batch(file # `batch.json` of a run folder
-                    ) -> int: # None: not known
+def remembered_batch(
+    file, # `batch.json` of a run folder
+) -> int: # None: not known
     "The number of rows that was found to fit before."
     try: batch = read_json(file)['batch']
     except (InputError, KeyError, TypeError): return None
     return batch if isinstance(batch, int) and batch > 0 else None
 
-def find_batch(step,            # runs a batch of n rows; raises `torch.OutOfMemoryError` where they do not fit
-               batch: int,      # the most rows wanted
-               file=None        # where the number is remembered
-              ) -> int:         # rows that fit
+def find_batch(
+    step,       # runs a batch of n rows; raises `torch.OutOfMemoryError` where they do not fit
+    batch: int, # the most rows wanted
+    file=None,  # where the number is remembered
+) -> int:       # rows that fit
     "Halve a batch until it fits; raises `torch.OutOfMemoryError` when a single row does not."
     if file is not None and (known := remembered_batch(file)): return min(batch, known)
     while True:
@@ -435,17 +479,22 @@ def find_batch(step,            # runs a batch of n rows; raises `torch.OutOfMem
     if file is not None: atomic_write(file, to_json(dict(batch=batch)))
     return batch
 
-def rollout_store(c, editor, turns: int) -> list: # tensors, to be dropped after the trial
+def rollout_store(
+    c,          # a run's configuration
+    editor,     # from `load_editor`
+    turns: int, # T
+) -> list:      # tensors, to be dropped after the trial
     "Memory that the latents of an iteration's rollouts take while it trains."
     steps = 0 if c.algorithm == 'nft' else c.window or c.num_steps - 1
     N = c.sessions_per_iteration*c.group
     return [torch.zeros(N, *editor.latent_shape, device=editor.device) for _ in range(turns*(2 + 3*steps))]
 
-def trial_step(editor,        # with an adapter
-               n: int,        # rows
-               c=None,        # a run's configuration: its optimiser's state and rollouts are in place too
-               optimizer=None # of the adapter's tensors
-              ):
+def trial_step(
+    editor,         # with an adapter
+    n: int,         # rows
+    c=None,         # a run's configuration: its optimiser's state and rollouts are in place too
+    optimizer=None, # of the adapter's tensors
+):
     """What an iteration does with n rows at its most expensive.
 
     A velocity with gradients, another without, the backward pass, and an optimiser step of size 0, while the rollouts

@@ -20,11 +20,12 @@ from ..algorithm.policy import Policy
 from ..algorithm.processes import processes
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #240701c3
-def state_tensors(params: list, # trained tensors
-                  old: list,    # those of the old policy; may be empty
-                  optimizer,    # AdamW, of 32 or 8 bits
-                  ema=()        # those of the moving average; may be empty
-                 ) -> dict:     # name -> a copy in host memory
+def state_tensors(
+    params: list, # trained tensors
+    old: list,    # those of the old policy; may be empty
+    optimizer,    # AdamW, of 32 or 8 bits
+    ema=(),       # those of the moving average; may be empty
+) -> dict:        # name -> a copy in host memory
     "Everything that the next iteration depends on."
     tensors = {f'{kind}.{i}': x.detach() for kind, xs in (('param', params), ('old', old), ('ema', ema))
                for i, x in enumerate(xs)}
@@ -38,8 +39,13 @@ def _restore(x, saved, name):
            'none' if saved is None else list(saved.shape))
     with torch.no_grad(): x.copy_(saved)
 
-def restore_tensors(tensors: dict, # from `state_tensors`
-                    params: list, old: list, optimizer, ema=()):
+def restore_tensors(
+    tensors: dict, # from `state_tensors`
+    params: list,  # trained tensors
+    old: list,     # those of the old policy; may be empty
+    optimizer,     # AdamW, of 32 or 8 bits
+    ema=(),        # those of the moving average; may be empty
+):
     "Put a saved state back in place. Raises `InputError` where it is that of another adapter."
     for kind, xs in (('param', params), ('old', old), ('ema', ema)):
         for i, x in enumerate(xs): _restore(x, tensors.get(f'{kind}.{i}'), f'{kind}.{i}')
@@ -60,12 +66,13 @@ def _sha256(file: Path) -> str:
 def _sync(file: Path):
     with open(file, 'rb') as f: os.fsync(f.fileno())
 
-def write_checkpoint(run,             # a run folder
-                     iteration: int,  # iterations done
-                     tensors: dict,   # from `state_tensors`
-                     editor=None,     # save its adapter, as it is now, in `lora/`
-                     keep: int = 2    # checkpoints that stay
-                    ) -> Path:        # the checkpoint's folder
+def write_checkpoint(
+    run,            # a run folder
+    iteration: int, # iterations done
+    tensors: dict,  # from `state_tensors`
+    editor=None,    # save its adapter, as it is now, in `lora/`
+    keep: int = 2,  # checkpoints that stay
+) -> Path:          # the checkpoint's folder
     "Write `checkpoints/NNNNNN` whole or not at all. Raises `InputError`, naming the last good one, where that fails."
     from safetensors.torch import save_file
     folder = Path(run)/'checkpoints'
@@ -89,12 +96,21 @@ def write_checkpoint(run,             # a run folder
     for p in sorted(folder.glob('[0-9]*'))[:-keep]: shutil.rmtree(p, ignore_errors=True)
     return final
 
-def save_checkpoint(run, iteration, params, old, optimizer, editor=None, ema=()):
+def save_checkpoint(
+    run,         # a run folder
+    iteration,   # iterations done
+    params,      # trained tensors
+    old,         # those of the old policy; may be empty
+    optimizer,   # AdamW, of 32 or 8 bits
+    editor=None, # save its adapter, as it is now, in `lora/`
+    ema=(),      # those of the moving average; may be empty
+):               # the checkpoint's folder
     "Write where a run stands: `state_tensors`, then `write_checkpoint`."
     return write_checkpoint(run, iteration, state_tensors(params, old, optimizer, ema), editor)
 
-def damage(folder # a checkpoint
-          ) -> str: # what is wrong with it; '' if nothing is
+def damage(
+    folder, # a checkpoint
+) -> str:   # what is wrong with it; '' if nothing is
     "Check a checkpoint against its checksum, and its two files against each other."
     from safetensors import safe_open
     folder = Path(folder)
@@ -109,9 +125,10 @@ def damage(folder # a checkpoint
         return f'it cannot be read ({type(e).__name__}: {one_line(e)[:100]})'
     return ''
 
-def last_checkpoint(run,      # a run folder
-                    say=None  # called with a sentence for each newer one that is damaged
-                   ) -> Path: # None: there is no checkpoint
+def last_checkpoint(
+    run,      # a run folder
+    say=None, # called with a sentence for each newer one that is damaged
+) -> Path:    # None: there is no checkpoint
     "The newest checkpoint that is as it was written. Raises `InputError` where there are some, but none is."
     found, wrong = sorted((Path(run)/'checkpoints').glob('[0-9]*'), reverse=True), []
     for folder in found:
@@ -123,7 +140,13 @@ def last_checkpoint(run,      # a run folder
         return folder
     if wrong: raise InputError(f'checkpoint: {wrong[0]}' + (f', and {len(wrong) - 1} older' if len(wrong) > 1 else ''))
 
-def load_checkpoint(folder, params, old, optimizer, ema=()) -> int: # iterations done
+def load_checkpoint(
+    folder,    # a checkpoint
+    params,    # trained tensors
+    old,       # those of the old policy; may be empty
+    optimizer, # AdamW, of 32 or 8 bits
+    ema=(),    # those of the moving average; may be empty
+) -> int:      # iterations done
     "Restore a checkpoint in place. Raises `InputError` for one that is damaged, or of another adapter."
     from safetensors.torch import load_file
     if problem := damage(folder): raise InputError(f'checkpoint: {folder} is not a checkpoint of this run: {problem}')
@@ -139,7 +162,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 class Stopped(KeyboardInterrupt):
     "A run was asked to stop. `signum` says by which signal."
-    def __init__(self, signum):
+    def __init__(
+        self,
+        signum, # number of the signal
+    ):
         super().__init__(f'stopped by {signal.Signals(signum).name}')
         self.signum = signum
 
@@ -147,7 +173,11 @@ class StopRequests:
     "Turns signals into `Stopped`, not while `deferred`, and after `before_stop` has been called."
     def __init__(self):
         self.signum, self.depth, self.before_stop = None, 0, None
-    def handle(self, signum, frame):
+    def handle(
+        self,
+        signum, # number of the signal
+        frame,  # not used
+    ):
         if self.signum is not None: return                          # it is on its way out
         self.signum = signum
         if not self.depth: self.stop()
@@ -177,8 +207,9 @@ def stop_requests():
         for s, handler in before.items(): signal.signal(s, handler)
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #a3f63e10
-def stop_with(pid: int # of another process
-             ):
+def stop_with(
+    pid: int, # of another process
+):
     "Ask this process to stop, as SIGTERM does, as soon as the other one is gone."
     import psutil
     other = psutil.Process(pid)
@@ -190,10 +221,12 @@ def stop_with(pid: int # of another process
 # %% ../../nbs/training/03a_checkpoints.ipynb #0ee34577
 class RunState:
     "What training changes, the iterations done, and the copy that is saved."
-    def __init__(self,
-                 c: Config,     # of the run
-                 run,           # its folder
-                 policy: Policy):
+    def __init__(
+        self,
+        c: Config,      # of the run
+        run,            # its folder
+        policy: Policy, # that is trained
+    ):
         self.run, self.policy, self.decay = Path(run), policy, c.ema
         self.average = [p.detach().clone() for p in policy.params] if c.ema else []
         self.iteration = self.saved = 0
@@ -224,11 +257,12 @@ class RunState:
         self.save()
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #c18e0a42
-def halve_while_memory_ends(attempt,    # called with a number of rows; may raise `torch.OutOfMemoryError`
-                            batch: int, # rows to begin with
-                            file,       # where the number is remembered
-                            where=str   # called for a few words about where it happened
-                           ):           # what `attempt` returns
+def halve_while_memory_ends(
+    attempt,    # called with a number of rows; may raise `torch.OutOfMemoryError`
+    batch: int, # rows to begin with
+    file,       # where the number is remembered
+    where=str,  # called for a few words about where it happened
+):              # what `attempt` returns
     "Try again with half the rows, down to one; with several processes, which would have to agree, at once give up."
     while True:
         try: return attempt(batch)

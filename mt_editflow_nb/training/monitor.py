@@ -14,10 +14,11 @@ import numpy as np, torch
 RECONSTRUCTION_MARGIN = 2.  # a patch that moved by more than this times the reconstruction's worst has changed
 UNCHANGED_SHARE = .002      # up to this share of the patches may change in an identity edit: 2 of 1024
 
-def patch_change(before_NHWC: np.ndarray, # uint8
-                 after_NHWC: np.ndarray,  # uint8
-                 across: int = 32         # patches a side, each of at least 4 x 4 pixels
-                ) -> np.ndarray:          # float32 [N, patches, patches], in grey levels
+def patch_change(
+    before_NHWC: np.ndarray, # uint8
+    after_NHWC: np.ndarray,  # uint8
+    across: int = 32,        # patches a side, each of at least 4 x 4 pixels
+) -> np.ndarray:             # float32 [N, patches, patches], in grey levels
     "Root mean square difference of two pictures in each of their patches."
     H = before_NHWC.shape[-3]
     size = max(min(4, H), H//across)
@@ -26,10 +27,11 @@ def patch_change(before_NHWC: np.ndarray, # uint8
     patches = squared.reshape(*squared.shape[:-2], n, size, n, size)
     return np.sqrt(patches.mean((-1, -3)))
 
-def identity_edits(first_PHWC: np.ndarray,         # uint8, the sessions' first pictures
-                   images_PGTHWC: np.ndarray,      # uint8, every turn's result
-                   reconstructed_PHWC: np.ndarray  # uint8, the first pictures encoded and decoded by the editor
-                  ) -> np.ndarray:                 # bool [P, G, T]
+def identity_edits(
+    first_PHWC: np.ndarray,         # uint8, the sessions' first pictures
+    images_PGTHWC: np.ndarray,      # uint8, every turn's result
+    reconstructed_PHWC: np.ndarray, # uint8, the first pictures encoded and decoded by the editor
+) -> np.ndarray:                    # bool [P, G, T]
     "Which turns returned their input."
     first_PGTHWC = np.broadcast_to(first_PHWC[:, None, None], images_PGTHWC[:, :, :1].shape)
     limit_P = RECONSTRUCTION_MARGIN*patch_change(first_PHWC, reconstructed_PHWC).max((-1, -2))
@@ -40,9 +42,10 @@ def identity_edits(first_PHWC: np.ndarray,         # uint8, the sessions' first 
     return np.stack(out)
 
 # %% ../../nbs/training/00_monitor.ipynb #6ae6b12a
-def within_groups(x_PGT: torch.Tensor,        # NaN members are left out
-                  y_PGT: torch.Tensor = None  # None: x_PGT
-                 ) -> torch.Tensor:           # [P, T]
+def within_groups(
+    x_PGT: torch.Tensor,        # NaN members are left out
+    y_PGT: torch.Tensor = None, # None: x_PGT
+) -> torch.Tensor:              # [P, T]
     "Covariance (or variance) of the members of each group."
     y_PGT = x_PGT if y_PGT is None else y_PGT
     known = ~(x_PGT.isnan() | y_PGT.isnan())
@@ -50,7 +53,10 @@ def within_groups(x_PGT: torch.Tensor,        # NaN members are left out
     def centred(v): return (v - v.where(known, 0).sum(1, keepdim=True)/n).where(known, 0)
     return (centred(x_PGT)*centred(y_PGT)).sum(1)/n[:, 0]
 
-def correlation_within_groups(adv_PGT, reward_PGT) -> float:
+def correlation_within_groups(
+    adv_PGT,    # advantages
+    reward_PGT, # one reward; NaN is left out
+) -> float:     # in [-1, 1]
     """Correlation of the advantage with a reward's mean over its session, over the members of each group.
 
     That mean is what is broadcast to all turns. 0 where one of the two is constant."""
@@ -58,13 +64,14 @@ def correlation_within_groups(adv_PGT, reward_PGT) -> float:
     scale = (within_groups(adv_PGT).mean()*within_groups(session_PGT).mean()).clamp(min=0).sqrt()
     return float(within_groups(adv_PGT, session_PGT).mean()/scale) if scale > 1e-9 else 0.
 
-def hacking_signals(sessions: list,                 # P `Session`s
-                    images_PGTHWC: np.ndarray,      # uint8, every turn's result
-                    scores,                         # `Scores` by the judge that trains
-                    adv_PGT: torch.Tensor,          # advantages
-                    reconstructed_PHWC: np.ndarray, # uint8, the first pictures encoded and decoded by the editor
-                    exact=None                      # a judge to compare with, such as the exact verifier
-                   ) -> dict:                       # for the log
+def hacking_signals(
+    sessions: list,                 # P `Session`s
+    images_PGTHWC: np.ndarray,      # uint8, every turn's result
+    scores,                         # `Scores` by the judge that trains
+    adv_PGT: torch.Tensor,          # advantages
+    reconstructed_PHWC: np.ndarray, # uint8, the first pictures encoded and decoded by the editor
+    exact=None,                     # a judge to compare with, such as the exact verifier
+) -> dict:                          # for the log
     """What the monitor needs to know about one iteration.
 
     `identity` is a share for each turn; `spread`, `push` and, with `exact`, `gap` are a number for each reward."""
@@ -79,7 +86,10 @@ def hacking_signals(sessions: list,                 # P `Session`s
     if exact is not None: signals['gap'] = judge_gap(scores, exact(sessions, images_PGTHWC))
     return signals
 
-def judge_gap(scores, exact_scores) -> dict: # reward -> mean difference
+def judge_gap(
+    scores,       # of the judge that trains
+    exact_scores, # of the exact verifier, for the same pictures
+) -> dict:        # reward -> mean difference
     "How much more a judge gives than an exact one does, for the rewards that both know."
     gap = {}
     for m, name in enumerate(scores.names):
@@ -95,7 +105,11 @@ class Finding(NamedTuple):
     name: str      # as in the table above
     text: str      # a sentence with numbers
 
-def change(first, last, z: float = 4.) -> tuple: # (mean of the first, mean of the last, direction)
+def change(
+    first,         # numbers of the first window
+    last,          # numbers of the last window
+    z: float = 4., # standard errors that a change must exceed
+) -> tuple:        # (mean of the first, mean of the last, direction)
     "Compare the numbers of two windows. The direction is 1 or -1, or 0 if the change is within z standard errors."
     a, b = np.asarray(first, float), np.asarray(last, float)
     difference = b.mean() - a.mean()
@@ -165,11 +179,12 @@ def _held_out(evaluations, smallest):
         yield 'held-out score falls', '', (f'O of the last turn on held-out sessions is {scores[-1]:.1f}, '
                                            f'its best was {scores[best]:.1f} (iteration {when})')
 
-def find_hacking(rows: list,            # of `metrics.jsonl`, in order
-                 window: int = 10,      # iterations that are averaged, at the start and now
-                 smallest: float = .03, # change of a share or a gap that matters; a third of it for a reward
-                 patience: int = 5      # iterations without anything to learn from before that is reported
-                ) -> list:              # of `Finding`, each when it begins, not again while it lasts
+def find_hacking(
+    rows: list,            # of `metrics.jsonl`, in order
+    window: int = 10,      # iterations that are averaged, at the start and now
+    smallest: float = .03, # change of a share or a gap that matters; a third of it for a reward
+    patience: int = 5,     # iterations without anything to learn from before that is reported
+) -> list:                 # of `Finding`, each when it begins, not again while it lasts
     "Everything the monitor sees in a log. A function of the rows alone: a run that was resumed sees the same."
     found, active = [], set()
     for i in range(patience, len(rows) + 1):

@@ -35,7 +35,9 @@ class PhaseClock:
         return {k: round(v, 3) for k, v in split.items()}
 
 @contextmanager
-def clocked(editor): # yields a `PhaseClock`
+def clocked(
+    editor, # from `load_editor`
+):          # yields a `PhaseClock`
     "Watch when something goes through an editor's `velocity`."
     clock, velocity = PhaseClock(), editor.velocity
     def watched(x, sigma, text, image):
@@ -50,11 +52,12 @@ def clocked(editor): # yields a `PhaseClock`
 # %% ../../nbs/training/03b_progress.ipynb #6544e3e1
 TRAINED_ROW = 3.  # seconds of a trained row, forward and backward, over those of a sampled one
 
-def estimate_seconds(c,                 # a run's configuration
-                     turns: int,        # T
-                     sessions: int,     # held-out sessions
-                     row_seconds: float # of a row that is sampled, decoded and judged
-                    ) -> dict:          # of one evaluation, of one iteration, and of the whole job
+def estimate_seconds(
+    c,                  # a run's configuration
+    turns: int,         # T
+    sessions: int,      # held-out sessions
+    row_seconds: float, # of a row that is sampled, decoded and judged
+) -> dict:              # of one evaluation, of one iteration, and of the whole job
     "How long a job will take, judged by its first batch."
     rows = count_rows(c, turns)
     compared = 0 if c.algorithm == 'nft' and not c.old_decay and not c.kl_weight else rows['compared']
@@ -63,12 +66,17 @@ def estimate_seconds(c,                 # a run's configuration
     between = c.iterations//c.eval_every if c.eval_every else 0
     return dict(evaluation=evaluation, iteration=iteration, total=(2 + between)*evaluation + c.iterations*iteration)
 
-def in_words(seconds: float) -> str:
+def in_words(
+    seconds: float, # a duration
+) -> str:
     "A duration for people."
     if seconds < 90: return f'{max(1, round(seconds))} s'
     return f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
 
-def estimate_text(c, estimate: dict) -> str: # of a run's configuration, and from `estimate_seconds`
+def estimate_text(
+    c,              # a run's configuration
+    estimate: dict, # from `estimate_seconds`
+) -> str:           # of a run's configuration, and from `estimate_seconds`
     total, iteration, evaluation = (in_words(estimate[k]) for k in ('total', 'iteration', 'evaluation'))
     return (f'about {total} on this machine, judged by the first batch: {c.iterations} iterations of {iteration}, '
             f'evaluations of {evaluation} before and after')
@@ -76,16 +84,20 @@ def estimate_text(c, estimate: dict) -> str: # of a run's configuration, and fro
 # %% ../../nbs/training/03b_progress.ipynb #aad52e2a
 STAGES = ('before', 'training', 'after')
 
-def note_progress(run,         # a run folder
-                  stage: str,  # one of `STAGES`
-                  done: int, total: int,
-                  text: str = ''): # a sentence for the user; '' keeps the last one
+def note_progress(
+    run,            # a run folder
+    stage: str,     # one of `STAGES`
+    done: int,      # sessions or iterations
+    total: int,     # of how many
+    text: str = '', # a sentence for the user; '' keeps the last one
+):
     "Say how far a run is."
     text = text or read_progress(run).get('text', '')
     atomic_write(Path(run)/'.progress.json', to_json(dict(stage=stage, done=done, total=total, text=text)))
 
-def read_progress(run # a run folder
-                 ) -> dict: # `stage`, `done`, `total`, `text`; empty where nothing is known
+def read_progress(
+    run,   # a run folder
+) -> dict: # `stage`, `done`, `total`, `text`; empty where nothing is known
     "How far a run is."
     try: return read_json(Path(run)/'.progress.json')
     except InputError: return {}

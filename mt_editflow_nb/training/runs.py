@@ -42,8 +42,9 @@ def _edges(file: Path):
         f.seek(max(EDGE, size - EDGE))
         return size, first, f.read(EDGE)
 
-def editor_fingerprint(name_or_path # as `load_editor` takes it
-                      ) -> str:
+def editor_fingerprint(
+    name_or_path, # as `load_editor` takes it
+) -> str:
     """What identifies an editor's weights: the content of a folder, or the commit of a hub name in the local cache.
 
     Of files above 64 megabytes, size and both ends are read. Raises `InputError` for what is not an editor."""
@@ -55,23 +56,26 @@ def editor_fingerprint(name_or_path # as `load_editor` takes it
     index = try_to_load_from_cache(source, 'model_index.json')
     return f'{source}@{Path(index).parent.name}' if isinstance(index, str) else source
 
-def judge_fingerprint(name: str # as `load_judge` takes it
-                     ) -> str:
+def judge_fingerprint(
+    name: str, # as `load_judge` takes it
+) -> str:
     "What identifies a judge: its name, and the content of its weights where they lie in a folder."
     engine = getattr(load_judge(name), 'engine', None)
     return f'{name} {getattr(engine, "model", "")}'.strip()
 
-def run_identity(c: Config, # of the run
-                 source     # its `SessionSource`
-                ) -> dict:
+def run_identity(
+    c: Config, # of the run
+    source,    # its `SessionSource`
+) -> dict:
     "What a run's numbers depend on besides its configuration and the versions of code."
     adapter = dict(init_lora=content_hash(find_adapter(c.init_lora))) if c.init_lora else {}
     return dict(sessions=source.train_hash, heldout=source.heldout_hash, editor=editor_fingerprint(c.editor),
                 judge=judge_fingerprint(c.judge), eval_judge=judge_fingerprint(c.eval_judge), **adapter)
 
 # %% ../../nbs/training/03_runs.ipynb #ed7e1a5e
-def read_config(run # a run folder
-               ) -> Config:
+def read_config(
+    run, # a run folder
+) -> Config:
     "The configuration of a run, whichever version wrote it. Raises `InputError` where the folder holds none."
     file = Path(run)/'config.json'
     if not file.is_file(): raise InputError(f'run: {run} is not a run folder (it holds no config.json)')
@@ -108,10 +112,11 @@ def _holds_something(folder: Path) -> bool:
         if p.name not in _MAY_BE_THERE and p.stem != 'job': return True
     return False
 
-def open_run(c: Config,            # of the run
-             run,                  # its folder
-             identity: dict = None # from `run_identity`
-            ) -> Path:             # the folder
+def open_run(
+    c: Config,             # of the run
+    run,                   # its folder
+    identity: dict = None, # from `run_identity`
+) -> Path:                 # the folder
     """Create a run folder, or check that an existing one was begun with the same configuration and content.
 
     Raises `InputError` where it was not, or where the folder holds something else."""
@@ -130,8 +135,9 @@ def open_run(c: Config,            # of the run
     for name in ('rollouts', 'checkpoints'): (run/name).mkdir(exist_ok=True)
     return run
 
-def new_run_folder(root='runs' # where it is created
-                  ) -> Path:
+def new_run_folder(
+    root='runs', # where it is created
+) -> Path:
     "A folder of one's own, named by the time: runs that start in the same second get different ones."
     stamp = time.strftime('%Y%m%d-%H%M%S')
     for n in itertools.count(1):
@@ -140,7 +146,9 @@ def new_run_folder(root='runs' # where it is created
         except FileExistsError: continue
         return run
 
-def note_environment(run) -> list: # sentences for the user, none if nothing has changed
+def note_environment(
+    run,   # a run folder
+) -> list: # sentences for the user, none if nothing has changed
     "Record under which versions and threads a run goes on, if they are not those that it was begun with."
     file = Path(run)/'config.json'
     held, now = read_json(file), environment()
@@ -158,9 +166,10 @@ def _iteration(line: str) -> int: # None: not a whole line of a log
     try: return int(json.loads(line)['iteration'])
     except (ValueError, KeyError, TypeError): return None
 
-def cut_log(file,        # a log of a run
-            start: int   # the iteration that is next
-           ) -> list:    # iterations before `start` that the log lacks
+def cut_log(
+    file,       # a log of a run
+    start: int, # the iteration that is next
+) -> list:      # iterations before `start` that the log lacks
     "Drop the lines of iterations from `start` on, and lines that are not whole."
     file, kept = Path(file), {}
     if file.is_file():
@@ -170,9 +179,10 @@ def cut_log(file,        # a log of a run
         atomic_write(file, ''.join(kept[i] + '\n' for i in sorted(kept)))
     return [i for i in range(start) if i not in kept]
 
-def log_gaps(run,        # a run folder
-             start: int  # the iteration that is next
-            ) -> list:   # sentences for the user
+def log_gaps(
+    run,        # a run folder
+    start: int, # the iteration that is next
+) -> list:      # sentences for the user
     "Cut the logs of a run back to where it goes on, and say what they lack."
     said = []
     for name in LOGS:
@@ -182,24 +192,27 @@ def log_gaps(run,        # a run folder
     return said
 
 # %% ../../nbs/training/03_runs.ipynb #537bf147
-def metrics_rows(run      # a run folder
-                ) -> list: # of dicts, one an iteration
+def metrics_rows(
+    run,   # a run folder
+) -> list: # of dicts, one an iteration
     "The log of a run, for curves and the monitor; a row has the held-out scores of an evaluation that followed it."
     files = [Path(run)/'metrics.jsonl', Path(run)/'heldout.jsonl']
     rows, heldout = (read_json_lines(f) if f.is_file() else [] for f in files)
     scores = {row['iteration'] - 1: {k: v for k, v in row.items() if k != 'iteration'} for row in heldout}
     return [row | scores.get(row['iteration'], {}) for row in rows]
 
-def plot_run(run # a run folder
-            ):   # a matplotlib figure
+def plot_run(
+    run, # a run folder
+):       # a matplotlib figure
     "Learning curves of a run, which can be drawn while it runs."
     return plot_learning_curves({Path(run).name: metrics_rows(run)},
                                 ('all_right', 'if', 'cc', 'grad_norm', 'heldout_O'))
 
 # %% ../../nbs/training/03_runs.ipynb #9e813951
-def check_parameters(scope: dict, # the notebook's `globals()`
-                     expected     # names of its parameters
-                    ):
+def check_parameters(
+    scope: dict, # the notebook's `globals()`
+    expected,    # names of its parameters
+):
     "Raises `InputError` for a parameter that a notebook does not have; a near miss is suggested."
     values = (str, int, float, list, dict, type(None))
     for name, value in scope.items():
@@ -207,8 +220,9 @@ def check_parameters(scope: dict, # the notebook's `globals()`
         if not ours and isinstance(value, values): one_of(name, name, expected)
 
 # %% ../../nbs/training/03_runs.ipynb #cf37a9a7
-def results_frame(results: dict # what `experiment` returns, or a `results.json`
-                 ) -> pd.DataFrame: # index (turn, metric), as `compare_scores` made it
+def results_frame(
+    results: dict, # what `experiment` returns, or a `results.json`
+) -> pd.DataFrame: # index (turn, metric), as `compare_scores` made it
     "The final table for `plot_comparison` and pandas."
     return pd.DataFrame(results['table']).set_index(['turn', 'metric'])
 
@@ -216,8 +230,9 @@ def _cell(row, name):
     if row[name] is None: return 'none valid'
     return f"{row[name]:6.2f} [{row[name + '_low']:.1f}, {row[name + '_high']:.1f}]"
 
-def results_table(results: dict # what `experiment` returns, or a `results.json`
-                 ) -> str:
+def results_table(
+    results: dict, # what `experiment` returns, or a `results.json`
+) -> str:
     "The final table as text: percent, with 95 % intervals over sessions; that of the difference is paired."
     lines = [f"{'turn':4} {'metric':8} {'before':21} {'after':21} difference"]
     for r in results['table']:
