@@ -17,8 +17,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from .files import (InputError, atomic_write, expect, image_size, one_line, one_of, open_image,
-                                       read_text)
+from .files import (ABSENT_IF_EMPTY, InputError, atomic_write, expect, image_size, one_line, one_of,
+                                       open_image, read_text)
 
 # %% ../../nbs/data/01_sessions.ipynb #7300860f
 MAX_TURNS, MAX_INSTRUCTION = 16, 4000 # turns of a session, characters of an instruction
@@ -39,6 +39,10 @@ class _LazyImage:
 
     def __set__(self, session, image): session.__dict__['image'] = image
 
+def _open_held(held):
+    "A picture that is held as it is, or as a path."
+    return open_image(held) if isinstance(held, Path) else held
+
 def _is_text(x):
     "A text that is not empty and has no halves of characters (lone surrogates), which no file can hold."
     if not isinstance(x, str) or not x.strip(): return False
@@ -56,6 +60,7 @@ class Session:
     instructions: list # T texts, 1 <= T <= 16
     task_types: list = field(default_factory=list) # T names such as 'color_alter', or empty
     meta: dict = field(default_factory=dict) # whatever judges need; what is per turn is a list of T
+    targets: list = field(default_factory=list, metadata=ABSENT_IF_EMPTY) # T pictures or paths: the right results
 
     def __post_init__(self):
         held = self.__dict__['image']
@@ -74,12 +79,19 @@ class Session:
         self.task_types = list(self.task_types)
         expect(len(self.task_types) in (0, n), '`task_types`', f'one for each of the {n} turns', self.task_types)
         expect(isinstance(self.meta, dict), '`meta`', 'an object with text keys', self.meta)
+        pictures = isinstance(self.targets, list) and all(isinstance(x, (Image.Image, Path)) for x in self.targets)
+        expect(pictures, '`targets`', 'a list of pictures or paths', self.targets)
+        expect(len(self.targets) in (0, n), '`targets`', f'one for each of the {n} turns', f'{len(self.targets)}')
 
     @property
     def image_path(self) -> Path:
         "Where the picture is read from; None where it is in memory."
         held = self.__dict__['image']
         return held if isinstance(held, Path) else None
+
+    def target_images(self) -> list:
+        "The right results of all turns as pictures, decoded now; empty where they are not known."
+        return [_open_held(x) for x in self.targets]
 
 # %% ../../nbs/data/01_sessions.ipynb #9a3c9a8f
 class Sessions(Sequence):
@@ -120,7 +132,7 @@ def session_set(
     return Sessions(sessions, [len(s.instructions) for s in sessions])
 
 # %% ../../nbs/data/01_sessions.ipynb #9edb26a8
-_required, _optional = ('id', 'image', 'instructions'), ('task_types', 'meta')
+_required, _optional = ('id', 'image', 'instructions'), ('task_types', 'meta', 'targets')
 
 def _stays_inside(image, folder):
     "Does a picture's path, which starts from a folder, stay in it? Links are followed: whoever made them decides."
@@ -141,12 +153,17 @@ def _parse_row(
         if name not in row: raise InputError(f'`{name}`: this field is missing')
     for name in row: one_of(f'`{name}`: unknown field', name, _required + _optional)
     if type(row['id']) is int: row['id'] = str(row['id'])
-    image = row['image']
-    expect(_is_text(image), '`image`', 'a path (text)', image)
-    if os.path.isabs(image) or '..' in image:
-        expect(allow_outside or _stays_inside(image, folder), '`image`', "a path inside the file's folder "
-               '(allow_outside reads others)', image)
-    session = Session(**row | {'image': Path(folder, image)})
+    def path(name, value):
+        expect(_is_text(value), name, 'a path (text)', value)
+        if os.path.isabs(value) or '..' in value:
+            expect(allow_outside or _stays_inside(value, folder), name, "a path inside the file's folder "
+                   '(allow_outside reads others)', value)
+        return Path(folder, value)
+    row['image'] = path('`image`', row['image'])
+    if 'targets' in row:
+        expect(isinstance(row['targets'], list), '`targets`', 'a list of paths', row['targets'])
+        row['targets'] = [path('`targets`', target) for target in row['targets']]
+    session = Session(**row)
     if session.meta and b'\\u' in line:                         # where a lone surrogate may be
         expect(_is_text(json.dumps(session.meta, ensure_ascii=False)), '`meta`', 'valid Unicode', session.meta)
     return session
@@ -180,18 +197,25 @@ DECODED_AT_LOAD = 2000 # files; of larger sets only the heads of the pictures ar
 
 class _Index:
     "What is kept of a JSON Lines file of sessions while it is read."
-    def __init__(self, path, on_bad):
-        self.path, self.on_bad, self.skipped = path, on_bad, []
-        self.lines, self.ids, self.image_numbers, self.image_paths = [], [], array('L'), {}
+    def __init__(self, path, on_bad, targets):
+        self.path, self.on_bad, self.targets, self.skipped = path, on_bad, targets, []
+        self.lines, self.ids, self.image_paths = [], [], {}
+        self.shown_by, self.image_numbers = array('L'), array('L')      # pairs: a session and one of its pictures
         self.rows, self.turns = array('L'), array('B')
         self.places = _Places(path, self.rows)
 
     def add(self, row, line, session):
+        targets = ()
+        if self.targets:
+            targets = session.targets
+            expect(targets, '`targets`', 'the right results, a path a turn', 'none')
+        for path in (session.image_path, *targets):
+            self.shown_by.append(len(self.ids))
+            self.image_numbers.append(self.image_paths.setdefault(str(path), len(self.image_paths)))
         self.rows.append(row)
         self.lines.append(line)
         self.ids.append(session.id)
         self.turns.append(len(session.instructions))
-        self.image_numbers.append(self.image_paths.setdefault(str(session.image_path), len(self.image_paths)))
 
     def complain(self, row, message):
         message = f'{self.path}:{row}: {message}'
@@ -211,11 +235,13 @@ class _Index:
     def good(self, whole):
         "Numbers of the sessions whose pictures can be read."
         wrong = _image_errors(list(self.image_paths), whole)
+        if not wrong: return range(len(self.ids))
         errors = [wrong.get(path) for path in self.image_paths]
-        good = [i for i, n in enumerate(self.image_numbers) if errors[n] is None]
-        for i, n in enumerate(self.image_numbers):
-            if errors[n] is not None: self.complain(self.rows[i], errors[n])
-        return good
+        bad = {}
+        for i, n in zip(self.shown_by, self.image_numbers):
+            if errors[n] is not None: bad.setdefault(i, errors[n])
+        for i, message in bad.items(): self.complain(self.rows[i], message)
+        return [i for i in range(len(self.ids)) if i not in bad]
 
 # %% ../../nbs/data/01_sessions.ipynb #4a665c91
 def load_sessions(
@@ -225,11 +251,14 @@ def load_sessions(
     allow_outside: bool = False, # pictures may lie outside the file's folder
     on_bad: str = 'stop',        # 'skip': what cannot be used is left out, with a warning, and listed in `.skipped`
     decode: bool = None,         # decode every picture once, to find broken ones; None: of up to 2,000 files
+    targets: bool = False,       # every session must have the right results, and their pictures are looked at too
 ) -> Sessions:
-    "Read sessions from JSON Lines: `id` (text or integer), `image`, `instructions`, optional `task_types` and `meta`."
+    """Read sessions from JSON Lines.
+
+    Fields: `id` (text or integer), `image`, `instructions`, optional `task_types`, `meta` and `targets`."""
     path, folder = Path(path), Path(path).parent
     one_of('on_bad', on_bad, ('stop', 'skip'))
-    index = _Index(path, on_bad)
+    index = _Index(path, on_bad, targets)
     index.read(folder, allow_outside)
     good = index.good(len(index.image_paths) <= DECODED_AT_LOAD if decode is None else decode)
     if index.skipped: warnings.warn(f'{len(index.skipped)} sessions left out, first {index.skipped[0]}', stacklevel=2)
@@ -240,6 +269,14 @@ def load_sessions(
     return Sessions(index.lines, index.turns, parse, good, index.skipped)
 
 # %% ../../nbs/data/01_sessions.ipynb #0c749527
+def _save_image(image, folder):
+    "Write a picture below a folder, named by its content; returns its path from there."
+    f = io.BytesIO()
+    image.save(f, 'PNG')
+    name = f'images/{hashlib.sha256(f.getvalue()).hexdigest()[:16]}.png'
+    if not (folder/name).exists(): atomic_write(folder/name, f.getvalue())
+    return name
+
 def save_sessions(
     sessions: list,          # of `Session`, each with an image
     folder: str|Path,        # gets sessions.jsonl and images/*.png
@@ -253,11 +290,9 @@ def save_sessions(
     for s, place in zip(sessions, places):
         expect(s.image_path or s.image is not None, f'{place}: `image`', 'an image', None)
     for s, place in zip(sessions, places):
-        f = io.BytesIO()
-        s.image.save(f, 'PNG')
-        name = f'images/{hashlib.sha256(f.getvalue()).hexdigest()[:16]}.png'
-        if not (folder/name).exists(): atomic_write(folder/name, f.getvalue())
+        name = _save_image(s.image, folder)
         row = dict(id=s.id, image=name, instructions=s.instructions, task_types=s.task_types, meta=s.meta)
+        if s.targets: row['targets'] = [_save_image(target, folder) for target in s.target_images()]
         try: rows.append(json.dumps(row, ensure_ascii=False, allow_nan=False).encode())
         except (TypeError, ValueError) as e:
             raise InputError(f'{place}: `meta`: expected JSON values ({one_line(e)})') from None
