@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RL', 'EFFECTIVE', 'RENAMED', 'EditorFields', 'SessionFields', 'RolloutFields', 'AdvantageFields', 'LossFields',
-           'RunFields', 'Config', 'refuse_ineffective', 'check_adapter', 'check_rollout', 'check_advantage',
-           'make_config']
+           'RunFields', 'Config', 'refuse_ineffective', 'check_adapter', 'check_track', 'check_rollout',
+           'check_advantage', 'make_config']
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
 import difflib
@@ -113,6 +113,8 @@ class RunFields(BaseModel):
         'iterations between evaluations on the held-out sessions; 0: only before and after'))
     keep_best: int = Field(0, ge=0, description=(
         'how many adapters with the best held-out scores are kept, with `eval_every`'))
+    track: list[str] = Field([], description=(
+        "trackers that are sent what the run folder gains, such as [tensorboard]; any that accelerate knows"))
     seed: int = Field(0, ge=0, lt=2**32, description='of everything')
 
 # %% ../../nbs/algorithm/03_config.ipynb #c1b912a0
@@ -160,6 +162,13 @@ def check_adapter(config: Config # to check
     "Raises `InputError` for an unknown name of layers. Which layers there are, only the loaded editor knows."
     if isinstance(config.lora_targets, str): one_of('lora_targets', config.lora_targets, LORA_TARGETS)
     expect(config.lora_targets, 'lora_targets', 'at least one end of a name', config.lora_targets)
+
+def check_track(config: Config # to check
+               ):
+    "Raises `InputError` for a tracker that accelerate does not know. Which are installed, the run finds out."
+    if not config.track: return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    for name in config.track: one_of('track', name, LOGGER_TYPE_TO_CLASS)
 
 def check_rollout(config: Config # to check
                  ):
@@ -216,6 +225,7 @@ def make_config(values: dict,       # field -> value; `preset` names one of `PRE
     try: config = Config(**values)
     except ValidationError as e: raise InputError('; '.join(map(_explain, e.errors()))) from None
     check_adapter(config)
+    check_track(config)
     check_rollout(config)
     check_advantage(config)
     if strict: refuse_ineffective(config)

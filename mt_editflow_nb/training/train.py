@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FOLLOWED_BY', 'load_for', 'prepare', 'opened', 'log_rows', 'saying_how_to_go_on', 'iteration_signals', 'save_figure',
-           'save_group_figure', 'log_iteration', 'run_evaluation', 'heldout_row', 'keep_best', 'evaluate_heldout',
-           'fit_batch', 'say_findings', 'one_iteration', 'train_from_checkpoint', 'train_in', 'load_judges',
-           'check_judges', 'train', 'base_file', 'read_outcomes', 'write_outcomes', 'FirstBatch', 'saved_evaluation',
-           'results_of', 'draw_heldout', 'is_finished', 'check_size', 'run_stages', 'experiment']
+           'save_group_figure', 'peak_memory', 'log_iteration', 'run_evaluation', 'heldout_row', 'keep_best',
+           'evaluate_heldout', 'fit_batch', 'say_findings', 'one_iteration', 'train_from_checkpoint', 'train_in',
+           'load_judges', 'check_judges', 'train', 'base_file', 'read_outcomes', 'write_outcomes', 'FirstBatch',
+           'saved_evaluation', 'results_of', 'draw_heldout', 'track_results', 'is_finished', 'check_size', 'run_stages',
+           'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
-import gc, json, os, shutil, sys, time
+import gc, json, os, resource, shutil, sys, time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from .progress import clocked, estimate_seconds, estimate_text, note_progress
 from .runs import (cut_log, environment, log_gaps, metrics_rows, note_environment, open_run,
                                           run_identity)
 from .source import session_source
+from .tracking import Trackers, check_trackers, tracking
 
 # %% ../../nbs/training/04_train.ipynb #a14e355c
 def load_for(c: Config, # of a run
@@ -59,6 +61,7 @@ def prepare(c: Config # of a run
     expect(c.sessions_per_iteration % world == 0, 'sessions_per_iteration', f'a multiple of the {world} processes',
            c.sessions_per_iteration)
     expect(not c.keep_best or c.eval_every, 'keep_best', 'none without eval_every', c.keep_best)
+    check_trackers(c.track)
     source = session_source(c)
     if processes()[0] == 0:
         for warning in source.warnings: print(warning, file=sys.stderr)
@@ -102,16 +105,16 @@ def iteration_signals(c: Config, editor, sessions, rolled, scores, adv_PGT) -> d
     return hacking_signals(mine, rolled.images_PGTHWC, scores, adv_PGT, reconstructed_PHWC,
                            load_judge('verifier') if compare else None)
 
-def save_figure(figure, file):
+def save_figure(figure, file) -> Path:
     "Write a figure whole or not at all, naming the file where that fails."
     tmp = Path(file).with_name(f'.{Path(file).name}')
     try:
         tmp.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(tmp, dpi=80, format='png')
-        tmp.replace(file)
+        return tmp.replace(file)
     except OSError as e: raise InputError(f'{file}: cannot be written ({e.strerror})') from e
 
-def save_group_figure(run, iteration: int, sessions, rolled, scores, adv_PGT):
+def save_group_figure(run, iteration: int, sessions, rolled, scores, adv_PGT) -> Path:
     "The first session of an iteration as a picture: every member, best first, with its scores and advantage."
     order = adv_PGT[0].mean(-1).argsort(descending=True)
     rewards_GTM = scores.rewards_PGTM[0]
@@ -121,20 +124,29 @@ def save_group_figure(run, iteration: int, sessions, rolled, scores, adv_PGT):
     labels = [[label(g, t) for t in range(rewards_GTM.shape[1])] for g in order]
     figure = session_figure(sessions[0], rolled.images_PGTHWC[0][order.numpy()], labels,
                             scores.success_PGT[0][order].tolist(), f'iteration {iteration}')
-    save_figure(figure, Path(run)/'rollouts'/f'{iteration:06d}.png')
+    return save_figure(figure, Path(run)/'rollouts'/f'{iteration:06d}.png')
 
-def log_iteration(c, run, state: RunState, clock, metrics: dict, scores):
-    "Append an iteration to the logs: what can be compared bit for bit, and seconds and memory apart from it."
+def peak_memory() -> float: # gigabytes
+    "The most that this process has held so far: on the card, or without one in host memory."
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e9
+
+def log_iteration(c, run, clock, metrics: dict, scores, evaluation: float, trackers: Trackers):
+    """Append an iteration to the logs: what can be compared bit for bit, and seconds and memory apart from it.
+
+    `evaluation` is the seconds that the held-out sessions took before it."""
     metrics |= dict(lr=learning_rate(c, metrics['iteration']))
     seconds = clock.seconds()
     edits = c.sessions_per_iteration*c.group*len(metrics.get('success', ()))
     speed = round(edits/max(seconds['seconds'], 1e-9), 3)
-    timings = dict(iteration=metrics['iteration'], **seconds, edits_per_second=speed)
-    if torch.cuda.is_available(): timings['peak_GB'] = round(torch.cuda.max_memory_allocated()/1e9, 3)
-    if scores.calls: timings['judge'] = judge_usage(scores)
+    timings = dict(iteration=metrics['iteration'], **seconds, evaluation=round(evaluation, 3), edits_per_second=speed,
+                   peak_GB=round(peak_memory(), 3))
+    if scores.calls: timings['judge_usage'] = judge_usage(scores)
     for name, row in (('metrics.jsonl', metrics), ('timings.jsonl', timings)):
         try: append_json_line(Path(run)/name, row)
         except OSError as e: raise InputError(f'{Path(run)/name}: cannot be written ({e.strerror})') from e
+        trackers.log(row, row['iteration'], 'time/' if row is timings else '')
 
 # %% ../../nbs/training/04_train.ipynb #b60bfa85
 def run_evaluation(c, run, name: str, editor, heldout: list, judge, progress: bool, settings: dict,
@@ -170,7 +182,8 @@ def keep_best(c, run, rows: list, state: RunState):
     for folder in (Path(run)/'best').glob('[0-9]*'):
         if folder.name not in names: shutil.rmtree(folder)
 
-def evaluate_heldout(c, run, state: RunState, source, judge, progress: bool, settings: dict):
+def evaluate_heldout(c, run, state: RunState, source, judge, progress: bool, settings: dict,
+                     trackers: Trackers):
     "Evaluate the adapter as it is now, if this iteration asks for it and it has not been done."
     due = c.eval_every and state.iteration and state.iteration % c.eval_every == 0 and state.iteration < c.iterations
     file = Path(run)/'heldout.jsonl'
@@ -182,6 +195,7 @@ def evaluate_heldout(c, run, state: RunState, source, judge, progress: bool, set
                                      progress, settings)
         row = heldout_row(state.iteration, outcomes)
         append_json_line(file, row)
+        trackers.log(row, state.iteration - 1)                         # beside the iteration that led to it
         keep_best(c, run, [*rows, row], state)
     print(f"iteration {state.iteration}: held-out O {row['heldout_O']:.1f}, IF {row['heldout_IF']:.1f}, "
           f"CC {row['heldout_CC']:.1f}", file=sys.stderr)
@@ -201,7 +215,8 @@ def say_findings(c, run, iteration: int):
         if iteration - c.save_every < f.iteration <= iteration:
             tqdm.write(f'monitor: iteration {f.iteration}: {f.name}: {f.text}', file=sys.stderr)
 
-def one_iteration(c, run, state: RunState, source, judge, stop) -> dict: # metrics
+def one_iteration(c, run, state: RunState, source, judge, stop, evaluation: float,
+                  trackers: Trackers) -> dict: # metrics
     "Train on the next sessions; log, save and draw what is due. The writing is not interrupted."
     i = state.iteration
     sessions = source.batch(i)
@@ -213,14 +228,15 @@ def one_iteration(c, run, state: RunState, source, judge, stop) -> dict: # metri
         if processes()[0]: return metrics                          # all hold the same adapter; one writes
         if c.algorithm != 'sft':
             metrics |= iteration_signals(c, state.policy.editor, sessions, rolled, scores, adv_PGT)
-        log_iteration(c, run, state, clock, metrics, scores)
+        log_iteration(c, run, clock, metrics, scores, evaluation, trackers)
         if state.iteration % c.save_every == 0 or state.iteration == c.iterations:
             state.save()
             say_findings(c, run, i)
-            save_group_figure(run, i, sessions, rolled, scores, adv_PGT)
+            trackers.show('rollouts', save_group_figure(run, i, sessions, rolled, scores, adv_PGT), i)
     return metrics
 
-def train_from_checkpoint(c, run, source, judge, eval_judge, progress: bool, stop, at: dict, batch: int):
+def train_from_checkpoint(c, run, source, judge, eval_judge, progress: bool, stop, trackers: Trackers, at: dict,
+                          batch: int):
     "Train from the last checkpoint to the end with at most `batch` rows a transformer call; returns the editor."
     policy = Policy(c, load_for(c, lora_rank=c.lora_rank))
     c = fit_batch(c.model_copy(update=dict(batch=batch)), run, policy)
@@ -236,8 +252,10 @@ def train_from_checkpoint(c, run, source, judge, eval_judge, progress: bool, sto
     with tqdm(total=c.iterations, initial=state.iteration, desc='training', disable=not show, mininterval=1) as bar:
         while state.iteration < c.iterations:
             at.update(iteration=state.iteration)
-            evaluate_heldout(c, run, state, source, eval_judge, progress, settings)
-            metrics = one_iteration(c, run, state, source, judge, stop)
+            start = time.monotonic()
+            evaluate_heldout(c, run, state, source, eval_judge, progress, settings, trackers)
+            evaluation = time.monotonic() - start
+            metrics = one_iteration(c, run, state, source, judge, stop, evaluation, trackers)
             if processes()[0] == 0: note_progress(run, 'training', state.iteration, c.iterations)
             bar.set_postfix({k: f'{metrics[k][-1]:.2f}' for k in ('all_right', 'cc') if k in metrics})
             bar.update()
@@ -247,11 +265,11 @@ def train_from_checkpoint(c, run, source, judge, eval_judge, progress: bool, sto
     if processes()[0] == 0: save_lora(policy.editor, Path(run)/'lora')
     return policy.editor
 
-def train_in(c, run, source, judge, eval_judge, progress: bool, stop): # the trained editor
+def train_in(c, run, source, judge, eval_judge, progress: bool, stop, trackers: Trackers): # the trained editor
     "Train, whatever memory does."
     at = {}
     def where(): return f" in iteration {at['iteration']}" if at else ''
-    attempt = partial(train_from_checkpoint, c, run, source, judge, eval_judge, progress, stop, at)
+    attempt = partial(train_from_checkpoint, c, run, source, judge, eval_judge, progress, stop, trackers, at)
     file = Path(run)/'batch.json'
     return halve_while_memory_ends(attempt, min(c.batch, remembered_batch(file) or c.batch), file, where)
 
@@ -278,7 +296,8 @@ def train(c: Config,           # from `make_config`
     source, identity = prepare(c)
     with opened(c, run, identity) as run, saying_how_to_go_on(run), stop_requests() as stop:
         judge, eval_judge = load_judges(c, judge)
-        return train_in(c, run, source, judge, eval_judge, progress, stop)
+        with tracking(c.track, run, c.model_dump()) as trackers:
+            return train_in(c, run, source, judge, eval_judge, progress, stop, trackers)
 
 # %% ../../nbs/training/04_train.ipynb #d4549ef3
 _BASE_DEPENDS_ON = ('editor', 'quantize', 'size', 'guidance', 'turns', 'eval_turns', 'eval_judge', 'eval_judge_options',
@@ -364,6 +383,15 @@ def draw_heldout(run, source):
                                 title='above: before training, below: after')
         save_figure(figure, file)
 
+def track_results(c, run, source, trackers: Trackers):
+    "Send the two evaluations and their pictures, once, when a run has come to its end."
+    if not trackers.started: return
+    _, table = results_of(c, run, source)
+    for (turn, metric), row in table.iterrows():
+        trackers.log({f'{when}_{metric}': {turn: row[when]} for when in ('before', 'after')}, c.iterations)
+    draw_heldout(run, source)
+    for file in sorted((Path(run)/'rollouts').glob('heldout_*.png')): trackers.show(file.stem, file, c.iterations)
+
 def is_finished(run) -> bool:
     "Whether a run has its results, and its adapter is the one that they are about; says so where it is not."
     run = Path(run)
@@ -385,7 +413,7 @@ def check_size(c, editor):
                f"MODEL:MODE (the verifier reads the shape world's pictures of {WORLD_SIDE} pixels, the editor works "
                f'at {editor.size})', name)
 
-def run_stages(c, run, source, identity, judge, eval_judge, given: bool, progress: bool, stop):
+def run_stages(c, run, source, identity, judge, eval_judge, given: bool, progress: bool, stop, trackers: Trackers):
     "Evaluate, train, evaluate: what has been done before is not done again."
     adapter = dict(lora_rank=c.lora_rank) if c.init_lora else {}
     base = load_for(c, **adapter)
@@ -394,7 +422,7 @@ def run_stages(c, run, source, identity, judge, eval_judge, given: bool, progres
     saved_evaluation(c, run, 'before', base, source.for_editor(base).heldout, eval_judge, progress, shared)
     del base
     gc.collect()                                                       # a card has room for one
-    trained = train_in(c, run, source, judge, eval_judge, progress, stop)
+    trained = train_in(c, run, source, judge, eval_judge, progress, stop, trackers)
     saved_evaluation(c, run, 'after', trained, source.for_editor(trained).heldout, eval_judge, progress)
 
 def experiment(c: Config,           # from `make_config`
@@ -411,7 +439,9 @@ def experiment(c: Config,           # from `make_config`
             given = judge is not None
             judge, eval_judge = load_judges(c, judge, run/'judge.sqlite')           # a resumed run asks nothing twice
             check_judges(judge, eval_judge)
-            run_stages(c, run, source, identity, judge, eval_judge, given, progress, stop)
+            with tracking(c.track, run, c.model_dump()) as trackers:
+                run_stages(c, run, source, identity, judge, eval_judge, given, progress, stop, trackers)
+                if processes()[0] == 0: track_results(c, run, source, trackers)
         results, table = results_of(c, run, source)
         if processes()[0] == 0:
             draw_heldout(run, source)
