@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Strips', 'sort_keys', 'member_order', 'intended_images', 'session_strip', 'strip_figure', 'explore_sessions',
-           'read_strips']
+           'read_strips', 'unedited', 'sessions_page']
 
 # %% ../../nbs/explore/01_strips.ipynb #14e39740
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
+from markupsafe import Markup
 from safetensors.numpy import load_file
 from ..data.files import InputError, expect, one_of
 from ..data.plots import session_figure
@@ -118,8 +119,9 @@ _WORDS = {True: ('followed', '✓'), False: ('not followed', '✗'), None: ('not
 
 def intended_images(
     session, # a `Session`
-):           # uint8 [T, H, W, 3], or None
-    "The perfect results, where they are known: in the shape world."
+):           # T pictures, uint8 [H, W, 3], or None
+    "The right results, where they are known: those that the session has, or those of the shape world."
+    if session.targets: return [shrink(np.asarray(image)) for image in session.target_images()]
     try: return teacher_images(session)
     except InputError: return None
 
@@ -207,3 +209,29 @@ def read_strips(
     rewards_PGTM = torch.stack([success_PGT, cc_PGT], -1)
     scores = Scores(('if', 'cc'), rewards_PGTM, success_PGT, objects_PGT, background_PGT)
     return Strips(heldout[:P], images_PGTHWC, scores, ['before training', 'after training'])
+
+# %% ../../nbs/explore/01_strips.ipynb #e74158d7
+_SESSIONS = template('''<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title></head>
+<body><h1>{{ title }}</h1>
+{% for part in parts %}
+<h2>{{ part.id }}</h2>
+<p>{{ part.types }}</p>
+{{ part.strip }}
+{% endfor %}
+</body></html>''')
+
+def unedited(
+    sessions: list, # of one number of turns
+) -> Strips:        # without members
+    "What there is to see of sessions that nobody has edited."
+    T = len(sessions[0].instructions)
+    return Strips(sessions, np.zeros((len(sessions), 0, T, 1, 1, 3), np.uint8))
+
+def sessions_page(
+    sessions,   # `Session`s
+    title: str, # of the page
+) -> str:       # an HTML document that stands alone
+    "Sessions of a file with their targets."
+    parts = [dict(id=s.id, types=', '.join(s.task_types), strip=Markup(session_strip(unedited([s])))) for s in sessions]
+    return _SESSIONS.render(title=title, parts=parts)
