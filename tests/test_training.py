@@ -10,6 +10,7 @@ from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import load_lora
 from mt_editflow_nb.cli.eval import main as mtef_eval
 from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.editing.noise import normal_noise, session_keys
 from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.data.files import InputError, locked
 from mt_editflow_nb.data.sessions import save_sessions
@@ -90,14 +91,14 @@ def test_adapter_of_a_run_in_plain_diffusers(whole):
     "A pipeline that has never heard of this package plays the same session, turn after turn, from the same noise."
     from diffusers import FluxKontextPipeline
     editor, (session,) = load_editor(), shape_sessions(1, 2, 'heldout', seed=3)
-    untrained = rollout(editor, [session], group=1, num_steps=4, generator=torch.Generator().manual_seed(5))
+    untrained = rollout(editor, [session], group=1, num_steps=4, seed=5)
     load_lora(editor, whole/'lora')
-    ours = rollout(editor, [session], group=1, num_steps=4, generator=torch.Generator().manual_seed(5))
+    ours = rollout(editor, [session], group=1, num_steps=4, seed=5)
     pipe = FluxKontextPipeline.from_pretrained(Path(mt_editflow_nb.__file__).parent/'assets'/'tiny_kontext')
-    g, image = torch.Generator().manual_seed(5), session.image
+    (key,), image = session_keys([session], seed=5), session.image
     pipe.load_lora_weights(whole/'lora')
     for t, instruction in enumerate(session.instructions):
-        noise = torch.randn(1, *editor.latent_shape, generator=g)
+        noise = normal_noise([(*key, 'start', t, 0)], editor.latent_shape)
         image = pipe(image=image, prompt=instruction, latents=noise, num_inference_steps=4,
                      guidance_scale=editor.guidance, height=48, width=48, max_area=48*48, _auto_resize=False,
                      max_sequence_length=editor.max_text_tokens).images[0]

@@ -10,6 +10,7 @@ __all__ = ['turn_advantages', 'choose_rows', 'stochastic_steps', 'Batch', 'make_
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
+from ..editing.noise import choose_levels, normal_noise, torch_generator
 from ..editing.rollout import Rollout, rollout
 from ..editing.samplers import sde_step, sde_window
 from ..rewards.cube import Scores, TurnScorer
@@ -17,7 +18,7 @@ from .config import Config
 from .fusion import advantages
 from .losses import grpo_loss, guard_log_ratio, guard_weights, kl_to_base, nft_loss
 from .policy import Policy
-from .processes import SharedDraws, gather_scores, processes, sum_statistics
+from .processes import gather_scores, shard_of, sum_statistics
 from .updates import (Statistics, gradient_step, learning_rate, micro_batches, require_finite,
                                               warn_if_idle)
 
@@ -54,10 +55,9 @@ def stochastic_steps(config: Config,            # `algorithm`, `num_steps` and `
 @dataclass
 class Batch:
     "What one optimiser step learns from."
-    rollout: Rollout      # of this process's sessions
+    rollout: Rollout      # of this process's shard
     adv_NT: torch.Tensor  # advantages of all rows of the rollout
     rows: torch.Tensor    # which of them to learn from
-    draws: SharedDraws    # random numbers
 
     def micro(self, t: int, # turn
               size: int     # rows a transformer call
@@ -66,16 +66,16 @@ class Batch:
         for n in micro_batches(self.rows, size):
             yield n, self.rollout.texts_T[t][n], self.rollout.inputs_TNLC[t, n]
 
-def make_batch(sampled: Rollout,      # of this process's sessions
-               adv_PGT: torch.Tensor, # of all sessions
-               rows: torch.Tensor,    # row numbers of all sessions
-               draws: SharedDraws     # its shard says which sessions are this process's
+def make_batch(sampled: Rollout,      # of this process's shard
+               adv_PGT: torch.Tensor, # of all sessions and members
+               rows: torch.Tensor     # row numbers p G + g of all of them
               ) -> Batch:
-    "What this process contributes to an optimiser step: its part of the rows, counted from its own first one."
-    G, (first, end) = adv_PGT.shape[1], (draws.shard.start, draws.shard.stop)
-    mine = rows[(rows >= first*G) & (rows < end*G)] - first*G
-    adv_NT = adv_PGT[draws.shard].flatten(0, 1).to(sampled.clean_TNLC.device)
-    return Batch(sampled, adv_NT, mine, draws)
+    "What this process contributes to an optimiser step: its part of the rows, counted within its shard."
+    P, G, _ = adv_PGT.shape
+    in_shard = sampled.shard.of(torch.arange(P*G).reshape(P, G)).flatten()      # ascending
+    contributed = torch.searchsorted(in_shard, rows[torch.isin(rows, in_shard)])
+    adv_NT = sampled.shard.of(adv_PGT).flatten(0, 1).to(sampled.clean_TNLC.device)
+    return Batch(sampled, adv_NT, contributed)
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #ffebd9c6
 def nft_terms(config: Config, # of the run
@@ -83,15 +83,18 @@ def nft_terms(config: Config, # of the run
               batch: Batch    # rows to learn from
              ):
     "DiffusionNFT at fresh noise levels on each turn's clean latents: yields (loss, statistics, rows) a micro-batch."
-    sampled, draws = batch.rollout, batch.draws
+    sampled = batch.rollout
     on_policy = policy.is_old()
+    G = len(sampled.shard.members)
     for t in range(len(sampled.texts_T)):
-        for level_P in draws.choices(len(sampled.sigmas) - 1, config.train_timesteps):
+        keys = [(*key, 'train', t) for key in sampled.keys]
+        levels_KP = choose_levels(keys, len(sampled.sigmas) - 1, config.train_timesteps)
+        for k, level_P in enumerate(levels_KP):
             sigma_P = sampled.sigmas[level_P]
-            noise_PLC = draws.normal(*sampled.clean_TNLC.shape[2:])
+            noise_PLC = normal_noise([(*key, k) for key in keys], tuple(sampled.clean_TNLC.shape[2:]))
             for n, text, image in batch.micro(t, config.batch):
                 x0 = sampled.clean_TNLC[t, n]
-                s, noise = (x[n//config.group].to(x0.device) for x in (sigma_P, noise_PLC))
+                s, noise = (x[n//G].to(x0.device) for x in (sigma_P, noise_PLC))
                 xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
                 v = policy.velocity(xt, s, text, image)
                 v_old = v.detach() if on_policy else policy.old_velocity(xt, s, text, image)
@@ -145,9 +148,9 @@ def grpo_terms(config: Config, # of the run
 class Iteration(NamedTuple):
     "What an iteration leaves behind besides a policy that has learned."
     metrics: dict         # a line of `metrics.jsonl`
-    rollout: Rollout      # of this process's sessions
-    scores: Scores        # of all sessions
-    adv_PGT: torch.Tensor # of all sessions
+    rollout: Rollout      # of this process's shard
+    scores: Scores        # of all sessions and members
+    adv_PGT: torch.Tensor # of all sessions and members
 
 def score_metrics(scores: Scores # of all sessions
                  ) -> dict:      # name -> a number for each turn
@@ -165,24 +168,25 @@ def iterate(config: Config, # of the run
             iteration: int  # from 0; with the run's seed it determines everything random
            ) -> Iteration:
     "One iteration of MT-EditFlow. Raises `InputError` for what is not finite."
-    seed = config.seed*1_000_003 + iteration      # nothing random outlives an iteration: a resumed run needs no state
-    draws = SharedDraws(seed, len(sessions))
-    mine = sessions[draws.shard]
+    key = config.seed, iteration                  # of everything random: a resumed run needs no state
+    seed = config.seed*1_000_003 + iteration      # of a judge that samples
+    shard = shard_of(len(sessions), config.group)
     policy.passes.clear()
 
     # act with the old policy; a judge that can scores turns while the next ones are sampled
-    window = stochastic_steps(config, draws.generator)
-    with policy.acting_old(), TurnScorer(judge, mine, config.group, seed=seed) as scorer:
-        sampled = rollout(policy.editor, mine, group=config.group, num_steps=config.num_steps, window=window,
-                          kind=config.sampler, noise_level=config.noise_level, generator=draws.generator,
-                          batch=config.batch, shard=processes(), on_turn=scorer)
-        scores = gather_scores(scorer.scores(sampled.images_PGTHWC), policy.editor.device)
+    window = stochastic_steps(config, torch_generator(*key, 'window'))
+    judged = [sessions[p] for p in shard.sessions]
+    with policy.acting_old(), TurnScorer(judge, judged, len(shard.members), seed=seed) as scorer:
+        sampled = rollout(policy.editor, sessions, group=config.group, num_steps=config.num_steps, window=window,
+                          kind=config.sampler, noise_level=config.noise_level, seed=config.seed, iteration=iteration,
+                          batch=config.batch, shard=shard, on_turn=scorer)
+        scores = gather_scores(scorer.scores(sampled.images_PGTHWC), config.group, policy.editor.device)
     for text in sampled.texts_T: policy.count_passes('sampled', text, times=config.num_steps)
     if scores.rewards_PGTM.isnan().all(): require_finite(scores.rewards_PGTM, 'rewards_PGTM', iteration)
 
     # one advantage a turn, and the rows that can teach
     adv_PGT = turn_advantages(config, scores)
-    updates = choose_rows(config, adv_PGT, draws.generator)
+    updates = choose_rows(config, adv_PGT, torch_generator(*key, 'order'))
     rows = sum(len(chosen) for chosen in updates)
     warn_if_idle(policy, rows, scores, iteration)
 
@@ -192,7 +196,7 @@ def iterate(config: Config, # of the run
     statistics = Statistics(iteration, rows*terms_a_row)
     policy.set_learning_rate(learning_rate(config, iteration))
     for chosen in updates:
-        batch = make_batch(sampled, adv_PGT, chosen, draws)
+        batch = make_batch(sampled, adv_PGT, chosen)
         gradient_step(config, policy, method_terms(config, policy, batch), len(chosen)*terms_a_row, statistics)
 
     # remember

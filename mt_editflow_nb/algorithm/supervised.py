@@ -8,17 +8,19 @@ __all__ = ['perfect_rollout', 'supervised_terms', 'supervise']
 # %% ../../nbs/algorithm/08_supervised.ipynb #50c4d8a9
 import numpy as np, torch
 from ..data.shapeworld import teacher_images
-from ..editing.rollout import Rollout
+from ..editing.noise import normal_noise, random_generator, session_keys, torch_generator
+from ..editing.rollout import Rollout, Shard
 from .config import Config
 from .iterate import Batch, Iteration
 from .policy import Policy
-from .processes import SharedDraws, processes, sum_statistics
+from .processes import processes, sum_statistics
 from .updates import Statistics, gradient_step, learning_rate
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #e9582db4
-def perfect_rollout(config: Config, # `num_steps` is read
+def perfect_rollout(config: Config, # `num_steps` and `seed` are read
                     editor,         # from `load_editor`
-                    sessions: list  # P `Session`s of the shape world
+                    sessions: list, # P `Session`s of the shape world
+                    iteration: int  # from 0; of the random numbers that they are trained with
                    ) -> Rollout:    # its latents are those of P*T edits, session-major, as one turn
     "The right result of every turn, each on the right result of the turn before."
     target_PTHWC = np.stack([teacher_images(s) for s in sessions])
@@ -28,22 +30,27 @@ def perfect_rollout(config: Config, # `num_steps` is read
     text = editor.encode_text([instruction for s in sessions for instruction in s.instructions])
     none = torch.zeros(0)
     return Rollout(target_PTHWC[:, None], [text], input_NLC[None], clean_NLC[None], none, none, none, none, [],
-                   editor.sigmas(config.num_steps))
+                   editor.sigmas(config.num_steps), session_keys(sessions, config.seed, iteration),
+                   Shard(range(len(sessions)), [0]))
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #ffb05111
 def supervised_terms(config: Config, # of the run
                      policy: Policy, # in training
-                     batch: Batch    # of a `perfect_rollout`
+                     batch: Batch    # of a `perfect_rollout`; row r is copy r // N of edit r % N
                     ):
     "Flow matching on given results: yields (loss, statistics, rows) a micro-batch."
-    sampled, generator = batch.rollout, batch.draws.generator
+    sampled = batch.rollout
+    N, *shape = sampled.clean_TNLC.shape[1:]
+    T = N//len(sampled.keys)
     process, count = processes()
     for rows in batch.rows.split(config.batch):
-        sigma = sampled.sigmas[torch.randint(len(sampled.sigmas) - 1, (len(rows),), generator=generator)]
-        eps = torch.randn(len(rows), *sampled.clean_TNLC.shape[2:], generator=generator)
-        if not len(rows[process::count]): continue
-        n, s, noise = (x[process::count].to(sampled.clean_TNLC.device) for x in (rows, sigma, eps))
+        rows = rows[process::count]
+        if not len(rows): continue
+        n = rows % N
+        keys = [(*sampled.keys[r % N//T], 'train', r % N % T, r//N) for r in rows.tolist()]
+        level = torch.tensor([random_generator(*key, 'level').integers(len(sampled.sigmas) - 1) for key in keys])
         x0 = sampled.clean_TNLC[0, n]
+        s, noise = sampled.sigmas[level].to(x0.device), normal_noise(keys, tuple(shape)).to(x0.device)
         xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
         v = policy.velocity(xt, s, sampled.texts_T[0][n], sampled.inputs_TNLC[0, n])
         yield ((v - (noise - x0))**2).mean(), {}, len(n)
@@ -56,17 +63,16 @@ def supervise(config: Config, # `group` is the number of noisy copies of each ta
               iteration: int  # from 0
              ) -> Iteration:  # the rollout is the perfect one, advantages are 0
     "One iteration of supervised flow matching on the perfect result of every turn, in place of `iterate`."
-    draws = SharedDraws(config.seed*1_000_003 + iteration, len(sessions))
     policy.passes.clear()
-    right = perfect_rollout(config, policy.editor, sessions)
-    N = right.clean_TNLC.shape[1]
-    rows = torch.arange(N).repeat(config.group)[torch.randperm(N*config.group, generator=draws.generator)]
+    right = perfect_rollout(config, policy.editor, sessions, iteration)
+    copies = right.clean_TNLC.shape[1]*config.group
+    rows = torch.randperm(copies, generator=torch_generator(config.seed, iteration, 'order'))
 
     statistics = Statistics(iteration, len(rows))
     policy.set_learning_rate(learning_rate(config, iteration))
     adv_PGT = torch.zeros(len(sessions), *right.images_PGTHWC.shape[1:3])
     for chosen in rows.chunk(config.updates):
-        batch = Batch(right, adv_PGT.flatten(0, 1), chosen, draws)
+        batch = Batch(right, adv_PGT.flatten(0, 1), chosen)
         gradient_step(config, policy, supervised_terms(config, policy, batch), len(chosen), statistics)
     policy.update_old()
 
