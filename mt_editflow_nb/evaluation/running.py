@@ -11,11 +11,11 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, torch
+import numpy as np
 from tqdm.auto import tqdm
 from ..data.files import InputError, atomic_write, content_hash, locked, read_json, to_json
 from ..editing.lora import lora_parameters
-from ..editing.rollout import rollout
+from ..editing.rollout import Shard, rollout
 from ..rewards.cube import check_scores
 from .scores import Outcomes, count_unscored, outcomes_from
 
@@ -30,19 +30,19 @@ def equal_length_batches(
     return [indices[k:k + batch] for indices in by_length.values() for k in range(0, len(indices), batch)]
 
 def run_batch(
-    editor,         # from `load_editor`
-    sessions: list, # of one length
-    judge,          # (sessions, images) -> `Scores`
+    editor,          # from `load_editor`
+    sessions: list,  # all `Session`s
+    indices: list,   # which of them to run, of one length
+    judge,           # (sessions, images) -> `Scores`
     *,
-    num_steps: int, # denoising steps
-    seed: int,      # of the noise
-    first: int,     # number of the first session among all
-) -> tuple:         # (`Outcomes` of these sessions, images uint8 [I, T, H, W, 3])
+    num_steps: int,  # denoising steps
+    seed: int,       # of the noise
+) -> tuple:          # (`Outcomes` of these sessions, images uint8 [I, T, H, W, 3])
     "Let an editor run freely, and ask the judge. Raises `InputError` for scores that break a judge's contract."
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
-    made = rollout(editor, sessions, group=1, num_steps=num_steps, generator=generator, batch=len(sessions))
-    images_PGTHWC = made.images_PGTHWC
-    scores = check_scores(judge(sessions, images_PGTHWC), sessions, images_PGTHWC)
+    shard = Shard(indices, [0])
+    made = rollout(editor, sessions, group=1, num_steps=num_steps, seed=seed, batch=len(indices), shard=shard)
+    images_PGTHWC, run = made.images_PGTHWC, [sessions[i] for i in indices]
+    scores = check_scores(judge(run, images_PGTHWC), run, images_PGTHWC)
     fields = scores.success_PGT, scores.object_cc_PGT, scores.background_cc_PGT
     return Outcomes(*(x[:, 0].float().cpu().numpy() for x in fields)), images_PGTHWC[:, 0]
 
@@ -115,8 +115,7 @@ def evaluate_sessions(
             file = folder and Path(folder)/f'{indices[0]:06d}.safetensors'
             found = _read_batch(file) if folder else None
             if not found:
-                part = [sessions[i] for i in indices]
-                outcomes, images = run_batch(editor, part, judge, num_steps=num_steps, seed=seed, first=indices[0])
+                outcomes, images = run_batch(editor, sessions, indices, judge, num_steps=num_steps, seed=seed)
                 found = outcomes, images[:sum(keep is None or i < keep for i in indices)]
                 if folder: _write_batch(file, *found)
             for row, i in enumerate(indices):

@@ -9,7 +9,6 @@ __all__ = ['edit_turn', 'possible_edits', 'Game', 'SceneBoxes', 'random_scene', 
 import io
 import ipywidgets as widgets
 import numpy as np
-import torch
 from PIL import Image
 from ..data.files import InputError, expect
 from ..data.sessions import MAX_TURNS, Session
@@ -35,8 +34,7 @@ def edit_turn(
     "Carry out one instruction."
     def edited(image):
         session = Session('playground', Image.fromarray(image), [instruction])
-        generator = torch.Generator().manual_seed(seed)
-        return rollout(editor, [session], group=1, num_steps=num_steps, generator=generator).images_PGTHWC[0, 0, 0]
+        return rollout(editor, [session], group=1, num_steps=num_steps, seed=seed).images_PGTHWC[0, 0, 0]
 
     if len(images) == 1: return [edited(images[0])]
     with base_only(editor): before = edited(images[0])

@@ -30,7 +30,7 @@ from ..rewards.cube import judge_usage, load_judge
 from ..algorithm.config import Config
 from ..algorithm.iterate import iterate
 from ..algorithm.policy import Policy
-from ..algorithm.processes import processes
+from ..algorithm.processes import processes, shard_of
 from ..algorithm.supervised import supervise
 from ..algorithm.updates import learning_rate
 from ..evaluation.running import collect_sessions, evaluate_sessions, training_mismatches, unscored_note
@@ -57,9 +57,7 @@ def load_for(c: Config, # of a run
 def prepare(c: Config # of a run
            ) -> tuple: # (its `SessionSource`, its identity)
     "Everything that can be found wrong before a model is loaded or a folder created. Raises `InputError`."
-    world = processes()[1]
-    expect(c.sessions_per_iteration % world == 0, 'sessions_per_iteration', f'a multiple of the {world} processes',
-           c.sessions_per_iteration)
+    shard_of(c.sessions_per_iteration, c.group)
     expect(not c.keep_best or c.eval_every, 'keep_best', 'none without eval_every', c.keep_best)
     check_trackers(c.track)
     source = session_source(c)
@@ -99,10 +97,10 @@ def iteration_signals(c: Config, editor, sessions, rolled, scores, adv_PGT) -> d
     "What the hacking monitor needs of an iteration; a judge of the shape world is compared with the exact verifier."
     shape_world = c.sessions == 'shapeworld' and editor.size == WORLD_SIDE
     compare = processes()[1] == 1 and shape_world and not c.judge.startswith('verifier')
-    mine = sessions[:len(rolled.images_PGTHWC)]                    # rank 0 logs: the first sessions are its own
+    shown = [sessions[p] for p in rolled.shard.sessions]           # those that this process has made members of
     with torch.no_grad():
-        reconstructed_PHWC = editor.decode(editor.encode_image(np.stack([np.asarray(s.image) for s in mine])))
-    return hacking_signals(mine, rolled.images_PGTHWC, scores, adv_PGT, reconstructed_PHWC,
+        reconstructed_PHWC = editor.decode(editor.encode_image(np.stack([np.asarray(s.image) for s in shown])))
+    return hacking_signals(shown, rolled.images_PGTHWC, scores, adv_PGT, reconstructed_PHWC,
                            load_judge('verifier') if compare else None)
 
 def save_figure(figure, file) -> Path:
@@ -115,8 +113,8 @@ def save_figure(figure, file) -> Path:
     except OSError as e: raise InputError(f'{file}: cannot be written ({e.strerror})') from e
 
 def save_group_figure(run, iteration: int, sessions, rolled, scores, adv_PGT) -> Path:
-    "The first session of an iteration as a picture: every member, best first, with its scores and advantage."
-    order = adv_PGT[0].mean(-1).argsort(descending=True)
+    "The first session of an iteration: the members that this process made, best first, with scores and advantage."
+    order = adv_PGT[0, :rolled.images_PGTHWC.shape[1]].mean(-1).argsort(descending=True)
     rewards_GTM = scores.rewards_PGTM[0]
     def label(g, t):
         given = ' '.join(f'{name} {rewards_GTM[g, t, m]:.2f}' for m, name in enumerate(scores.names))
