@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DETECTOR', 'ASKER', 'FEATURES', 'QUALITY', 'THINK', 'tiny_edival_models', 'weights_of', 'Detector', 'load_detector',
-           'read_edival_questions', 'as_jpeg', 'Asker', 'load_asker', 'float_pixels', 'FeatureExtractor',
-           'load_features', 'load_quality']
+           'text_constants', 'read_edival_questions', 'as_jpeg', 'Asker', 'load_asker', 'float_pixels',
+           'FeatureExtractor', 'load_features', 'load_quality']
 
 # %% ../../nbs/evaluation/04a_edival_models.ipynb #445bd843
 import ast, io, re, tempfile
@@ -208,7 +208,10 @@ _published = dict(
     text=('VLM_TEXT_PROMPT', []),
     background=('VLM_BACKGROUND_PROMPT', ['background']))
 
-def _constants(tree): # name -> text of a module's constants
+def text_constants(
+    tree, # of `ast.parse`
+) -> dict: # name -> text
+    "The constants of a module that are texts."
     pairs = [(node.targets[0], node.value) for node in tree.body if isinstance(node, ast.Assign)]
     return {name.id: value.value for name, value in pairs
             if isinstance(name, ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, str)}
@@ -229,7 +232,7 @@ def read_edival_questions(
     try: tree = ast.parse(read_text(file))
     except SyntaxError as e:
         raise InputError(f'{file}: expected Python source, received {e.msg} in line {e.lineno}') from None
-    texts, questions = _constants(tree), {}
+    texts, questions = text_constants(tree), {}
     for kind, (name, gaps) in _published.items():
         expect(name in texts, f'{file}: `{name}`', 'a text', 'none')
         questions[kind] = texts[name].format(**{gap: f'{{{i}}}' for i, gap in enumerate(gaps)})
