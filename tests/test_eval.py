@@ -5,6 +5,8 @@ import numpy as np, pandas as pd, papermill, pytest
 from PIL import Image
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.evaluation.card import load_run
+from mt_editflow_nb.data.sessions import save_sessions
+from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import save_lora
 from mt_editflow_nb.evaluation.edival import made_from, turn_file
@@ -69,6 +71,52 @@ def test_sigterm_says_how_to_go_on(bench, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130 and 'the same command goes on' in error and 'Traceback' not in error
+
+def test_two_interrupts_are_one(bench, tmp_path):
+    "Ctrl-C pressed twice: one line, no traceback."
+    out = tmp_path/'out'
+    process = start(args(bench, out) + ['--generate-only'])
+    wait_for(turn_file(out, '0', 1), process)
+    for pause in (.03, .03, 0):
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    _, error = process.communicate(timeout=120)
+    said = [line for line in error.splitlines() if line.startswith('mtef_eval')]
+    assert process.returncode == 130 and 'Traceback' not in error
+    assert said == ['mtef_eval: stopped by SIGINT; what is done is kept, and the same command goes on']
+
+interrupted = """import os, sys
+class InterruptsTorch:
+    def find_spec(self, name, path, target=None):
+        if name == 'torch': os.kill(os.getpid(), {sent})
+sys.meta_path.insert(0, InterruptsTorch())
+"""
+
+@pytest.mark.parametrize('module, name', [('cli.eval', 'mtef_eval'), ('cli.train', 'mtef_train'),
+                                          ('training', 'mtef_train')])
+@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_signal_while_libraries_load_is_answered(tmp_path, module, name, sent):
+    "The process sends it to itself in the middle of its imports."
+    (tmp_path/'sitecustomize.py').write_text(interrupted.format(sent=int(sent)))
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(root)]))
+    command = [sys.executable, '-m', f'mt_editflow_nb.{module}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert (done.returncode, done.stderr) == (128 + sent, f'{name}: stopped by {sent.name}\n')
+
+def test_options_of_a_judge_and_pictures_elsewhere(tmp_path, capsys):
+    "As in training: `--allow-outside`, and `--judge-options`, which are part of what results depend on."
+    session, = shape_sessions(1, 1, 'heldout')
+    folder = save_sessions([session], tmp_path/'data').parent
+    (folder/'lists').mkdir()
+    file = (folder/'sessions.jsonl').rename(folder/'lists'/'sessions.jsonl')
+    file.write_text(file.read_text().replace('images/', '../images/'))
+    command = ['--sessions', str(file), '--judge', 'tiny:think', '--steps', '1', '--out', str(tmp_path/'out')]
+    assert main(command) == 2 and 'allow_outside' in capsys.readouterr().err
+    short = ['--allow-outside', '--judge-options', '{max_tokens: 2, max_failed: 1}']
+    assert main([*command, *short]) == 0, capsys.readouterr().err
+    results = json.loads((tmp_path/'out'/'results.json').read_text())
+    assert results['unscored'] == 1                                # two tokens hold no score
+    assert main([*command, '--allow-outside']) == 2 and 'judge_options' in capsys.readouterr().err
 
 def test_a_changed_first_picture_is_generated_and_scored_again(bench, tmp_path, capsys):
     "What was made of the old picture is not taken for the new one; the other session is left alone."

@@ -140,6 +140,29 @@ def test_causes_of_lost_connections(monkeypatch, tmp_path):
     with pytest.raises(InputError, match='^ALL_PROXY: expected .*HTTP proxy.*socks5') as e: error('http://judge.example/v1')
     assert 'secret' not in str(e.value) and '\n' not in str(e.value)
 
+def test_a_gateway_is_not_the_server():
+    "A 502 comes from a proxy or gateway: the message says so, and which address it stands at."
+    with Scripted(lambda request: (502, 'Bad Gateway')) as server:
+        server.models = 502
+        judge = load_judge(f'm@{server.url}:think', retries=0, judge_wait=0)
+        with pytest.raises(InputError) as e: judge.check_ready()
+    said = str(e.value)
+    assert server.url in said and 'a proxy or gateway answered' in said and '502 Bad Gateway' in said
+    assert '\n' not in said
+    with Scripted(lambda request: (500, 'out of memory')) as server:
+        reply, = Server('m', server.url, retries=0)([Ask((), 'how good?')])
+    assert reply.error == 'the server failed (500 Internal Server Error): out of memory'
+
+@pytest.mark.parametrize('options, reason', [
+    (dict(concurrency=0), 'concurrency: expected a whole number of at least 1'), (dict(timeout=0), 'timeout'),
+    (dict(max_tokens='many'), 'max_tokens'), (dict(temperature=-1), 'temperature'),
+    (dict(extra_body=[1]), 'extra_body'), (dict(max_token=5), "did you mean 'max_tokens'"),
+    (dict(name='x'), 'judge_options'), (dict(max_failed=2), 'max_failed'),
+    (dict(progress=1), 'progress: expected true or false'), (dict(picture='gif'), 'picture')])
+def test_settings_are_of_their_kind(options, reason):
+    with pytest.raises(InputError, match=reason) as e: load_judge('m@http://127.0.0.1:9/v1:think', **options)
+    assert '\n' not in str(e.value)
+
 def test_a_key_with_a_line_break_is_one_line(monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'very-secret\n')
     with pytest.raises(InputError, match='^OPENAI_API_KEY: expected one line') as e:
@@ -166,7 +189,7 @@ def test_a_server_that_stays_away_stops_the_run_and_what_was_said_is_kept(tmp_pa
     judge()(sessions[:1], images[:1])
     servers[0].shutdown()
     servers[0].server_close()
-    with pytest.raises(InputError, match='connection refused.*waited .* minutes.*last checkpoint is kept') as e:
+    with pytest.raises(InputError, match='connection refused.*waited .* minutes.*What was done before is kept') as e:
         judge()(sessions, images)
     assert '\n' not in str(e.value)
     servers[0] = Scripted(lambda request: good, servers[0].server_port)

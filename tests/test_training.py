@@ -14,11 +14,11 @@ from mt_editflow_nb.editing.noise import normal_noise, session_keys
 from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.data.files import InputError, locked
 from mt_editflow_nb.data.sessions import save_sessions
+from mt_editflow_nb.data.signals import Stopped
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.training.checkpoints import last_checkpoint
 from mt_editflow_nb.cli.train import main
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.training.checkpoints import Stopped
 from mt_editflow_nb.training.train import experiment, train
 
 small = dict(sessions_per_iteration=1, group=2, turns=2, num_steps=2, lora_rank=2, iterations=8, save_every=2,
@@ -152,6 +152,14 @@ def test_a_checkpoint_that_is_not_one(tmp_path, whole):
     with pytest.raises(InputError, match='checkpoint: .*000008 is not a checkpoint of this run') as e:
         train(make_config(small), run, progress=False)
     assert '\n' not in str(e.value)
+
+def test_without_a_good_checkpoint_nothing_is_loaded(tmp_path, whole, monkeypatch, capsys):
+    run = copied(whole, tmp_path/'run')
+    for folder in (run/'checkpoints').iterdir(): (folder/'state.safetensors').write_bytes(b'not weights')
+    loaded = []
+    monkeypatch.setattr(mt_editflow_nb.training.train, 'load_editor', lambda *a, **kw: loaded.append(a))
+    assert main(['--resume', str(run)]) == 2 and not loaded
+    assert 'is not a checkpoint of this run' in capsys.readouterr().err
 
 def flip(file):
     "Change one bit of a file."
@@ -292,6 +300,11 @@ def test_a_notebook_does_not_train_on_as_an_orphan(tmp_path, sent):
 bad = {
     'unknown parameter': (['agregation=min'], 'agregation'), 'wrong type': (['lr=fast'], 'lr'),
     'no such aggregation': (['aggregation=median'], 'aggregation'), 'group of one': (['group=1'], 'group'),
+    'no name': (['=3'], "field=value, for example aggregation=min, received '=3'"),
+    'run in a file': (['--run', '/dev/null/run'], '--run: expected a folder'),
+    'judge option': (['judge_options={max_tokens: lots}', 'judge=tiny:think'], 'judge_options: max_tokens'),
+    'judge name': (['judge_options={name: x}', 'judge=tiny:think'], 'judge_options'),
+    'judge cache': (['judge_options={cache: x}', 'judge=tiny:think'], 'judge_options'),
     'zero turns': (['turns=0'], 'turns'), '17 turns': (['turns=17'], 'turns'), 'no value': (['lr'], 'field=value'),
     'judge': (['judge=oracle'], 'judge'), 'missing file': (['sessions=none.jsonl'], 'none.jsonl'),
     'missing recipe': (['none.yaml'], 'none.yaml'), 'editor': (['editor=./none'], 'editor'),
@@ -302,7 +315,7 @@ bad = {
 def test_bad_input_is_one_line(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv, part = bad[name]
-    assert main([*argv, *([] if name == 'resume' else ['--run', 'run'])]) == 2
+    assert main([*argv, *([] if name in ('resume', 'run in a file') else ['--run', 'run'])]) == 2
     err = capsys.readouterr().err
     assert part in err and err.count('\n') == 1 and err.startswith('mtef_train: ')
     assert not (tmp_path/'run').exists()                           # no folder that then refuses the right settings

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..data.files import InputError, expect, one_of
 from ..data.sessions import MAX_TURNS
 from ..editing.lora import LORA_TARGETS
-from ..rewards.cube import load_judge
+from ..rewards.cube import check_judge_options, load_judge
 from .aggregation import AGGREGATIONS
 from .fusion import CREDITS, FUSIONS, PRESETS, STDS
 
@@ -229,6 +229,7 @@ def make_config(values: dict,       # field -> value; `preset` names one of `PRE
     check_rollout(config)
     check_advantage(config)
     if strict: refuse_ineffective(config)
+    for options in (config.judge_options, config.eval_judge_options): check_judge_options(options)
     load_judge(config.judge, **config.judge_options)
     load_judge(config.eval_judge, **config.eval_judge_options)
     return config

@@ -1,0 +1,18 @@
+"""The commands. Their libraries take seconds to load: a signal in that time is answered with one line."""
+import sys
+from importlib import import_module
+from mt_editflow_nb.data.signals import stop_at_once
+
+def _command(name):
+    "What a console script calls: loads a command, and runs it."
+    def run():
+        if name in ('train', 'eval'): stop_at_once(f'mtef_{name}')    # the others answer signals in their own ways
+        return import_module(f'{__name__}.{name}').main()
+    return run
+
+run_init, run_train, run_eval = map(_command, ('init', 'train', 'eval'))
+run_sweep, run_report, run_data = map(_command, ('sweep', 'report', 'data'))
+
+if sys.argv[0] == '-m':                                               # python -m mt_editflow_nb.cli.eval
+    module = sys.orig_argv[sys.orig_argv.index('-m') + 1]
+    if module in (f'{__name__}.train', f'{__name__}.eval'): stop_at_once(f'mtef_{module.rpartition(".")[2]}')

@@ -6,17 +6,18 @@
 __all__ = ['parse_overrides', 'read_recipe', 'start_notebook', 'show_progress', 'stop_notebook', 'run_notebook', 'main']
 
 # %% ../../nbs/cli/00_train.ipynb #ecac882a
-import argparse, os, subprocess, sys, time
+import argparse, contextlib, os, subprocess, sys, time
 from pathlib import Path
 import torch, yaml
 from safetensors import SafetensorError                             # what a full disk raises in its save_file
 from tqdm.auto import tqdm
-from ..data.files import InputError, atomic_write, expect, one_line, read_json, read_text
+from ..data.files import (InputError, atomic_write, check_writable, expect, one_line, read_json,
+                                       read_text)
+from ..data.signals import Stopped, stop_at_once, stop_requests
 from ..algorithm.config import Config, make_config
 from ..algorithm.fusion import PRESETS
 from ..algorithm.processes import broadcast_path, processes
 from ..training.budget import PUBLISHED, advice, plan, plan_text, savings_text
-from ..training.checkpoints import Stopped, stop_requests
 from ..training.progress import read_progress
 from ..training.runs import new_run_folder, read_config, results_table
 from ..training.train import FOLLOWED_BY, experiment, prepare
@@ -28,21 +29,23 @@ def _number(value):
     try: return float(value)
     except ValueError: return value
 
-def parse_overrides(pairs: list # 'field=value' strings; values in YAML
-                   ) -> dict:   # field -> value
+def parse_overrides(
+    pairs: list, # 'field=value' strings; values in YAML
+) -> dict:       # field -> value
     "Command-line overrides. Raises `InputError` for what is not field=value."
     values = {}
     for pair in pairs:
         field, equals, text = pair.partition('=')
-        expect(equals, pair, 'field=value, for example aggregation=min', pair)
+        expect(field.strip() and equals, 'settings', 'field=value, for example aggregation=min', pair)
         try: value = yaml.safe_load(text)
         except yaml.YAMLError: raise InputError(f'{field}: expected a YAML value, received {text!r}') from None
         if isinstance(value, str) and '#' in text and text[0] not in '"\'': value = text      # not a comment
         values[field] = _number(value)
     return values
 
-def read_recipe(path # YAML
-               ) -> dict: # field -> value
+def read_recipe(
+    path: str|Path, # YAML
+) -> dict:          # field -> value
     "A file of fields. Raises `InputError` where it cannot be read, or holds something else."
     if not Path(path).is_file(): raise InputError(f'{path}: expected a recipe file or field=value, there is no file')
     try: fields = yaml.safe_load(read_text(path))
@@ -51,7 +54,11 @@ def read_recipe(path # YAML
     return {str(k): _number(v) for k, v in fields.items()}
 
 # %% ../../nbs/cli/00_train.ipynb #28d2d3eb
-def start_notebook(notebook: Path, c: Config, run: Path) -> subprocess.Popen:
+def start_notebook(
+    notebook: Path, # one that runs `experiment` with the parameters `run` and `settings`
+    c: Config,      # of the run
+    run: Path,      # its folder
+) -> subprocess.Popen:
     "Start papermill on a notebook that runs `experiment`; what it says is in `papermill.log`."
     values = dict(run=str(run), settings=c.model_dump(exclude_defaults=True))
     parameters = atomic_write(run/'parameters.yaml', yaml.safe_dump(values))
@@ -61,7 +68,15 @@ def start_notebook(notebook: Path, c: Config, run: Path) -> subprocess.Popen:
     with open(run/'papermill.log', 'w') as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
-def show_progress(job: subprocess.Popen, run: Path):
+def _stage_bar(stage, total):
+    "The bar of an evaluation, or of training."
+    label = stage if stage == 'training' else f'evaluating {stage}'
+    return tqdm(total=total, desc=label, mininterval=1)
+
+def show_progress(
+    job: subprocess.Popen, # from `start_notebook`
+    run: Path,             # its folder
+):
     "A bar for each evaluation and one for training, until the job ends; all that were finished end at 100 %."
     bar, stage, said = None, None, ''
     while True:
@@ -70,31 +85,44 @@ def show_progress(job: subprocess.Popen, run: Path):
             said = now['text']
             tqdm.write(said, file=sys.stderr)
         if now and now['stage'] != stage:
-            if bar: bar.update(bar.total - bar.n)
-            if bar: bar.close()
+            if bar:
+                bar.update(bar.total - bar.n)
+                bar.close()
             stage = now['stage']
-            label = stage if stage == 'training' else f'evaluating {stage}'
-            bar = tqdm(total=now['total'], desc=label, mininterval=1)
+            bar = _stage_bar(stage, now['total'])
         if bar: bar.update(now['done'] - bar.n)
         if ended: break
         time.sleep(.3)
     if bar: bar.close()
 
-def stop_notebook(job: subprocess.Popen, signum: int, patience: float = 30. # seconds
-                 ):
+# %% ../../nbs/cli/00_train.ipynb #28d2d3ec
+def stop_notebook(
+    job: subprocess.Popen, # from `start_notebook`
+    signum: int,           # the signal to pass on
+    patience: float = 30., # seconds
+):
     "Pass a request to stop on to the kernel, wait until it has saved, and leave nothing behind."
     import psutil
     try: family = psutil.Process(job.pid).children(recursive=True)
     except psutil.NoSuchProcess: family = []
-    for p in family: p.send_signal(signum)
+    for p in family:
+        with contextlib.suppress(psutil.NoSuchProcess): p.send_signal(signum)
     try: job.wait(patience)
     except subprocess.TimeoutExpired: job.kill()
     for p in psutil.wait_procs(family, 2)[1]: p.kill()
 
-def run_notebook(notebook, # a papermill notebook that runs `experiment` on the folder `run`
-                 c: Config,# of the run
-                 run       # its folder; the executed notebook is `run/train.ipynb`
-                ) -> Path: # of the executed notebook
+def _failure(run):
+    "What a notebook that failed has said, in one line."
+    said = [line for line in (run/'papermill.log').read_text(errors='replace').splitlines() if line.strip()]
+    errors = [line for line in said if 'InputError' in line or 'Error:' in line]
+    return (f'the notebook failed: {(errors or said or ["no output"])[-1]} (everything it said: {run/"papermill.log"}; '
+            f'as far as it came: {run/"train.ipynb"})')
+
+def run_notebook(
+    notebook: str|Path, # a papermill notebook that runs `experiment` on the folder `run`
+    c: Config,          # of the run
+    run: str|Path,      # its folder; the executed notebook is `run/train.ipynb`
+) -> Path:              # of the executed notebook
     "Execute the main job through papermill. Raises `InputError` with the last line of what went wrong."
     notebook, run = Path(notebook), Path(run)
     expect(notebook.is_file(), 'notebook', 'a file', str(notebook))
@@ -107,12 +135,9 @@ def run_notebook(notebook, # a papermill notebook that runs `experiment` on the 
         except Stopped as e:
             stop_notebook(job, e.signum)
             print(f'{e}; go on with: mtef_train --resume {run}', file=sys.stderr)
+            e.told = True
             raise
-    if job.returncode:
-        said = [line for line in (run/'papermill.log').read_text().splitlines() if line.strip()]
-        errors = [line for line in said if 'InputError' in line or 'Error:' in line]
-        raise InputError(f'the notebook failed: {(errors or said or ["no output"])[-1]} (everything it said: '
-                         f'{run/"papermill.log"}; as far as it came: {run/"train.ipynb"})')
+    if job.returncode: raise InputError(_failure(run))
     return run/'train.ipynb'
 
 # %% ../../nbs/cli/00_train.ipynb #5526c3bd
@@ -155,11 +180,15 @@ def _chosen(a) -> tuple: # (`Config`, run folder)
     values = {}
     for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
     c = make_config(values)
-    if a.plan or a.run: return c, Path(a.run or '').expanduser()
+    if a.plan: return c, None
+    run = Path(a.run or 'runs').expanduser()
+    check_writable(run, '--run' if a.run else 'runs')
+    if a.run: return c, run
     prepare(c)                                                      # a folder is made only for what can run
     run = new_run_folder() if processes()[0] == 0 else ''
     return c, Path(broadcast_path(run) if processes()[1] > 1 else run)
 
+# %% ../../nbs/cli/00_train.ipynb #5526c3be
 def _plan(c):
     print(plan_text(plan(c)))
     if str(c.editor) in PUBLISHED or torch.cuda.is_available():
@@ -178,24 +207,40 @@ def _run(c, run, notebook):
 
 def _is_memory(e) -> bool: return isinstance(e, MemoryError) or "can't allocate memory" in str(e)
 
-def main(argv=None # None: those of the process
-        ) -> int:  # exit status
-    "The command `mtef_train`."
-    a, c = _parser().parse_args(argv), None
-    def failed(text): print(f'mtef_train: {text}', file=sys.stderr)
+def _say(text): print(f'mtef_train: {text}', file=sys.stderr)
+
+def _exit_status(work):
+    "0 where the work is done; else what went wrong is said in one line."
     try:
+        work()
+        return 0
+    except InputError as e: _say(e)
+    except Stopped as e:
+        if not e.told: _say(e)
+        return 128 + e.signum
+    except KeyboardInterrupt: return 130
+    except OSError as e: _say(f'{e.filename}: {e.strerror}' if e.filename else one_line(e))
+    except SafetensorError as e: _say(one_line(e))
+    return 2
+
+def main(
+    argv: list = None, # arguments; None: those of the command line
+) -> int:              # exit status: 0, 2 for what cannot be done, 128 plus the number of a signal that stopped it
+    "The command `mtef_train`."
+    if argv is None: stop_at_once('mtef_train')
+    a, c = _parser().parse_args(argv), None
+    def work():
+        nonlocal c
         c, run = _chosen(a)
         if a.plan: _plan(c)
         else: _run(c, run, a.notebook)
-        return 0
-    except InputError as e: failed(e)
-    except Stopped as e: return 128 + e.signum
-    except KeyboardInterrupt: return 130
-    except torch.OutOfMemoryError: failed(f'the GPU has too little memory; {advice(plan(c))}')
-    except (OSError, SafetensorError) as e: failed(one_line(e))
-    except (MemoryError, RuntimeError) as e:
-        if not _is_memory(e): raise
-        failed(f'this machine has too little memory for a batch of {c.batch} rows and an adapter of rank {c.lora_rank}')
+    with stop_requests():                                  # also while a line is written: nobody is interrupted twice
+        try: return _exit_status(work)
+        except torch.OutOfMemoryError: _say(f'the GPU has too little memory; {advice(plan(c))}')
+        except (MemoryError, RuntimeError) as e:
+            if not _is_memory(e): raise
+            _say(f'this machine has too little memory for a batch of {c.batch} rows and an adapter of rank '
+                 f'{c.lora_rank}')
     return 2
 
 # %% ../../nbs/cli/00_train.ipynb #cd226150

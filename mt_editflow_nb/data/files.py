@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'expect', 'one_of', 'atomic_write',
            'read_text', 'to_json', 'read_json', 'read_json_lines', 'append_json_line', 'file_name', 'content_hash',
-           'locked', 'is_locked', 'image_size', 'open_image', 'save_png', 'shipped']
+           'locked', 'is_locked', 'check_writable', 'image_size', 'open_image', 'save_png', 'shipped']
 
 # %% ../../nbs/data/00_files.ipynb #fb37697b
 import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, uuid, warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image, ImageOps
@@ -223,8 +223,9 @@ def locked(
             raise InputError(f'{folder}: expected a folder that is not in use, received one used by {holder}') from None
         except OSError as e: warnings.warn(f'{folder}: not protected from a second writer: {e.strerror}', stacklevel=3)
         f.truncate(0)
-        f.write(f'process {os.getpid()} on {socket.gethostname()}')
-        f.flush()
+        with suppress(OSError):                            # a full disk: the name of the holder is a courtesy
+            f.write(f'process {os.getpid()} on {socket.gethostname()}')
+            f.flush()
         yield
 
 def is_locked(
@@ -239,6 +240,17 @@ def is_locked(
         except BlockingIOError: return True
         except OSError: return False                       # a file system without locks
     return False
+
+# %% ../../nbs/data/00_files.ipynb #5d1a2c4a
+def check_writable(
+    folder: str|Path, # one that results will be written to
+    field: str,       # the option or setting that names it, for the message
+):
+    "Find out, without making anything, whether a folder is there or can be made, and written to. Raises `InputError`."
+    place = Path(folder)
+    while not place.exists() and place != place.parent: place = place.parent
+    expect(place.is_dir(), field, 'a folder', f'{place}, which is not one')
+    expect(os.access(place, os.W_OK | os.X_OK), field, 'a folder that can be written to', str(place))
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c42
 MIN_IMAGE_SIDE, MAX_IMAGE_PIXELS = 4, 89_478_485       # the latter is Pillow's own limit

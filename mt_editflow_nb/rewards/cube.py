@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'REWARD_MODELS', 'Scores', 'verifier', 'check_scores', 'judge_items', 'check_instruction_length', 'Judge',
-           'check_engine', 'scores_of', 'judge_usage', 'load_judge', 'TurnScorer']
+           'check_engine', 'scores_of', 'judge_usage', 'check_judge_options', 'load_judge', 'TurnScorer']
 
 # %% ../../nbs/rewards/02_cube.ipynb #c09409e5
 import inspect, math
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np, torch
 from ..data.files import InputError, expect, one_of
 from ..data import verifier as exact
+from ..data.sessions import MAX_INSTRUCTIONS
 from .cache import Cached
 from .engines import Local, TINY_JUDGE
-from .judges import Item, JOINT, MAX_CHARACTERS, PROMPTS, TINY_PROMPTS
+from .judges import Item, JOINT, PROMPTS, TINY_PROMPTS
 from .judges import is_joint, load_mode, logit
 from .servers import Server
 
@@ -120,10 +121,11 @@ def check_instruction_length(
 ):
     "Refuse instructions that no judge can read, by session and turn, before anything is sampled."
     for s in sessions:
+        if sum(map(len, s.instructions)) <= MAX_INSTRUCTIONS: continue
+        share = MAX_INSTRUCTIONS//len(s.instructions)
         for t, text in enumerate(s.instructions, 1):
-            wanted = f'an instruction of at most {MAX_CHARACTERS//len(s.instructions)} characters for a judge'
-            fits = len(text)*len(s.instructions) <= MAX_CHARACTERS
-            expect(fits, f'session {s.id}, turn {t}', wanted, f'{len(text)} characters')
+            wanted = f'an instruction of at most {share} characters for a judge'
+            expect(len(text) <= share, f'session {s.id}, turn {t}', wanted, f'{len(text)} characters')
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0021
 class Judge:
@@ -164,7 +166,7 @@ class Judge:
         why = [c['error'] for c in scores.calls if math.isnan(c['score']) and c['error']] or ['no answer could be used']
         often = Counter(why).most_common(1)[0][0]
         raise InputError(f'judge: {scores.failed} of {of} scores failed, more than the {self.max_failed:.0%} allowed; '
-                         f'most often: {often}. The last checkpoint is kept; go on when this is repaired')
+                         f'most often: {often}. What was done before is kept; go on when this is repaired')
 
     def check_ready(
         self,
@@ -198,7 +200,7 @@ class Judge:
         items = self.items(sessions, images_PGTHWC, turns)
         verdicts = self.mode(self.engine, list(items.values()), self.prompts, seed=seed) if items else []
         away = getattr(self.engine, 'away', '')
-        if away: raise InputError(f'judge: {away}. The last checkpoint is kept; go on when it is back')
+        if away: raise InputError(f'judge: {away}. What was done before is kept; go on when it is back')
         return scores_of(self, sessions, dict(zip(items, verdicts)), (P, G, len(turns)), T if self.coarse else 1)
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0022
@@ -266,18 +268,40 @@ REWARD_MODELS = dict(editscore='viescore', unifiedreward='viescore') # a kind of
 _examples = ("'tiny:think', 'Qwen/Qwen2.5-VL-7B-Instruct:logit' or "
              "'Qwen/Qwen2.5-VL-7B-Instruct@http://localhost:8000/v1:think@4'")
 
+_kinds = {int: 'a whole number of at least 1', float: 'a number of at least 0', bool: 'true or false', str: 'a text',
+          dict: 'fields with their values'}
+
+def _check_setting(name, value, kind):
+    "A setting of an engine is of the kind that its signature says."
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    if kind is int: fine = number and isinstance(value, int) and (value >= 1 or name == 'retries')
+    else: fine = number if kind is float else isinstance(value, kind)
+    expect(fine or value is None, f'judge_options: {name}', _kinds[kind], value)
+
+def check_judge_options(
+    options: dict, # of a configuration: settings of `Local` or `Server`, and `max_failed`
+):
+    "Raises `InputError` for what a configuration decides otherwise. The engine checks the rest."
+    for name in options:
+        ours = isinstance(name, str) and name not in ('cache', 'offline', 'rewards')
+        expect(ours, 'judge_options', 'settings of an engine, such as max_tokens', name)
+
 def _engine(model, settings):
     "The engine that a judge's name asks for, with the settings that it knows."
     name, at, url = model.partition('@http')
     kind = Server if at else Local
-    known = [k for k, p in inspect.signature(kind.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for setting in settings: one_of('judge_options', setting, known)
+    signature = inspect.signature(kind.__init__).parameters
+    known = {k: p.annotation for k, p in signature.items() if p.kind is p.KEYWORD_ONLY}
+    for setting, value in settings.items():
+        one_of('judge_options', setting, known)
+        _check_setting(setting, value, known[setting])
     if at: return Server(name, 'http' + url, **settings)
     four_bits = dict(quantize='nf4') if name.endswith('+nf4') else {}
     return Local(name.removesuffix('+nf4'), **four_bits, **settings)
 
 def load_judge(
     name: str,             # 'verifier', 'verifier:binary', MODEL:MODE or MODEL@URL:MODE; `:coarse` may stand behind
+    /,
     *,
     cache: str|Path = None, # SQLite file that keeps every answer
     offline: bool = False, # replay the file: a call that it does not hold is an error
@@ -298,6 +322,7 @@ def load_judge(
     if kind in REWARD_MODELS: fine = f'{rest}:{REWARD_MODELS[kind]}'
     model, colon, mode = fine.rpartition(':')
     expect(bool(colon), 'judge', f"one of {', '.join(JUDGES)}, or MODEL:MODE such as {_examples}", name)
+    expect(0 <= max_failed <= 1, 'max_failed', 'a share from 0 to 1', max_failed)
     mode = load_mode(mode)
     engine = _engine(model, options)
     if cache or offline: engine = Cached(engine, cache, offline=offline)

@@ -154,6 +154,14 @@ def _answer_batch(model, processor, asks, identity):
     return replies
 
 # %% ../../nbs/rewards/00_engines.ipynb #b1a40007
+def _check_device(device):
+    "A device that this machine has."
+    try:
+        kind = 'cpu' if device == 'auto' else torch.device(device).type
+        there = kind == 'cpu' or torch.get_device_module(kind).is_available()
+    except RuntimeError: there = False
+    expect(there, 'device', "'auto', 'cpu', or another one that this machine has", device)
+
 class Local:
     "A transformers image-text-to-text model in this process. Weights are loaded at the first call."
     def __init__(
@@ -167,6 +175,7 @@ class Local:
         temperature: float = None, # of every answer in words; None: what each way of asking takes
     ):
         one_of('quantize', quantize, (None, 'nf4'))
+        _check_device(device)
         where = _checkpoint(name)
         self.path, self.quantize, self.batch = str(where), quantize, batch
         self.max_tokens, self.temperature = max_tokens, temperature

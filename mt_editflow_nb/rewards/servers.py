@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PICTURE_FORMATS', 'data_url', 'EncodedPictures', 'proxy_variable', 'check_environment', 'connection_cause',
-           'refusal_text', 'Unreachable', 'token_text', 'read_completion', 'server_absence', 'ask_systemone',
-           'ask_server', 'Server']
+           'refusal_text', 'Unreachable', 'token_text', 'read_completion', 'status_text', 'server_absence',
+           'ask_systemone', 'ask_server', 'Server']
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0004
 import asyncio, base64, hashlib, io, json, math, os, socket, ssl, sys, threading, time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http import HTTPStatus
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment
@@ -82,9 +83,9 @@ def check_environment():
         if scheme not in ('http', 'https', 'all'): continue
         name = next(n for n in os.environ if n.lower() == f'{scheme}_proxy')
         kind = value.split('://')[0].lower() if '://' in value else 'http'
-        needs = " (pip install 'httpx2[socks]', or unset it)" if kind.startswith('socks5') else ''
         if kind.startswith('socks5') and find_spec('socksio'): continue
-        expect(kind in ('http', 'https'), name, f'the address of an HTTP proxy{needs}', f'one of {kind}')
+        needs = ' (or, for SOCKS5, the package socksio: pip install socksio)' if kind.startswith('socks5') else ''
+        expect(kind in ('http', 'https'), name, f'the address of an HTTP proxy{needs}', f'a proxy of kind {kind}')
 
 _causes = ((ssl.SSLCertVerificationError, 'its certificate cannot be verified ({}), SSL_CERT_FILE can help'),
            (socket.gaierror, 'the name {host} is not known'),
@@ -166,6 +167,15 @@ def read_completion(
     return Reply(text, probs, tokens)
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0015
+def status_text(
+    code: int, # an HTTP status of 500 or more
+) -> str:
+    "Who has probably answered, and with which status."
+    status = f'{code} {HTTPStatus(code).phrase}' if code in set(HTTPStatus) else str(code)
+    if code in (502, 504): return f'a proxy or gateway answered, the server behind it did not ({status})'
+    if code == 503: return f'the server, or a gateway in front of it, is not ready ({status})'
+    return f'the server failed ({status})'
+
 async def server_absence(
     http, # an `AsyncOpenAI`
     url: str,
@@ -173,7 +183,7 @@ async def server_absence(
     "Is there a server, whatever it may think of the question?"
     import openai
     try: await http.with_options(max_retries=0, timeout=10).get('/models', cast_to=str)
-    except openai.APIStatusError as e: return f'status {e.status_code}' if e.status_code in (502, 503, 504) else ''
+    except openai.APIStatusError as e: return status_text(e.status_code) if e.status_code in (502, 503, 504) else ''
     except openai.APITimeoutError: return 'no answer within 10 s'
     except openai.APIConnectionError as e: return connection_cause(e, url)
     return ''
@@ -216,7 +226,10 @@ async def ask_server(server, http, url, ask, pictures):
         cause = connection_cause(e, url)
         if 'certificate' in cause: raise InputError(f'judge: {url}: {cause}') from None
         raise Unreachable(cause) from None
-    except openai.InternalServerError as e: raise Unreachable(f'{type(e).__name__}: {_line(e)}') from None
+    except openai.InternalServerError as e:
+        body = e.body if isinstance(e.body, dict) else {}                  # not a page of HTML
+        said = f': {_line(body["message"])}' if body.get('message') else ''
+        raise Unreachable(status_text(e.status_code) + said) from None
     except openai.APIStatusError as e:
         if e.code == 'insufficient_quota': raise InputError(f'judge: {url} has no quota left: {_line(e)}') from None
         if ask.choices and 'logprob' in str(e):
@@ -367,6 +380,7 @@ class Server:
             plain = u.startswith(('http://', 'https://')) and '@' not in u
             wanted = "an address such as 'http://localhost:8000/v1' (keys come from the environment, OPENAI_API_KEY)"
             expect(plain, 'judge', wanted, u.split('@')[-1])
+        expect(timeout > 0, 'timeout', 'a number of seconds above 0', timeout)
         expect(top_logprobs in range(1, 21), 'top_logprobs', 'a whole number from 1 to 20', top_logprobs)
         expect(isinstance(extra_body or {}, dict), 'extra_body', 'fields with their values', extra_body)
         self.concurrency = max(1, concurrency//int(os.environ.get('WORLD_SIZE') or 1))

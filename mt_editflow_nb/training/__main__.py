@@ -1,5 +1,5 @@
 "`python -m mt_editflow_nb.training`, which `accelerate launch -m` calls, is the command `mtef_train`."
 import sys
-from mt_editflow_nb.cli.train import main
+from mt_editflow_nb.cli import run_train
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__': sys.exit(run_train())

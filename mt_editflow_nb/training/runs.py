@@ -57,11 +57,13 @@ def editor_fingerprint(
     return f'{source}@{Path(index).parent.name}' if isinstance(index, str) else source
 
 def judge_fingerprint(
-    name: str, # as `load_judge` takes it
+    name: str,            # as `load_judge` takes it
+    options: dict = None, # its settings
 ) -> str:
-    "What identifies a judge: its name, and the content of its weights where they lie in a folder."
-    engine = getattr(load_judge(name), 'engine', None)
-    return f'{name} {getattr(engine, "model", "")}'.strip()
+    "What identifies a judge: its name, its settings, and the content of its weights where they lie in a folder."
+    engine = getattr(load_judge(name, **(options or {})), 'engine', None)
+    settings = to_json(dict(sorted(options.items()))) if options else ''
+    return f'{name} {getattr(engine, "model", "")} {settings}'.strip()
 
 def run_identity(
     c: Config, # of the run
@@ -70,7 +72,8 @@ def run_identity(
     "What a run's numbers depend on besides its configuration and the versions of code."
     adapter = dict(init_lora=content_hash(find_adapter(c.init_lora))) if c.init_lora else {}
     return dict(sessions=source.train_hash, heldout=source.heldout_hash, editor=editor_fingerprint(c.editor),
-                judge=judge_fingerprint(c.judge), eval_judge=judge_fingerprint(c.eval_judge), **adapter)
+                judge=judge_fingerprint(c.judge, c.judge_options),
+                eval_judge=judge_fingerprint(c.eval_judge, c.eval_judge_options), **adapter)
 
 # %% ../../nbs/training/03_runs.ipynb #ed7e1a5e
 def read_config(

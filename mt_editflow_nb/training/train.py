@@ -23,6 +23,7 @@ from ..data.files import (InputError, append_json_line, atomic_write, content_ha
                                        read_json, read_json_lines, to_json)
 from ..data.plots import session_figure
 from ..data.shapeworld import WORLD_SIDE
+from ..data.signals import stop_requests, stop_with
 from ..editing.loading import load_editor
 from ..editing.lora import save_lora
 from ..editing.rollout import resize_sessions
@@ -37,7 +38,7 @@ from ..evaluation.running import collect_sessions, evaluate_sessions, training_m
 from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, edival_scores, outcomes_from,
                                               score_intervals)
 from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
-from .checkpoints import RunState, halve_while_memory_ends, stop_requests, stop_with
+from .checkpoints import RunState, halve_while_memory_ends, last_checkpoint
 from .monitor import find_hacking, hacking_signals
 from .progress import clocked, estimate_seconds, estimate_text, note_progress
 from .runs import (cut_log, environment, log_gaps, metrics_rows, note_environment, open_run,
@@ -90,6 +91,7 @@ def saying_how_to_go_on(run):
     try: yield
     except KeyboardInterrupt as e:
         if processes()[0] == 0: print(f'{e or "interrupted"}; go on with: mtef_train --resume {run}', file=sys.stderr)
+        e.told = True
         raise
 
 # %% ../../nbs/training/04_train.ipynb #e78d73bd
@@ -276,7 +278,7 @@ def load_judges(c, judge=None, cache=None) -> tuple: # (the judge that trains, t
     if judge: return judge, judge
     judge = load_judge(c.judge, cache=cache, **c.judge_options)
     if (c.eval_judge, c.eval_judge_options) == (c.judge, c.judge_options): return judge, judge
-    return judge, load_judge(c.eval_judge, **c.eval_judge_options)
+    return judge, load_judge(c.eval_judge, cache=cache, **c.eval_judge_options)
 
 def check_judges(*judges):
     "Ask each judge one small question, so that one that cannot answer is found before anything expensive."
@@ -292,7 +294,8 @@ def train(c: Config,           # from `make_config`
 
     Raises `Stopped`, a `KeyboardInterrupt`, when a signal asks to stop, and `InputError` for what does not fit."""
     source, identity = prepare(c)
-    with opened(c, run, identity) as run, saying_how_to_go_on(run), stop_requests() as stop:
+    with stop_requests() as stop, opened(c, run, identity) as run, saying_how_to_go_on(run):
+        last_checkpoint(run)                                           # raises where all are damaged
         judge, eval_judge = load_judges(c, judge)
         with tracking(c.track, run, c.model_dump()) as trackers:
             return train_in(c, run, source, judge, eval_judge, progress, stop, trackers)
@@ -432,8 +435,9 @@ def experiment(c: Config,           # from `make_config`
 
     Raises `Stopped` after an orderly stop by a signal, and `InputError` for what does not fit."""
     source, identity = prepare(c)
-    with opened(c, run, identity) as run, saying_how_to_go_on(run), stop_requests() as stop:
+    with stop_requests() as stop, opened(c, run, identity) as run, saying_how_to_go_on(run):
         if not is_finished(run):
+            last_checkpoint(run)                                       # raises where all are damaged
             given = judge is not None
             judge, eval_judge = load_judges(c, judge, run/'judge.sqlite')           # a resumed run asks nothing twice
             check_judges(judge, eval_judge)
