@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['equal_length_batches', 'run_batch', 'EvaluatedSession', 'evaluation_protocol', 'check_protocol', 'evaluate_sessions',
-           'collect_sessions', 'unscored_note', 'evaluate', 'trained_with', 'training_mismatches']
+           'collect_sessions', 'pad_turns', 'unscored_note', 'evaluate', 'trained_with', 'training_mismatches']
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3c5a6b08
 import sys
@@ -135,6 +135,15 @@ def collect_sessions(
     images = [e.images_THWC for e in evaluated if e.images_THWC is not None]
     same_shape = len({x.shape for x in images}) == 1
     return outcomes, np.stack(images) if same_shape else images
+
+def pad_turns(
+    images, # from `collect_sessions`
+) -> np.ndarray: # uint8 [I, T, H, W, 3]
+    "Pictures of sessions of different length as one array; turns that a session does not have are white."
+    if isinstance(images, np.ndarray) or not images: return np.asarray(images, np.uint8)
+    T = max(len(x) for x in images)
+    def padded(x): return np.concatenate([x, np.full((T - len(x), *x.shape[1:]), 255, np.uint8)])
+    return np.stack([padded(x) for x in images])
 
 def unscored_note(
     success_IT,   # NaN: unscored

@@ -145,7 +145,7 @@ def session_strip(
 ) -> str:                      # HTML
     "A session as a page."
     session = strips.sessions[p]
-    G, T = strips.images_PGTHWC.shape[1:3]
+    T = min(strips.images_PGTHWC.shape[2], len(session.instructions))    # longer sessions may stand beside it
     instructions = session.instructions[:T]
     first = shrink(np.asarray(session.image))
     images_GT = [[shrink(image) for image in images] for images in strips.images_PGTHWC[p]]
@@ -168,13 +168,14 @@ def strip_figure(
 ):                        # matplotlib figure
     "The best rows of a session as a figure."
     order = member_order(strips, p, sort)[:rows]
-    turns = range(strips.images_PGTHWC.shape[2])
+    turns = range(min(strips.images_PGTHWC.shape[2], len(strips.sessions[p].instructions)))
     labels = marks = None
     if strips.scores is not None:
         labels = [[f'{strips.rewards(p, g, t)} {strips.advantage(p, g, t)}'.strip() for t in turns] for g in order]
         marks = [[strips.followed(p, g, t) for t in turns] for g in order]
     title = ' / '.join(strips.name(g) for g in order)
-    return session_figure(strips.sessions[p], strips.images_PGTHWC[p][order], labels, marks, title)
+    images_GTHWC = strips.images_PGTHWC[p][order][:, :len(turns)]
+    return session_figure(strips.sessions[p], images_GTHWC, labels, marks, title)
 
 def explore_sessions(
     strips: Strips, # sessions with their results
