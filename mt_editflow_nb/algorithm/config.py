@@ -51,6 +51,9 @@ class SessionFields(BaseModel):
         "of a file of sessions: how many are held out, or a share below 1; another file; or 'training'"))
     turns: int | None = Field(None, ge=1, le=MAX_TURNS, description=(
         "T; None: 3 in the shape world, the file's own otherwise"))
+    turn_weights: dict[int, float] | None = Field(None, description=(
+        'of a file with sessions of different length: number of turns -> how often such sessions are taken; None: in '
+        'proportion to their number'))
     judge: str = Field('verifier', description=(
         "who rewards: 'verifier' (graded), 'verifier:binary', or MODEL:MODE such as 'tiny:think', see `load_judge`"))
     eval_judge: str = Field('verifier', description='who evaluates, before and after')
@@ -70,7 +73,9 @@ class RolloutFields(BaseModel):
 class AdvantageFields(BaseModel):
     "How rewards become advantages."
     algorithm: Literal['nft', 'grpo', 'sft'] = Field('nft', description=(
-        "the loss; 'sft' is supervised, on the shape world's perfect results"))
+        "the loss; 'sft' is supervised, on the targets of a file or the shape world's perfect results"))
+    exposure_turns: int = Field(0, ge=0, le=MAX_TURNS, description=(
+        "sft: how many turns before each are the editor's own; 0: every turn starts from the target before it"))
     aggregation: Literal[AGGREGATIONS] = Field('mean', description='how turns become one score')
     fusion: Literal[FUSIONS] = Field('advantage', description='where rewards become one')
     credit: Literal[CREDITS] = Field('broadcast', description='which turns get the advantage')
@@ -137,7 +142,7 @@ EFFECTIVE = {   # field -> (other field, the values of the other under which thi
                      'keep', 'kl_weight'), ('algorithm', RL)),
     **dict.fromkeys(('beta', 'train_timesteps', 'old_decay'), ('algorithm', ('nft',))),
     **dict.fromkeys(('sampler', 'noise_level', 'window', 'clip', 'guard'), ('algorithm', ('grpo',))),
-    'eval_turns': ('sessions', ('shapeworld',))}
+    'exposure_turns': ('algorithm', ('sft',)), 'eval_turns': ('sessions', ('shapeworld',))}
 
 def refuse_ineffective(config: Config # to check
                       ):
@@ -177,8 +182,6 @@ def check_rollout(config: Config # to check
            f'at most the {config.group} members of a group', config.keep)
     expect(config.algorithm != 'nft' or config.train_timesteps <= config.num_steps, 'train_timesteps',
            f'at most num_steps = {config.num_steps} noise levels', config.train_timesteps)
-    expect(config.algorithm != 'sft' or config.sessions == 'shapeworld', 'sessions',
-           "'shapeworld' for algorithm=sft, which needs the right answers", config.sessions)
     if config.algorithm != 'grpo': return
     last = config.num_steps - 1
     expect(last > 0, 'num_steps', 'at least 2 for grpo (the last step is never stochastic)', config.num_steps)

@@ -168,8 +168,6 @@ def _check_fields(c):
     expect(not (shape_world and c.allow_outside), 'allow_outside', 'a file of sessions to apply it to', c.sessions)
     expect(shape_world or c.eval_turns is None, 'eval_turns', 'none for a file, whose sessions have turns of their own',
            c.eval_turns)
-    expect(shape_world or c.algorithm != 'sft', 'algorithm',
-           'nft or grpo for a file (sft needs the perfect results that only the shape world has)', c.algorithm)
 
 def _check_turns(c, name, sessions):
     lengths = sorted({int(t) for t in turns_of(sessions)})
@@ -196,7 +194,7 @@ def session_source(c: Config # `sessions`, `heldout`, `turns`, `eval_sessions`, 
     "The sessions of a run. Raises `InputError` for files that do not fit it."
     _check_fields(c)
     if c.sessions == 'shapeworld': return _shape_world(c)
-    sessions = load_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False)
+    sessions = load_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False, targets=c.algorithm == 'sft')
     if c.judge.startswith('verifier'): _check_words(sessions)
     train, heldout, name = _held_out_of(sessions, c)
     heldout = heldout[:c.eval_sessions]

@@ -34,7 +34,8 @@ from ..algorithm.policy import Policy
 from ..algorithm.processes import processes, shard_of
 from ..algorithm.supervised import supervise
 from ..algorithm.updates import learning_rate
-from ..evaluation.running import collect_sessions, evaluate_sessions, training_mismatches, unscored_note
+from ..evaluation.running import (collect_sessions, evaluate_sessions, pad_turns, training_mismatches,
+                                               unscored_note)
 from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, edival_scores, outcomes_from,
                                               score_intervals)
 from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
@@ -43,7 +44,7 @@ from .monitor import find_hacking, hacking_signals
 from .progress import clocked, estimate_seconds, estimate_text, note_progress
 from .runs import (cut_log, environment, log_gaps, metrics_rows, note_environment, open_run,
                                           run_identity)
-from .source import session_source
+from .source import session_source, turns_of
 from .tracking import Trackers, check_trackers, tracking
 
 # %% ../../nbs/training/04_train.ipynb #a14e355c
@@ -165,14 +166,15 @@ def run_evaluation(c, run, name: str, editor, heldout: list, judge, progress: bo
         evaluated.append(session)
         if on_session: on_session(len(evaluated), len(heldout))
     outcomes, images = collect_sessions(evaluated)
-    if note := unscored_note(outcomes.success_IT): print(f'{name}: {note}', file=sys.stderr)
-    return outcomes, images
+    note = unscored_note(outcomes.success_IT, turns_of(heldout))
+    if note: print(f'{name}: {note}', file=sys.stderr)
+    return outcomes, pad_turns(images)
 
-def heldout_row(iteration: int, outcomes: Outcomes) -> dict: # a line of `heldout.jsonl`
-    "EdiVal's scores at the last turn."
+def heldout_row(iteration: int, outcomes: Outcomes, turns_I=None) -> dict: # a line of `heldout.jsonl`
+    "EdiVal's scores at the last turn, over the sessions that have it."
     last = edival_scores(*outcomes).iloc[-1]
     return dict(iteration=iteration, **{f'heldout_{k}': round(float(last[k]), 4) for k in ('IF', 'CC', 'O')},
-                heldout_unscored=int(count_unscored(outcomes.success_IT).sum()))
+                heldout_unscored=int(count_unscored(outcomes.success_IT, turns_I).sum()))
 
 def keep_best(c, run, rows: list, state: RunState):
     "Save the adapter if it is among the best, and drop those that no longer are."
@@ -193,7 +195,7 @@ def evaluate_heldout(c, run, state: RunState, source, judge, progress: bool, set
     with state.evaluated():
         outcomes, _ = run_evaluation(c, run, f'iteration {state.iteration}', state.policy.editor, source.heldout, judge,
                                      progress, settings)
-        row = heldout_row(state.iteration, outcomes)
+        row = heldout_row(state.iteration, outcomes, turns_of(source.heldout))
         append_json_line(file, row)
         trackers.log(row, state.iteration - 1)                         # beside the iteration that led to it
         keep_best(c, run, [*rows, row], state)
@@ -349,23 +351,34 @@ def saved_evaluation(c, run, name: str, editor, heldout, judge, progress: bool, 
         return
     for text in training_mismatches(dict(steps=c.num_steps), dict(steps=c.eval_steps)):
         if name == 'before': print(f'warning: evaluation: {text}', file=sys.stderr)
-    report = FirstBatch(c, run, name, len(heldout[0].instructions), progress)
+    report = FirstBatch(c, run, name, int(turns_of(heldout).max()), progress)
     settings = dict(editor_name=str(c.editor), judge_name=c.eval_judge)
     found = run_evaluation(c, run, name, editor, heldout, judge, progress, settings, report)
     for target in (file, shared) if shared else (file,): write_outcomes(target, *found)
     shutil.rmtree(Path(run)/'evaluations'/name, ignore_errors=True)    # it is whole: the parts are not needed any more
 
 # %% ../../nbs/training/04_train.ipynb #0325488c
+def _per_length(table, turns_I, before, after):
+    "The table with the number of sessions that have each turn; turns that a session does not have are not unscored."
+    found = dict(before_unscored=count_unscored(before.success_IT, turns_I),
+                 after_unscored=count_unscored(after.success_IT, turns_I),
+                 sessions=(turns_I >= np.arange(1, turns_I.max() + 1)[:, None]).sum(1))
+    def of_rows(numbers_T): return [int(numbers_T[turn - 1]) for turn, _ in table.index]
+    return table.assign(**{name: of_rows(numbers_T) for name, numbers_T in found.items()})
+
 def results_of(c, run, source) -> dict: # for `results.json`
     "The final numbers of a run, from the two evaluations that its folder holds."
     (before, _), (after, _) = (read_outcomes(Path(run)/f'{name}.safetensors') for name in ('before', 'after'))
     table = compare_scores(before, after)
+    turns_I = turns_of(source.heldout)
     for name, outcomes in (('before', before), ('after', after)):
         table[[f'{name}_low', f'{name}_high']] = score_intervals(outcomes)[['low', 'high']]
     sessions, T = before.success_IT.shape
+    if len(set(turns_I)) > 1: table = _per_length(table, turns_I, before, after)
     last = table.loc[(T, 'O')]
     seconds = sum(row['seconds'] for row in log_rows(Path(run)/'timings.jsonl'))
-    unscored = {name: int(count_unscored(o.success_IT).sum()) for name, o in (('before', before), ('after', after))}
+    unscored = {name: int(count_unscored(o.success_IT, turns_I).sum())
+                for name, o in (('before', before), ('after', after))}
     adapter = Path(run)/'lora'/'pytorch_lora_weights.safetensors'
     return dict(sessions=sessions, turns=T, iterations=c.iterations, seed=c.seed, seconds_training=round(seconds, 1),
                 final_turn_O_before=last.before, final_turn_O_gain=last.difference,
@@ -379,8 +392,9 @@ def draw_heldout(run, source):
     for i, session in enumerate(resize_sessions(size, source.heldout[:len(images)])):
         file = Path(run)/'rollouts'/f'heldout_{i}.png'
         if file.is_file(): continue
-        marks = [before.success_IT[i], after.success_IT[i]]
-        figure = session_figure(session, np.stack([images[i], images_after[i]]), marks_GT=marks,
+        T = len(session.instructions)
+        marks = [before.success_IT[i][:T], after.success_IT[i][:T]]
+        figure = session_figure(session, np.stack([images[i][:T], images_after[i][:T]]), marks_GT=marks,
                                 title='above: before training, below: after')
         save_figure(figure, file)
 

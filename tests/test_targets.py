@@ -1,0 +1,50 @@
+"Supervised training on the targets of a public set: from its files to a trained adapter."
+import io
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
+from PIL import Image
+from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.algorithm.policy import Policy
+from mt_editflow_nb.algorithm.supervised import supervise
+from mt_editflow_nb.data.files import InputError, read_json_lines
+from mt_editflow_nb.data.importers import import_set
+from mt_editflow_nb.data.sessions import save_sessions
+from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.training.train import train
+
+def png(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, 'PNG')
+    return dict(bytes=file.getvalue(), path=None)
+
+def as_magicbrush(sessions, path):
+    "Scenes of the shape world in MagicBrush's layout: a row a turn, pictures embedded."
+    rows = []
+    for s in sessions:
+        before = [s.image, *map(Image.fromarray, teacher_images(s))]
+        for t, text in enumerate(s.instructions, 1):
+            pictures = dict(source_img=png(np.asarray(before[t - 1])), mask_img=None)
+            rows.append(dict(img_id=s.id, turn_index=t, instruction=text, **pictures,
+                             target_img=png(np.asarray(before[t]))))
+    pq.write_table(pa.Table.from_pylist(rows[::-1]), path)
+
+def test_from_parquet_to_an_adapter_with_the_losses_of_the_shape_world(tmp_path):
+    world = shape_sessions(2, 2, seed=3)
+    as_magicbrush(world, tmp_path/'train.parquet')
+    file = import_set('magicbrush', tmp_path/'train.parquet', tmp_path/'mine/s.jsonl').path
+    c = make_config(dict(algorithm='sft', sessions=str(file), heldout='training', sessions_per_iteration=2, group=2,
+                         iterations=2, num_steps=2, lora_rank=1, exposure_turns=1))
+    train(c, tmp_path/'run', progress=False)
+    found = [row['loss'] for row in read_json_lines(tmp_path/'run'/'metrics.jsonl')]
+    policy, losses = Policy(c, load_editor(lora_rank=1, seed=c.seed)), []
+    for i in range(2): losses.append(supervise(c, policy, world, load_judge('verifier'), i).metrics['loss'])
+    assert found == pytest.approx(losses, rel=1e-4) and found[0] != found[1]
+    assert (tmp_path/'run'/'lora'/'pytorch_lora_weights.safetensors').is_file()
+
+def test_sessions_without_targets_are_refused_before_anything_is_loaded(tmp_path):
+    file = save_sessions(shape_sessions(3, 2), tmp_path)
+    c = make_config(dict(algorithm='sft', sessions=str(file)))
+    with pytest.raises(InputError, match='sessions.jsonl:1: `targets`: expected the right results'):
+        train(c, tmp_path/'run', progress=False)
+    assert not (tmp_path/'run').exists()
