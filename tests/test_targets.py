@@ -9,9 +9,18 @@ from mt_editflow_nb.data.files import InputError, read_json_lines
 from mt_editflow_nb.data.importers import import_set
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
+from mt_editflow_nb.data.tables import save_table
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.training.source import session_source
 from mt_editflow_nb.training.train import train
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    "No hub, and a cache of one's own."
+    import datasets
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path/'cache')
 
 def png(array):
     file = io.BytesIO()
@@ -48,3 +57,16 @@ def test_sessions_without_targets_are_refused_before_anything_is_loaded(tmp_path
     with pytest.raises(InputError, match='sessions.jsonl:1: `targets`: expected the right results'):
         train(c, tmp_path/'run', progress=False)
     assert not (tmp_path/'run').exists()
+
+def test_sessions_in_parquet_are_batches_of_the_same_sessions(tmp_path):
+    world = shape_sessions(5, 2, seed=3)
+    file = save_sessions(world, tmp_path/'lines')
+    save_table(world, tmp_path/'table'/'a.parquet')
+    def source(path): return session_source(make_config(dict(sessions=str(path), sessions_per_iteration=2, seed=1)))
+    lines, table = source(file), source(tmp_path/'table')
+    assert [s.id for s in lines.heldout] == [s.id for s in table.heldout]         # by the pixels of the pictures
+    def content(batch): return [(s.id, s.image.tobytes()) for s in batch]
+    for i in range(4): assert content(lines.batch(i)) == content(table.batch(i))
+    with pytest.raises(InputError, match='allow_outside'):
+        session_source(make_config(dict(sessions=str(tmp_path/'table'), allow_outside=True)))
+    with pytest.raises(InputError, match='hf:no/such: cannot be read as a data set'): source('hf:no/such')

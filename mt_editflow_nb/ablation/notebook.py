@@ -10,8 +10,9 @@ import functools
 from pathlib import Path
 from ..algorithm.config import Config, make_config
 from ..algorithm.fusion import PRESETS
-from ..data.files import content_hash, one_of, read_json_lines
-from ..data.sessions import load_sessions
+from ..data.files import one_of, read_json_lines
+from ..data.selecting import sessions_hash
+from ..data.tables import is_table, open_sessions
 from ..editing.loading import find_editor
 from ..training.runs import check_parameters, editor_fingerprint, judge_fingerprint
 
@@ -37,7 +38,7 @@ def _stamps(files):
 def _editor_hash(editor, stamps): return editor_fingerprint(editor)
 
 @functools.lru_cache(100)
-def _sessions_hash(path, stamps): return content_hash(load_sessions(path))
+def _sessions_hash(path, stamps): return sessions_hash(open_sessions(path, same_turns=False))
 
 def _session_files(path):
     "A file of sessions and its pictures."
@@ -53,5 +54,6 @@ def config_content(
     for field in ('judge', 'eval_judge'): content[field] = judge_fingerprint(getattr(config, field))
     for field in ('sessions', 'heldout'):
         path = str(getattr(config, field))
-        if Path(path).is_file(): content[field] = _sessions_hash(path, _stamps(_session_files(path)))
+        if is_table(path): content[field] = _sessions_hash(path, _stamps(sorted(Path(path).rglob('*'))))
+        elif Path(path).is_file(): content[field] = _sessions_hash(path, _stamps(_session_files(path)))
     return content

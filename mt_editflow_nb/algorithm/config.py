@@ -45,7 +45,8 @@ class EditorFields(BaseModel):
 
 class SessionFields(BaseModel):
     "What is edited, and who judges it."
-    sessions: str = Field('shapeworld', description="'shapeworld', or a JSON Lines file of your own sessions")
+    sessions: str = Field('shapeworld', description=(
+        "'shapeworld', a JSON Lines file, parquet (a file or a folder), or hf:NAME[:SPLIT] of the hub"))
     allow_outside: bool = Field(False, description='pictures of a session file may lie outside its folder')
     heldout: int | float | str | None = Field(None, description=(
         "of a file of sessions: how many are held out, or a share below 1; another file; or 'training'"))

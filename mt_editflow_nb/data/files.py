@@ -271,7 +271,7 @@ def _opened(path):
     except InputError: raise
     except FileNotFoundError: raise InputError(f'{path}: expected an image file, there is none') from None
     except Exception as e:                               # Pillow raises a dozen kinds on broken files
-        reason = f'{type(e).__name__}: {one_line(e)}'
+        reason = f'{type(e).__name__}: {one_line(e)}'.replace(repr(source), 'these bytes')
         raise InputError(f'{path}: expected an image, could not read it ({reason})') from None
 
 def _on_white(image):

@@ -35,7 +35,12 @@ def are_many(
     sessions, # `Session`s
 ) -> bool:
     "Whether these are more picture files than one wants to decode before a run begins."
-    return len(sessions) > DECODED_AT_LOAD and len({s.image_path for s in sessions}) > DECODED_AT_LOAD
+    if len(sessions) <= DECODED_AT_LOAD: return False
+    different = set()
+    for s in sessions:
+        different.add(s.image_path or s.id)
+        if len(different) > DECODED_AT_LOAD: return True
+    return False
 
 def picture_keys(
     sessions,          # `Session`s
@@ -43,8 +48,11 @@ def picture_keys(
 ) -> list:             # of texts
     "A key for the first picture of each session: equal for copies."
     if many is None: many = are_many(sessions)
-    key_of = lru_cache(None)(file_key)
-    return [key_of(s.image_path) if many and s.image_path else content_hash(s.image) for s in sessions]
+    of_file = lru_cache(None)(file_key)
+    def key(s):
+        if many and s.image_path: return of_file(s.image_path)
+        return content_hash(s.image_file if many and s.image_file else s.image)
+    return [key(s) for s in sessions]
 
 def sessions_hash(
     sessions,          # `Session`s, in order
@@ -54,7 +62,8 @@ def sessions_hash(
     if many is None: many = are_many(sessions)
     if not many: return content_hash(sessions)
     keys = picture_keys(sessions, many)
-    def rest(s): return s.id, s.instructions, s.task_types, s.meta, [file_key(p) for p in s.targets]
+    def key(held): return file_key(held) if isinstance(held, Path) else content_hash(held)
+    def rest(s): return s.id, s.instructions, s.task_types, s.meta, [key(target) for target in s.targets]
     return content_hash([content_hash(key, *rest(s)) for key, s in zip(keys, sessions)])
 
 # %% ../../nbs/data/07_selecting.ipynb #5baa9b59

@@ -29,23 +29,23 @@ DECODED_IMAGES = 64        # that are kept in memory
 @lru_cache(DECODED_IMAGES)
 def _decoded(path, modified, size): return open_image(path)
 
+def _open_held(held):
+    "A picture that is held as it is, as a path, or as the bytes of a file."
+    return open_image(held) if isinstance(held, (Path, bytes)) else held
+
+_control = re.compile(r'[\x00-\x1f\x7f-\x9f]')
+
 class _LazyImage:
     "A field that holds a picture, or the path of one, which is decoded when it is asked for."
     def __get__(self, session, owner):
         if session is None: raise AttributeError            # so that a dataclass sees no default
         held = session.__dict__['image']
-        if not isinstance(held, Path): return held
+        if not isinstance(held, Path): return _open_held(held)
         try: stat = held.stat()
         except OSError: return open_image(held)             # which says what is wrong
         return _decoded(held, stat.st_mtime_ns, stat.st_size)
 
     def __set__(self, session, image): session.__dict__['image'] = image
-
-def _open_held(held):
-    "A picture that is held as it is, or as a path."
-    return open_image(held) if isinstance(held, Path) else held
-
-_control = re.compile(r'[\x00-\x1f\x7f-\x9f]')
 
 def _is_text(x, lines=True):
     "A text that is not empty, without halves of characters (lone surrogates), NUL and the like; `lines` may break."
@@ -63,7 +63,7 @@ def _are_texts(x): return isinstance(x, (list, tuple)) and all(map(_is_text, x))
 class Session:
     "An image and the T instructions to be applied to it in order."
     id: str            # unique within a set of sessions
-    image: Image.Image|Path|None = _LazyImage() # the input of turn 1, RGB; None where only the texts are known
+    image: Image.Image|Path|bytes|None = _LazyImage() # the input of turn 1, RGB; None where only the texts are known
     instructions: list # T texts, 1 <= T <= 16
     task_types: list = field(default_factory=list) # T names such as 'color_alter', or empty
     meta: dict = field(default_factory=dict) # whatever judges need; what is per turn is a list of T
@@ -72,7 +72,8 @@ class Session:
     def __post_init__(self):
         held = self.__dict__['image']
         expect(_is_text(self.id, lines=False), '`id`', 'one line of text in valid Unicode', self.id)
-        expect(held is None or isinstance(held, (Image.Image, Path)), '`image`', 'a PIL image, a path or None', held)
+        good = held is None or isinstance(held, (Image.Image, Path, bytes))
+        expect(good, '`image`', 'a PIL image, a path, the bytes of a file, or None', held)
         if isinstance(held, Image.Image): expect(held.mode == 'RGB', '`image`', 'an RGB image', held.mode)
         expect(_are_texts(self.instructions), '`instructions`', _texts, self.instructions)
         self.instructions, n = list(self.instructions), len(self.instructions)
@@ -87,8 +88,9 @@ class Session:
         self.task_types = list(self.task_types)
         expect(len(self.task_types) in (0, n), '`task_types`', f'one for each of the {n} turns', self.task_types)
         expect(isinstance(self.meta, dict), '`meta`', 'an object with text keys', self.meta)
-        pictures = isinstance(self.targets, list) and all(isinstance(x, (Image.Image, Path)) for x in self.targets)
-        expect(pictures, '`targets`', 'a list of pictures or paths', self.targets)
+        kinds = Image.Image, Path, bytes
+        pictures = isinstance(self.targets, list) and all(isinstance(x, kinds) for x in self.targets)
+        expect(pictures, '`targets`', 'a list of pictures, paths or bytes of files', self.targets)
         expect(len(self.targets) in (0, n), '`targets`', f'one for each of the {n} turns', f'{len(self.targets)}')
 
     @property
@@ -96,6 +98,12 @@ class Session:
         "Where the picture is read from; None where it is in memory."
         held = self.__dict__['image']
         return held if isinstance(held, Path) else None
+
+    @property
+    def image_file(self) -> bytes:
+        "The file that the picture is held as; None where it is a picture or a path."
+        held = self.__dict__['image']
+        return held if isinstance(held, bytes) else None
 
     def target_images(self) -> list:
         "The right results of all turns as pictures, decoded now; empty where they are not known."

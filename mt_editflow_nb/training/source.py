@@ -17,8 +17,9 @@ from PIL import Image
 from ..data.files import InputError, content_hash, expect
 from ..data.overview import NEAR
 from ..data.selecting import are_many, picture_keys, sessions_hash, split_by_picture
-from ..data.sessions import Sessions, load_sessions
+from ..data.sessions import Sessions
 from ..data.shapeworld import parse_edit, shape_sessions
+from ..data.tables import is_table, open_sessions
 from ..editing.editor import check_instructions
 from ..editing.rollout import resize_sessions
 from ..algorithm.config import Config
@@ -152,7 +153,7 @@ def _held_out_of(sessions, c):
     file, amount = Path(c.sessions).name, c.heldout
     if amount == 'training': return sessions, sessions, f'training sessions of {file} (nothing is held out)'
     if isinstance(amount, str):
-        heldout = load_sessions(amount, allow_outside=c.allow_outside, same_turns=False)
+        heldout = open_sessions(amount, allow_outside=c.allow_outside and not is_table(amount), same_turns=False)
         check_apart(heldout, sessions)
         return sessions, heldout, f'sessions of {Path(amount).name}'
     if amount is None: amount = min(c.eval_sessions, max(1, round(DEFAULT_SHARE*len(sessions))))
@@ -194,7 +195,7 @@ def session_source(c: Config # `sessions`, `heldout`, `turns`, `eval_sessions`, 
     "The sessions of a run. Raises `InputError` for files that do not fit it."
     _check_fields(c)
     if c.sessions == 'shapeworld': return _shape_world(c)
-    sessions = load_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False, targets=c.algorithm == 'sft')
+    sessions = open_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False, targets=c.algorithm == 'sft')
     if c.judge.startswith('verifier'): _check_words(sessions)
     train, heldout, name = _held_out_of(sessions, c)
     heldout = heldout[:c.eval_sessions]
