@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RL', 'EFFECTIVE', 'RENAMED', 'EditorFields', 'SessionFields', 'RolloutFields', 'AdvantageFields', 'LossFields',
            'RunFields', 'Config', 'refuse_ineffective', 'check_adapter', 'check_track', 'check_rollout',
-           'check_advantage', 'make_config']
+           'check_branching', 'check_advantage', 'make_config']
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
 import difflib
@@ -16,6 +16,7 @@ from ..data.sessions import MAX_TURNS
 from ..editing.lora import LORA_TARGETS
 from ..rewards.cube import check_judge_options, load_judge
 from .aggregation import AGGREGATIONS
+from .credit import BRANCHINGS
 from .fusion import CREDITS, FUSIONS, PRESETS, STDS
 
 # %% ../../nbs/algorithm/03_config.ipynb #518f2c29
@@ -70,6 +71,8 @@ class RolloutFields(BaseModel):
     keep: int | None = Field(None, ge=1, description=(
         'members a group that are trained on, those with the largest advantages; None: all'))
     num_steps: int = Field(3, ge=1, description='denoising steps, in rollouts and in evaluation')
+    branching: Literal[BRANCHINGS] = Field('none', description=(
+        "the member whose picture all members of a group edit next; 'none': each edits its own"))
 
 class AdvantageFields(BaseModel):
     "How rewards become advantages."
@@ -140,7 +143,7 @@ class Config(RunFields, LossFields, AdvantageFields, RolloutFields, SessionField
 RL = ('nft', 'grpo')
 EFFECTIVE = {   # field -> (other field, the values of the other under which this one has an effect)
     **dict.fromkeys(('aggregation', 'fusion', 'credit', 'weights', 'std', 'whiten', 'min_std', 'gamma', 'adv_max',
-                     'keep', 'kl_weight'), ('algorithm', RL)),
+                     'keep', 'kl_weight', 'branching'), ('algorithm', RL)),
     **dict.fromkeys(('beta', 'train_timesteps', 'old_decay'), ('algorithm', ('nft',))),
     **dict.fromkeys(('sampler', 'noise_level', 'window', 'clip', 'guard'), ('algorithm', ('grpo',))),
     'exposure_turns': ('algorithm', ('sft',)), 'eval_turns': ('sessions', ('shapeworld',))}
@@ -190,6 +193,17 @@ def check_rollout(config: Config # to check
     expect(config.noise_level > 0, 'noise_level', 'a number above 0 for grpo, or all members are the same', 0.)
     expect(config.sampler != 'cps' or config.noise_level <= 1, 'noise_level', 'at most 1 for cps', config.noise_level)
 
+def check_branching(config: Config # to check
+                   ):
+    "Raises `InputError` for turn branching with what needs whole sessions of one member."
+    if config.branching == 'none': return
+    expect(config.credit in ('local', 'to_go'), 'credit',
+           "'local' or 'to_go' with branching, where members share pictures and not sessions", config.credit)
+    expect(config.credit == 'local' or config.aggregation == 'mean', 'aggregation',
+           "'mean' for credit to_go with branching", config.aggregation)
+    expect(not config.judge.endswith(':coarse'), 'judge', 'one that scores every turn, with branching', config.judge)
+    expect(config.turns != 1, 'branching', 'turns above 1, without which it has no effect', f'turns={config.turns}')
+
 def check_advantage(config: Config # to check
                    ):
     "Raises `InputError` for rewards that cannot be weighed, or not as was asked."
@@ -232,6 +246,7 @@ def make_config(values: dict,       # field -> value; `preset` names one of `PRE
     check_track(config)
     check_rollout(config)
     check_advantage(config)
+    check_branching(config)
     if strict: refuse_ineffective(config)
     for options in (config.judge_options, config.eval_judge_options): check_judge_options(options)
     load_judge(config.judge, **config.judge_options)

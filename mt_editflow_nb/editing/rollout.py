@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Trajectory', 'sample_dpm', 'sample', 'Shard', 'turn_noise', 'Rollout', 'resize_sessions', 'row_slices', 'join_slices',
-           'stack_turns', 'check_latents', 'hand_out', 'sample_slices', 'rollout']
+           'stack_turns', 'turn_histories', 'check_latents', 'hand_out', 'sample_slices', 'rollout']
 
 # %% ../../nbs/editing/07_rollout.ipynb #33080274
 from dataclasses import dataclass, replace
@@ -109,6 +109,7 @@ class Rollout:
     sigmas: torch.Tensor          # the schedule, [steps + 1]
     keys: list                    # of P tuples: random numbers of a session have keys that begin so
     shard: Shard                  # which sessions and members of the whole batch these are
+    goes_on_PT: torch.Tensor = None # turn branching, [P, T - 1]: the member whose picture all members edited next
 
 # %% ../../nbs/editing/07_rollout.ipynb #7bea5a1a
 def resize_sessions(
@@ -145,6 +146,19 @@ def stack_turns(
                 path_TKNLC=stacked('path_KNLC', N, L, C), next_TKNLC=stacked('next_KNLC', N, L, C),
                 mean_TKNLC=stacked('mean_KNLC', N, L, C), logp_TKN=stacked('logp_KN', N))
 
+# %% ../../nbs/editing/07_rollout.ipynb #2ebd1487
+def turn_histories(
+    images_PGTHWC: np.ndarray, # uint8, every turn's result, at least up to this turn
+    turn: int,                 # from 0
+    goes_on_PT=None,           # [P, T - 1], the member whose picture all members edited next; None: each its own
+) -> np.ndarray: # uint8 [P, G, turn + 1, H, W, 3]
+    "The pictures that led to each member's result of a turn, and the result."
+    history = images_PGTHWC[:, :, :turn + 1].copy()
+    if goes_on_PT is None: return history
+    sessions_P1, turns_T = np.arange(len(history))[:, None], np.arange(turn)
+    history[:, :, :turn] = history[sessions_P1, np.asarray(goes_on_PT)[:, :turn], turns_T][:, None]
+    return history
+
 # %% ../../nbs/editing/07_rollout.ipynb #8cff1d4e
 def check_latents(
     clean_NLC: torch.Tensor, # of rows that were sampled together
@@ -164,12 +178,14 @@ def hand_out(
     rows: slice,               # that have just been decoded
     images_NTHWC: np.ndarray,  # all pictures so far
     group: int,                # G
+    goes_on_PT=None,           # of turn branching, see `turn_histories`
 ):
     "Hand out the sessions whose last member is among these rows: uint8 [sessions, G, turn + 1, H, W, 3]."
     done = slice(rows.start//group, rows.stop//group)
     if on_turn is None or done.start == done.stop: return
-    images = images_NTHWC[done.start*group:done.stop*group, :turn + 1]
-    on_turn(turn, done, images.reshape(-1, group, turn + 1, *images.shape[2:]).copy())
+    images_NTHWC = images_NTHWC[done.start*group:done.stop*group, :turn + 1]
+    images_PGTHWC = images_NTHWC.reshape(-1, group, turn + 1, *images_NTHWC.shape[2:])
+    on_turn(turn, done, turn_histories(images_PGTHWC, turn, None if goes_on_PT is None else goes_on_PT[done]))
 
 # %% ../../nbs/editing/07_rollout.ipynb #4f7f218c
 def sample_slices(
@@ -204,6 +220,7 @@ def rollout(
     batch: int = 64,       # rows a transformer call
     shard: Shard = None,   # which sessions and members to make; None: all
     on_turn=None,          # see `hand_out`; called as soon as sessions are through a turn
+    choose=None,           # turn branching: (turn from 0, keys of P sessions) -> the members that go on, [P]
 ) -> Rollout: # of the shard: P sessions, G members
     "Run whole sessions for a group of members each. Raises `InputError` where latents are not finite."
     shard = shard or Shard(range(len(sessions)), range(group))
@@ -213,22 +230,31 @@ def rollout(
     P, G, T = len(sessions), len(shard.members), len(sessions[0].instructions)
     sigmas = editor.sigmas(num_steps)
     first = np.stack([np.asarray(s.image) for s in resize_sessions(editor, sessions)])
-    tokens = editor.encode_image(first)[torch.arange(P).repeat_interleave(G)]        # encoded once a session
+    each = torch.arange(P).repeat_interleave(G)                                      # encoded once a session
+    tokens = editor.encode_image(first)[each]
     pictures = first.repeat(G, 0)                                                    # what is edited next
     images_NTHWC = np.empty((P*G, T, *first.shape[1:]), np.uint8)
     texts, inputs, trajectories = [], [], []
+    goes_on_PT = torch.zeros(P, T - 1, dtype=torch.long) if choose else None
     for t in range(T):
         text = editor.encode_text([s.instructions[t] for s in sessions for _ in range(G)], pictures)
         parts = []
         for part, made in sample_slices(editor, text, tokens, rows, t, sigmas, batch,
                                         kind=kind, noise_level=noise_level, window=window):
             images_NTHWC[part, t] = editor.decode(made.clean_NLC)                    # 8-bit pixels, as a user sees them
-            hand_out(on_turn, t, part, images_NTHWC, G)
+            hand_out(on_turn, t, part, images_NTHWC, G, goes_on_PT)
             parts.append(made)
         texts.append(text)
         inputs.append(tokens)
         trajectories.append(join_slices(parts))
         pictures = images_NTHWC[:, t]
-        if t < T - 1: tokens = torch.cat([editor.encode_image(pictures[part]) for part in row_slices(P*G, batch)])
+        if t == T - 1: break
+        if choose:
+            goes_on_PT[:, t] = choose(t, keys)
+            pictures = pictures[torch.arange(P)*G + goes_on_PT[:, t]]
+            tokens = editor.encode_image(pictures)[each]
+            pictures = pictures.repeat(G, 0)
+        else: tokens = torch.cat([editor.encode_image(pictures[part]) for part in row_slices(P*G, batch)])
     return Rollout(images_NTHWC.reshape(P, G, T, *first.shape[1:]), texts, torch.stack(inputs),
-                   **stack_turns(trajectories), steps=list(window), sigmas=sigmas, keys=list(keys), shard=shard)
+                   **stack_turns(trajectories), steps=list(window), sigmas=sigmas, keys=list(keys), shard=shard,
+                   goes_on_PT=goes_on_PT)

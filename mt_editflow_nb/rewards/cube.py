@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'REWARD_MODELS', 'Scores', 'verifier', 'check_scores', 'judge_items', 'check_instruction_length', 'Judge',
-           'check_engine', 'scores_of', 'judge_usage', 'check_judge_options', 'load_judge', 'TurnScorer']
+           'check_engine', 'scores_of', 'judge_usage', 'check_judge_options', 'load_judge', 'of_last_turn',
+           'TurnScorer']
 
 # %% ../../nbs/rewards/02_cube.ipynb #c09409e5
 import inspect, math
@@ -337,6 +338,11 @@ def _join(scores, axis=0):
     tensors = [torch.cat([getattr(s, name) for s in scores], axis) for name in names]
     return Scores(scores[0].names, *tensors, tuple(c for s in scores for c in s.calls))
 
+def of_last_turn(scores: Scores) -> Scores:
+    "The scores of the last turn alone."
+    names = ('rewards_PGTM', 'success_PGT', 'object_cc_PGT', 'background_cc_PGT')
+    return replace(scores, **{name: getattr(scores, name)[:, :, -1:] for name in names})
+
 class TurnScorer:
     "Scores a rollout in a thread, piece after piece: pass it to `rollout` as `on_turn`, then ask for the `scores`."
     def __init__(
@@ -344,10 +350,12 @@ class TurnScorer:
         judge,          # from `load_judge`; one that cannot score single turns is asked at the end
         sessions: list,
         group: int,     # members of each
+        every_turn: bool = False, # ask turn by turn whatever the judge, as turn branching needs
         **kw,           # for the judge, such as `seed`
     ):
-        self.judge, self.sessions, self.by_turn = judge, sessions, getattr(judge, 'by_turn', False)
-        self.kw = kw if self.by_turn else {}
+        self.judge, self.sessions, one_turn = judge, sessions, getattr(judge, 'by_turn', False)
+        self.by_turn = one_turn or every_turn
+        self.kw = kw if one_turn else {}
         self.total = len(sessions)*group*len(sessions[0].instructions)*len(getattr(judge, 'rewards', ()))
         self.pieces, self.with_failures = {}, []
 
@@ -366,12 +374,26 @@ class TurnScorer:
     def _score(self, t, p, images_PGTHWC):
         if self.with_failures:                                            # is too much lost already? Not one call more
             self.judge.check(_join(self.with_failures), self.total)
-        s = self.judge.score(self.sessions[p], images_PGTHWC, turn=t, **self.kw)
+        s = self._ask(t, p, images_PGTHWC)
         expect(isinstance(s, Scores), 'judge', 'a judge that returns `Scores`', type(s).__name__)
         turns = getattr(s.success_PGT, 'shape', ())[-1:]         # one; of a coarse judge none, and all at the end
         s = _check_shape(s, (*images_PGTHWC.shape[:2], *turns))
-        if s.failed: self.with_failures.append(s)
+        if s.failed and hasattr(self.judge, 'check'): self.with_failures.append(s)
         return s
+
+    def _ask(self, t, p, images_PGTHWC):
+        "The scores of a turn; a judge of whole sessions is shown the turns so far."
+        sessions = self.sessions[p]
+        if getattr(self.judge, 'by_turn', False): return self.judge.score(sessions, images_PGTHWC, turn=t, **self.kw)
+        return of_last_turn(check_scores(self.judge(sessions, images_PGTHWC), sessions, images_PGTHWC))
+
+    def of_turn(
+        self,
+        turn: int,  # from 0, that has been handed out
+    ) -> Scores:    # [P, G, 1, M]
+        "Wait for the scores of a turn."
+        pieces = sorted((first, piece) for (t, first), piece in self.pieces.items() if t == turn)
+        return _join([piece.result() for _, piece in pieces])
 
     def scores(
         self,
@@ -380,8 +402,7 @@ class TurnScorer:
         "Wait for the last piece and put them together."
         if not self.by_turn:
             return check_scores(self.judge(self.sessions, images_PGTHWC, **self.kw), self.sessions, images_PGTHWC)
-        done = {(t, first): piece.result() for (t, first), piece in sorted(self.pieces.items())}
-        turns = [_join([s for (u, _), s in done.items() if u == t], 0) for t in range(images_PGTHWC.shape[2])]
+        turns = [self.of_turn(t) for t in range(images_PGTHWC.shape[2])]
         whole = check_scores(_join(turns, 2), self.sessions, images_PGTHWC)
-        self.judge.check(whole)
+        if hasattr(self.judge, 'check'): self.judge.check(whole)
         return whole
