@@ -119,6 +119,7 @@ def judge_options(
     check_judge_options(options)
     return options
 
+# %% ../../nbs/cli/01_eval.ipynb #a91f7303
 def _check_values(a, flags):
     "Numbers that cannot be, and folders that cannot be written to."
     for name in ('n', 'steps', 'batch', 'keep', 'size'):
@@ -152,7 +153,9 @@ def check_options(
 # %% ../../nbs/cli/01_eval.ipynb #686e6293
 def _say(text): print(f'mtef_eval: {text}', file=sys.stderr)
 
-def fill_settings(a):
+def fill_settings(
+    a, # the parsed options; those that were not given are set
+):
     "Set what was not given; say where an adapter is used otherwise than it was trained."
     edival, trained = a.sessions == 'edival', trained_with(a.lora) if a.lora else {}
     asked = {name: getattr(a, name) for name in ('editor', 'size', 'guidance', 'steps', 'quantize')}
@@ -173,6 +176,7 @@ def fill_settings(a):
     a.batch = a.batch or (4 if edival else 64)
     a.detector, a.vlm, a.features = a.detector or DETECTOR, a.vlm or ASKER, a.features or FEATURES
 
+# %% ../../nbs/cli/01_eval.ipynb #5034ead3
 def _weights(path): # of a checkpoint folder or adapter on this disk, by content; large files by both of their ends
     def content(file):
         size = file.stat().st_size
@@ -184,7 +188,9 @@ def _weights(path): # of a checkpoint folder or adapter on this disk, by content
     files = [path] if path.is_file() else sorted(p for p in path.rglob('*') if p.is_file())
     return content_hash([[str(f.relative_to(path)), content(f)] for f in files])
 
-def made_with(a) -> dict:
+def made_with(
+    a,     # the options, filled
+) -> dict: # for keys and protocols
     "What pictures depend on: settings, and the content of editor and adapter where they lie on this disk."
     source, lora = Path(find_editor(a.editor)[0]), Path(a.lora or '')
     return dict(editor=a.editor, lora=a.lora, quantize=a.quantize, editor_size=a.size, guidance=a.guidance,
@@ -223,6 +229,7 @@ def made_otherwise(
     ours = {k: v for rows in facts.values() for k, v in rows.items() if k not in _ignored}
     return {k: f'{theirs[k]} there, {v} here' for k, v in ours.items() if k in theirs and theirs[k] != v}
 
+# %% ../../nbs/cli/01_eval.ipynb #80d963b8
 def compare_shared(
     against: str|Path, # a run
     run: str|Path,     # another; its sessions give the order
@@ -238,7 +245,7 @@ def compare_shared(
 
 def check_against(
     against,        # a run, or None
-    sessions: list,
+    sessions: list, # of `Session`, those to be evaluated
 ):
     "Find out before anything is computed whether a comparison will be possible."
     if not against: return
@@ -262,6 +269,7 @@ def _further_tables(out, outcomes, facts, against): # (facts, heading -> table)
     if differs := made_otherwise(facts, against): facts = facts | {f'Made otherwise than {against}': differs}
     return facts, tables
 
+# %% ../../nbs/cli/01_eval.ipynb #d932b1ac
 def finish_run(
     out: Path,          # gets outcomes.safetensors, scores.csv, results.json, then the card
     *,
@@ -294,7 +302,9 @@ def finish_run(
 # %% ../../nbs/cli/01_eval.ipynb #cf7c19e7
 IN_MEMORY = 1 << 30  # bytes of pictures that are held in memory at most
 
-def chosen_sessions(a) -> list:
+def chosen_sessions(
+    a,     # the options, filled
+) -> list: # of `Session`
     "The sessions that the options ask for. Raises `InputError` for a file that is too short, or not for the verifier."
     if a.structure:
         sessions = structured_sessions(a.n or 512, a.structure, a.turns)
@@ -316,7 +326,12 @@ def training_of(
     except (InputError, KeyError, TypeError): return {}
     return config if isinstance(config, dict) else {}
 
-def notes_about(a, sessions, success_IT, judge) -> list:
+def notes_about(
+    a,              # the options, filled
+    sessions: list, # I `Session`s
+    success_IT,     # NaN: unscored
+    judge: str,     # its name
+) -> list:          # of sentences
     "What to know beside the scores of these sessions."
     config = training_of(a.lora)
     data, shared = config.get('sessions', 'shapeworld'), []
@@ -332,7 +347,13 @@ def _keeping(judge, out): # a judge that writes the pictures that it is shown, b
         return judge(sessions, images_PGTHWC)
     return judge_and_keep
 
-def run_free(a, editor, sessions, judge, out) -> tuple: # (outcomes, i -> pictures of session i)
+def run_free(
+    a,              # the options, filled
+    editor,         # from `load_editor`
+    sessions: list, # I `Session`s
+    judge,          # from `load_judge`
+    out: Path,      # keeps pictures and outcomes as they come
+) -> tuple:         # (outcomes, i -> pictures of session i)
     "Evaluate session by session; pictures and outcomes are on disk as they come."
     model = getattr(getattr(judge, 'engine', None), 'model', a.judge)
     settings = dict(judge=model) | {'model' if k == 'editor' else k: v for k, v in made_with(a).items()}
@@ -345,7 +366,11 @@ def run_free(a, editor, sessions, judge, out) -> tuple: # (outcomes, i -> pictur
     outcomes, images = evaluate(editor, sessions, judge, **kw)
     return outcomes, lambda i: images[i]
 
-def evaluate_free(a, out: Path) -> tuple: # (table, sessions)
+# %% ../../nbs/cli/01_eval.ipynb #b1e3a084
+def evaluate_free(
+    a,         # the options, filled
+    out: Path, # gets scores, outcomes, card and pictures
+) -> tuple:    # (table, sessions)
     "Evaluate in the shape world, or on a file of sessions."
     cache = None if a.judge.startswith('verifier') else a.cache or out/'judge.sqlite'
     judge = load_judge(a.judge, cache=cache, offline=a.offline, **judge_options(a))
@@ -377,7 +402,9 @@ def evaluate_free(a, out: Path) -> tuple: # (table, sessions)
     return table, sessions
 
 # %% ../../nbs/cli/01_eval.ipynb #14438df7
-def edival_sessions(a) -> list:
+def edival_sessions(
+    a,     # the options, filled
+) -> list: # of `Session`
     "The benchmark's sessions with their pictures, of this shard."
     csv = Path(a.csv) if a.csv else Path(a.images)/'oai_instruction_generation_output.csv'
     sessions = load_edival(csv)
@@ -398,18 +425,25 @@ def _check_model(flag, name):
     example = f"a folder that is there, or a hub name such as '{DETECTOR}'"
     expect(Path(name).is_dir() or not local, flag, example, name)
 
-def edival_judges(a, questions) -> dict:
+def edival_judges(
+    a,         # the options, filled
+    questions, # from `read_edival_questions`
+) -> dict:
     "What scores pictures: names, content of what lies on this disk, and which questions are asked."
     vlm = a.vlm.partition(':')[0]
     return dict(detector=weights_of(a.detector), vlm=a.vlm, vlm_weights=weights_of(vlm),
                 features=weights_of(a.features), quality=a.quality and weights_of(a.quality),
                 questions=content_hash(questions))
 
-def load_edival_tools(a, asker) -> EdivalTools:
+def load_edival_tools(
+    a,     # the options, filled
+    asker, # from `load_asker`
+) -> EdivalTools:
     "The models that score."
     quality = load_quality(a.quality) if a.quality else None
     return EdivalTools(load_detector(a.detector), asker, load_features(a.features), quality)
 
+# %% ../../nbs/cli/01_eval.ipynb #d88cd0ae
 def quality_table(
     scored: list,    # results of `score_edival`, with quality
 ) -> pd.DataFrame:   # index turn; quality, and its change against the first picture, as texts with 95 % intervals
@@ -445,11 +479,12 @@ def _edival_facts(a, sessions, out):
         generation='; '.join(differences) or 'as published')
     return dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
 
+# %% ../../nbs/cli/01_eval.ipynb #717d978a
 def evaluate_edival(
-    a,                # the options
-    out: Path,
-    tools=None,       # (detect, ask, features, quality) instead of loaded models
-) -> tuple:           # (table or None, sessions)
+    a,          # the options
+    out: Path,  # gets pictures, scores and the card
+    tools=None, # (detect, ask, features, quality) instead of loaded models
+) -> tuple:     # (table or None, sessions)
     "EdiVal-Bench: generate what is missing, score what is unscored, write the card."
     questions = read_edival_questions(a.questions) if a.questions else QUESTIONS
     sessions = edival_sessions(a)
@@ -479,7 +514,11 @@ def evaluate_edival(
         notes=notes_about(a, sessions, outcomes.success_IT, a.vlm))
     return table, sessions
 
-def import_published(a, out: Path) -> tuple: # (table, sessions)
+# %% ../../nbs/cli/01_eval.ipynb #cee223e6
+def import_published(
+    a,         # the options
+    out: Path, # gets scores, outcomes and the card
+) -> tuple:    # (table, sessions)
     "Make a run of what the benchmark's own script wrote about another editor."
     sessions, scored = load_published(a.imported)
     check_against(a.against, sessions)

@@ -68,6 +68,7 @@ def start_notebook(
     with open(run/'papermill.log', 'w') as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
+# %% ../../nbs/cli/00_train.ipynb #d9ef2f9d
 def _stage_bar(stage, total):
     "The bar of an evaluation, or of training."
     label = stage if stage == 'training' else f'evaluating {stage}'
@@ -111,6 +112,7 @@ def stop_notebook(
     except subprocess.TimeoutExpired: job.kill()
     for p in psutil.wait_procs(family, 2)[1]: p.kill()
 
+# %% ../../nbs/cli/00_train.ipynb #732d74b5
 def _failure(run):
     "What a notebook that failed has said, in one line."
     said = [line for line in (run/'papermill.log').read_text(errors='replace').splitlines() if line.strip()]
@@ -156,6 +158,7 @@ def _parser():
     add('--notebook', help='run the job inside this papermill notebook (experiments/train.ipynb)')
     return parser
 
+# %% ../../nbs/cli/00_train.ipynb #1662d666
 def _resumed(folder) -> tuple: # (`Config`, run folder)
     "A run to go on with; relative paths in its configuration start where it was begun."
     run = Path(folder).expanduser().resolve()
@@ -205,6 +208,7 @@ def _run(c, run, notebook):
     if notebook: print(f'executed notebook: {executed}')
     print(f'run folder:        {run}')
 
+# %% ../../nbs/cli/00_train.ipynb #5bb36ce4
 def _is_memory(e) -> bool: return isinstance(e, MemoryError) or "can't allocate memory" in str(e)
 
 def _say(text): print(f'mtef_train: {text}', file=sys.stderr)

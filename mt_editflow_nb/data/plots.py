@@ -84,11 +84,11 @@ def _frame(ax, mark):
     for spine in ax.spines.values(): spine.set(**style)
 
 def session_figure(
-    session: Session,
+    session: Session,         # whose picture and instructions are shown
     images_GTHWC: np.ndarray, # uint8, every turn's result of every member
     labels_GT=None,           # texts under the pictures
     marks_GT=None,            # 1, 0, or NaN: the frame says whether the instruction was followed
-    title: str = '',
+    title: str = '',          # of the whole figure
     size: float = 1.2,        # width of a picture in inches
 ) -> Figure:
     "Draw the members of one session, a row each, with the instructions above."
@@ -182,6 +182,7 @@ def plot_learning_curves(
     _finish_panels(fig, transparent)
     return fig
 
+# %% ../../nbs/data/05_plots.ipynb #fa0b5f06
 def _finish_panels(fig, transparent):
     "A grid, small ticks, and one legend beside the panels, where it hides no line."
     color = NEUTRAL if transparent else 'black'

@@ -103,6 +103,8 @@ PATTERNS = dict(
     position_change=rf'move the {_object} to the {_position}',
     count_change=rf'change the count of the {_object} to (\d)',
     background_change=rf"change the background to ({'|'.join(BACKGROUNDS)})")
+
+# %% ../../nbs/data/02_shapeworld.ipynb #c47599b3
 EDIT_TYPES = tuple(PATTERNS)
 
 def with_article(
@@ -112,8 +114,8 @@ def with_article(
     return f'an {name}' if name[0] in 'aeiou' else f'a {name}'
 
 def edit_text(
-    e: Edit,
-) -> str: # which `parse_edit` understands
+    e: Edit, # what is to change
+) -> str:    # which `parse_edit` understands
     "An instruction in English."
     name = OBJECTS[e.obj] if e.obj else None
     if e.type == 'subject_add': return f'add {with_article(name)} at the {POSITIONS[e.cell]}'
@@ -148,8 +150,8 @@ def _edit_of(type, name, value=None):
 
 # %% ../../nbs/data/02_shapeworld.ipynb #e381c9d3
 def apply_edit(
-    scene: Scene,
-    e: Edit,
+    scene: Scene, # before
+    e: Edit,      # what is to change
 ) -> Scene:
     "The teacher: the scene after a perfect edit (unchanged where the edit's object is missing)."
     c = list(scene.cells)
@@ -186,6 +188,7 @@ def closeness(
     "1 where two pictures are the same, falling linearly to 0 at an RMS difference of `FAR_RMS`."
     return np.clip(1 - rms/FAR_RMS, 0, 1)
 
+# %% ../../nbs/data/02_shapeworld.ipynb #1f4a0067
 def recognise(
     images: np.ndarray, # uint8 [images, 48, 48, 3]
 ) -> Reading:
@@ -270,10 +273,10 @@ def _extend(rng, scenes, edits, turns):
         scenes.append(apply_edit(scenes[-1], e))
 
 def random_chain(
-    rng: np.random.Generator,
-    turns: int, # T
-    split: str, # of the first scene
-) -> tuple:     # (scenes [T + 1], edits [T])
+    rng: np.random.Generator, # numpy generator
+    turns: int,               # T
+    split: str,               # of the first scene
+) -> tuple:                   # (scenes [T + 1], edits [T])
     "A first scene of this split, and feasible edits."
     while True:
         scenes, edits = [_random_scene(rng)], []
@@ -281,6 +284,7 @@ def random_chain(
         _extend(rng, scenes, edits, turns)
         if len(edits) == turns: return scenes, edits
 
+# %% ../../nbs/data/02_shapeworld.ipynb #79f73539
 def shape_sessions(
     n: int,               # how many
     turns: int = 3,       # T
@@ -299,8 +303,8 @@ def shape_sessions(
 
 # %% ../../nbs/data/02_shapeworld.ipynb #48655b99
 def teacher_images(
-    session: Session,
-) -> np.ndarray: # uint8 [T, 48, 48, 3]
+    session: Session, # of the shape world
+) -> np.ndarray:      # uint8 [T, 48, 48, 3]
     "The target of every turn: what a perfect editor would show."
     scenes = [read_scene(np.asarray(session.image))]
     for text in session.instructions: scenes.append(apply_edit(scenes[-1], parse_edit(text)))

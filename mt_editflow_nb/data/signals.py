@@ -29,12 +29,18 @@ class StopRequests:
         self.depth = 0          # of nested `deferred`
         self.before_stop = None # a function without arguments, or None
 
-    def handle(self, signum, frame):
+    def handle(
+        self,
+        signum: int, # the signal
+        frame,       # not used
+    ):
+        "What Python calls when a signal comes."
         if self.signum is not None: return
         self.signum = signum
         if not self.depth: self.stop()
 
     def stop(self):
+        "Obey: save what is to be saved, and raise `Stopped`."
         if self.before_stop:
             self.depth += 1
             self.before_stop()

@@ -54,9 +54,10 @@ def plain_edit(
         return parse_edit(then.replace('remove it', f'remove the {name}') if there else other)
     return parse_edit(words)
 
+# %% ../../nbs/data/04_structures.ipynb #9fbba47e
 def teacher_path(
-    session: Session,
-) -> tuple: # (scenes [T + 1], edits [T], None for an undo)
+    session: Session, # in the words of the shape world, structured or plain
+) -> tuple:           # (scenes [T + 1], edits [T], None for an undo)
     "The teacher's way through a session: what a perfect editor with memory would do."
     scenes, edits = [read_scene(np.asarray(session.image))], []
     for text in session.instructions:
@@ -98,6 +99,7 @@ def _verify_member(instructions, first_image, first, images, now):
         terms = content_consistency(reference, first, so_far, image, after)
         yield *verdict, *terms, not any(x.type == 'background_change' for x in so_far)
 
+# %% ../../nbs/data/04_structures.ipynb #d2c45861
 def verify_structured(
     sessions: list,            # P sessions whose instructions may look back
     images_PGTHWC: np.ndarray, # uint8, every turn's result
@@ -171,6 +173,7 @@ def _structured_session(rng, id, structure, turns, split):
     types = [parse_edit(text).type if kind == 'plain' else kind for text, kind in zip(texts, kinds)]
     return Session(id, Image.fromarray(render(scenes[:1])[0]), texts, types, dict(plain=plain))
 
+# %% ../../nbs/data/04_structures.ipynb #5aaa655a
 def structured_sessions(
     n: int,                 # how many
     structure: str,         # one of `STRUCTURES`

@@ -33,7 +33,7 @@ def _in_range(x, scale, answer):
     return x/scale
 
 def read_number(
-    answer: str,
+    answer: str, # of a model
     scale: int,  # the highest score
 ) -> float:      # in [0, 1]
     "A bare number, or a number out of the scale (7, 7.5, 7/9). Raises `ValueError`."
@@ -42,8 +42,8 @@ def read_number(
     return _in_range(float(found[1]) if found else None, scale, answer)
 
 def read_yes_no(
-    answer: str,
-) -> float: # 1 or 0
+    answer: str, # of a model
+) -> float:      # 1 or 0
     "Yes or no. Raises `ValueError`."
     word = without_thoughts(answer).strip('*"`.! ').lower()
     if word not in ('yes', 'no'): raise ValueError(f'expected yes or no, received {answer[:60]!r}')
@@ -64,7 +64,7 @@ def _value(text):
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): return None
 
 def json_values(
-    answer: str,
+    answer: str, # of a model
     kind: type,  # dict or list
 ) -> list:       # the outermost values of this kind
     "All values of a kind in a text, with or without prose around them."
@@ -102,7 +102,7 @@ def scores_in(
     return scores
 
 def read_json_score(
-    answer: str,
+    answer: str, # of a model
     scale: int,  # the highest score
 ) -> float:      # in [0, 1]
     "The `score` of the one JSON object in an answer, with or without prose around it. Raises `ValueError`."
@@ -113,7 +113,7 @@ def read_json_score(
 
 # %% ../../nbs/rewards/00c_answers.ipynb #a5e40017
 def read_json_scores(
-    answer: str,
+    answer: str,  # of a model
     names: tuple, # of the scores
     scale: int,   # the highest score
 ) -> dict:        # name -> score in [0, 1], or NaN where that one cannot be read
@@ -125,8 +125,8 @@ def read_json_scores(
     return scores_in({name: objects[0].get(name) for name in names}, scale, answer)
 
 def read_questions(
-    answer: str,
-) -> list: # of 1 to 10 texts
+    answer: str, # of a model
+) -> list:       # of 1 to 10 texts
     "The one JSON list of texts in an answer. Raises `ValueError`."
     lists = [x for x in json_values(without_thoughts(answer), list)
              if x and all(isinstance(q, str) and q.strip() for q in x)]

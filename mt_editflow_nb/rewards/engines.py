@@ -108,7 +108,7 @@ def load_vlm(
     return model.eval(), processor
 
 def choice_tokens(
-    tokenizer,
+    tokenizer,      # of transformers
     choices: tuple, # of texts
     model: str,     # its name, for the message
 ) -> list:          # a token each
@@ -188,11 +188,17 @@ class Local:
     @cached_property
     def loaded(self): return load_vlm(self.path, self.device, self.quantize)
 
-    def adapt(self, ask: Ask) -> Ask:
+    def adapt(
+        self,
+        ask: Ask, # a call
+    ) -> Ask:
         "A call with the settings of this engine."
         return with_settings(ask, self.max_tokens, self.temperature)
 
-    def check_ready(self, choices: tuple = ()):
+    def check_ready(
+        self,
+        choices: tuple = (), # answers of one token each, of a mode that needs them
+    ):
         "Find out without loading weights whether the words are there and the choices are single tokens."
         from transformers import AutoTokenizer
         try: tokenizer = AutoTokenizer.from_pretrained(self.path)
@@ -218,7 +224,7 @@ class Local:
         return replies
 
 def with_settings(
-    ask: Ask,
+    ask: Ask,                  # a call
     max_tokens: int = None,    # of an answer in words
     temperature: float = None, # of an answer in words
 ) -> Ask:

@@ -103,8 +103,8 @@ def _listed(instructions, plain):
     return texts[0] if len(texts) == 1 else '\n'.join(f'{i}. {t}' for i, t in enumerate(texts, 1))
 
 def prompt(
-    prompts: Prompts,
-    item: Item,
+    prompts: Prompts,   # the words
+    item: Item,         # what is scored
     ask: str,           # which of `prompts.asks`
     question: str = '', # of 'yes_no'
 ) -> str:
@@ -155,6 +155,7 @@ def _ask_until_parsed(engine, asks, parse):
                 if results[i][0] is None and not reply.error and not asks[i].choices] # probabilities would be the same
     return results
 
+# %% ../../nbs/rewards/01_judges.ipynb #96bf34c2
 def ask_and_parse(
     engine,     # (list of `Ask`) -> list of `Reply`
     asks: list, # of `Ask`
@@ -177,7 +178,7 @@ def _verdict(parsed, calls): return Verdict(math.nan if parsed is None else floa
 def direct(
     engine,           # (list of `Ask`) -> list of `Reply`
     items: list,      # of `Item`
-    prompts: Prompts,
+    prompts: Prompts, # the words
     seed: int = 0,    # without effect: nothing is sampled
 ) -> list:            # of `Verdict`
     "The number that comes to mind first."
@@ -198,7 +199,7 @@ def expected_score(
 def logit(
     engine,           # (list of `Ask`) -> list of `Reply`
     items: list,      # of `Item`
-    prompts: Prompts,
+    prompts: Prompts, # the words
     seed: int = 0,    # without effect: nothing is sampled
 ) -> list:            # of `Verdict`
     "The expected score, by the probabilities of the score tokens: nothing is drawn. After Edit-R1, arXiv 2510.16888."
@@ -214,13 +215,13 @@ def _mean_of_most(scores, k):
     return sum(there)/len(there) if 2*len(there) > k else None
 
 def think(
-    engine,            # (list of `Ask`) -> list of `Reply`
-    items: list,       # of `Item`
-    prompts: Prompts,
-    seed: int = 0,     # another seed is another opinion
-    k: int = 1,        # passes a score
+    engine,                  # (list of `Ask`) -> list of `Reply`
+    items: list,             # of `Item`
+    prompts: Prompts,        # the words
+    seed: int = 0,           # another seed is another opinion
+    k: int = 1,              # passes a score
     temperature: float = .7, # of the sampling
-) -> list:             # of `Verdict`
+) -> list:                   # of `Verdict`
     "Say what changed, then score; the mean of k sampled passes. After EditScore, arXiv 2509.23909."
     drawn = dict(max_tokens=prompts.max_tokens, temperature=temperature)
     asks = [Ask(i.images, prompt(prompts, i, 'think'), seed=seed*1000 + n, **drawn) for i in items for n in range(k)]
@@ -232,10 +233,11 @@ def think(
         verdicts.append(_verdict(_mean_of_most([p for p, _ in some], k), calls))
     return verdicts
 
+# %% ../../nbs/rewards/01_judges.ipynb #01129b1e
 def checklist(
     engine,           # (list of `Ask`) -> list of `Reply`
     items: list,      # of `Item`
-    prompts: Prompts,
+    prompts: Prompts, # the words
     seed: int = 0,    # without effect: nothing is sampled
 ) -> list:            # of `Verdict`
     "Write yes-or-no questions for each instruction, answer each, take the mean. After ThinkRL-Edit, arXiv 2601.03467."
@@ -255,7 +257,7 @@ def checklist(
 JOINT = ('if', 'cc') # the rewards of a joint call
 
 def read_score_list(
-    answer: str,
+    answer: str, # of a model
     scale: int,  # the highest score
 ) -> dict:       # 'if' and 'cc' -> score in [0, 1], or NaN where that one cannot be read
     "The `score` list of VIEScore: success, then preservation. Raises `ValueError`."
@@ -270,14 +272,14 @@ def _read_joint(answer, scale):
     return dict(zip(JOINT, both.values()))
 
 def joint(
-    engine,            # (list of `Ask`) -> list of `Reply`
-    items: list,       # of `Item`s of aspect 'joint'
-    prompts: Prompts,
-    seed: int = 0,     # another seed is another opinion
-    k: int = 1,        # passes
-    form: str = 'joint', # 'joint': named scores up to `prompts.scale`; 'viescore': a list, up to 25
+    engine,                  # (list of `Ask`) -> list of `Reply`
+    items: list,             # of `Item`s of aspect 'joint'
+    prompts: Prompts,        # the words
+    seed: int = 0,           # another seed is another opinion
+    k: int = 1,              # passes
+    form: str = 'joint',     # 'joint': named scores up to `prompts.scale`; 'viescore': a list, up to 25
     temperature: float = .7, # of the sampling
-) -> list:             # of dicts, name of a reward -> `Verdict`
+) -> list:                   # of dicts, name of a reward -> `Verdict`
     "IF and CC from one call; the mean of k sampled passes, for each of the two where most passes gave it."
     if form == 'viescore': prompts = replace(prompts, scale=25)
     read = dict(joint=_read_joint, viescore=read_score_list)[form]

@@ -39,7 +39,7 @@ class EncodedPictures:
     "Data URLs of pictures, each encoded once; those used last are kept, up to a number of bytes."
     def __init__(
         self,
-        format: str = 'png',
+        format: str = 'png',       # one of `PICTURE_FORMATS`
         capacity: int = 256 << 20, # bytes of URLs that are kept
     ):
         one_of('picture', format, PICTURE_FORMATS)
@@ -65,8 +65,8 @@ class EncodedPictures:
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0009
 def proxy_variable(
-    url: str,
-) -> str: # such as 'HTTPS_PROXY'; empty where the call goes straight
+    url: str, # of a server
+) -> str:     # such as 'HTTPS_PROXY'; empty where the call goes straight
     "The environment variable that sends calls to this address through a proxy."
     parts = urlsplit(url)
     if proxy_bypass_environment(parts.hostname or ''): return ''
@@ -87,6 +87,7 @@ def check_environment():
         needs = ' (or, for SOCKS5, the package socksio: pip install socksio)' if kind.startswith('socks5') else ''
         expect(kind in ('http', 'https'), name, f'the address of an HTTP proxy{needs}', f'a proxy of kind {kind}')
 
+# %% ../../nbs/rewards/00a_servers.ipynb #e877d9fd
 _causes = ((ssl.SSLCertVerificationError, 'its certificate cannot be verified ({}), SSL_CERT_FILE can help'),
            (socket.gaierror, 'the name {host} is not known'),
            (ConnectionRefusedError, 'nobody listens there (connection refused)'),
@@ -137,6 +138,7 @@ def _text_of(message):
         content = ''.join(part.get('text') or '' for part in content if isinstance(part, dict))
     return (content if isinstance(content, str) else message.refusal or '').strip()
 
+# %% ../../nbs/rewards/00a_servers.ipynb #3ed303a0
 def token_text(
     token, # of a server's logprobs: `token` and perhaps `bytes`
 ) -> str:
@@ -146,9 +148,9 @@ def token_text(
     return text.strip(' \n\t\u2581\u0120')
 
 def read_completion(
-    out,       # what a server answered
-    ask: Ask,
-) -> Reply:    # None where it is a completion without the probabilities that were asked for
+    out,      # what a server answered
+    ask: Ask, # the call that it answers
+) -> Reply:   # None where it is a completion without the probabilities that were asked for
     "A chat completion as a reply. What is no completion, and what was refused, is a reply with an error."
     choices = getattr(out, 'choices', None)
     message = getattr(choices[0], 'message', None) if isinstance(choices, list) and choices else None
@@ -293,6 +295,7 @@ class _Client:
         self.http = AsyncOpenAI(base_url=url, api_key=key, max_retries=retries, timeout=server.timeout)
         self.url, self.busy = url, 0
 
+# %% ../../nbs/rewards/00a_servers.ipynb #68371fa8
 class _Dispatcher:
     "The calls of one batch, in one event loop."
     def __init__(self, server):
@@ -399,11 +402,18 @@ class Server:
         settings = dict(picture=self.picture, top_logprobs=self.top_logprobs, extra_body=self.extra_body)
         return json.dumps([self.model, sorted(self.urls), settings], sort_keys=True)
 
-    def adapt(self, ask: Ask) -> Ask:
+    def adapt(
+        self,
+        ask: Ask, # a call
+    ) -> Ask:
         "A call with the settings of this engine."
         return with_settings(ask, self.max_completion_tokens or self.max_tokens, self.temperature)
 
-    def request(self, ask, pictures):
+    def request(
+        self,
+        ask: Ask,       # a call, adapted
+        pictures: list, # its pictures as URLs
+    ) -> dict:
         "A chat completion's request."
         content = [dict(type='image_url', image_url=dict(url=url)) for url in pictures]
         content.append(dict(type='text', text=ask.text))

@@ -95,6 +95,7 @@ def write_checkpoint(
     for p in sorted(folder.glob('[0-9]*'))[:-keep]: shutil.rmtree(p, ignore_errors=True)
     return final
 
+# %% ../../nbs/training/03a_checkpoints.ipynb #7a7a83e2
 def save_checkpoint(
     run,         # a run folder
     iteration,   # iterations done
@@ -124,6 +125,7 @@ def damage(
         return f'it cannot be read ({type(e).__name__}: {one_line(e)[:100]})'
     return ''
 
+# %% ../../nbs/training/03a_checkpoints.ipynb #b43e15b2
 def last_checkpoint(
     run,      # a run folder
     say=None, # called with a sentence for each newer one that is damaged
