@@ -2,8 +2,10 @@
 import json, warnings
 import numpy as np, pytest
 from PIL import Image
+from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import load_edival, load_sessions, save_sessions, Session
+from mt_editflow_nb.rewards.agreement import load_labels
 
 good = dict(id='b', image='ok.png', instructions=['x', 'y'])
 
@@ -145,6 +147,23 @@ def test_pictures_outside_the_folder_only_when_asked(folder):
     for image in ('link.png', str(folder/'sub'/'link.png'), '../sub/link.png'):
         file.write_text(line(image=image))
         assert load_sessions(file)[0].image.size == (32, 32)
+
+def test_a_path_from_home(folder, monkeypatch):
+    "What no shell has expanded, as in `sessions=~/sessions.jsonl`."
+    (folder/'sessions.jsonl').write_text(line())
+    monkeypatch.setenv('HOME', str(folder))
+    assert [s.id for s in load_sessions('~/sessions.jsonl')] == ['b']
+    config = make_config(dict(sessions='~/sessions.jsonl', heldout='~/h.jsonl', init_lora='~/lora'))
+    assert config.sessions == f'{folder}/sessions.jsonl' and config.init_lora == f'{folder}/lora'
+
+@pytest.mark.parametrize('label, part', [(dict(before='../ok.png'), 'inside'), (dict(after='/etc/hostname'), 'inside'),
+                                         (dict(score=float('nan')), 'from 0 to 1'), (None, 'an object')])
+def test_bad_labels(folder, label, part):
+    good = dict(before='ok.png', after='ok.png', instructions=['x'], score=.5)
+    lines = [json.dumps(good), '['*100_000 if label is None else json.dumps(good | label)]
+    (folder/'labels.jsonl').write_text('\n'.join(lines))
+    with pytest.raises(InputError, match=part) as e: load_labels(folder/'labels.jsonl')
+    assert f'{folder}/labels.jsonl:2' in str(e.value) and '\n' not in str(e.value)
 
 def test_pictures_are_decoded_when_they_are_asked_for(folder):
     "Of large sets only the heads are read; what is wrong further in is found when the picture is needed."

@@ -9,6 +9,7 @@ __all__ = ['RL', 'EFFECTIVE', 'RENAMED', 'EditorFields', 'SessionFields', 'Rollo
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
 import difflib
+from os.path import expanduser
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ..data.files import InputError, expect, one_of
@@ -138,6 +139,10 @@ class Config(RunFields, LossFields, AdvantageFields, RolloutFields, SessionField
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError('Input should be a value, not true or false')
         return value
+
+    @field_validator('editor', 'init_lora', 'sessions', 'heldout', 'judge', 'eval_judge')
+    @classmethod
+    def _at_home(cls, value): return expanduser(value) if isinstance(value, str) else value    # ~/mine.jsonl
 
 # %% ../../nbs/algorithm/03_config.ipynb #c0345141
 RL = ('nft', 'grpo')

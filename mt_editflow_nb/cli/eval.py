@@ -13,6 +13,7 @@ import argparse, sys, time
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
 from ..data.files import (InputError, atomic_write, check_writable, content_hash, expect, one_line,
@@ -134,7 +135,7 @@ def check_options(
 ):
     "Raises `InputError` for values that cannot be, and for options without effect."
     flags = {name: '--' + name.replace('_', '-') for name in vars(a)}
-    check_writable(Path(a.out).expanduser(), '--out')
+    check_writable(a.out, '--out')
     if a.imported:
         others = _given(a, [n for n in vars(a) if n not in ('imported', 'out', 'against')])
         if others: raise InputError(f'{flags[others[0]]}: expected no such option beside --import, received one')
@@ -533,14 +534,16 @@ def import_published(
 
 # %% ../../nbs/cli/01_eval.ipynb #54285a80
 def _run(a, tools):
+    for name, value in vars(a).items():
+        if isinstance(value, str): setattr(a, name, expanduser(value))     # --lora=~/x, which no shell expands
     check_options(a)
-    out = Path(a.out).expanduser()
+    out = Path(a.out)
     if a.imported: return import_published(a, out)
     fill_settings(a)
     return evaluate_edival(a, out, tools) if a.sessions == 'edival' else evaluate_free(a, out)
 
 def _summary(a, table, sessions):
-    out = Path(a.out).expanduser()
+    out = Path(a.out)
     if a.shard: return f'{len(sessions)} sessions done; the same command without --shard writes the card'
     if table is None: return f'{len(sessions)} sessions: pictures in {out/"multipass"}'
     note = ''.join(f'\n\nnote: {text}' for text in read_json(out/'results.json')['notes'])

@@ -130,6 +130,7 @@ def read_json_lines(
         rows.append(row)
     return rows
 
+# %% ../../nbs/data/00_files.ipynb #d1b6a7fd
 def _end_last_line(f):
     "Cut off half a line at the end of a log; a whole line without a line end gets one."
     size, tail = f.seek(0, os.SEEK_END), b''
@@ -145,7 +146,7 @@ def _end_last_line(f):
 
 def append_json_line(
     path: str|Path, # a log, created when missing
-    row: dict,
+    row: dict,      # of JSON's types, arrays, tensors and paths
 ) -> Path:          # the path
     "Append a line to a log, whole and on the disk when this returns, also beside other processes that do so."
     path = Path(path)
@@ -229,7 +230,7 @@ def locked(
         yield
 
 def is_locked(
-    folder: str|Path,
+    folder: str|Path,    # need not be there
     name: str = '.lock', # as given to `locked`
 ) -> bool:
     "Does somebody hold this folder now?"
@@ -307,9 +308,9 @@ def open_image(
 
 # %% ../../nbs/data/00_files.ipynb #c9be4c8f
 def save_png(
-    image: Image.Image,
-    path: str|Path,
-) -> Path: # the path
+    image: Image.Image, # of any mode that PNG has
+    path: str|Path,     # its folder is created when missing
+) -> Path:              # the path
     "Write a PNG file whole or not at all."
     f = io.BytesIO()
     image.save(f, 'PNG')

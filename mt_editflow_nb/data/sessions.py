@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_TURNS', 'MAX_INSTRUCTION', 'MAX_INSTRUCTIONS', 'DECODED_IMAGES', 'DECODED_AT_LOAD', 'Session', 'Sessions',
-           'session_set', 'load_sessions', 'save_sessions', 'load_edival']
+           'session_set', 'stays_inside', 'load_sessions', 'save_sessions', 'load_edival']
 
 # %% ../../nbs/data/01_sessions.ipynb #fb37697b
 import ast, hashlib, io, json, os, re, warnings
@@ -150,8 +150,11 @@ def session_set(
 # %% ../../nbs/data/01_sessions.ipynb #9edb26a8
 _required, _optional = ('id', 'image', 'instructions'), ('task_types', 'meta', 'targets')
 
-def _stays_inside(image, folder):
-    "Does a picture's path, which starts from a folder, stay in it? Links are followed: whoever made them decides."
+def stays_inside(
+    image: str,       # a path that starts from the folder
+    folder: str|Path,
+) -> bool:
+    "Does a picture's path stay in its folder? Links are followed: whoever made them has decided."
     path = os.path.normpath(os.path.join(folder, image))
     return os.path.commonpath([os.path.abspath(path), os.path.abspath(folder)]) == os.path.abspath(folder)
 
@@ -172,7 +175,7 @@ def _parse_row(
     def path(name, value):
         expect(_is_text(value), name, 'a path (text)', value)
         if os.path.isabs(value) or '..' in value:
-            expect(allow_outside or _stays_inside(value, folder), name, "a path inside the file's folder "
+            expect(allow_outside or stays_inside(value, folder), name, "a path inside the file's folder "
                    '(allow_outside reads others)', value)
         return Path(folder, value)
     row['image'] = path('`image`', row['image'])
@@ -272,7 +275,8 @@ def load_sessions(
     """Read sessions from JSON Lines.
 
     Fields: `id` (text or integer), `image`, `instructions`, optional `task_types`, `meta` and `targets`."""
-    path, folder = Path(path), Path(path).parent
+    path = Path(path).expanduser()
+    folder = path.parent
     one_of('on_bad', on_bad, ('stop', 'skip'))
     index = _Index(path, on_bad, targets)
     index.read(folder, allow_outside)
@@ -337,6 +341,7 @@ def _edival_rows(csv):
             raise InputError(f'{csv}: expected the column `{name}`, received {reader.fieldnames}')
     return rows
 
+# %% ../../nbs/data/01_sessions.ipynb #baec67e9
 def _edival_turns(rows):
     "{image: its turns, each a dict of what is the turn's own}, and {image: the place of its first row}."
     turns, last, place_of = {}, {}, {}

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..data.files import expect, open_image, read_text
 from ..data.plots import line_style
+from ..data.sessions import stays_inside
 from .cube import judge_items, verifier
 from .judges import Item
 
@@ -50,7 +51,7 @@ def _label(line, where, folder):
     "(`Item`, truth, group, type) of a line."
     def wanted(ok, what): expect(ok, where, what, line.strip())
     try: row = json.loads(line)
-    except ValueError: row = None
+    except (ValueError, RecursionError): row = None
     fields = set(row) if isinstance(row, dict) else set()
     known = 'an object with before, after, instructions, score, and perhaps aspect, group, type'
     wanted(_needed <= fields <= _needed | _optional, known)
@@ -58,7 +59,9 @@ def _label(line, where, folder):
     listed = isinstance(texts, list) and texts and all(isinstance(x, str) for x in texts)
     wanted(listed, '`instructions` as a list of texts')
     wanted(type(row['score']) in (int, float) and 0 <= row['score'] <= 1, '`score` from 0 to 1')
-    images = tuple(np.asarray(open_image(folder/str(row[k]))) for k in ('before', 'after'))
+    files = [str(row[k]) for k in ('before', 'after')]
+    wanted(all(stays_inside(f, folder) for f in files), "pictures inside the file's folder")
+    images = tuple(np.asarray(open_image(folder/f)) for f in files)
     item = Item(row.get('aspect', 'if'), images, tuple(texts))
     return item, float(row['score']), str(row.get('group', where)), str(row.get('type', 'all'))
 

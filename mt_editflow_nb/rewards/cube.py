@@ -152,13 +152,18 @@ class Judge:
             expect(self.rewards == JOINT and not coarse, 'rewards', wanted, rewards)
             expect(bool(prompts.joint), 'mode', 'one of the modes that the tiny judge knows', 'a joint one')
 
-    def items(self, sessions, images_PGTHWC, turns):
+    def items(
+        self,
+        sessions: list,            # P `Session`s
+        images_PGTHWC: np.ndarray, # uint8, results of all turns (so far)
+        turns: list,               # which, from 0
+    ) -> dict:
         "What to ask: `{(p, g, t, m): Item}`."
         return judge_items(sessions, images_PGTHWC, turns, self.rewards, self.coarse, self.joint)
 
     def check(
         self,
-        scores: Scores,
+        scores: Scores, # of this judge
         of: int = None, # scores that there will be; None: these
     ):
         "Raises `InputError` when more than `max_failed` of them failed."
@@ -206,7 +211,7 @@ class Judge:
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0022
 def check_engine(
-    engine,
+    engine,      # (list of `Ask`) -> list of `Reply`
     mode,        # from `load_mode`
     prompts,     # `Prompts`
     aspect: str, # of an `Item`
@@ -228,11 +233,12 @@ def check_engine(
     if not answered or verdict.error and mode is logit:
         raise InputError(f'judge: {engine.model} is not ready: {verdict.error}')
 
+# %% ../../nbs/rewards/02_cube.ipynb #4d3a79f1
 def scores_of(
-    judge,          # a `Judge`
-    sessions: list, # P `Session`s
-    verdicts: dict, # (p, g, t, m) -> `Verdict`, or a dict of them by reward
-    shape_PGT: tuple,
+    judge,            # a `Judge`
+    sessions: list,   # P `Session`s
+    verdicts: dict,   # (p, g, t, m) -> `Verdict`, or a dict of them by reward
+    shape_PGT: tuple, # sessions, members, turns
     repeats: int = 1, # turns that a score is for
 ) -> Scores:
     "Verdicts as a cube."
@@ -255,9 +261,9 @@ def scores_of(
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0024
 def judge_usage(
-    scores: Scores,
-) -> dict: # calls, hits (answers on record), failed, tokens and seconds (of the calls that were made, added up)
-    "What was asked for these scores."
+    scores: Scores, # of a judge that was asked
+) -> dict:         # calls, hits, failed, tokens, seconds
+    "What was asked for these scores. Hits were on record; tokens and seconds are those of the calls that were made."
     asked = [c for c in scores.calls if not c.get('again')]
     made = [c for c in asked if not c.get('cached')]
     return dict(calls=len(made), hits=len(asked) - len(made), failed=sum(bool(c['error']) for c in asked),
@@ -300,16 +306,17 @@ def _engine(model, settings):
     four_bits = dict(quantize='nf4') if name.endswith('+nf4') else {}
     return Local(name.removesuffix('+nf4'), **four_bits, **settings)
 
+# %% ../../nbs/rewards/02_cube.ipynb #d8b1286d
 def load_judge(
-    name: str,             # 'verifier', 'verifier:binary', MODEL:MODE or MODEL@URL:MODE; `:coarse` may stand behind
+    name: str,               # 'verifier', 'verifier:binary', MODEL:MODE or MODEL@URL:MODE; `:coarse` may stand behind
     /,
     *,
-    cache: str|Path = None, # SQLite file that keeps every answer
-    offline: bool = False, # replay the file: a call that it does not hold is an error
-    rewards: tuple = ('if', 'cc'),
-    max_failed: float = .2, # share of failed scores above which a run stops
-    **options,             # settings of `Local` or `Server`: max_tokens, temperature, concurrency, extra_body, ...
-):                         # (sessions, images_PGTHWC) -> `Scores`
+    cache: str|Path = None,  # SQLite file that keeps every answer
+    offline: bool = False,   # replay the file: a call that it does not hold is an error
+    rewards: tuple = ('if', 'cc'), # names of what is scored
+    max_failed: float = .2,  # share of failed scores above which a run stops
+    **options,               # settings of `Local` or `Server`: max_tokens, temperature, concurrency, extra_body, ...
+):                           # (sessions, images_PGTHWC) -> `Scores`
     """A judge by its name. Raises `InputError` for a name that says nothing.
 
     MODEL is 'tiny' (shipped), a checkpoint folder or a hub name, with `+nf4` behind it for 4 bits; URL is that of an
@@ -348,7 +355,7 @@ class TurnScorer:
     def __init__(
         self,
         judge,          # from `load_judge`; one that cannot score single turns is asked at the end
-        sessions: list,
+        sessions: list, # P `Session`s
         group: int,     # members of each
         every_turn: bool = False, # ask turn by turn whatever the judge, as turn branching needs
         **kw,           # for the judge, such as `seed`

@@ -56,6 +56,7 @@ def editor_fingerprint(
     index = try_to_load_from_cache(source, 'model_index.json')
     return f'{source}@{Path(index).parent.name}' if isinstance(index, str) else source
 
+# %% ../../nbs/training/03_runs.ipynb #97879dbc
 def judge_fingerprint(
     name: str,            # as `load_judge` takes it
     options: dict = None, # its settings
@@ -138,6 +139,7 @@ def open_run(
     for name in ('rollouts', 'checkpoints'): (run/name).mkdir(exist_ok=True)
     return run
 
+# %% ../../nbs/training/03_runs.ipynb #2fe34c7e
 def new_run_folder(
     root='runs', # where it is created
 ) -> Path:
