@@ -6,7 +6,7 @@
 __all__ = ['NEEDED_REWARDS', 'own_questions', 'load_benchmark_judge', 'Answers', 'ask_values', 'as_judged', 'ask_gedit',
            'ask_imgedit', 'ask_turns', 'ask_collapse', 'ask_awareness', 'judged_scores', 'scaled_answers', 'ask_items',
            'ask_benchmark', 'check_answers', 'BenchmarkScores', 'single_edit_scores', 'multi_turn_scores',
-           'mice_scores', 'session_tables', 'benchmark_scores']
+           'mice_scores', 'session_tables', 'count_answers', 'benchmark_scores']
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #53baf9d0
 import io
@@ -334,7 +334,7 @@ def mice_scores(
         tables[f'Half {name}'] = mice_table(*(x[half == name] for x in parts), n_boot=n_boot)
     return arrays['success'], tables, table.reset_index()
 
-# %% ../../nbs/evaluation/09c_bench_scores.ipynb #a5fec0cf
+# %% ../../nbs/evaluation/09c_bench_scores.ipynb #9b19f70c
 def session_tables(
     success_IT,     # 1, 0, or NaN
     statistics_ITX, # from `picture_statistics`
@@ -348,6 +348,15 @@ def session_tables(
     drift = statistics_table(statistics_ITX, n_boot=min(n_boot, 1000)).value.unstack()
     return {f'{head} turns': decay.to_frame(), 'Pictures without a judge, in percent': drift}
 
+def count_answers(
+    answers: Answers, # from `ask_benchmark`
+) -> tuple:           # (how many there were, how many of them gave no number)
+    "Answers that were counted on; of a judge with its own questions, its scores."
+    if answers.log: return len(answers.log), sum(bool(row['error']) for row in answers.log)
+    judged = ('consistency', 'quality', 'ratings', 'scores', 'awareness')
+    scores = [answers.arrays[name] for name in judged if name in answers.arrays]
+    return sum(x.size for x in scores), int(sum(np.isnan(x).sum() for x in scores))
+
 def benchmark_scores(
     name: str,       # of the benchmark
     sessions,        # the items
@@ -357,10 +366,10 @@ def benchmark_scores(
 ) -> BenchmarkScores:
     "All results of a run."
     sessions = list(sessions)
-    unreadable = sum(bool(row['error']) for row in answers.log)
+    asked, unreadable = count_answers(answers)
     if name in ('gedit', 'imgedit'):
         items, tables, rows = single_edit_scores(name, sessions, answers.arrays, n_boot)
-        return BenchmarkScores(tables, rows, items, None, unreadable, len(answers.log))
+        return BenchmarkScores(tables, rows, items, None, unreadable, asked)
     if name == 'mice': success, tables, rows = mice_scores(sessions, answers.arrays, n_boot)
     else: success, tables, rows = multi_turn_scores(name, answers.arrays, n_boot)
     tables |= session_tables(success, statistics, n_boot)
@@ -369,4 +378,4 @@ def benchmark_scores(
     void = np.full_like(success, np.nan, dtype=float)
     cc = (answers.arrays['object_cc'], answers.arrays['background_cc']) if name == 'mice' else (void, void)
     outcomes = Outcomes(success, *(np.clip(x, -1, 1) for x in cc))
-    return BenchmarkScores(tables, rows, items, outcomes, unreadable, len(answers.log))
+    return BenchmarkScores(tables, rows, items, outcomes, unreadable, asked)

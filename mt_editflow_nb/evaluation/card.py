@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARKDOWN_CARD', 'HTML_CARD', 'is_shape_world', 'shape_failures', 'plain_failures', 'taxonomy', 'session_scores',
-           'best_median_worst', 'model_of', 'shared_pictures', 'blind_spots', 'markdown_table', 'card_results',
-           'write_card', 'save_session_images', 'load_session_images', 'save_run_images', 'load_run']
+           'best_median_worst', 'model_of', 'shared_pictures', 'blind_spots', 'markdown_table', 'card_strip',
+           'card_results', 'write_pages', 'write_card', 'save_session_images', 'load_session_images', 'save_run_images',
+           'load_run']
 
 # %% ../../nbs/evaluation/06_card.ipynb #33905ab5
 import base64, io
@@ -218,7 +219,14 @@ def _render(template, card, table, **kw):
     text = environment.from_string(template).render(card=card)
     return text.encode('utf-8', 'replace')  # a half character of a session's text has no UTF-8
 
-def _strip(folder, name, session, images_THWC, marks_T):
+def card_strip(
+    folder: Path,            # gets strip_{name}.png
+    name: str,               # such as 'best'
+    session,                 # a `Session`
+    images_THWC: np.ndarray, # uint8, every turn's result
+    marks_T,                 # 1: followed, 0: not, NaN: nobody says
+) -> dict:                   # head, file and data of a card's picture
+    "A session as a strip of pictures."
     f = io.BytesIO()
     session_figure(session, images_THWC[None], marks_GT=[marks_T]).savefig(f, dpi=80)
     atomic_write(folder/f'strip_{name}.png', f.getvalue())
@@ -244,6 +252,14 @@ def card_results(
     unscored_T = count_unscored(success_IT)
     return wide.assign(unscored=unscored_T) if unscored_T.any() else wide
 
+def write_pages(
+    folder: str|Path, # gets card.md and card.html
+    **card,           # title, facts, notes, sections (head, text, table), about_sessions, strips (from `card_strip`)
+) -> Path:            # of card.md
+    "A card's content as Markdown, and as one self-contained HTML page."
+    atomic_write(Path(folder)/'card.html', _render(HTML_CARD, card, _html_table, autoescape=True))
+    return atomic_write(Path(folder)/'card.md', _render(MARKDOWN_CARD, card, markdown_table))
+
 def write_card(
     folder: str|Path,   # gets card.md, card.html, strip_best.png, strip_median.png, strip_worst.png
     *,
@@ -265,11 +281,10 @@ def write_card(
     sections.append(dict(head='Failures by instruction type', text=_about_failures,
                          table=taxonomy(types, outcomes.success_IT, why_IT)))
     shown = best_median_worst(session_scores(outcomes)) if images else {}
-    strips = [_strip(folder, name, sessions[i], images(i), outcomes.success_IT[i]) for name, i in shown.items()]
+    strips = [card_strip(folder, name, sessions[i], images(i), outcomes.success_IT[i]) for name, i in shown.items()]
     about = _about_sessions if images else 'No pictures were published with these results.'
-    card = dict(title=title, facts=facts, notes=list(notes), sections=sections, about_sessions=about, strips=strips)
-    atomic_write(folder/'card.html', _render(HTML_CARD, card, _html_table, autoescape=True))
-    return atomic_write(folder/'card.md', _render(MARKDOWN_CARD, card, markdown_table))
+    return write_pages(folder, title=title, facts=facts, notes=list(notes), sections=sections, about_sessions=about,
+                       strips=strips)
 
 # %% ../../nbs/evaluation/06_card.ipynb #c70e639b
 def save_session_images(

@@ -41,7 +41,8 @@ def protocol_differences(
     "Where a generation leaves the published protocol."
     default = dict(size="the editor's own", quantize='not quantised')
     different = [name for name, value in published.items() if used.get(name) not in (None, value)]
-    return [f'{name} {used[name]} (published: {default.get(name, published[name])})' for name in different]
+    said = {name: default.get(name, value) if value is None else value for name, value in published.items()}
+    return [f'{name} {used[name]} (published: {said[name]})' for name in different]
 
 # %% ../../nbs/evaluation/04b_edival.ipynb #c7cde4f5
 EDIVAL_SEED = 1234  # of the noise, the same in every turn

@@ -1,0 +1,111 @@
+"mtef_eval --bench: files in the layouts that are published, a scripted judge, numbers counted by hand."
+import io, json, re
+import numpy as np, pandas as pd, pytest
+from PIL import Image
+from mt_editflow_nb.cli.eval import main
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.evaluation.edival_rules import Found
+from test_judge_servers import Scripted, impatient  # noqa: F401  (a fixture)
+
+def png(image):
+    f = io.BytesIO()
+    image.save(f, 'PNG')
+    return dict(bytes=f.getvalue(), path=None)
+
+def said(request):
+    "The words of a request, and how many pictures it shows."
+    content = request['messages'][0]['content']
+    return content[-1]['text'], sum(part['type'] == 'image_url' for part in content)
+
+def command(name, data, out, *more):
+    how = ['--steps', '1', '--size', '48', '--batch', '2', '--out', str(out)]
+    return ['--bench', name, '--data', str(data), *how, *map(str, more)]
+
+@pytest.fixture
+def gedit(tmp_path):
+    rows = []
+    for i, s in enumerate(shape_sessions(4, 1, 'heldout')):
+        wide = Image.new('RGB', (96, 48), 'white')
+        wide.paste(s.image, (24, 0))
+        rows.append(dict(task_type=['color_alter', 'style_change'][i // 2], key=f'k{i}', instruction=s.instructions[0],
+                         instruction_language='en', input_image=png(wide), input_image_raw=png(wide),
+                         Intersection_exist=i != 3))
+    (tmp_path/'gedit').mkdir()
+    pd.DataFrame(rows).to_parquet(tmp_path/'gedit/train-00000-of-00001.parquet')
+    return tmp_path/'gedit'
+
+def test_gedit_in_shards_by_a_served_judge_and_replayed(gedit, tmp_path, capsys):
+    "Two shards fill one cache; the last call makes the table without one question more."
+    answers = iter(['[9, 4]', '[8, 8]', '[9, 9]', '[2, 6]', '[10, 9]', 'I would rather not.', '[4, 5]', '[4, 5]'])
+    with Scripted(lambda request: answers_of(request)) as server:
+        known = {}
+        def answers_of(request):
+            key = json.dumps(request['messages'])
+            if known.get(key, '').startswith('I would'): return known[key]
+            return known.setdefault(key, next(answers))
+        judge = ['--judge', f'm@{server.url}']
+        for shard in ('1/2', '2/2'):
+            assert main(command('gedit', gedit, tmp_path/'out', *judge, '--shard', shard)) == 0, capsys.readouterr().err
+        n = len(server.requests)
+        assert n == 8 + 2 and [said(r)[1] for r in server.requests].count(1) >= 4  # one is asked three times
+        assert main(command('gedit', gedit, tmp_path/'out', *judge)) == 0, capsys.readouterr().err
+        assert len(server.requests) == n + 3            # what could not be read is asked again, nothing else
+    results = json.loads((tmp_path/'out/results.json').read_text())
+    assert (results['unreadable'], results['asked']) == (1, 8)
+    assert any('4 first pictures were cut' in text for text in results['differences'])
+    items = pd.read_csv(tmp_path/'out/items.csv')
+    assert items.O.isna().sum() == 1 and sorted(items.intersection) == [False, True, True, True]
+    assert (tmp_path/'out/fullset/style_change/en/k3_SRCIMG.png').is_file()
+    assert 'Scores of the intersection subset' in (tmp_path/'out/card.md').read_text()
+
+def test_mice_joins_edivals_rules_with_the_walk_through_the_session(tmp_path, capsys):
+    s, = shape_sessions(1, 1, 'heldout')
+    (tmp_path/'pictures').mkdir()
+    s.image.save(tmp_path/'pictures/0.jpg')
+    told = ['From now on, all in red. With this rule active, Add cat', 'Remove cat']
+    row = dict(image='/elsewhere/0.jpg', instruction=told,
+               task_type=['subject_add', 'subject_remove'], formatted_instruction=['Add [cat]', 'Remove [cat]'],
+               bg_consistency=[True, True], unchanged_objects=[['dog'], ['dog']], available_objects=[['dog'], ['dog']],
+               all_objects=[['dog', 'cat']] * 2, turns=2)
+    (tmp_path/'mice/cm').mkdir(parents=True)
+    (tmp_path/'mice/cm/test_metadata.jsonl').write_text(json.dumps(row) + '\n')
+    box = Found(np.array([[.2, .2, .6, .6]]), np.array([.9]))
+    def features(images):
+        import torch
+        return torch.ones(len(images), 4), torch.ones(len(images), 200, 4)
+    tools = (lambda image, names, threshold: box, lambda images, question: 'yes', features, None)
+    def walks(request):
+        text, pictures = said(request)
+        assert 'all in red' in text
+        return f'<answer_final> {"yes" if pictures == 2 else "no"} </answer_final>'
+    with Scripted(walks) as server:
+        options = ['--images', tmp_path/'pictures', '--judge', f'm@{server.url}']
+        argv = command('mice', tmp_path/'mice', tmp_path/'out', *options)
+        assert main(argv, tools=tools) == 0, capsys.readouterr().err
+        assert len(server.requests) == 2
+    table = pd.read_csv(tmp_path/'out/scores.csv').set_index(['turn', 'metric']).value
+    assert table[1].to_dict() == pytest.approx(dict(IF=100, CC=100, GA=100, weighted=100))
+    assert table[2].to_dict() == pytest.approx(dict(IF=0, CC=100, GA=0, weighted=30))  # the cat is still found
+
+def test_imgedit_leaves_the_answers_where_the_published_steps_read_them(tmp_path, capsys):
+    a, b = shape_sessions(2, 1, 'heldout')
+    (tmp_path/'imgedit/animal').mkdir(parents=True)
+    for name, s in (('1', a), ('2', b)): s.image.save(tmp_path/f'imgedit/animal/{name}.png')
+    edits = {'1': dict(id='animal/1.png', prompt=a.instructions[0], edit_type='replace'),
+             '2': dict(id='animal/2.png', prompt=b.instructions[0], edit_type='add')}
+    (tmp_path/'imgedit/basic_edit.json').write_text(json.dumps(edits))
+    (tmp_path/'checkout').mkdir()
+    prompts = {kind: f'{kind}: <edit_prompt>' for kind in ('replace', 'add')}
+    (tmp_path/'checkout/prompts.json').write_text(json.dumps(prompts))
+    lines = 'Brief reasoning: fine.\nPrompt Compliance: 2\nVisual Seamlessness: 5\nPhysical & Detail Fidelity: 4'
+    with Scripted(lambda request: lines) as server:
+        options = ['--judge', f'm@{server.url}', '--questions', tmp_path/'checkout']
+        assert main(command('imgedit', tmp_path/'imgedit', tmp_path/'out', *options)) == 0, capsys.readouterr().err
+        assert sorted(said(r)[0] for r in server.requests) == sorted(
+            [f'replace: {a.instructions[0]}', f'add: {b.instructions[0]}'])
+    assert json.loads((tmp_path/'out/edited/result.json').read_text()) == {'1': lines, '2': lines}
+    items = pd.read_csv(tmp_path/'out/items.csv', dtype=dict(id=str)).set_index('id').score
+    assert items.to_dict() == pytest.approx({'1': 2, '2': 11/3})  # capped where something was replaced
+    card = (tmp_path/'out/card.md').read_text()
+    assert "the benchmark's, from" in card and 'our wording' not in card
+    assert re.search(r'mean of types \| 2\.83', card)
