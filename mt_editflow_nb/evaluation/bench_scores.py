@@ -195,7 +195,7 @@ def scaled_answers(
         return Answers(dict(awareness=np.cumprod(follows, 1)), [])
     return Answers(dict(scores=10 * scores_ITM, asked=np.ones(scores_ITM.shape[:2])), [])
 
-# %% ../../nbs/evaluation/09c_bench_scores.ipynb #2acfb468
+# %% ../../nbs/evaluation/09c_bench_scores.ipynb #9836b375
 def ask_items(
     name: str,        # of the benchmark
     judge,            # from `load_benchmark_judge`
@@ -247,7 +247,7 @@ def check_answers(
 ):
     "Raises `InputError` when more answers than that could not be read."
     failed = [row['error'] for row in log if row['error']]
-    if len(failed) <= max_failed * len(log): return
+    if len(failed) <= max_failed * max(len(log), 20): return   # of a few answers one may well be lost
     often = Counter(failed).most_common(1)[0][0]
     raise InputError(f'judge: expected a readable answer to at least {1 - max_failed:.0%} of the questions, received '
                      f'none to {len(failed)} of {len(log)}; most often: {often}. What has been answered is kept; the '
