@@ -1,0 +1,229 @@
+"""How much of a gradient is signal, by credit, fusion, members and stage of a run:
+
+    python experiments/gradient_signal.py measure --folder runs/signal [--stages base 20 60] [--batches 32]
+    python experiments/gradient_signal.py report --folder runs/signal
+
+`measure` trains once (60 iterations, adaptive fusion, return to go) to have stages, then draws batches of 8 training
+sessions and 8 members, as chains and with turn branching, and keeps the rewards and a sketch of the NFT gradient of
+every row and turn, a file a batch: stopped and called again it goes on. `report` compares rules of credit on what is
+kept, and writes experiments/results/signal.jsonl, a line a cell."""
+import argparse
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np, torch
+from safetensors.torch import load_file, save_file
+from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.algorithm.iterate import continuation, iterate, turn_advantages
+from mt_editflow_nb.algorithm.policy import Policy
+from mt_editflow_nb.data.files import append_json_line
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.editing.lora import load_lora, save_lora
+from mt_editflow_nb.editing.noise import choose_levels, normal_noise
+from mt_editflow_nb.editing.rollout import rollout
+from mt_editflow_nb.rewards.cube import TurnScorer, load_judge
+
+P, G, T, SKETCH = 8, 8, 3, 2048
+STRUCTURES = dict(chains='none', branching='random', best='best')     # the last for the ceiling of rewards alone
+FIRST_SESSION = 100_000                                               # far from those that the run is trained on
+RULES = {'paper': dict(fusion='advantage', credit='broadcast'),
+         'broadcast, adaptive': dict(fusion='adaptive', credit='broadcast', std='none'),
+         'to go, adaptive': dict(fusion='adaptive', credit='to_go', std='none'),
+         'local, adaptive': dict(fusion='adaptive', credit='local', std='none'),
+         'local, sum': dict(fusion='reward', credit='local', std='none'),
+         'until failure (Edit-R2)': dict(aggregation='none', fusion='reward', credit='until_failure')}
+BRANCHING_RULES = {name: RULES[name] for name in ('local, adaptive', 'local, sum', 'to go, adaptive')}
+
+def make_stages(folder, stages):
+    "Adapters after some iterations of one run; made again from its start when cut."
+    wanted = [int(s) for s in stages if s != 'base']
+    if all((folder/f'stage_{i}').is_dir() for i in wanted): return
+    config = make_config(dict(iterations=60, **RULES['to go, adaptive']))
+    policy, judge = Policy(config, load_editor(lora_rank=config.lora_rank)), load_judge('verifier')
+    for i in range(max(wanted)):
+        iterate(config, policy, shape_sessions(P, T, start=P*i), judge, i)
+        if i + 1 in wanted: save_lora(policy.editor, folder/f'stage_{i + 1}')
+
+class RowGradients:
+    "While it is open, a backward pass adds to `sketch_NX` the gradient of each row's loss, in random buckets."
+    def __init__(self, editor):
+        adapted = [(n, m) for n, m in editor.transformer.named_modules() if 'lora_' in n and hasattr(m, 'weight')]
+        self.modules = [m for _, m in sorted(adapted, key=lambda x: x[0])]
+        generator = torch.Generator().manual_seed(0)
+        sizes = [m.weight.numel() for m in self.modules]
+        self.buckets = [torch.randint(SKETCH, (n,), generator=generator) for n in sizes]
+        self.signs = [torch.randint(2, (n,), generator=generator)*2. - 1 for n in sizes]
+
+    def __enter__(self):
+        def listen(i, module):
+            def forward(module, inputs, output): module.seen = inputs[0].detach()
+            def backward(module, grad_inputs, grad_outputs): self.add(i, module.seen, grad_outputs[0])
+            return module.register_forward_hook(forward), module.register_full_backward_hook(backward)
+        self.hooks = [hook for i, module in enumerate(self.modules) for hook in listen(i, module)]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks: hook.remove()
+
+    def add(self, i, seen, gradient):
+        seen, gradient = (x.reshape(len(x), -1, x.shape[-1]) for x in (seen, gradient))
+        each = torch.einsum('nlo,nli->noi', gradient, seen).flatten(1)
+        self.sketch_NX.index_add_(1, self.buckets[i], each*self.signs[i])
+
+    def of(self, editor, x0, xt, s, text, image):
+        "Sketches of the gradients of NFT's loss for an advantage of 1, before the first update, [N, X]."
+        self.sketch_NX = torch.zeros(len(x0), SKETCH)
+        off = xt - s[:, None, None]*editor.velocity(xt, s, text, image) - x0
+        weight = off.detach().abs().mean((1, 2)).clamp(min=1e-5)
+        ((off**2).mean((1, 2))/weight).sum().backward()
+        return self.sketch_NX
+
+def measure_batch(editor, structure, b, with_gradients=True):
+    "Rewards, success and sketches of the gradients of a batch."
+    config = make_config(dict(branching=STRUCTURES[structure], credit='local'))
+    sessions = shape_sessions(P, T, start=FIRST_SESSION + P*b)
+    with TurnScorer(load_judge('verifier'), sessions, G, every_turn=True) as scorer:
+        made = rollout(editor, sessions, group=G, num_steps=config.num_steps, seed=1, iteration=b, on_turn=scorer,
+                       choose=continuation(config, scorer))
+        scores = scorer.scores(made.images_PGTHWC)
+    kept = dict(rewards_PGTM=scores.rewards_PGTM, success_PGT=scores.success_PGT)
+    if made.goes_on_PT is not None: kept['goes_on_PT'] = made.goes_on_PT
+    if not with_gradients: return kept
+    sketches = []
+    with RowGradients(editor) as gradients:
+        for t in range(T):
+            keys = [(*key, 'train', t) for key in made.keys]
+            sigma_N = made.sigmas[choose_levels(keys, config.num_steps, 1)[0]].repeat_interleave(G)
+            noise_NLC = normal_noise([(*key, 0) for key in keys], editor.latent_shape).repeat_interleave(G, 0)
+            x0, s = made.clean_TNLC[t], sigma_N[:, None, None]
+            xt = (1 - s)*x0 + s*noise_NLC
+            sketches.append(gradients.of(editor, x0, xt, sigma_N, made.texts_T[t], made.inputs_TNLC[t]))
+    return kept | dict(sketch_PGTX=torch.stack(sketches, 1).unflatten(0, (P, G)).half())
+
+def measure(folder, stages, batches):
+    "All cells that are not there yet."
+    make_stages(folder, stages)
+    for b, stage, structure in product(range(batches), stages, STRUCTURES):     # batch by batch: useful when cut
+        file = folder/'batches'/stage/structure/f'{b:04d}.safetensors'
+        if file.is_file() or structure == 'best' and b >= 8: continue
+        editor = editor_at(folder, stage)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tmp = file.with_suffix('.tmp')
+        save_file({k: x.contiguous() for k, x in measure_batch(editor, structure, b, structure != 'best').items()}, tmp)
+        tmp.replace(file)
+
+_editors = {}
+def editor_at(folder, stage):
+    "The editor of a stage, loaded once."
+    if stage not in _editors:
+        editor = _editors[stage] = load_editor(**({} if stage != 'base' else dict(lora_rank=16)))
+        if stage != 'base': load_lora(editor, folder/f'stage_{stage}')
+        for name, p in editor.transformer.named_parameters(): p.requires_grad_('lora_' in name)
+    return _editors[stage]
+
+def batch_gradients(batches, rule, members, branching):
+    "A gradient a batch, [B, X], of a group of some members, and the share of members' turns that count."
+    config = make_config(dict(branching='random' if branching else 'none', **rule))
+    gradients, counted = [], []
+    for kept in batches:
+        for first in range(0, G, members):
+            part = slice(first, first + members)
+            names = ('rewards_PGTM', 'success_PGT')
+            scores, goes_on_PT = SimpleNamespace(**{n: kept[n][:, part] for n in names}), kept.get('goes_on_PT')
+            if goes_on_PT is not None and rule['credit'] == 'to_go' and members < G: return None, None
+            A_PGT = turn_advantages(config, scores, goes_on_PT).clamp(-config.adv_max, config.adv_max)
+            gradients.append(torch.einsum('pgt,pgtx->x', A_PGT, kept['sketch_PGTX'][:, part].float())/A_PGT.numel())
+            counted.append((A_PGT != 0).float().mean())
+    return torch.stack(gradients).double(), torch.stack(counted).mean().item()
+
+def signal_to_noise(gradient_BX):
+    "Squared norm of the mean gradient over the variance of one: the estimate without bias, and its jackknife error."
+    def estimate(inner_BB):
+        B = len(inner_BB)
+        squares = inner_BB.diagonal().sum()
+        signal = (inner_BB.sum() - squares)/(B*(B - 1))
+        return (signal/(squares/B - signal)).item()
+    inner_BB = gradient_BX@gradient_BX.T
+    B = len(inner_BB)
+    rest = [torch.arange(B)[torch.arange(B) != b] for b in range(B)]
+    left_out = np.array([estimate(inner_BB[r][:, r]) for r in rest])
+    return estimate(inner_BB), float(np.sqrt((B - 1)/B*((left_out - left_out.mean())**2).sum()))
+
+def cosine_of_halves(gradient_BX):
+    "Mean cosine between the mean gradients of two random halves of the batches."
+    generator, cosines = torch.Generator().manual_seed(0), []
+    for _ in range(100):
+        order = torch.randperm(len(gradient_BX), generator=generator)
+        halves = [gradient_BX[half].mean(0) for half in order.chunk(2)]
+        cosines.append(torch.cosine_similarity(*halves, 0).item())
+    return float(np.mean(cosines))
+
+def cosine_of_means(a_BX, b_BX):
+    "Cosine between the expectations of two estimates on the same batches, noise of one batch left out."
+    def inner(x, y):
+        products = x@y.T
+        return (products.sum() - products.diagonal().sum()).item()
+    return inner(a_BX, b_BX)/max(1e-30, inner(a_BX, a_BX)*inner(b_BX, b_BX))**.5
+
+def report_stage(folder, stage):
+    "Yields a row for each cell of a stage."
+    def read(structure): return [load_file(f) for f in sorted((folder/'batches'/stage/structure).glob('*.safetensors'))]
+    whole = None
+    for structure, rules in (('chains', RULES), ('branching', BRANCHING_RULES)):
+        batches = read(structure)
+        if len(batches) < 4: continue
+        for (name, rule), members in product(rules.items(), (8, 4, 2)):
+            gradient_BX, counted = batch_gradients(batches, rule, members, structure == 'branching')
+            if gradient_BX is None: continue
+            snr, error = signal_to_noise(gradient_BX)
+            passes = P*members*T*(3 + 3)        # three denoising steps, and forward plus backward
+            if name == 'broadcast, adaptive' and members == G: whole = gradient_BX
+            same_size = members == G and len(gradient_BX) == len(whole)
+            yield dict(stage=stage, structure=structure, rule=name, members=members, batches=len(gradient_BX), snr=snr,
+                       snr_error=error, snr_per_1000_passes=1000*snr/passes, error_per_1000_passes=1000*error/passes,
+                       cosine_of_halves=cosine_of_halves(gradient_BX), counted=counted,
+                       norm=gradient_BX.norm(dim=1).mean().item(),
+                       cosine_with_broadcast=cosine_of_means(gradient_BX, whole) if same_size else None)
+    batches = read('chains')
+    if not batches: return
+    yield dict(stage=stage, groups=group_facts(batches), ceiling=ceiling(read('best')))
+
+def group_facts(batches):
+    "Of groups of 8 at each turn: all members right, all wrong, and no spread in the graded rewards."
+    success_PGT = torch.cat([b['success_PGT'] for b in batches])
+    spread_PTM = torch.cat([b['rewards_PGTM'] for b in batches]).std(1, correction=0)
+    return dict(sessions=len(success_PGT), success=success_PGT.mean((0, 1)).tolist(),
+                all_right=(success_PGT == 1).all(1).float().mean(0).tolist(),
+                all_wrong=(success_PGT == 0).all(1).float().mean(0).tolist(),
+                no_spread=(spread_PTM < 1e-3).all(-1).float().mean(0).tolist())
+
+def ceiling(batches):
+    "The best of 8 going on at every turn: share of sessions all right so far, and cc, of the member that went on."
+    if not batches: return None
+    right, kept = [], []
+    for b in batches:
+        best_PT = (b['rewards_PGTM']@torch.tensor([.35, .65])).argmax(1)[:, None]
+        right.append(b['success_PGT'].gather(1, best_PT)[:, 0].cumprod(-1))
+        kept.append(b['rewards_PGTM'][..., 1].gather(1, best_PT)[:, 0])
+    right_PT = torch.cat(right)
+    error = (right_PT.mean(0)*(1 - right_PT.mean(0))/len(right_PT)).sqrt()
+    return dict(sessions=len(right_PT), all_right=right_PT.mean(0).tolist(), error=error.tolist(),
+                cc=torch.cat(kept).mean(0).tolist())
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=['measure', 'report'])
+    parser.add_argument('--folder', type=Path, default=Path('runs/signal'))
+    parser.add_argument('--stages', nargs='+', default=['base', '20', '60'])
+    parser.add_argument('--batches', type=int, default=32)
+    a = parser.parse_args()
+    a.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    if a.what == 'measure': return measure(a.folder, a.stages, a.batches)
+    file = Path('experiments/results/signal.jsonl')
+    file.unlink(missing_ok=True)
+    for stage in a.stages:
+        for row in report_stage(a.folder, stage): append_json_line(file, row)
+
+if __name__ == '__main__': main()
