@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'BACKGROUNDS', 'POSITIONS', 'CELL_SIDE', 'WORLD_SIDE', 'OBJECTS', 'PATTERNS', 'EDIT_TYPES',
-           'RECOGNISED_RMS', 'FAR_RMS', 'SPLITS', 'Scene', 'templates', 'cells_of', 'render', 'enlarge', 'Edit',
-           'with_article', 'edit_text', 'parse_edit', 'apply_edit', 'Reading', 'closeness', 'recognise', 'read_scene',
-           'split_of', 'random_chain', 'shape_sessions', 'teacher_images']
+           'RECOGNISED_RMS', 'FAR_RMS', 'SPLITS', 'DEPENDENT_TYPES', 'Scene', 'templates', 'cells_of', 'render',
+           'enlarge', 'Edit', 'with_article', 'edit_text', 'parse_edit', 'apply_edit', 'Reading', 'closeness',
+           'recognise', 'read_scene', 'split_of', 'random_chain', 'shape_sessions', 'dependent_chain',
+           'dependent_sessions', 'teacher_images']
 
 # %% ../../nbs/data/02_shapeworld.ipynb #4ca4afdc
 import re, zlib
@@ -299,6 +300,44 @@ def shape_sessions(
         scenes, edits = random_chain(np.random.default_rng((seed, i, list(SPLITS).index(split))), turns, split)
         first = Image.fromarray(render(scenes[:1])[0])
         sessions.append(Session(f'{split}-{seed}-{i}', first, [edit_text(e) for e in edits], [e.type for e in edits]))
+    return sessions
+
+# %% ../../nbs/data/02_shapeworld.ipynb #fd23355b
+DEPENDENT_TYPES = ('color_alter', 'position_change', 'subject_replace')   # after each the object is there to be edited
+
+def dependent_chain(
+    rng: np.random.Generator,
+    turns: int, # T
+    split: str, # of the first scene
+) -> tuple:     # (scenes [T + 1], edits [T])
+    "A first scene of this split, an object that is added, and edits of that object, types unrepeated while they last."
+    scenes, edits, unused = random_chain(rng, 1, split)[0][:1], [], []
+    edits.append(_random_edit(rng, scenes[0], 'subject_add', set()))
+    scenes.append(apply_edit(scenes[0], edits[0]))
+    while len(edits) < turns:
+        unused = unused or rng.permutation(DEPENDENT_TYPES).tolist()
+        obj = edits[-1].new or edits[-1].obj
+        others = set(scenes[-1].cells) - {obj}
+        edits.append(_random_edit(rng, scenes[-1], unused.pop(), others))
+        scenes.append(apply_edit(scenes[-1], edits[-1]))
+    return scenes, edits
+
+def dependent_sessions(
+    n: int,               # how many
+    turns: int = 3,       # T
+    split: str = 'train', # 'train' or 'heldout'
+    seed: int = 0,        # a different seed gives other sessions
+    start: int = 0,       # index of the first one
+) -> list:                # `Session`s with T instructions and EdiVal's type names
+    "Seeded sessions in which each turn edits what the turn before it made; session i does not depend on n."
+    one_of('split', split, list(SPLITS))
+    sessions = []
+    for i in range(start, start + n):
+        rng = np.random.default_rng((seed, i, list(SPLITS).index(split), 100))
+        scenes, edits = dependent_chain(rng, turns, split)
+        first = Image.fromarray(render(scenes[:1])[0])
+        texts, types = [edit_text(e) for e in edits], [e.type for e in edits]
+        sessions.append(Session(f'dependent-{split}-{seed}-{i}', first, texts, types))
     return sessions
 
 # %% ../../nbs/data/02_shapeworld.ipynb #48655b99
