@@ -6,16 +6,16 @@
 __all__ = ['BENCHMARK_QUESTIONS', 'read_turn', 'read_damage', 'read_benchmark_questions', 'item_question', 'turn_question',
            'collapse_question', 'session_question', 'read_viescore', 'read_ratings', 'read_named', 'read_walk']
 
-# %% ../../nbs/evaluation/09b_bench_questions.ipynb #f94eab20
+# %% ../../nbs/evaluation/09b_bench_questions.ipynb #32d1746a
 import ast, re
 from functools import partial
 from pathlib import Path
 import numpy as np
 from ..data.files import InputError, expect, one_of, read_json, read_text
 from ..rewards.answers import json_values, without_thoughts
+from ..rewards.reward_models import text_constants
 from .bench_items import BENCHMARKS
 from .benchmarks import read_scores
-from .edival_models import text_constants
 
 # %% ../../nbs/evaluation/09b_bench_questions.ipynb #9a3a244a
 _two_scores = ' Answer with one JSON object and nothing else: {"reasoning": "in short", "score": [first, second]}'

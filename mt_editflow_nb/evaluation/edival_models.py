@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DETECTOR', 'ASKER', 'FEATURES', 'QUALITY', 'THINK', 'tiny_edival_models', 'weights_of', 'Detector', 'load_detector',
-           'text_constants', 'read_edival_questions', 'as_jpeg', 'Asker', 'load_asker', 'float_pixels',
-           'FeatureExtractor', 'load_features', 'load_quality']
+           'read_edival_questions', 'as_jpeg', 'Asker', 'load_asker', 'float_pixels', 'FeatureExtractor',
+           'load_features', 'load_quality']
 
 # %% ../../nbs/evaluation/04a_edival_models.ipynb #445bd843
 import ast, io, re, tempfile
@@ -19,6 +19,7 @@ from ..data.files import InputError, content_hash, expect, one_line, read_text
 from ..rewards.engines import Ask, fingerprint
 from ..rewards.judges import MODES, ask_and_parse
 from ..rewards.cube import load_judge
+from ..rewards.reward_models import text_constants
 from .edival_rules import QUESTIONS, Detect, Found, NoAnswer, choices_of, kind_of
 
 # %% ../../nbs/evaluation/04a_edival_models.ipynb #43187db5
@@ -207,14 +208,6 @@ _published = dict(
     edited=('VLM_DD_COLOR_ALTER_PROMPT', ['instruction']),  # materials are asked for in the same words
     text=('VLM_TEXT_PROMPT', []),
     background=('VLM_BACKGROUND_PROMPT', ['background']))
-
-def text_constants(
-    tree, # of `ast.parse`
-) -> dict: # name -> text
-    "The constants of a module that are texts."
-    pairs = [(node.targets[0], node.value) for node in tree.body if isinstance(node, ast.Assign)]
-    return {name.id: value.value for name, value in pairs
-            if isinstance(name, ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, str)}
 
 def _name_question(tree): # the f-string of the function that asks for a plain name, with one gap
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == '_query_vlm_for_object_name']

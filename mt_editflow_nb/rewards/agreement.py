@@ -8,14 +8,14 @@ __all__ = ['Labels', 'session_labels', 'load_labels', 'Judgements', 'ask_repeate
 
 # %% ../../nbs/rewards/03_agreement.ipynb #abb16141
 import json, time, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..data.files import expect, open_image, read_text
 from ..data.plots import line_style
 from ..data.sessions import stays_inside
 from .cube import judge_items, verifier
-from .judges import Item
+from .judges import Item, is_joint
 
 # %% ../../nbs/rewards/03_agreement.ipynb #00ce1649
 @dataclass
@@ -86,15 +86,16 @@ class Judgements:
     seconds: float        # a score
 
 def ask_repeatedly(
-    mode,             # from `load_mode`; one that gives a score a call
+    mode,             # from `load_mode`, or of a judge
     engine,           # (list of `Ask`) -> list of `Reply`
     items: list,      # N `Item`s
     prompts,          # `Prompts`
     repeats: int = 4, # R; each with its own seed
 ) -> Judgements:
-    "Judge everything R times."
-    t0 = time.perf_counter()
-    rounds = [mode(engine, items, prompts, seed=r) for r in range(repeats)]
+    "Judge everything R times. Of a mode that gives IF and CC together, the score that an item is about counts."
+    t0, asked = time.perf_counter(), [replace(i, aspect='joint') for i in items] if is_joint(mode) else items
+    rounds = [mode(engine, asked, prompts, seed=r) for r in range(repeats)]
+    if is_joint(mode): rounds = [[v[i.aspect] for v, i in zip(verdicts, items)] for verdicts in rounds]
     seconds, n = time.perf_counter() - t0, repeats*len(items)
     tokens = sum(c['tokens'] for verdicts in rounds for v in verdicts for c in v.calls)
     return Judgements(np.array([[v.score for v in verdicts] for verdicts in rounds]), tokens/n, seconds/n)

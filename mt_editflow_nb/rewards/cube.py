@@ -12,6 +12,7 @@ import inspect, math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from ..data.files import InputError, expect, one_of
@@ -21,6 +22,7 @@ from .cache import Cached
 from .engines import Local, TINY_JUDGE
 from .judges import Item, JOINT, PROMPTS, TINY_PROMPTS
 from .judges import is_joint, load_mode, logit
+from .reward_models import HEAD_MODELS, RewardHeads, regress
 from .servers import Server
 
 # %% ../../nbs/rewards/02_cube.ipynb #f32c5ef4
@@ -270,7 +272,8 @@ def judge_usage(
                 tokens=sum(c['tokens'] for c in made), seconds=round(sum(c['seconds'] for c in made), 3))
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0003
-REWARD_MODELS = dict(editscore='viescore', unifiedreward='viescore') # a kind of models -> the mode that they answer in
+REWARD_MODELS = dict(editscore='viescore', unifiedreward='viescore', # a kind of models -> how it answers: a mode,
+                     rationalrewards='rational', **dict.fromkeys(HEAD_MODELS, 'heads')) # or with the numbers of heads
 
 _examples = ("'tiny:think', 'Qwen/Qwen2.5-VL-7B-Instruct:logit' or "
              "'Qwen/Qwen2.5-VL-7B-Instruct@http://localhost:8000/v1:think@4'")
@@ -307,13 +310,25 @@ def _engine(model, settings):
     return Local(name.removesuffix('+nf4'), **four_bits, **settings)
 
 # %% ../../nbs/rewards/02_cube.ipynb #d8b1286d
+def _heads_judge(kind, model, cache, offline, rewards, max_failed, options):
+    "A reward model that answers with the numbers of its heads."
+    expect('@http' not in model, 'judge', f'{kind}:CHECKPOINT, which is loaded in this process', f'{kind}:{model}')
+    known = [k for k, p in inspect.signature(RewardHeads.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in options: one_of('judge_options', name, known)
+    own = tuple(HEAD_MODELS[kind].rewards)
+    rewards = own if tuple(rewards) == JOINT else rewards
+    for name in rewards: one_of(f'rewards of {kind}', name, own)
+    heads = RewardHeads(kind, model, **options)
+    engine = Cached(heads, cache, offline=offline) if cache or offline else heads
+    return Judge(engine, partial(regress, heads=heads), rewards=rewards, max_failed=max_failed)
+
 def load_judge(
     name: str,               # 'verifier', 'verifier:binary', MODEL:MODE or MODEL@URL:MODE; `:coarse` may stand behind
     /,
     *,
     cache: str|Path = None,  # SQLite file that keeps every answer
     offline: bool = False,   # replay the file: a call that it does not hold is an error
-    rewards: tuple = ('if', 'cc'), # names of what is scored
+    rewards: tuple = ('if', 'cc'), # names of what is scored; of EditReward and HPSv3 it is what their heads give
     max_failed: float = .2,  # share of failed scores above which a run stops
     **options,               # settings of `Local` or `Server`: max_tokens, temperature, concurrency, extra_body, ...
 ):                           # (sessions, images_PGTHWC) -> `Scores`
@@ -321,12 +336,14 @@ def load_judge(
 
     MODEL is 'tiny' (shipped), a checkpoint folder or a hub name, with `+nf4` behind it for 4 bits; URL is that of an
     OpenAI-compatible server, or of several with commas between them; MODE is one of `MODES` or `JOINT_MODES`, think@k
-    or joint@k. `editscore:MODEL` and `unifiedreward:MODEL` are MODEL:viescore."""
+    or joint@k. `editscore:MODEL` and `unifiedreward:MODEL` are MODEL:viescore, `rationalrewards:MODEL` is
+    MODEL:rational, and `editreward:MODEL` and `hpsv3:MODEL` load a reward model with heads."""
     if name in JUDGES:
         expect(not options, 'judge_options', 'no settings for the exact verifier', options)
         return lambda sessions, images_PGTHWC: verifier(sessions, images_PGTHWC, binary=name.endswith(':binary'))
     fine = name.removesuffix(':coarse')
     kind, _, rest = fine.partition(':')
+    if kind in HEAD_MODELS: return _heads_judge(kind, rest, cache, offline, rewards, max_failed, options)
     if kind in REWARD_MODELS: fine = f'{rest}:{REWARD_MODELS[kind]}'
     model, colon, mode = fine.rpartition(':')
     expect(bool(colon), 'judge', f"one of {', '.join(JUDGES)}, or MODEL:MODE such as {_examples}", name)

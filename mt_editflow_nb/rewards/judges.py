@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'TINY_PROMPTS', 'RETRIES', 'MIN_MASS', 'JOINT', 'MODES', 'JOINT_MODES', 'Item', 'Verdict', 'Prompts',
            'prompt', 'ask_and_parse', 'direct', 'expected_score', 'logit', 'think', 'checklist', 'read_score_list',
-           'joint', 'load_mode', 'is_joint']
+           'read_critique', 'joint', 'load_mode', 'is_joint']
 
 # %% ../../nbs/rewards/01_judges.ipynb #803a7fbd
-import math
+import math, re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from ..data.files import InputError, expect, one_of
@@ -42,7 +42,7 @@ class Prompts:
     "Everything that is said to the model. `{scale}` is the highest score."
     aspects: dict       # aspect -> what is judged
     fence: str          # around the instructions: they are data
-    asks: dict          # 'number', 'think', 'questions', 'yes_no', 'joint', 'viescore' -> how to answer
+    asks: dict          # 'number', 'think', 'questions', 'yes_no', 'joint', 'viescore', 'rational' -> how to answer
     scale: int = 9      # the best score; the worst is 0
     max_tokens: int = 512 # of a thought, or of a list of questions
     joint: str = ''     # what is judged in a call that gives IF and CC together; empty: the model knows no such call
@@ -83,7 +83,14 @@ PROMPTS = Prompts(
               'and nothing else: {{"reasoning": "what changed, in short", "success": a whole number from 0 to {scale}, '
               '"preservation": a whole number from 0 to {scale}}}',
         viescore='Answer with one JSON object and nothing else: {{"reasoning": "in short", '
-                 '"score": [success, preservation]}}, each a whole number from 0 to {scale}.'))
+                 '"score": [success, preservation]}}, each a whole number from 0 to {scale}.',
+        rational='Give four scores from 1 to 4, with fractions, where 4 is the best. Answer in this form, and give N/A '
+                 'as the last score where no text was to be written:\n# Detailed Judgement\n'
+                 '1. Text Faithfulness:\n## Justification: was the instruction carried out?\n## Score: number\n'
+                 '2. Image Faithfulness:\n## Justification: was the rest kept?\n## Score: number\n'
+                 '3. Physical and Visual Quality:\n## Justification: is it free of flaws?\n## Score: number\n'
+                 '4. Text Rendering:\n## Justification: is written text right?\n## Score: number or N/A\n'
+                 '# Summary: in one sentence'))
 
 # %% ../../nbs/rewards/01_judges.ipynb #a179bbdc
 TINY_PROMPTS = Prompts( # the only words that the shipped tiny judge understands
@@ -256,16 +263,37 @@ def checklist(
 # %% ../../nbs/rewards/01_judges.ipynb #bbf59482
 JOINT = ('if', 'cc') # the rewards of a joint call
 
+def _listed_scores(answer): # the list in what is not quite JSON, such as a reasoning with bare quotes in it
+    found = re.findall(r'"?\bscore"?\s*:\s*\[\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*\]', answer)
+    return [[float(x) for x in pair] for pair in found]
+
 def read_score_list(
     answer: str, # of a model
     scale: int,  # the highest score
 ) -> dict:       # 'if' and 'cc' -> score in [0, 1], or NaN where that one cannot be read
     "The `score` list of VIEScore: success, then preservation. Raises `ValueError`."
     lists = [x['score'] for x in json_values(without_thoughts(answer), dict) if isinstance(x.get('score'), list)]
-    lists = lists or json_values(without_thoughts(answer), list)
+    lists = lists or json_values(without_thoughts(answer), list) or _listed_scores(answer)
     if len(lists) != 1 or len(lists[0]) != 2:
         raise ValueError(f'expected one list of two scores, received {answer[:60]!r}')
     return scores_in(dict(zip(JOINT, lists[0])), scale, answer)
+
+_sections = r'(Text Faithfulness|Image Faithfulness|Physical and Visual Quality|Text Rendering)\s*:'
+
+def read_critique(
+    answer: str, # of RationalRewards
+    scale: int,  # the highest score; the lowest is 1
+) -> dict:       # 'if' and 'cc' -> score in [0, 1], or NaN where that one cannot be read
+    "Scores at the ends of a critique's sections. Text that was to be written must be right too. Raises `ValueError`."
+    text = without_thoughts(answer).replace('*', '').partition('# Summary')[0]
+    _, *pieces = re.split(_sections, text)
+    number = r'Score\s*:\s*\[?\s*(\d+(?:\.\d+)?)'
+    found = {name: re.findall(number, said) for name, said in zip(pieces[::2], pieces[1::2])}
+    values = {name: (float(said[-1]) - 1)/(scale - 1) for name, said in found.items() if said}
+    follow = [values[name] for name in ('Text Faithfulness', 'Text Rendering') if name in values]
+    if 'Text Faithfulness' not in values: follow = []
+    both = dict(zip(JOINT, (min(follow, default=None), values.get('Image Faithfulness'))))
+    return scores_in(both, 1, answer)
 
 def _read_joint(answer, scale):
     both = read_json_scores(answer, ('success', 'preservation'), scale)
@@ -277,12 +305,13 @@ def joint(
     prompts: Prompts,        # the words
     seed: int = 0,           # another seed is another opinion
     k: int = 1,              # passes
-    form: str = 'joint',     # 'joint': named scores up to `prompts.scale`; 'viescore': a list, up to 25
+    form: str = 'joint',     # 'joint': named scores up to `prompts.scale`; 'viescore': a list, up to 25;
+                             # 'rational': a critique with scores from 1 to 4
     temperature: float = .7, # of the sampling
 ) -> list:                   # of dicts, name of a reward -> `Verdict`
     "IF and CC from one call; the mean of k sampled passes, for each of the two where most passes gave it."
-    if form == 'viescore': prompts = replace(prompts, scale=25)
-    read = dict(joint=_read_joint, viescore=read_score_list)[form]
+    prompts = replace(prompts, scale=dict(viescore=25, rational=4).get(form, prompts.scale))
+    read = dict(joint=_read_joint, viescore=read_score_list, rational=read_critique)[form]
     drawn = dict(max_tokens=prompts.max_tokens, temperature=temperature)
     asks = [Ask(i.images, prompt(prompts, i, form), seed=seed*1000 + n, **drawn) for i in items for n in range(k)]
     passes = ask_and_parse(engine, asks, lambda r: read(r.text, prompts.scale))
@@ -295,7 +324,8 @@ def joint(
 
 # %% ../../nbs/rewards/01_judges.ipynb #4958be66
 MODES = dict(direct=direct, logit=logit, think=think, checklist=checklist)            # a score a call
-JOINT_MODES = dict(joint=joint, viescore=partial(joint, form='viescore'))             # IF and CC from one
+JOINT_MODES = dict(joint=joint, viescore=partial(joint, form='viescore'),
+                   rational=partial(joint, form='rational'))                         # IF and CC from one
 _repeated = ('think', *JOINT_MODES)
 
 def load_mode(
@@ -305,7 +335,8 @@ def load_mode(
     kind, at, k = name.partition('@')
     known = MODES | JOINT_MODES
     fine = kind in known and (not at or kind in _repeated and k.isdigit() and 1 <= int(k) <= 64)
-    expect(fine, 'mode', f'one of {", ".join(known)}, or think@k, joint@k or viescore@k with k from 1 to 64', name)
+    repeated = ', '.join(f'{mode}@k' for mode in _repeated)
+    expect(fine, 'mode', f'one of {", ".join(known)}, or {repeated} with k from 1 to 64', name)
     return partial(known[kind], k=int(k)) if at else known[kind]
 
 def is_joint(

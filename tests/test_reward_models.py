@@ -1,0 +1,93 @@
+"Reward models as judges by name: words behind a server, numbers of heads in this process."
+import numpy as np, pytest, torch
+from safetensors.torch import save_file
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.editing.flux2 import byte_tokenizer
+from mt_editflow_nb.editing.qwen import tiny_vision_language_model
+from mt_editflow_nb.rewards.agreement import ask_repeatedly, session_labels
+from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.rewards.reward_models import REWARD_TOKEN
+from test_judge_servers import Scripted, impatient  # noqa: F401  (a fixture)
+
+sessions = shape_sessions(1, 2, 'heldout')
+images = np.random.default_rng(0).integers(0, 256, (1, 2, 2, 48, 48, 3), np.uint8)
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    "Random weights of the real class, in the layout of EditReward's authors."
+    folder = tmp_path_factory.mktemp('editreward')
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(dict(additional_special_tokens=[REWARD_TOKEN]), replace_extra_special_tokens=False)
+    tokenizer.model_max_length = 4096
+    torch.manual_seed(0)
+    model = tiny_vision_language_model(tokenizer)
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder/'preprocessor_config.json').write_text('{"image_processor_type": "Qwen2VLImageProcessor"}')
+    state = {key: x.clone().contiguous() for key, x in model.state_dict().items()}
+    for head in ('rm_heads.head_0', 'rm_heads.head_1', 'rm_head'):
+        for i, (rows, columns) in {0: (16, 32), 3: (4, 16), 5: (2, 4)}.items():
+            state |= {f'{head}.{i}.weight': torch.randn(rows, columns)/4, f'{head}.{i}.bias': torch.randn(rows)/4}
+    save_file(state, folder/'model.safetensors')
+    return folder
+
+def test_editreward_is_a_judge_of_two_rewards_and_replays(checkpoint, tmp_path):
+    name = f'editreward:{checkpoint}'
+    judge = load_judge(name, cache=tmp_path/'judge.sqlite', device='cpu')
+    scores = judge(sessions, images)
+    assert scores.names == ('if', 'quality') and scores.failed == 0
+    assert scores.rewards_PGTM.shape == (1, 2, 2, 2)
+    assert ((scores.rewards_PGTM > 0) & (scores.rewards_PGTM < 1)).all()
+    assert len(scores.rewards_PGTM.unique()) > 4 and not scores.success_PGT.isnan().any()
+    offline = load_judge(name, cache=tmp_path/'judge.sqlite', offline=True, device='cpu')
+    assert torch.equal(offline(sessions, images).rewards_PGTM, scores.rewards_PGTM)
+    assert 'loaded' not in vars(offline.mode.keywords['heads'])     # replayed without weights
+
+def test_hpsv3_sees_the_result_alone(checkpoint):
+    judge = load_judge(f'hpsv3:{checkpoint}', device='cpu')
+    scores = judge(sessions, images)
+    assert scores.names == ('quality',) and scores.success_PGT.isnan().all()
+    other = shape_sessions(1, 2, 'heldout', seed=9)
+    assert torch.equal(judge(other, images).rewards_PGTM, scores.rewards_PGTM)
+
+def test_what_a_head_model_does_not_have_is_one_line(checkpoint, tmp_path):
+    with pytest.raises(InputError, match='^rewards of editreward: expected one of if, quality'):
+        load_judge(f'editreward:{checkpoint}', rewards=('if', 'cc', 'quality'))
+    with pytest.raises(InputError, match='^judge: expected editreward:CHECKPOINT'): load_judge('editreward:m@http://h/v1')
+    with pytest.raises(InputError, match='^judge_options'): load_judge(f'hpsv3:{checkpoint}', concurrency=3)
+    (tmp_path/'config.json').write_text((checkpoint/'config.json').read_text())
+    with pytest.raises(InputError, match='cannot be loaded|expected the weights'):
+        load_judge(f'hpsv3:{tmp_path}', device='cpu')(sessions, images)
+
+critique = """# Detailed Judgement
+1. Text Faithfulness:
+## Justification: done.
+## Score: {0}
+2. Image Faithfulness:
+## Justification: kept.
+## Score: {1}
+3. Physical and Visual Quality:
+## Score: 4.0
+4. Text Rendering:
+## Score: N/A
+# Summary: fine. Score: 1"""
+
+def test_rationalrewards_behind_a_server():
+    with Scripted(lambda request: critique.format(3.4, 2.5)) as server:
+        judge = load_judge(f'rationalrewards:m@{server.url}')
+        scores = judge(sessions, images)
+    assert scores.names == ('if', 'cc')
+    assert scores.rewards_PGTM[..., 0].unique().tolist() == pytest.approx([.8])
+    assert scores.rewards_PGTM[..., 1].unique().tolist() == pytest.approx([.5])
+
+def test_agreement_takes_reward_models(checkpoint):
+    with Scripted(lambda request: '{"reasoning": "a "quote" in it", "score": [20, 5]}') as server:
+        for aspect, expected in (('if', .8), ('cc', .2)):
+            items = session_labels(sessions, images, aspect).items
+            judge = load_judge(f'editscore:m@{server.url}')
+            opinions = ask_repeatedly(judge.mode, judge.engine, items, judge.prompts, 1)
+            assert opinions.scores_RN[0].tolist() == pytest.approx([expected]*len(items))
+    judge = load_judge(f'editreward:{checkpoint}', device='cpu')
+    items = session_labels(sessions, images, 'if').items
+    assert not np.isnan(ask_repeatedly(judge.mode, judge.engine, items, judge.prompts, 1).scores_RN).any()
