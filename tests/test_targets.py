@@ -1,5 +1,6 @@
 "Supervised training on the targets of a public set: from its files to a trained adapter."
 import io
+from dataclasses import replace
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 from mt_editflow_nb.algorithm.config import make_config
@@ -70,3 +71,20 @@ def test_sessions_in_parquet_are_batches_of_the_same_sessions(tmp_path):
     with pytest.raises(InputError, match='allow_outside'):
         session_source(make_config(dict(sessions=str(tmp_path/'table'), allow_outside=True)))
     with pytest.raises(InputError, match='hf:no/such: cannot be read as a data set'): source('hf:no/such')
+
+def test_a_streamed_table_has_an_order_of_its_own_and_another_set_held_out(tmp_path):
+    world = [*shape_sessions(5, 2, seed=3), *shape_sessions(4, 1, seed=4)]
+    save_table([replace(s, id=str(i)) for i, s in enumerate(world)], tmp_path/'table'/'a.parquet')
+    file = save_sessions(shape_sessions(3, 2, seed=7), tmp_path/'heldout')
+    def source(**kw):
+        fields = dict(sessions=str(tmp_path/'table'), heldout=str(file), streaming=True, sessions_per_iteration=2, seed=1)
+        return session_source(make_config(fields | kw))
+    found = source()
+    ids = [[s.id for s in found.batch(i)] for i in range(9)]
+    assert {len({len(world[int(id)].instructions) for id in batch}) for batch in ids} == {1}    # one length a batch
+    assert sorted(sum(ids, [])) == sorted([*map(str, range(9))]*2)                              # two epochs
+    assert [[s.id for s in source().batch(i)] for i in (5, 2)] == [ids[5], ids[2]]
+    assert found.heldout_name == 'sessions of sessions.jsonl' and len(found.heldout) == 3
+    for kw, part in ((dict(heldout=None), 'heldout: expected a file'), (dict(turn_weights={2: 1}), 'turn_weights'),
+                     (dict(sessions=str(file)), 'streaming: expected parquet'), (dict(algorithm='sft'), 'targets')):
+        with pytest.raises(InputError, match=part): source(**kw)

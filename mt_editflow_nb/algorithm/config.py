@@ -49,6 +49,8 @@ class SessionFields(BaseModel):
     "What is edited, and who judges it."
     sessions: str = Field('shapeworld', description=(
         "'shapeworld', a JSON Lines file, parquet (a file or a folder), or hf:NAME[:SPLIT] of the hub"))
+    streaming: bool = Field(False, description=(
+        'read parquet or hf: rows as they come, without a copy on the disk; heldout is then another set'))
     allow_outside: bool = Field(False, description='pictures of a session file may lie outside its folder')
     heldout: int | float | str | None = Field(None, description=(
         "of a file of sessions: how many are held out, or a share below 1; another file; or 'training'"))
