@@ -77,8 +77,8 @@ def test_a_streamed_table_has_an_order_of_its_own_and_another_set_held_out(tmp_p
     save_table([replace(s, id=str(i)) for i, s in enumerate(world)], tmp_path/'table'/'a.parquet')
     file = save_sessions(shape_sessions(3, 2, seed=7), tmp_path/'heldout')
     def source(**kw):
-        fields = dict(sessions=str(tmp_path/'table'), heldout=str(file), streaming=True, sessions_per_iteration=2, seed=1)
-        return session_source(make_config(fields | kw))
+        fields = dict(sessions=str(tmp_path/'table'), heldout=str(file), sessions_per_iteration=2, seed=1)
+        return session_source(make_config(fields | dict(streaming=True) | kw))
     found = source()
     ids = [[s.id for s in found.batch(i)] for i in range(9)]
     assert {len({len(world[int(id)].instructions) for id in batch}) for batch in ids} == {1}    # one length a batch
