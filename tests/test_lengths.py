@@ -34,6 +34,7 @@ def test_a_run_over_sessions_of_two_and_three_turns(tmp_path):
     rows = {(r['turn'], r['metric']): r for r in results['table']}
     assert [rows[t, 'IF']['sessions'] for t in (1, 2, 3)] == [6, 6, 2]
     assert [rows[t, 'marginal']['before'] for t in (1, 2, 3)] == [100, 40, 0]       # 2 of the 5 that are scored
+    assert [rows[t, 'IF']['before'] for t in (1, 2, 3)] == [100, 40, 0]
     assert [rows[t, 'IF']['before_unscored'] for t in (1, 2, 3)] == [0, 1, 0]
     assert results['unscored'] == dict(before=1, after=1) and results['turns'] == 3
     text = results_table(results)

@@ -71,10 +71,14 @@ def all_right_so_far(
 
 def metric_arrays(
     outcomes: Outcomes, # `[I, T]`, or with seeds `[S, I, T]`
+    turns_I=None,       # how many turns each session has; None: T
 ) -> tuple:             # (success, all right so far, object term, background term), float, of one shape
-    "What scores are means of. Unscored turns are NaN in all four."
+    "What scores are means of. Unscored turns, and those that a session does not have, are NaN in all four."
     success, *cc = (np.asarray(x, float) for x in outcomes)
-    return success, all_right_so_far(success), *(np.where(np.isnan(success), np.nan, x) for x in cc)
+    right = all_right_so_far(success)
+    if turns_I is not None:                            # a session that failed has not failed at turns that it lacks
+        right = np.where(np.arange(right.shape[-1]) < np.asarray(turns_I)[:, None], right, np.nan)
+    return success, right, *(np.where(np.isnan(success), np.nan, x) for x in cc)
 
 # %% ../../nbs/evaluation/01_scores.ipynb #afea3789
 EDIVAL_METRICS = ('IF', 'marginal', 'CC', 'O')
@@ -101,9 +105,10 @@ def edival_scores(
     success_IT,       # array or tensor: 1 or 0, whether instruction t of session i was followed; NaN: unscored
     object_cc_IT,     # in [-1, 1], against the first image; NaN: invalid, left out
     background_cc_IT, # in [-1, 1], against the first image; NaN: invalid, left out
+    turns_I=None,     # how many turns each session has; None: T
 ) -> pd.DataFrame:    # index `turn` 1..T; `IF`, `marginal`, `CC`, `O` in percent
     "EdiVal's scores (arXiv 2509.13399). Raises `InputError` for arrays that cannot be outcomes."
-    parts = metric_arrays(_checked((success_IT, object_cc_IT, background_cc_IT)))
+    parts = metric_arrays(_checked((success_IT, object_cc_IT, background_cc_IT)), turns_I)
     once = np.ones((1, len(parts[0])))
     return pd.DataFrame(weighted_scores(once, *parts)[0], _turns(parts[0].shape[1]), EDIVAL_METRICS)
 
@@ -117,13 +122,13 @@ def count_unscored(
     if turns_I is not None: missing = missing & (np.arange(missing.shape[-1]) < np.asarray(turns_I)[:, None])
     return missing.reshape(-1, missing.shape[-1]).sum(0)
 
-def _parts(outcomes, who=''):
+def _parts(outcomes, who='', turns_I=None):
     "`metric_arrays` of checked outcomes, with an axis of seeds."
     if isinstance(outcomes, dict):
         keys = f'the keys {", ".join(Outcomes._fields)}'
         expect(set(outcomes) == set(Outcomes._fields), who.rstrip('.') or 'outcomes', keys, list(outcomes))
         outcomes = Outcomes(**outcomes)
-    return [x.reshape(-1, *x.shape[-2:]) for x in metric_arrays(_checked(outcomes, (2, 3), who))]
+    return [x.reshape(-1, *x.shape[-2:]) for x in metric_arrays(_checked(outcomes, (2, 3), who), turns_I)]
 
 def _flat_scores(weights_BI, *parts):
     return weighted_scores(weights_BI, *parts).reshape(len(weights_BI), -1)
@@ -153,7 +158,7 @@ def score_intervals(
     """EdiVal's scores of one editor with 95 % intervals: a percentile bootstrap over sessions, and over several seeds.
 
     Where all or none succeeded it is Wilson's interval, and that of O takes its ends from those of IF and CC."""
-    parts, rng = _parts(outcomes), np.random.default_rng(seed)
+    parts, rng = _parts(outcomes, turns_I=turns_I), np.random.default_rng(seed)
     I, T = parts[0].shape[1:]
     scores = bootstrap(_flat_scores, parts, session_weights(I, n_boot, rng))
     low, high = percentile_interval(scores.with_seed_errors(rng))
@@ -174,12 +179,13 @@ def compare_scores(
     n_boot: int = 2000,      # draws
     seed: int = 0,           # of the draws
     over_seeds: bool = True, # whether the interval holds the luck of several seeds too; False: for these very editors
+    turns_I=None,            # how many turns each session has; None: T
 ) -> pd.DataFrame: # index (turn, metric); before, after, difference, low, high in points; superiority; unscored turns
     """EdiVal's scores of two editors, with a paired percentile bootstrap over sessions of their difference.
 
     Seeds are averaged per session, and to each draw is added a draw of their mean's error. `superiority` is the share
     of draws in which `after` is better, ties half. Raises `InputError` unless sessions, turns and seeds fit."""
-    b, a = _parts(before, 'before.'), _parts(after, 'after.')
+    b, a = _parts(before, 'before.', turns_I), _parts(after, 'after.', turns_I)
     (S, I, T), received = b[0].shape, a[0].shape
     if received[1:] != (I, T):
         expected = f'the same {I} sessions x {T} turns as before'
@@ -196,7 +202,7 @@ def compare_scores(
                    superiority=superiority(draws_BX))
     table = pd.DataFrame(columns, _index(T))
     for name, parts in (('before', b), ('after', a)):
-        table[f'{name}_unscored'] = count_unscored(parts[0]).repeat(len(EDIVAL_METRICS))
+        table[f'{name}_unscored'] = count_unscored(parts[0], turns_I).repeat(len(EDIVAL_METRICS))
     return table
 
 # %% ../../nbs/evaluation/01_scores.ipynb #66337cc6

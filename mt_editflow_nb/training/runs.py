@@ -241,12 +241,12 @@ def results_table(
     "The final table as text: percent, with 95 % intervals over sessions; that of the difference is paired."
     lines = [f"{'turn':4} {'metric':8} {'before':21} {'after':21} difference"]
     different = any('sessions' in r for r in results['table'])     # sessions have different numbers of turns
-    if different: lines[0] = f'{lines[0]:72} sessions'
+    if different: lines[0] = f'{lines[0]:78} sessions'
     for r in results['table']:
         difference = 'none valid'
         if r['difference'] is not None: difference = f"{r['difference']:+6.2f} [{r['low']:+.1f}, {r['high']:+.1f}]"
         line = f"{r['turn']:<4} {r['metric']:8} {_cell(r, 'before'):21} {_cell(r, 'after'):21} {difference}"
-        lines.append(f"{line:72} {r['sessions']}" if different else line)
+        lines.append(f"{line:78} {r['sessions']}" if different else line)
     turns = results['sessions']*results['turns']
     if different: turns = sum({r['turn']: r['sessions'] for r in results['table']}.values())
     for name, n in results.get('unscored', {}).items():

@@ -181,7 +181,7 @@ def run_evaluation(c, run, name: str, editor, heldout: list, judge, progress: bo
 
 def heldout_row(iteration: int, outcomes: Outcomes, turns_I=None) -> dict: # a line of `heldout.jsonl`
     "EdiVal's scores at the last turn, over the sessions that have it."
-    last = edival_scores(*outcomes).iloc[-1]
+    last = edival_scores(*outcomes, turns_I).iloc[-1]
     return dict(iteration=iteration, **{f'heldout_{k}': round(float(last[k]), 4) for k in ('IF', 'CC', 'O')},
                 heldout_unscored=int(count_unscored(outcomes.success_IT, turns_I).sum()))
 
@@ -367,23 +367,15 @@ def saved_evaluation(c, run, name: str, editor, heldout, judge, progress: bool, 
     shutil.rmtree(Path(run)/'evaluations'/name, ignore_errors=True)    # it is whole: the parts are not needed any more
 
 # %% ../../nbs/training/04_train.ipynb #0325488c
-def _per_length(table, turns_I, before, after):
-    "The table with the number of sessions that have each turn; turns that a session does not have are not unscored."
-    found = dict(before_unscored=count_unscored(before.success_IT, turns_I),
-                 after_unscored=count_unscored(after.success_IT, turns_I),
-                 sessions=(turns_I >= np.arange(1, turns_I.max() + 1)[:, None]).sum(1))
-    def of_rows(numbers_T): return [int(numbers_T[turn - 1]) for turn, _ in table.index]
-    return table.assign(**{name: of_rows(numbers_T) for name, numbers_T in found.items()})
-
 def results_of(c, run, source) -> dict: # for `results.json`
     "The final numbers of a run, from the two evaluations that its folder holds."
     (before, _), (after, _) = (read_outcomes(Path(run)/f'{name}.safetensors') for name in ('before', 'after'))
-    table = compare_scores(before, after)
     turns_I = turns_of(source.heldout)
+    table = compare_scores(before, after, turns_I=turns_I)
     for name, outcomes in (('before', before), ('after', after)):
-        table[[f'{name}_low', f'{name}_high']] = score_intervals(outcomes)[['low', 'high']]
+        table[[f'{name}_low', f'{name}_high']] = score_intervals(outcomes, turns_I=turns_I)[['low', 'high']]
     sessions, T = before.success_IT.shape
-    if len(set(turns_I)) > 1: table = _per_length(table, turns_I, before, after)
+    if len(set(turns_I)) > 1: table['sessions'] = [int((turns_I >= turn).sum()) for turn, _ in table.index]
     last = table.loc[(T, 'O')]
     seconds = sum(row['seconds'] for row in log_rows(Path(run)/'timings.jsonl'))
     unscored = {name: int(count_unscored(o.success_IT, turns_I).sum())
