@@ -29,6 +29,7 @@ setup(
     package_dir = {lib + '.experiments': 'experiments'},
     package_data = {
         lib: ['assets/**'],
-        lib + '.experiments': ['recipes/*.yaml', 'sweeps/*.yaml', 'train.ipynb', 'ablation.ipynb', 'report.ipynb'],
+        lib + '.experiments': ['recipes/*.yaml', 'sweeps/*.yaml', 'train.ipynb', 'ablation.ipynb', 'report.ipynb',
+                                  'published.csv'],
     },
 )
