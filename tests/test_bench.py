@@ -3,6 +3,7 @@ import io, json, re
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from mt_editflow_nb.cli.eval import main
+from mt_editflow_nb.cli.report import main as report
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.evaluation.edival_rules import Found
 from test_judge_servers import Scripted, impatient  # noqa: F401  (a fixture)
@@ -109,3 +110,18 @@ def test_imgedit_leaves_the_answers_where_the_published_steps_read_them(tmp_path
     card = (tmp_path/'out/card.md').read_text()
     assert "the benchmark's, from" in card and 'our wording' not in card
     assert re.search(r'mean of types \| 2\.83', card)
+
+def test_leaderboard_of_runs_beside_published_systems(tmp_path, capsys):
+    table = [dict(metric='SR', turn=t, value=90 - 8*t, low=80 - 8*t, high=99 - 8*t, sessions=100) for t in range(1, 11)]
+    results = dict(benchmark='lme', table=table, differences=['judge m (published: GPT-4o)'], notes=[], facts={})
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine/results.json').write_text(json.dumps(results))
+    assert report([str(tmp_path), '--leaderboard']) == 0, capsys.readouterr().err
+    flat = pd.read_csv(tmp_path/'leaderboard/leaderboard.csv')
+    assert flat[flat.system == 'mine'].turn.tolist() == [3, 5, 8, 10]
+    assert (flat[flat.system != 'mine'].source != 'this run').all() and set(flat.benchmark) == {'lme'}
+    page = (tmp_path/'leaderboard/leaderboard.html').read_text()
+    assert '66.0 [56.0, 75.0]' in page and 'judge m (published: GPT-4o)' in page and 'MT-OPSD †' in page
+    (tmp_path/'bare.csv').write_text('benchmark,system,metric,turn,value,source\nlme,X,SR,3,50,\n')
+    assert report([str(tmp_path), '--leaderboard', '--published', str(tmp_path/'bare.csv')]) == 2
+    assert 'row 2: expected a source' in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from ..ablation.report import find_plans, write_report
 from ..data.files import InputError, expect, one_line
+from ..evaluation.leaderboard import write_leaderboard
 
 # %% ../../nbs/cli/03_report.ipynb #07980eb4
 def _parser():
@@ -21,10 +22,15 @@ def _parser():
     add('--out', help='folder for the reports (default: report/ in the folder of the runs)')
     add('--notebook', help='the notebook to execute (default: the shipped report.ipynb)')
     add('--n-boot', type=int, default=2000, help='bootstrap draws (default: %(default)s)')
+    add('--leaderboard', action='store_true',
+        help='gather the runs of `mtef_eval` in the folder: a table for each benchmark, beside published systems')
+    add('--published', metavar='CSV', help='published numbers, each with its source (default: the shipped ones)')
     return parser
 
 def _report_all(a):
-    "Report every sweep that the arguments name, and print what holds."
+    "Report every sweep that the arguments name, and print what holds; or write the leaderboard."
+    if a.leaderboard: return print(write_leaderboard(a.runs, a.out or Path(a.runs)/'leaderboard', a.published))
+    expect(a.published is None, '--published', '--leaderboard as well', 'none')
     expect(a.n_boot >= 100, '--n-boot', 'at least 100', a.n_boot)
     expect(a.notebook is None or Path(a.notebook).is_file(), '--notebook', 'a file', a.notebook)
     for plan in find_plans(a.runs):
