@@ -123,32 +123,30 @@ def editor_at(folder, stage):
     return _editors[stage]
 
 def batch_gradients(batches, rule, members, branching):
-    "A gradient a batch, [B, X], of a group of some members, and the share of members' turns that count."
+    "Gradients of groups of some members, [batches, groups of them out of 8, X], and the share of turns that count."
     config = make_config(dict(branching='random' if branching else 'none', **rule))
     gradients, counted = [], []
-    for kept in batches:
-        for first in range(0, G, members):
-            part = slice(first, first + members)
-            names = ('rewards_PGTM', 'success_PGT')
-            scores, goes_on_PT = SimpleNamespace(**{n: kept[n][:, part] for n in names}), kept.get('goes_on_PT')
-            if goes_on_PT is not None and rule['credit'] == 'to_go' and members < G: return None, None
-            A_PGT = turn_advantages(config, scores, goes_on_PT).clamp(-config.adv_max, config.adv_max)
-            gradients.append(torch.einsum('pgt,pgtx->x', A_PGT, kept['sketch_PGTX'][:, part].float())/A_PGT.numel())
-            counted.append((A_PGT != 0).float().mean())
-    return torch.stack(gradients).double(), torch.stack(counted).mean().item()
+    for kept, first in product(batches, range(0, G, members)):
+        part, names = slice(first, first + members), ('rewards_PGTM', 'success_PGT')
+        scores = SimpleNamespace(**{name: kept[name][:, part] for name in names})
+        A_PGT = turn_advantages(config, scores, kept.get('goes_on_PT')).clamp(-config.adv_max, config.adv_max)
+        gradients.append(torch.einsum('pgt,pgtx->x', A_PGT, kept['sketch_PGTX'][:, part].float())/A_PGT.numel())
+        counted.append((A_PGT != 0).float().mean())
+    return torch.stack(gradients).double().unflatten(0, (len(batches), -1)), torch.stack(counted).mean().item()
 
-def signal_to_noise(gradient_BX):
-    "Squared norm of the mean gradient over the variance of one: the estimate without bias, and its jackknife error."
-    def estimate(inner_BB):
-        B = len(inner_BB)
-        squares = inner_BB.diagonal().sum()
-        signal = (inner_BB.sum() - squares)/(B*(B - 1))
-        return (signal/(squares/B - signal)).item()
-    inner_BB = gradient_BX@gradient_BX.T
-    B = len(inner_BB)
-    rest = [torch.arange(B)[torch.arange(B) != b] for b in range(B)]
-    left_out = np.array([estimate(inner_BB[r][:, r]) for r in rest])
-    return estimate(inner_BB), float(np.sqrt((B - 1)/B*((left_out - left_out.mean())**2).sum()))
+def signal_to_noise(gradient_BKX):
+    """Squared norm of the mean gradient over the variance of one, without bias, and its jackknife error over batches.
+
+    Only gradients of different batches are multiplied: groups of one batch have the same sessions."""
+    B, K, _ = gradient_BKX.shape
+    inner_BB = torch.einsum('bkx,cjx->bc', gradient_BKX, gradient_BKX)/K**2
+    square_B = (gradient_BKX**2).sum(-1).mean(1)
+    def estimate(kept):
+        n, inner = len(kept), inner_BB[kept][:, kept]
+        signal = (inner.sum() - inner.diagonal().sum())/(n*(n - 1))
+        return (signal/(square_B[kept].mean() - signal)).item()
+    left_out = np.array([estimate([c for c in range(B) if c != b]) for b in range(B)])
+    return estimate(list(range(B))), float(np.sqrt((B - 1)/B*((left_out - left_out.mean())**2).sum()))
 
 def cosine_of_halves(gradient_BX):
     "Mean cosine between the mean gradients of two random halves of the batches."
@@ -169,25 +167,21 @@ def cosine_of_means(a_BX, b_BX):
 def report_stage(folder, stage):
     "Yields a row for each cell of a stage."
     def read(structure): return [load_file(f) for f in sorted((folder/'batches'/stage/structure).glob('*.safetensors'))]
-    whole = None
+    if len(read('chains')) < 4: return
+    whole = batch_gradients(read('chains'), RULES['broadcast, adaptive'], G, False)[0][:, 0]
     for structure, rules in (('chains', RULES), ('branching', BRANCHING_RULES)):
-        batches = read(structure)
-        if len(batches) < 4: continue
+        batches = read(structure)[:len(whole)]
         for (name, rule), members in product(rules.items(), (8, 4, 2)):
-            gradient_BX, counted = batch_gradients(batches, rule, members, structure == 'branching')
-            if gradient_BX is None: continue
-            snr, error = signal_to_noise(gradient_BX)
-            passes = P*members*T*(3 + 3)        # three denoising steps, and forward plus backward
-            if name == 'broadcast, adaptive' and members == G: whole = gradient_BX
-            same_size = members == G and len(gradient_BX) == len(whole)
-            yield dict(stage=stage, structure=structure, rule=name, members=members, batches=len(gradient_BX), snr=snr,
+            if structure == 'branching' and rule['credit'] == 'to_go' and members < G: continue
+            gradient_BKX, counted = batch_gradients(batches, rule, members, structure == 'branching')
+            snr, error = signal_to_noise(gradient_BKX)
+            passes = P*members*T*(3 + 3)        # three denoising steps, and forward plus backward counted as three
+            row = dict(stage=stage, structure=structure, rule=name, members=members, batches=len(batches), snr=snr,
                        snr_error=error, snr_per_1000_passes=1000*snr/passes, error_per_1000_passes=1000*error/passes,
-                       cosine_of_halves=cosine_of_halves(gradient_BX), counted=counted,
-                       norm=gradient_BX.norm(dim=1).mean().item(),
-                       cosine_with_broadcast=cosine_of_means(gradient_BX, whole) if same_size else None)
-    batches = read('chains')
-    if not batches: return
-    yield dict(stage=stage, groups=group_facts(batches), ceiling=ceiling(read('best')))
+                       cosine_of_halves=cosine_of_halves(gradient_BKX[:, 0]), counted=counted)
+            if members == G: row['cosine_with_broadcast'] = cosine_of_means(gradient_BKX[:, 0], whole[:len(batches)])
+            yield row
+    yield dict(stage=stage, groups=group_facts(read('chains')), ceiling=ceiling(read('best')))
 
 def group_facts(batches):
     "Of groups of 8 at each turn: all members right, all wrong, and no spread in the graded rewards."
