@@ -148,15 +148,20 @@ def append_json_line(
     path: str|Path, # a log, created when missing
     row: dict,      # of JSON's types, arrays, tensors and paths
 ) -> Path:          # the path
-    "Append a line to a log, whole and on the disk when this returns, also beside other processes that do so."
+    "Append a line to a log, whole and on the disk when this returns, also beside other processes. An `OSError` names it."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a+b') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)                     # so that what is half written was left by a dead process
-        _end_last_line(f)
-        f.write(to_json(row).encode() + b'\n')
-        f.flush()
-        os.fsync(f.fileno())
+    line = to_json(row).encode() + b'\n'
+    try:
+        with open(path, 'a+b') as f:
+            fcntl.flock(f, fcntl.LOCK_EX)                 # so that what is half written was left by a dead process
+            _end_last_line(f)
+            f.write(line)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:                                  # of a full disk, which does not say which file
+        e.filename = e.filename or str(path)
+        raise
     return path
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c38

@@ -99,5 +99,6 @@ def read_progress(
     run,   # a run folder
 ) -> dict: # `stage`, `done`, `total`, `text`; empty where nothing is known
     "How far a run is."
-    try: return read_json(Path(run)/'.progress.json')
+    try: held = read_json(Path(run)/'.progress.json')
     except InputError: return {}
+    return held if isinstance(held, dict) and {'stage', 'done', 'total'} <= held.keys() else {}
