@@ -3,6 +3,7 @@ import json, math, os, socket, threading, time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest, torch
+from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.rewards.cache import Cached, merge_caches
@@ -161,6 +162,25 @@ def test_a_gateway_is_not_the_server():
     (dict(progress=1), 'progress: expected true or false'), (dict(picture='gif'), 'picture')])
 def test_settings_are_of_their_kind(options, reason):
     with pytest.raises(InputError, match=reason) as e: load_judge('m@http://127.0.0.1:9/v1:think', **options)
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('address', ['http://', 'http://127.0.0.1:99999/v1', 'http://a b/v1', 'http://[::1/v1',
+                                     'http://me:secret@host/v1', 'httpx://host/v1', 'http://host:port/v1'])
+def test_what_is_no_address_is_found_at_once(address):
+    with pytest.raises(InputError, match='^judge: expected an address') as e: load_judge(f'm@{address}:think')
+    assert 'secret' not in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('name', ['@http://host/v1:logit', ':think', 'verifier:binry', 'tiny', 'tiny:'])
+def test_what_is_no_judge(name):
+    with pytest.raises(InputError, match='^(judge|mode): expected '): load_judge(name)
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(eval_judge_options=dict(a=1)), 'eval_judge_options: expected no settings'),
+    (dict(preset=[1]), 'preset: expected one of'), (dict(attention_backend='flsh'), 'attention_backend: expected one of'),
+    (dict(num_steps=10**8), 'num_steps: expected a number less'),
+    (dict(judge='tiny:think', judge_options={1: 2}), 'judge_options: expected settings of an engine')])
+def test_wrong_fields_are_named(fields, message):
+    with pytest.raises(InputError, match=f'^{message}') as e: make_config(fields)
     assert '\n' not in str(e.value)
 
 def test_a_key_with_a_line_break_is_one_line(monkeypatch):

@@ -41,7 +41,7 @@ def one_of(
     allowed,    # names, in the order to list them
 ):
     "Raise `InputError` unless `value` is among `allowed`; a near miss is suggested."
-    if value in allowed: return
+    if value in list(allowed): return               # also what has no hash, such as a list
     names = [str(name) for name in allowed]
     close = difflib.get_close_matches(str(value), names, 1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''

@@ -8,7 +8,7 @@ __all__ = ['PICTURE_FORMATS', 'data_url', 'EncodedPictures', 'proxy_variable', '
            'ask_systemone', 'ask_server', 'Server']
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0004
-import asyncio, base64, hashlib, io, json, math, os, socket, ssl, sys, threading, time
+import asyncio, base64, hashlib, io, json, math, os, re, socket, ssl, sys, threading, time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -358,6 +358,15 @@ async def _ask_all(server, asks, shown):
         for client in dispatcher.clients: await client.http.close()
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0021
+def _is_address(url):
+    "Whether a client could call it: a scheme, a host without blanks, and a port that there is."
+    try: parts = urlsplit(url)
+    except ValueError: return False
+    try: there = parts.port is None or parts.port > 0
+    except ValueError: there = False
+    host = parts.hostname or ''
+    return there and parts.scheme in ('http', 'https') and bool(host) and not re.search(r'\s', url)
+
 class Server:
     "A server that speaks OpenAI's chat protocol, or several that serve the same model."
     def __init__(
@@ -380,7 +389,7 @@ class Server:
     ):
         self.model, self.urls = name, tuple(u.rstrip('/') for u in url.split(','))
         for u in self.urls:
-            plain = u.startswith(('http://', 'https://')) and '@' not in u
+            plain = _is_address(u) and '@' not in u
             wanted = "an address such as 'http://localhost:8000/v1' (keys come from the environment, OPENAI_API_KEY)"
             expect(plain, 'judge', wanted, u.split('@')[-1])
         expect(timeout > 0, 'timeout', 'a number of seconds above 0', timeout)
