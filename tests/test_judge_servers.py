@@ -176,7 +176,8 @@ def test_what_is_no_judge(name):
 
 @pytest.mark.parametrize('fields, message', [
     (dict(eval_judge_options=dict(a=1)), 'eval_judge_options: expected no settings'),
-    (dict(preset=[1]), 'preset: expected one of'), (dict(attention_backend='flsh'), 'attention_backend: expected one of'),
+    (dict(preset=[1]), 'preset: expected one of'),
+    (dict(attention_backend='flsh'), 'attention_backend: expected one of'),
     (dict(num_steps=10**8), 'num_steps: expected a number less'),
     (dict(judge='tiny:think', judge_options={1: 2}), 'judge_options: expected settings of an engine')])
 def test_wrong_fields_are_named(fields, message):
