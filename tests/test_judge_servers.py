@@ -134,6 +134,11 @@ def test_causes_of_lost_connections(monkeypatch, tmp_path):
     def error(url): return Server('m', url, retries=0, judge_wait=0)(ask)[0].error
     assert 'connection refused' in error(f'http://127.0.0.1:{closed_port()}/v1')
     assert 'the name no-such-host.invalid is not known' in error('http://no-such-host.invalid/v1')
+    with Scripted(lambda request: good) as server:
+        assert 'it does not speak TLS' in error(server.url.replace('http://', 'https://'))
+    monkeypatch.setenv('SSL_CERT_FILE', str(tmp_path/'none.pem'))
+    with pytest.raises(InputError, match='^SSL_CERT_FILE: expected a path that is there'): error('https://127.0.0.1:9/v1')
+    monkeypatch.delenv('SSL_CERT_FILE')
     monkeypatch.setenv('HTTP_PROXY', f'http://me:secret@127.0.0.1:{closed_port()}')
     said = error('http://judge.example/v1')
     assert 'the proxy that HTTP_PROXY names' in said and 'refused' in said and 'secret' not in said
@@ -147,9 +152,14 @@ def test_a_gateway_is_not_the_server():
         server.models = 502
         judge = load_judge(f'm@{server.url}:think', retries=0, judge_wait=0)
         with pytest.raises(InputError) as e: judge.check_ready()
-    said = str(e.value)
-    assert server.url in said and 'a proxy or gateway answered' in said and '502 Bad Gateway' in said
-    assert '\n' not in said
+        said = str(e.value)
+        assert server.url in said and 'a proxy or gateway answered' in said and '502 Bad Gateway' in said
+        assert '\n' not in said
+        server.models = 200                                         # it stands behind a gateway that says it is there
+        judge = load_judge(f'm@{server.url}:think', retries=0, judge_wait=0)
+        with pytest.raises(InputError, match=f'at {server.url} is not ready: a proxy or gateway'): judge.check_ready()
+        with pytest.raises(InputError, match=f'most often at {server.url}: a proxy or gateway answered'):
+            judge(shape_sessions(1, turns=1, seed=3), np.zeros((1, 1, 1, 48, 48, 3), np.uint8))
     with Scripted(lambda request: (500, 'out of memory')) as server:
         reply, = Server('m', server.url, retries=0)([Ask((), 'how good?')])
     assert reply.error == 'the server failed (500 Internal Server Error): out of memory'

@@ -255,7 +255,7 @@ def check_writable(
     "Find out, without making anything, whether a folder is there or can be made, and written to. Raises `InputError`."
     place = Path(folder)
     while not place.exists() and place != place.parent: place = place.parent
-    expect(place.is_dir(), field, 'a folder', f'{place}, which is not one')
+    expect(place.is_dir(), field, 'a folder', str(place))
     expect(os.access(place, os.W_OK | os.X_OK), field, 'a folder that can be written to', str(place))
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c42

@@ -75,10 +75,13 @@ def proxy_variable(
     return next((there[name] for name in wanted if name in there), '')
 
 def check_environment():
-    "Refuse a key or a proxy that no call could be made with, without showing either."
+    "Refuse a key, a proxy or certificates that no call could be made with. Neither key nor proxy is shown."
     key = os.environ.get('OPENAI_API_KEY', '')
     printable = key.isascii() and key.isprintable() and key == key.strip()
     expect(printable, 'OPENAI_API_KEY', 'one line of printable ASCII', 'a key with a line break or the like')
+    for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR'):
+        path = os.environ.get(name)
+        expect(not path or os.path.exists(path), name, 'a path that is there', path)
     for scheme, value in getproxies_environment().items():
         if scheme not in ('http', 'https', 'all'): continue
         name = next(n for n in os.environ if n.lower() == f'{scheme}_proxy')
@@ -89,6 +92,7 @@ def check_environment():
 
 # %% ../../nbs/rewards/00a_servers.ipynb #e877d9fd
 _causes = ((ssl.SSLCertVerificationError, 'its certificate cannot be verified ({}), SSL_CERT_FILE can help'),
+           (ssl.SSLError, 'it does not speak TLS; is its address http:// instead of https://?'),
            (socket.gaierror, 'the name {host} is not known'),
            (ConnectionRefusedError, 'nobody listens there (connection refused)'),
            (ConnectionResetError, 'the connection was cut'))
@@ -275,7 +279,8 @@ class _Presence:
             why = '; '.join(f'{url}: {cause}' for url, cause in server.absent.items())
             while not server.away and not await self.look():
                 left = server.judge_wait - (time.monotonic() - t0)
-                if left <= 0: server.away = f'{why}; waited {server.judge_wait/60:g} minutes'
+                waited = f'; waited {server.judge_wait/60:g} minutes' if server.judge_wait else ''
+                if left <= 0: server.away = why + waited
                 elif pause == .5: _say(f'judge: {why}; waiting up to {server.judge_wait/60:g} minutes for it')
                 await asyncio.sleep(min(pause, max(left, 0)))
                 pause = min(2*pause, 15)
