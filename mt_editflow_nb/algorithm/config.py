@@ -25,7 +25,8 @@ class EditorFields(BaseModel):
     "Who edits, and which of its weights are trained."
     editor: str = Field('tiny', description="'tiny', a pipeline directory, or a hub name")
     quantize: Literal['nf4'] | None = Field(None, description="'nf4' stores the frozen weights in 4 bits")
-    size: int | None = Field(None, ge=16, description="side of the images in pixels, if not the autoencoder's own")
+    size: int | None = Field(None, ge=16, le=4096, description=(
+        "side of the images in pixels, if not the autoencoder's own"))
     guidance: float | None = Field(None, ge=0, description=(
         "embedded or classifier-free, in rollouts and in evaluation; None: what the editor's family publishes"))
     lora_rank: int = Field(16, ge=1, le=4096, description='rank of the trained adapter')
@@ -70,10 +71,10 @@ class SessionFields(BaseModel):
 class RolloutFields(BaseModel):
     "What an iteration samples."
     sessions_per_iteration: int = Field(8, ge=1, description='P')
-    group: int = Field(8, ge=2, description='G, members a session')
+    group: int = Field(8, ge=2, le=4096, description='G, members a session')
     keep: int | None = Field(None, ge=1, description=(
         'members a group that are trained on, those with the largest advantages; None: all'))
-    num_steps: int = Field(3, ge=1, description='denoising steps, in rollouts and in evaluation')
+    num_steps: int = Field(3, ge=1, le=1000, description='denoising steps, in rollouts and in evaluation')
     branching: Literal[BRANCHINGS] = Field('none', description=(
         "the member whose picture all members of a group edit next; 'none': each edits its own"))
 
@@ -117,7 +118,7 @@ class RunFields(BaseModel):
     batch: int = Field(64, ge=1, description='rows a transformer call')
     eval_sessions: int = Field(512, ge=1, description='held-out sessions of the shape world')
     eval_turns: int | None = Field(None, ge=1, le=MAX_TURNS, description='their turns; None: as in training')
-    eval_steps: int | None = Field(None, ge=1, description='denoising steps in evaluation; None: `num_steps`')
+    eval_steps: int | None = Field(None, ge=1, le=1000, description='denoising steps in evaluation; None: `num_steps`')
     save_every: int = Field(10, ge=1, description='iterations between checkpoints')
     ema: float = Field(0., ge=0, lt=1, description=(
         'EMA decay of the adapter, an iteration; evaluated and handed out is the average; 0: none'))
@@ -175,9 +176,12 @@ def refuse_ineffective(config: Config # to check
 # %% ../../nbs/algorithm/03_config.ipynb #7d3ad1b4
 def check_adapter(config: Config # to check
                  ):
-    "Raises `InputError` for an unknown name of layers. Which layers there are, only the loaded editor knows."
+    "Raises `InputError` for unknown names of layers or of a kernel. Which layers there are, only the editor knows."
     if isinstance(config.lora_targets, str): one_of('lora_targets', config.lora_targets, LORA_TARGETS)
     expect(config.lora_targets, 'lora_targets', 'at least one end of a name', config.lora_targets)
+    if config.attention_backend is None: return
+    from diffusers.models.attention_dispatch import AttentionBackendName
+    one_of('attention_backend', config.attention_backend, [backend.value for backend in AttentionBackendName])
 
 def check_track(config: Config # to check
                ):
@@ -238,6 +242,14 @@ def _explain(error: dict) -> str: # one line
     hint = f'did you mean `{near[0]}`?' if near else f'expected one of {", ".join(Config.model_fields)}, preset'
     return f'{name}: unknown parameter, {hint}'
 
+def _check_judge(prefix, name, options):
+    "Raises `InputError`, with the fields of training or of evaluation, for a judge that cannot be."
+    try:
+        check_judge_options(options)
+        load_judge(name, **options)
+    except InputError as e:
+        raise InputError(f'{prefix}{e}' if str(e).startswith('judge') else str(e)) from None
+
 def make_config(values: dict,       # field -> value; `preset` names one of `PRESETS`, which the other values override
                 strict: bool = True # refuse settings without effect; False: of a run made before they were refused
                ) -> Config:
@@ -255,7 +267,6 @@ def make_config(values: dict,       # field -> value; `preset` names one of `PRE
     check_advantage(config)
     check_branching(config)
     if strict: refuse_ineffective(config)
-    for options in (config.judge_options, config.eval_judge_options): check_judge_options(options)
-    load_judge(config.judge, **config.judge_options)
-    load_judge(config.eval_judge, **config.eval_judge_options)
+    _check_judge('', config.judge, config.judge_options)
+    _check_judge('eval_', config.eval_judge, config.eval_judge_options)
     return config

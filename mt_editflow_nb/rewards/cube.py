@@ -131,6 +131,11 @@ def check_instruction_length(
             expect(len(text) <= share, f'session {s.id}, turn {t}', wanted, f'{len(text)} characters')
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0021
+def _place(engine):
+    "Where an engine that is a server stands, for a message."
+    urls = getattr(getattr(engine, 'engine', engine), 'urls', ())
+    return f' at {", ".join(urls)}' if urls else ''
+
 class Judge:
     "A vision-language model that scores whole sessions, or one turn of them."
     by_turn = True                    # see `TurnScorer`: it need not wait for the last turn
@@ -172,9 +177,10 @@ class Judge:
         of = of or scores.rewards_PGTM.numel()
         if scores.failed <= self.max_failed*of: return
         why = [c['error'] for c in scores.calls if math.isnan(c['score']) and c['error']] or ['no answer could be used']
-        often = Counter(why).most_common(1)[0][0]
+        often = Counter(why).most_common(1)[0][0].rstrip('.')
         raise InputError(f'judge: {scores.failed} of {of} scores failed, more than the {self.max_failed:.0%} allowed; '
-                         f'most often: {often}. What was done before is kept; go on when this is repaired')
+                         f'most often{_place(self.engine)}: {often}. What was done before is kept; go on when this is '
+                         'repaired')
 
     def check_ready(
         self,
@@ -233,7 +239,7 @@ def check_engine(
     useless = ('the answer was cut', 'refused')
     answered = [c for c in verdict.calls if c['answer'] and not c['error'].startswith(useless)]
     if not answered or verdict.error and mode is logit:
-        raise InputError(f'judge: {engine.model} is not ready: {verdict.error}')
+        raise InputError(f'judge: {engine.model}{_place(engine)} is not ready: {verdict.error}')
 
 # %% ../../nbs/rewards/02_cube.ipynb #4d3a79f1
 def scores_of(
@@ -299,6 +305,7 @@ def check_judge_options(
 def _engine(model, settings):
     "The engine that a judge's name asks for, with the settings that it knows."
     name, at, url = model.partition('@http')
+    expect(name.removesuffix('+nf4').strip(), 'judge', f'MODEL:MODE such as {_examples}', f'no model in {model!r}')
     kind = Server if at else Local
     signature = inspect.signature(kind.__init__).parameters
     known = {k: p.annotation for k, p in signature.items() if p.kind is p.KEYWORD_ONLY}
@@ -346,6 +353,7 @@ def load_judge(
     if kind in HEAD_MODELS: return _heads_judge(kind, rest, cache, offline, rewards, max_failed, options)
     if kind in REWARD_MODELS: fine = f'{rest}:{REWARD_MODELS[kind]}'
     model, colon, mode = fine.rpartition(':')
+    if model == 'verifier': one_of('judge', name, JUDGES)
     expect(bool(colon), 'judge', f"one of {', '.join(JUDGES)}, or MODEL:MODE such as {_examples}", name)
     expect(0 <= max_failed <= 1, 'max_failed', 'a share from 0 to 1', max_failed)
     mode = load_mode(mode)

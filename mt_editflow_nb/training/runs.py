@@ -157,7 +157,7 @@ def note_environment(
     "Record under which versions and threads a run goes on, if they are not those that it was begun with."
     file = Path(run)/'config.json'
     held, now = read_json(file), environment()
-    last = [held['environment'], *held.get('resumed', ())][-1]
+    last = [held.get('environment') or {}, *held.get('resumed', ())][-1]
     changed = [k for k in now if last.get(k) != now[k]]
     if not changed: return []
     atomic_write(file, to_json(held | dict(resumed=[*held.get('resumed', ()), now]), indent=1))
