@@ -160,7 +160,8 @@ def _check_values(a, flags):
     for name in ('n', 'steps', 'batch', 'keep', 'size'):
         x = getattr(a, name)
         expect(x is None or x >= 1, flags[name], 'at least 1', x)
-    expect(_kind(a) != 'shapeworld' or (a.n or 0) <= MAX_SESSIONS, '--n', f'at most {MAX_SESSIONS} of the shape world', a.n)
+    made_up = (a.n or 0) if _kind(a) == 'shapeworld' else 0
+    expect(made_up <= MAX_SESSIONS, '--n', f'at most {MAX_SESSIONS} sessions of the shape world', a.n)
     expect(a.turns is None or 1 <= a.turns <= MAX_TURNS, '--turns', f'1 to {MAX_TURNS}', a.turns)
     expect(a.guidance is None or 0 <= a.guidance < 1e4, '--guidance', 'a number from 0 to 10000', a.guidance)
     judge_options(a)
