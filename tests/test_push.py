@@ -1,0 +1,106 @@
+"A finished run as a model repository: in a folder, and on a hub that is an HTTP server of this test."
+import base64, json, threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import pytest, torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from test_training import small
+from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.cli.push import main
+from mt_editflow_nb.data.sessions import save_sessions
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.editing.loading import find_editor
+from mt_editflow_nb.training.train import experiment
+
+ADDRESS = 'http://gpu7.intern:8000/v1'
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A finished run on sessions of a file."
+    folder = tmp_path_factory.mktemp('secret_project')
+    save_sessions(shape_sessions(6, 2), folder)
+    c = make_config(small | dict(iterations=2, sessions=str(folder/'sessions.jsonl'), heldout=2))
+    experiment(c, folder/'run', progress=False)
+    held = json.loads((folder/'run'/'config.json').read_text())
+    held['config']['judge'] = f'Qwen/Qwen2.5-VL-7B-Instruct@{ADDRESS}:logit'      # as if a server had judged
+    (folder/'run'/'config.json').write_text(json.dumps(held))
+    return folder/'run'
+
+@contextmanager
+def fake_hub(monkeypatch, status=200):
+    "Answers as the hub does, wants all files inside the commit, and keeps what it is asked."
+    asked = []
+    class Hub(BaseHTTPRequestHandler):
+        def log_message(self, *_): pass
+        def answer(self):
+            body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+            asked.append((self.command, self.path.partition('?')[0], body))
+            files = json.loads(body)['files'] if 'preupload' in self.path else []
+            reply = dict(url=f'{url}/ada/edits', name='ada/edits', commitUrl=f'{url}/ada/edits/commit/1', commitOid='1',
+                         files=[dict(path=f['path'], uploadMode='regular', shouldIgnore=False) for f in files])
+            data = json.dumps(reply if status == 200 else dict(error='no')).encode()
+            self.send_response(status)
+            self.send_header('Content-Type', 'application/json')
+            self.send_header('Content-Length', str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        do_GET = do_POST = do_HEAD = answer
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    url = f'http://127.0.0.1:{server.server_port}'
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for module in ('huggingface_hub.constants', 'huggingface_hub.hf_api.constants'):
+        monkeypatch.setattr(f'{module}.ENDPOINT', url)
+    monkeypatch.setenv('HF_TOKEN', 'hf_of_this_test')
+    try: yield asked
+    finally: server.shutdown()
+
+def test_nothing_leaves_without_yes(run, tmp_path, monkeypatch, capsys):
+    "The folder alone: loads in plain diffusers, and holds no address and no path of this machine."
+    with fake_hub(monkeypatch) as asked:
+        assert main([str(run), 'ada/edits', '--to', str(tmp_path/'hub')]) == 0
+    said = capsys.readouterr().out
+    assert not asked and 'then add --yes' in said
+    names = {p.name for p in (tmp_path/'hub').iterdir()}
+    assert names == {'README.md', 'config.json', 'results.json', 'metrics.jsonl', 'curves.png', 'heldout_0.png',
+                     'heldout_1.png', 'pytorch_lora_weights.safetensors'}
+    assert all(name in said for name in names)
+    card = ModelCard.load(tmp_path/'hub'/'README.md')
+    for part in ('sessions.jsonl', 'Qwen/Qwen2.5-VL-7B-Instruct:logit', '| 2 | O |', "load_lora_weights('ada/edits')"):
+        assert part in card.text
+    texts = ''.join((tmp_path/'hub'/name).read_text() for name in names if not name.endswith(('.png', '.safetensors')))
+    assert 'gpu7' not in texts and 'secret_project' not in texts
+    import diffusers
+    pipe = diffusers.FluxKontextPipeline.from_pretrained(find_editor('tiny')[0])
+    pipe.load_lora_weights(str(tmp_path/'hub'))
+    loaded = dict(pipe.transformer.named_parameters())
+    for name, x in load_file(run/'lora'/'pytorch_lora_weights.safetensors').items():
+        key = name.removeprefix('transformer.').replace('.weight', '.default_0.weight')
+        assert torch.equal(loaded[key], x)
+
+def test_upload(run, monkeypatch, capsys):
+    "With --yes: a private repository, and a commit of exactly the files that were listed."
+    with fake_hub(monkeypatch) as asked: assert main([str(run), 'ada/edits', '--yes', '--licence', 'mit']) == 0
+    created = json.loads(next(body for _, path, body in asked if path.endswith('/repos/create')))
+    assert (created['name'], created['organization']) == ('edits', 'ada')
+    assert created.get('private') is True or created.get('visibility') == 'private'
+    commit = next(body for _, path, body in asked if '/commit/' in path)
+    files = {row['value']['path']: base64.b64decode(row['value']['content'])
+             for row in map(json.loads, commit.splitlines()) if row['key'] == 'file'}
+    assert files == {p.name: p.read_bytes() for p in (run/'hub').iterdir()}
+    assert b'license: mit' in files['README.md']
+    assert 'uploaded to ' in capsys.readouterr().out
+
+@pytest.mark.parametrize('argv,words', [
+    (['ada/edits', '--public'], '--public: expected --yes'), (['just-a-name'], 'REPO: expected OWNER/NAME'),
+    (['ada/../edits'], 'REPO: expected OWNER/NAME')])
+def test_bad_input_is_one_line(run, argv, words, capsys):
+    assert main([str(run), *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f'mtef_push: {words}') and err.count('\n') == 1
+
+def test_what_the_hub_refuses_is_one_line(run, monkeypatch, capsys):
+    with fake_hub(monkeypatch, status=403): assert main([str(run), 'ada/edits', '--yes']) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('mtef_push: REPO: ada/edits cannot be written: ') and err.count('\n') == 1
+    assert 'hf_of_this_test' not in err
