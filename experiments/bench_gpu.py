@@ -3,23 +3,38 @@
     python experiments/bench_gpu.py [RECIPE.yaml | field=value ...]
 
 Builds the full-size transformer from its published configuration with random weights (speed and memory do not depend
-on their values), block by block, in NF4 and in bf16, with and without torch.compile, and measures what an iteration is
-made of: rows that only go forward (sampling) and rows that go forward and backward (training). Text encoders and
-autoencoder are not built: their time is the plan's only blind spot, and `kernel_share` says which part of a training
-step's time lies in matrix products, attention and 4-bit kernels.
+on their values), block by block, in NF4 and in bf16, and measures
 
-Prints a table and writes experiments/results/bench_NAME.json. Without a GPU it runs the tiny editor's configuration on
-the CPU (`--toy` asks for that anywhere), compiled without a code generator: that tests the script, its numbers say
-nothing about a GPU."""
+- what an iteration is made of, rows that only go forward (sampling) and rows that go forward and backward (training),
+  plain and with each option of the configuration, with the error that the option makes in a velocity;
+- the plan's memory part by part, beside what is held;
+- three whole iterations: rollout, loss, gradient checkpointing and optimiser (8-bit AdamW where the recipe has it).
+
+Text encoders and autoencoder are not built: encoded texts and pictures are random numbers of the right shape, and
+their time is the plan's blind spot. `kernel_share` says which part of a training step's time lies in matrix products,
+attention and 4-bit kernels.
+
+Prints tables and writes experiments/results/bench_NAME.json. On a card of 80 GB, about ten minutes each:
+
+    for r in kontext_nft klein_4b_nft; do python experiments/bench_gpu.py experiments/recipes/$r.yaml; done
+
+Without a GPU it runs the tiny editor's configuration on the CPU (`--toy` asks for that anywhere), compiled without a
+code generator: that tests the script, its numbers say nothing about a GPU."""
 import argparse, gc, platform, time
+from functools import partial
 from pathlib import Path
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
+from PIL import Image
 from mt_editflow_nb.data.files import atomic_write, one_line, to_json
-from mt_editflow_nb.editing.editor import Text
-from mt_editflow_nb.editing.loading import quantize_nf4
-from mt_editflow_nb.editing.lora import add_lora, lora_parameters
+from mt_editflow_nb.data.sessions import Session
+from mt_editflow_nb.editing.editor import RepeatedText, Text, deduplicate
+from mt_editflow_nb.editing.loading import autocast_velocity, quantize_nf4, use_attention
+from mt_editflow_nb.editing.lora import add_lora, lora_parameters, merged
+from mt_editflow_nb.editing.samplers import sigma_schedule
+from mt_editflow_nb.rewards.cube import Scores
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.algorithm.policy import make_optimizer
+from mt_editflow_nb.algorithm.iterate import iterate
+from mt_editflow_nb.algorithm.policy import Policy, make_optimizer
 from mt_editflow_nb.training.budget import (PEAK, count_rows, editor_configs, plan, profile_row, weightless_editor,
                                             weightless_text)
 from mt_editflow_nb.cli.train import parse_overrides, read_recipe
@@ -34,6 +49,7 @@ def fill(module, device):
 
 def real_editor(c, configs, device, dtype, nf4):
     "The transformer with random weights; each block is quantised as soon as it exists: bf16 is never held whole."
+    torch.manual_seed(0)                                        # the same weights for every option
     editor = weightless_editor(configs, size=c.size or configs.get('size'), guidance=c.guidance, dtype=dtype)
     editor.device = device
     for name, child in editor.transformer.named_children():
@@ -47,7 +63,7 @@ def real_editor(c, configs, device, dtype, nf4):
     if hasattr(position, 'pos_freqs'):                          # Qwen's tables are neither weights nor buffers
         axes = list(editor.transformer.config.axes_dims_rope)
         editor.transformer.pos_embed = type(position)(theta=10000, axes_dim=axes, scale_rope=True)
-    add_lora(editor, c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets)
+    for p in add_lora(editor, c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets): p.data.normal_(0, .01)
     if c.checkpointing: editor.transformer.enable_gradient_checkpointing()
     return editor
 
@@ -87,35 +103,58 @@ def kernel_share(f, device):
 
 def weights_name(nf4, dtype): return 'nf4' if nf4 else str(dtype).split('.')[-1]
 
-def measure(c, configs, nf4, compiled, device, dtype, repeat):
-    "A row of the table: seconds, memory and utilisation with these weights."
+OPTIONS = ('plain', 'compile', 'attention', 'autocast', 'tf32', 'merge')
+
+def options_of(c, device, dtype, nf4):
+    "The options that there are here, and for these weights; the CPU has no TF32, 4 bits cannot be merged."
+    absent = {'tf32': device.type == 'cpu', 'merge': nf4, 'autocast': dtype == torch.float32}
+    return [option for option in OPTIONS if not absent.get(option)]
+
+def with_option(option, editor, device):
+    "Switch an option on; on the CPU by what stands for it there."
+    cuda = device.type == 'cuda'
+    if option == 'compile': editor.transformer.compile_repeated_blocks(backend='inductor' if cuda else 'eager')
+    if option == 'attention': use_attention(editor, '_native_cudnn' if cuda else '_native_math')
+    if option == 'autocast': autocast_velocity(editor)
+    torch.backends.cuda.matmul.allow_tf32 = option == 'tf32'
+
+def inputs_of(c, configs, editor, device):
+    "What a transformer call takes, the same numbers for every option."
+    torch.manual_seed(1)
+    text = random_text(weightless_text(editor, configs['words'], c.batch), device)
+    x, image = (torch.randn(c.batch, *editor.latent_shape, device=device) for _ in range(2))
+    return x, torch.full((c.batch,), .5, device=device), text, image
+
+def measure(c, configs, nf4, option, device, dtype, repeat, exact=None):
+    "(a row of the table: seconds, memory and utilisation with these weights, the velocity)."
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     editor = real_editor(c, configs, device, dtype, nf4)
-    if compiled: editor.transformer.compile_repeated_blocks(**({} if device.type == 'cuda' else dict(backend='eager')))
-    n = c.batch
-    text = random_text(weightless_text(editor, configs['words'], n), device)
+    inputs = inputs_of(c, configs, editor, device)
+    with_option(option, editor, device)
     optimizer = make_optimizer(c, lora_parameters(editor))
-    x, image = (torch.randn(n, *editor.latent_shape, device=device) for _ in range(2))
-    sigma = torch.full((n,), .5, device=device)
-    def sample():
-        with torch.no_grad(): editor.velocity(x, sigma, text, image)
+    @torch.no_grad()
+    def sample(): return editor.velocity(*inputs)
     def train():
         optimizer.zero_grad()
-        editor.velocity(x, sigma, text, image).square().mean().backward()
+        editor.velocity(*inputs).square().mean().backward()
         optimizer.step()
-    forward, both = seconds(sample, device, repeat)/n, seconds(train, device, repeat)/n
+    if option == 'merge':
+        with merged(editor): velocity, forward = sample(), seconds(sample, device, repeat)/c.batch
+    else: velocity, forward = sample(), seconds(sample, device, repeat)/c.batch
+    both = seconds(train, device, repeat)/c.batch
     T, speed = c.turns or 3, peak(device)
     rows = count_rows(c, T)
     iteration = (rows['sampled'] + rows['compared'])*forward + rows['trained']*both
-    return dict(weights=weights_name(nf4, dtype), compiled=compiled, seconds_forward_row=forward,
-                seconds_train_row=both, seconds_iteration=iteration,
-                edits_per_gpu_second=c.sessions_per_iteration*c.group*T/iteration,
-                peak_GB=torch.cuda.max_memory_allocated()/1e9 if device.type == 'cuda' else None,
-                kernel_share=kernel_share(train, device),
-                utilisation=(flops_of_a_row(c, configs)/forward)/speed if speed else None)
+    error = None if exact is None else float((velocity - exact).norm()/exact.norm())
+    row = dict(weights=weights_name(nf4, dtype), option=option, seconds_forward_row=forward, seconds_train_row=both,
+               seconds_iteration=iteration, edits_per_gpu_second=c.sessions_per_iteration*c.group*T/iteration,
+               relative_error=error, kernel_share=kernel_share(train, device),
+               peak_GB=torch.cuda.max_memory_allocated()/1e9 if device.type == 'cuda' else None,
+               utilisation=(flops_of_a_row(c, configs)/forward)/speed if speed else None)
+    return row, velocity
 
 def peak(device):
     "Published operations a second of the card, or None."
@@ -128,14 +167,84 @@ def flops_of_a_row(c, configs):
     add_lora(editor, 1)
     return profile_row(editor, weightless_text(editor, configs['words']))['flops_forward']
 
-def try_measure(c, configs, nf4, compiled, device, dtype, repeat):
-    "A row, or why there is none: a compiler that cannot do it spoils no other row."
-    failed = dict(weights=weights_name(nf4, dtype), compiled=compiled)
-    try: return measure(c, configs, nf4, compiled, device, dtype, repeat)
-    except torch.OutOfMemoryError: return dict(failed, error='out of memory')
-    except Exception as e:
-        if not compiled: raise
-        return dict(failed, error=f'{type(e).__name__}: {one_line(e)[:200]}')
+def measure_options(c, configs, nf4, device, dtype, repeat):
+    "A row for every option, or why there is none: one that fails spoils no other."
+    rows, exact = [], None
+    for option in options_of(c, device, dtype, nf4):
+        failed = dict(weights=weights_name(nf4, dtype), option=option)
+        try: row, velocity = measure(c, configs, nf4, option, device, dtype, repeat, exact)
+        except torch.OutOfMemoryError: row = dict(failed, error='out of memory')
+        except Exception as e:
+            if option == 'plain': raise
+            row = dict(failed, error=f'{type(e).__name__}: {one_line(e)[:200]}')
+        else: exact = velocity if option == 'plain' else exact
+        rows.append(row)
+    return rows
+
+# --- three iterations, and the plan's parts
+
+def stand_in(editor, configs, device):
+    "Let an editor without encoders answer with random numbers of the right shapes."
+    def encode_text(texts, images=None):
+        once, index = deduplicate(texts)
+        return RepeatedText(random_text(weightless_text(editor, configs['words'], len(once)), device), index)
+    def encode_image(images): return torch.randn(len(images), *editor.latent_shape, device=device)
+    def decode(x): return np.zeros((len(x), editor.size, editor.size, 3), np.uint8)
+    editor.encode_text, editor.encode_image, editor.decode = encode_text, encode_image, decode
+    editor.sigmas = partial(sigma_schedule, mu=1.)
+    editor.max_text_tokens = None
+
+def random_judge(sessions, images_PGTHWC):
+    "Scores that have nothing to do with the pictures."
+    shape = images_PGTHWC.shape[:3]
+    rewards = torch.rand(*shape, 2, generator=torch.Generator().manual_seed(0))
+    return Scores(('if', 'cc'), rewards, (rewards[..., 0] > .5).float(), rewards[..., 1], rewards[..., 1])
+
+def held(tensors): return sum(x.numel()*x.element_size() for x in tensors if torch.is_tensor(x))
+
+def allocated(device): return torch.cuda.memory_allocated() if device.type == 'cuda' else None
+
+def texts_held(text):
+    "Bytes of the different rows of an encoded text."
+    return 0 if text is None else held([text.embeds, text.pooled]) + texts_held(text.negative)
+
+def run_iterations(c, configs, nf4, device, dtype, iterations=3):
+    "Seconds and losses of whole iterations, and the bytes of the plan's parts as they are held."
+    gc.collect()
+    before = allocated(device)
+    editor = real_editor(c, configs, device, dtype, nf4)
+    adapter = held(lora_parameters(editor))
+    built = allocated(device) - before if before is not None else held(
+        [*editor.transformer.parameters()]) + held([m.weight.quant_state.absmax for m in editor.transformer.modules()
+                                                    if hasattr(getattr(m, 'weight', None), 'quant_state')])
+    stand_in(editor, configs, device)
+    policy = Policy(c, editor)
+    pictures = [Image.new('RGB', (editor.size, editor.size))]*c.sessions_per_iteration
+    sessions = [Session(str(p), picture, [f'instruction {p}']*(c.turns or 3)) for p, picture in enumerate(pictures)]
+    log, rolled = [], None
+    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
+    for i in range(iterations):
+        start = time.perf_counter()
+        metrics, rolled, *_ = iterate(c, policy, sessions, random_judge, i)
+        log.append(dict(seconds=time.perf_counter() - start, loss=metrics['loss'], grad_norm=metrics['grad_norm']))
+    optimiser = held([x for state in policy.optimizer.state.values() for x in state.values()])
+    rollouts = held([rolled.inputs_TNLC, rolled.clean_TNLC, rolled.path_TKNLC, rolled.next_TKNLC, rolled.mean_TKNLC])
+    parts = {'transformer': built - adapter, 'adapter, its gradient, old policy': 3*adapter, 'optimiser': optimiser,
+             'rollouts': rollouts + sum(texts_held(t.once) for t in rolled.texts_T)}
+    if device.type == 'cuda':
+        rest = sum(parts.values())
+        parts[f'activations (batch {c.batch})'] = torch.cuda.max_memory_allocated() - before - rest
+    return log, parts
+
+def compare_parts(planned, measured):
+    "The plan's parts beside what was held: gigabytes, and the plan's error."
+    rows = {part: dict(planned_GB=planned[part]/1e9, held_GB=b/1e9, error=planned[part]/max(b, 1) - 1)
+            for part, b in measured.items()}
+    return pd.DataFrame.from_dict(rows, orient='index')
+
+def show(title, table):
+    print(f'\n{title}')
+    print(table.to_string(float_format='{:.4g}'.format))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,12 +262,20 @@ def main():
     if toy and not Path(str(values.get('editor'))).is_dir(): values |= dict(editor='tiny', size=48)
     c = make_config(values)
     configs, dtype = editor_configs(c.editor), torch.bfloat16
-    rows = [try_measure(c, configs, nf4, compiled, device, dtype, a.repeat)
-            for nf4 in (True, False) for compiled in (False, True)]
+    rows, iterations, parts = [], {}, {}
+    for nf4 in (True, False):
+        weights, here = weights_name(nf4, dtype), c.model_copy(update=dict(quantize='nf4' if nf4 else None))
+        rows += measure_options(here, configs, nf4, device, dtype, a.repeat)
+        iterations[weights], measured = run_iterations(here, configs, nf4, device, dtype)
+        parts[weights] = compare_parts(plan(here)['memory'], measured)
+        show(f'{weights}: three iterations', pd.DataFrame(iterations[weights]))
+        show(f'{weights}: memory by part', parts[weights])
+    print()
     print(pd.DataFrame(rows).T.to_string(header=False, float_format='{:.4g}'.format))
     planned, name = plan(c), Path(c.editor).name + ('_toy' if toy else '')
     machine = torch.cuda.get_device_name() if device.type == 'cuda' else f'{platform.machine()} CPU'
     report = dict(device=machine, toy=toy, torch=torch.__version__, config=c.model_dump(), rows=rows,
+                  iterations=iterations, parts={k: t.to_dict('index') for k, t in parts.items()},
                   planned_GB={k: v/1e9 for k, v in planned['memory'].items()}, planned_minutes=planned['minutes'])
     atomic_write(Path(a.out)/f'bench_{name}.json', to_json(report, indent=1))
     note = ' (toy size: these numbers say nothing about a GPU)' if toy else ''

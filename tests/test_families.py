@@ -261,6 +261,14 @@ def test_encoders_rest_elsewhere(folder):
         editor.encode_text(['x'], pictures)
     assert moves == [str(editor.device), 'cpu']
 
+def test_encoded_instructions_are_in_memory_once(editor, session):
+    "Members of a session share the text and, at first, the picture; rows are put together when they are asked for."
+    x = np.asarray(session.image)
+    with small_condition(): text = editor.encode_text(['add a ring', 'add a ring', 'remove it'], np.stack([x, x, x]))
+    assert len(text) == 3 and len(text.once) == 2
+    assert torch.equal(text[:2].embeds[0], text.embeds[1]) and not torch.equal(text.embeds[1], text.embeds[2])
+    if text.negative is not None: assert len(text.negative) == 3 and len(text[1:].negative) == 2
+
 def test_text_encoder_sees_the_picture(folder, editor, session):
     x = np.asarray(session.image)[None]
     with small_condition(): a, b = (editor.encode_text(['add a ring'], y).embeds for y in (x, 255 - x))

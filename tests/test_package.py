@@ -33,7 +33,7 @@ def away(tmp_path_factory):
     return run
 
 def test_commands_say_what_they_do(away):
-    for name in ('mtef_init', 'mtef_data', 'mtef_train', 'mtef_eval', 'mtef_sweep', 'mtef_report'):
+    for name in ('mtef_init', 'mtef_data', 'mtef_train', 'mtef_eval', 'mtef_sweep', 'mtef_report', 'mtef_push'):
         assert f'usage: {name}' in away(name, '--help')
 
 def test_trains_directly_and_in_a_notebook(away):

@@ -1,7 +1,7 @@
 """Every recipe is valid, names its sources, can be planned, and runs an iteration on the tiny twin of its family.
 
 The plan's numbers stand against independent counts."""
-import importlib, json
+import importlib, json, re
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -17,7 +17,7 @@ from mt_editflow_nb.editing.flux2 import tiny_klein
 from mt_editflow_nb.editing.editor import Text
 from mt_editflow_nb.training.budget import (DECODER_NUMBERS, PEAK, PUBLISHED, TRANSFORMERS, advice, count_rows,
                                             editor_configs, find_batch, judge_bytes, plan, plan_text, profile_row,
-                                            weightless_editor, weightless_text)
+                                            weightless_editor, weightless_encoder, weightless_text)
 from mt_editflow_nb.editing.qwen import tiny_qwen
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import Session
@@ -59,7 +59,10 @@ def test_recipe(path, twins):
         comment = line.partition('  # ')[2]
         assert line.startswith(('#', 'editor:')) or any(x in comment for x in SOURCES), line
     published = make_config(read_recipe(path))
-    assert published.editor in PUBLISHED and published.size == 512 and published.quantize == 'nf4'
+    assert published.editor in PUBLISHED
+    assert published.size == (384 if '384' in path.stem else 512)
+    assert published.quantize == (None if 'bf16' in path.stem else 'nf4')
+    assert ('@http' in published.judge) == ('vllm serve' in path.read_text()) == ('one_card' not in path.stem)
     twin = str(twins[PUBLISHED[published.editor]['pipeline']])
     small = dict(editor=twin, size=64, sessions_per_iteration=2, group=2, num_steps=min(published.num_steps, 4),
                  turns=2, window=min(published.window, 2), min_std=0., iterations=2, judge='verifier')   # see below
@@ -75,6 +78,36 @@ def test_recipe(path, twins):
     planned = count_rows(c, 2)
     assert sum(n for n, grad in passes if grad) == planned['trained']
     assert sum(n for n, grad in passes if not grad) == planned['sampled'] + planned['compared']
+
+@pytest.mark.parametrize('path', [p for p in recipes if 'Expected hours' in p.read_text()], ids=lambda p: p.stem)
+def test_expected_hours_and_card_of_a_recipe(path):
+    "The head of a recipe says what the plan says, and its card has a gigabyte to spare."
+    text, c = path.read_text(), make_config(read_recipe(path))
+    said = dict(re.findall(r'(RTX 4090|L40S|A100|H100) (\d+)', text.splitlines()[1]))
+    assert len(said) >= 2 and said == {card: f"{plan(c, card)['hours']:.0f}" for card in said}
+    gigabytes, = re.findall(r'one GPU of (\d+) GB', text.splitlines()[0])
+    p = plan(c, 'H100')
+    assert sum(p['memory'].values()) < (int(gigabytes) - 1)*1e9 and not p['uncounted']
+    assert (p['memory']['judge'] > 5e9) == ('one_card' in path.stem)
+
+def test_the_line_that_serves_the_judge():
+    "A judge of 32 billion parameters on a card of 80 GB: its context fits with the flags, and does not without them."
+    config = dict(text_config=dict(vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+                                   num_attention_heads=40, num_key_value_heads=8),
+                  vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3456, num_heads=16,
+                                     out_hidden_size=5120), tie_word_embeddings=False)
+    model = weightless_encoder('Qwen2_5_VLForConditionalGeneration', config)
+    weights = 2*sum(p.numel() for p in model.parameters())
+    assert abs(weights/2e9 - 33.45) < .01                               # as its repository says
+    a_token, card = 64*2*8*128*2, 79.1*2**30                            # keys and values of 64 layers; as cards report
+    assert .9*card - weights < 128_000*a_token                          # vLLM's default share, the model's context
+    lines = {line for f in (root/'README.md', *recipes) for line in f.read_text().splitlines() if 'vllm serve' in line}
+    for line in lines:
+        share, = re.findall(r'--gpu-memory-utilization (\S+)', line)
+        context, = re.findall(r'--max-model-len (\S+)', line)
+        assert float(share)*card - weights > int(context)*a_token + 6e9  # and what it computes with
+        assert '--limit-mm-per-prompt' in line
+    assert lines
 
 # --- the plan's arithmetic
 
@@ -346,7 +379,8 @@ def test_8bit_adamw(tmp_path):
     again = load_file(tmp_path/'8'/'lora'/'pytorch_lora_weights.safetensors')
     assert all(torch.equal(again[k], weights['8'][k]) for k in again)
     with patch.object(policies, 'find_spec', lambda name: None):
-        with pytest.raises(InputError, match='pip install bitsandbytes'): make_optimizer(c8, [])
+        missing = 'adam8bit: expected bitsandbytes to be installed .pip install bitsandbytes.'
+        with pytest.raises(InputError, match=missing): make_optimizer(c8, [])
 
 def test_command(capsys, tmp_path):
     assert main(['--plan', 'lora_rank=4']) == 0
@@ -363,10 +397,18 @@ def test_bench_measures_every_family(family, twins, monkeypatch):
     monkeypatch.syspath_prepend(str(root/'experiments'))
     import bench_gpu
     c = make_config(dict(editor=str(twins[family]), size=64, batch=2, lora_rank=2, checkpointing=True, guidance=2.5))
-    row = bench_gpu.measure(c, editor_configs(c.editor), True, False, torch.device('cpu'), torch.float32, 1)
+    configs, cpu = editor_configs(c.editor), torch.device('cpu')
+    row, exact = bench_gpu.measure(c, configs, True, 'plain', cpu, torch.float32, 1)
     edits = c.sessions_per_iteration*c.group*3
-    assert 0 < row['seconds_forward_row']
+    assert 0 < row['seconds_forward_row'] and row['option'] == 'plain' and row['relative_error'] is None
     assert row['edits_per_gpu_second'] == pytest.approx(edits/row['seconds_iteration'])
+    again, _ = bench_gpu.measure(c, configs, True, 'attention', cpu, torch.float32, 1, exact)
+    assert again['relative_error'] < 1e-4                               # the same weights and inputs
+    few = c.model_copy(update=dict(sessions_per_iteration=1, group=2, turns=2, adam8bit=True, min_std=0.))
+    log, held = bench_gpu.run_iterations(few, configs, True, cpu, torch.float32)
+    assert len(log) == 3 and all(np.isfinite(i['loss']) and i['grad_norm'] > 0 for i in log)
+    table = bench_gpu.compare_parts(plan(few.model_copy(update=dict(quantize='nf4')))['memory'], held)
+    assert table.error['adapter, its gradient, old policy'] == 0 and -.2 < table.error['rollouts'] < 1
 
 def test_bench_command(tmp_path, monkeypatch, capsys):
     "The whole script at toy size: a table and a file; a compiler that fails spoils no other row."
@@ -378,18 +420,24 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     bench_gpu.main()
     file = tmp_path/'bench_tiny_toy.json'
     result, table = json.loads(file.read_text()), capsys.readouterr().out
-    variants = [(weights, compiled) for weights in ('nf4', 'bfloat16') for compiled in (False, True)]
-    assert [(r['weights'], r['compiled']) for r in result['rows']] == variants
+    options = ['plain', 'compile', 'attention', 'autocast']
+    variants = [('nf4', o) for o in options] + [('bfloat16', o) for o in (*options, 'merge')]
+    assert [(r['weights'], r['option']) for r in result['rows']] == variants
+    assert all(r['relative_error'] < .1 for r in result['rows'] if r['option'] != 'plain')
+    assert all(len(log) == 3 for log in result['iterations'].values())
+    assert {'transformer', 'optimiser', 'rollouts'} < set(result['parts']['nf4'])
     assert all(0 < r['kernel_share'] < 1 and r['edits_per_gpu_second'] > 0 and 'error' not in r for r in result['rows'])
     words = ('seconds_iteration', 'kernel_share', 'peak_GB', 'planned', 'say nothing about a GPU')
     assert result['toy'] and all(x in table for x in words)
-    def broken(c, about, nf4, compiled, *args):
-        if compiled: raise NotImplementedError('no compiler')
-        return result['rows'][0]
+    def broken(c, about, nf4, option, *args):
+        if option == 'compile': raise NotImplementedError('no compiler')
+        return result['rows'][0], None
     monkeypatch.setattr(bench_gpu, 'measure', broken)
+    monkeypatch.setattr(bench_gpu, 'run_iterations', lambda *args: ([], {}))
     bench_gpu.main()
     errors = [r.get('error') for r in json.loads(file.read_text())['rows']]
-    assert errors == [None, 'NotImplementedError: no compiler']*2
+    assert errors == [None, 'NotImplementedError: no compiler', None, None, None, 'NotImplementedError: no compiler',
+                      None, None, None]
 
 def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch):
     "Settings that are not given are those of training; others are used, with a warning."

@@ -44,6 +44,8 @@ class EditorFields(BaseModel):
         "compile the transformer's blocks with this backend, such as 'inductor'; None: do not"))
     autocast: bool = Field(False, description="the adapter's matrix products in bfloat16")
     tf32: bool = Field(False, description='float32 matrix products in TF32, on a GPU')
+    merge: bool = Field(False, description=(
+        'NFT: the adapter is added into the weights while rollouts are sampled, which is faster'))
     adam8bit: bool = Field(False, description='8-bit AdamW states')
 
 class SessionFields(BaseModel):
@@ -100,7 +102,8 @@ class LossFields(BaseModel):
     beta: float = Field(1., gt=0, description='NFT: strength of the implicit policies')
     train_timesteps: int = Field(1, ge=1, description='NFT: noise levels at which each turn is trained')
     old_decay: float = Field(0., ge=0, le=1, description='NFT: EMA decay of the old policy, an iteration')
-    sampler: Literal['flow', 'cps'] = Field('flow', description='GRPO: kind of the stochastic steps')
+    sampler: Literal['flow', 'cps', 'dpm2'] = Field('flow', description=(
+        "GRPO: kind of the stochastic steps, 'flow' or 'cps'; NFT: 'dpm2' samples by DPM-Solver++ 2M, not by Euler"))
     noise_level: float = Field(.7, ge=0, description='GRPO: of the stochastic steps')
     window: int = Field(0, ge=0, description=(
         'GRPO: stochastic steps a rollout, placed anew each iteration; 0: all but the last'))
@@ -119,6 +122,7 @@ class RunFields(BaseModel):
     eval_sessions: int = Field(512, ge=1, description='held-out sessions of the shape world')
     eval_turns: int | None = Field(None, ge=1, le=MAX_TURNS, description='their turns; None: as in training')
     eval_steps: int | None = Field(None, ge=1, le=1000, description='denoising steps in evaluation; None: `num_steps`')
+    eval_size: int | None = Field(None, ge=16, description='side of the images in evaluation; None: as in training')
     save_every: int = Field(10, ge=1, description='iterations between checkpoints')
     ema: float = Field(0., ge=0, lt=1, description=(
         'EMA decay of the adapter, an iteration; evaluated and handed out is the average; 0: none'))
@@ -153,7 +157,8 @@ EFFECTIVE = {   # field -> (other field, the values of the other under which thi
     **dict.fromkeys(('aggregation', 'fusion', 'credit', 'weights', 'std', 'whiten', 'min_std', 'gamma', 'adv_max',
                      'keep', 'kl_weight', 'branching'), ('algorithm', RL)),
     **dict.fromkeys(('beta', 'train_timesteps', 'old_decay'), ('algorithm', ('nft',))),
-    **dict.fromkeys(('sampler', 'noise_level', 'window', 'clip', 'guard'), ('algorithm', ('grpo',))),
+    **dict.fromkeys(('noise_level', 'window', 'clip', 'guard'), ('algorithm', ('grpo',))),
+    'merge': ('algorithm', ('nft',)),
     'exposure_turns': ('algorithm', ('sft',)), 'eval_turns': ('sessions', ('shapeworld',))}
 
 def refuse_ineffective(config: Config # to check
@@ -168,6 +173,8 @@ def refuse_ineffective(config: Config # to check
            'aggregation=discounted, without which it has no effect', f'aggregation={config.aggregation}')
     expect(config.credit != 'local' or config.aggregation in ('mean', 'none'), 'aggregation',
            "another credit than 'local', which keeps every turn for itself", f'aggregation={config.aggregation}')
+    expect(config.sampler != 'cps' or config.algorithm == 'grpo', 'sampler',
+           'algorithm=grpo with cps, without which it has no effect', f'algorithm={config.algorithm}')
     expect(not config.keep_best or config.eval_every, 'keep_best',
            'eval_every above 0, without which it has no effect', config.keep_best)
     expect(config.heldout is None or config.sessions != 'shapeworld', 'heldout',
@@ -197,6 +204,10 @@ def check_rollout(config: Config # to check
            f'at most the {config.group} members of a group', config.keep)
     expect(config.algorithm != 'nft' or config.train_timesteps <= config.num_steps, 'train_timesteps',
            f'at most num_steps = {config.num_steps} noise levels', config.train_timesteps)
+    expect(config.sampler != 'dpm2' or config.algorithm == 'nft', 'sampler',
+           f'another than dpm2, which has no stochastic steps, for algorithm={config.algorithm}', config.sampler)
+    expect(not config.merge or not config.quantize, 'merge', 'no quantize beside it (4 bits cannot hold the adapter)',
+           config.quantize)
     if config.algorithm != 'grpo': return
     last = config.num_steps - 1
     expect(last > 0, 'num_steps', 'at least 2 for grpo (the last step is never stochastic)', config.num_steps)

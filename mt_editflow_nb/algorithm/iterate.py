@@ -211,7 +211,7 @@ def iterate(config: Config, # of the run
     window = stochastic_steps(config, torch_generator(*key, 'window'))
     judged = [sessions[p] for p in shard.sessions]
     scorer = TurnScorer(judge, judged, len(shard.members), every_turn=config.branching != 'none', seed=seed)
-    with policy.acting_old(), scorer:
+    with policy.sampling(), scorer:
         sampled = rollout(policy.editor, sessions, group=config.group, num_steps=config.num_steps, window=window,
                           kind=config.sampler, noise_level=config.noise_level, seed=config.seed, iteration=iteration,
                           batch=config.batch, shard=shard, on_turn=scorer, choose=continuation(config, scorer))

@@ -11,7 +11,7 @@ def _command(name):
     return run
 
 run_init, run_train, run_eval = map(_command, ('init', 'train', 'eval'))
-run_sweep, run_report, run_data = map(_command, ('sweep', 'report', 'data'))
+run_sweep, run_report, run_data, run_push = map(_command, ('sweep', 'report', 'data', 'push'))
 
 if sys.argv[0] == '-m':                                               # python -m mt_editflow_nb.cli.eval
     module = sys.orig_argv[sys.orig_argv.index('-m') + 1]

@@ -56,6 +56,8 @@ def _editor_options(ap):
     ap.add_argument('--quantize', choices=['nf4'], help="store the editor's weights in 4 bits")
     ap.add_argument('--size', type=int, help="side in pixels at which the editor works (default: the editor's own)")
     ap.add_argument('--guidance', type=float, help="guidance (default: the family's published one)")
+    ap.add_argument('--sampler', choices=['ode', 'dpm2'], help="solver: Euler's, or DPM-Solver++ 2M (default: that of "
+                                                               "the adapter's training; ode on EdiVal-Bench)")
     ap.add_argument('--steps', type=int, help='denoising steps (default: 3; on EdiVal-Bench the published number)')
 
 def _session_options(ap):
@@ -197,12 +199,12 @@ def fill_settings(
 ):
     "Set what was not given; say where an adapter is used otherwise than it was trained."
     edival, trained = a.sessions == 'edival', trained_with(a.lora) if a.lora else {}
-    asked = {name: getattr(a, name) for name in ('editor', 'size', 'guidance', 'steps', 'quantize')}
+    asked = {name: getattr(a, name) for name in ('editor', 'size', 'guidance', 'steps', 'quantize', 'sampler')}
     a.editor = a.editor or trained.get('editor') or 'tiny'
     a.sessions = a.sessions or 'shapeworld'
     if edival: a.steps = a.steps or published_protocol(a.editor)['steps']
     else:
-        for name in ('size', 'guidance', 'steps', 'quantize'):
+        for name in ('size', 'guidance', 'steps', 'quantize', 'sampler'):
             if getattr(a, name) is None: setattr(a, name, trained.get(name))
         a.steps = a.steps or 3
     used = asked if not edival else asked | dict(steps=a.steps)
@@ -403,7 +405,8 @@ def run_free(
     model = getattr(getattr(judge, 'engine', None), 'model', a.judge)
     settings = dict(judge=model) | {'model' if k == 'editor' else k: v for k, v in made_with(a).items()}
     if a.judge_options: settings |= dict(judge_options=judge_options(a))
-    kw = dict(num_steps=a.steps, batch=a.batch, folder=out/'sessions', progress=True, settings=settings)
+    kw = dict(num_steps=a.steps, kind=a.sampler or 'ode', batch=a.batch, folder=out/'sessions', progress=True,
+              settings=settings)
     size = sum(len(s.instructions) for s in sessions) * editor.size**2 * 3
     if size > IN_MEMORY:
         outcomes, _ = evaluate(editor, sessions, _keeping(judge, out), keep=0, **kw)

@@ -8,8 +8,8 @@ __all__ = ['Flux2Editor', 'byte_tokenizer', 'tiny_klein']
 # %% ../../nbs/editing/02_flux2.ipynb #653fa0cf
 from functools import cached_property
 import numpy as np, torch
-from .editor import (Text, adopt_pipeline, deduplicate, guide, predict_velocity, shifted_sigmas,
-                                           to_uint8, to_vae)
+from .editor import (RepeatedText, Text, adopt_pipeline, deduplicate, guide, predict_velocity,
+                                           shifted_sigmas, to_uint8, to_vae)
 
 # %% ../../nbs/editing/02_flux2.ipynb #e2b74beb
 class Flux2Editor:
@@ -35,9 +35,9 @@ class Flux2Editor:
         guided = [''] if self.guidance > 1 else []
         embeds, ids = self.pipe.encode_prompt(once + guided, device=self.device,
                                               max_sequence_length=self.max_text_tokens)
-        text = Text(embeds[index.to(embeds.device)], ids=ids[0])
-        if guided: text.negative = Text(embeds[-1:].expand(len(texts), -1, -1), ids=ids[0])  # one row of memory
-        return text
+        text = Text(embeds[:len(once)], ids=ids[0])
+        if guided: text.negative = Text(embeds[-1:].expand(len(once), -1, -1), ids=ids[0])   # one row of memory
+        return RepeatedText(text, index)
 
     def _latent_statistics(self):
         bn = self.vae.bn

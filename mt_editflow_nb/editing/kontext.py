@@ -8,8 +8,8 @@ __all__ = ['KontextEditor']
 # %% ../../nbs/editing/01_kontext.ipynb #653fa0cf
 from functools import cached_property
 import numpy as np, torch
-from .editor import (Text, adopt_pipeline, deduplicate, linear_shift, predict_velocity,
-                                           shifted_sigmas, to_uint8, to_vae)
+from .editor import (RepeatedText, Text, adopt_pipeline, deduplicate, linear_shift,
+                                           predict_velocity, shifted_sigmas, to_uint8, to_vae)
 
 # %% ../../nbs/editing/01_kontext.ipynb #192a4e1d
 class KontextEditor:
@@ -32,8 +32,7 @@ class KontextEditor:
         once, index = deduplicate(texts)
         limit = self.max_text_tokens
         embeds, pooled, ids = self.pipe.encode_prompt(once, None, device=self.device, max_sequence_length=limit)
-        index = index.to(self.device)
-        return Text(embeds[index], pooled[index], ids)
+        return RepeatedText(Text(embeds, pooled, ids), index)
 
     @torch.no_grad()
     def encode_image(self, images: np.ndarray) -> torch.Tensor:

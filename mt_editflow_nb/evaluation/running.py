@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['equal_length_batches', 'run_batch', 'EvaluatedSession', 'evaluation_protocol', 'check_protocol', 'evaluate_sessions',
-           'collect_sessions', 'pad_turns', 'unscored_note', 'evaluate', 'trained_with', 'training_mismatches']
+           'collect_sessions', 'pad_turns', 'unscored_note', 'evaluate', 'solver_of', 'trained_with',
+           'training_mismatches']
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3c5a6b08
 import sys
@@ -37,10 +38,12 @@ def run_batch(
     *,
     num_steps: int,  # denoising steps
     seed: int,       # of the noise
+    kind: str,       # 'ode', or 'dpm2' for DPM-Solver++ 2M
 ) -> tuple:          # (`Outcomes` of these sessions, images uint8 [I, T, H, W, 3])
     "Let an editor run freely, and ask the judge. Raises `InputError` for scores that break a judge's contract."
     shard = Shard(indices, [0])
-    made = rollout(editor, sessions, group=1, num_steps=num_steps, seed=seed, batch=len(indices), shard=shard)
+    made = rollout(editor, sessions, group=1, num_steps=num_steps, kind=kind, seed=seed, batch=len(indices),
+                   shard=shard)
     images_PGTHWC, run = made.images_PGTHWC, [sessions[i] for i in indices]
     scores = check_scores(judge(run, images_PGTHWC), run, images_PGTHWC)
     fields = scores.success_PGT, scores.object_cc_PGT, scores.background_cc_PGT
@@ -96,6 +99,7 @@ def evaluate_sessions(
     judge,                    # (sessions, images) -> `Scores`
     *,
     num_steps: int,           # denoising steps
+    kind: str = 'ode',        # or 'dpm2' for DPM-Solver++ 2M
     seed: int = 1234,         # of the noise
     batch: int = 64,          # sessions at a time
     folder=None,              # keeps results, and is gone on with if it holds some; None: nothing is written
@@ -109,13 +113,15 @@ def evaluate_sessions(
         if folder:
             open_things.enter_context(locked(folder))
             depends = dict(num_steps=num_steps, seed=seed, batch=batch) | (settings or {})
+            if kind != 'ode': depends['kind'] = kind
             check_protocol(folder, evaluation_protocol(editor, sessions, **depends))
         bar = open_things.enter_context(tqdm(total=len(sessions), desc=desc, unit='session', disable=not progress))
         for indices in equal_length_batches(sessions, batch):
             file = folder and Path(folder)/f'{indices[0]:06d}.safetensors'
             found = _read_batch(file) if folder else None
             if not found:
-                outcomes, images = run_batch(editor, sessions, indices, judge, num_steps=num_steps, seed=seed)
+                outcomes, images = run_batch(editor, sessions, indices, judge, num_steps=num_steps, seed=seed,
+                                             kind=kind)
                 found = outcomes, images[:sum(keep is None or i < keep for i in indices)]
                 if folder: _write_batch(file, *found)
             for row, i in enumerate(indices):
@@ -158,7 +164,7 @@ def evaluate(
     editor,         # from `load_editor`
     sessions: list, # I `Session`s
     judge,          # (sessions, images) -> `Scores`
-    **kw,           # num_steps, seed, batch, folder, keep, settings, progress and desc of `evaluate_sessions`
+    **kw,           # num_steps, kind, seed, batch, folder, keep, settings, progress and desc of `evaluate_sessions`
 ) -> tuple:         # (`Outcomes` [I, T], images uint8 [I, T, H, W, 3])
     "EdiVal's multi-turn protocol: every turn edits the editor's own last output. Unscored turns are counted on stderr."
     outcomes, images = collect_sessions(evaluate_sessions(editor, sessions, judge, **kw))
@@ -167,14 +173,20 @@ def evaluate(
     return outcomes, images
 
 # %% ../../nbs/evaluation/01a_running.ipynb #ee1a7f26
+def solver_of(
+    sampler: str, # of a run's configuration
+) -> str:         # as `rollout` takes it
+    "By which solver an evaluation samples: that of training's rollouts, without their noise."
+    return 'dpm2' if sampler == 'dpm2' else 'ode'
+
 def trained_with(
     lora,  # folder of an adapter
-) -> dict: # `editor`, `size`, `guidance`, `steps`, `quantize`; empty where that is not known
+) -> dict: # `editor`, `size`, `guidance`, `steps`, `quantize`, `sampler`; empty where that is not known
     "The settings that an adapter was trained with, from the run folder that it lies in."
     try: config = read_json(Path(lora).resolve().parent/'config.json')['config']
     except (InputError, KeyError, TypeError): return {}
     names = dict(editor='editor', size='size', guidance='guidance', steps='num_steps', quantize='quantize')
-    return {name: config.get(field) for name, field in names.items()}
+    return {name: config.get(field) for name, field in names.items()} | dict(sampler=solver_of(config.get('sampler')))
 
 def training_mismatches(
     trained: dict, # from `trained_with`, or of a configuration

@@ -17,7 +17,7 @@ import numpy as np, torch
 from ..data.files import InputError, atomic_write, expect, read_json, to_json
 from ..editing.editor import Text, adopt_pipeline
 from ..editing.loading import FAMILIES, find_editor
-from ..editing.lora import add_lora, lora_parameters
+from ..editing.lora import add_lora, lora_parameters, target_layers
 from ..rewards.engines import Local
 from ..rewards.cube import load_judge
 
@@ -288,11 +288,14 @@ def transformer_profile(
     linear = [(n, m) for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
     largest = max(m.weight.numel() for n, m in linear if 'blocks' in n)
     weights = {q: weight_bytes(transformer, q == 'nf4', element, 'blocks') for q in (None, 'nf4')}
+    targets = target_layers(transformer, lora_targets)
+    adapted = sum(transformer.get_submodule(name).weight.numel() for name in targets)
     adapter = sum(p.numel() for p in add_lora(weightless, lora_rank, targets=lora_targets))
     text = weightless_text(weightless, configs['words'])
-    return SimpleNamespace(parameters=parameters, adapter=adapter, weights=weights, largest_layer=largest,
-                           size=size, latent_shape=weightless.latent_shape, text_numbers=text.embeds.numel(),
-                           passes=2 if text.negative else 1, row=profile_row(weightless, text))
+    return SimpleNamespace(parameters=parameters, adapter=adapter, adapted=adapted, weights=weights,
+                           largest_layer=largest, size=size, latent_shape=weightless.latent_shape,
+                           text_numbers=text.embeds.numel(), passes=2 if text.negative else 1,
+                           row=profile_row(weightless, text))
 
 # %% ../../nbs/training/01_budget.ipynb #117b10eb
 # the most numbers a pixel that the autoencoder holds while it decodes, as measured; True: Qwen's
@@ -307,8 +310,10 @@ def _rollout_bytes(c, configs, profile, turns, element) -> int:
     "What a rollout keeps for training: latents before and after each stochastic step, and the encoded instructions."
     (L, C), N = profile.latent_shape, c.sessions_per_iteration*c.group
     steps = 0 if c.algorithm == 'nft' else c.window or c.num_steps - 1
-    a_text = profile.text_numbers*element*(2 if 'Qwen' in configs['pipeline'] and profile.passes > 1 else 1)
-    return N*turns*((2 + 3*steps)*L*C*4 + a_text)
+    sees = 'Qwen' in configs['pipeline']      # its texts are those of one picture, which members share at first
+    a_text = profile.text_numbers*element*(2 if sees and profile.passes > 1 else 1)
+    texts = c.sessions_per_iteration + (turns - 1)*(N if sees else c.sessions_per_iteration)
+    return N*turns*(2 + 3*steps)*L*C*4 + texts*a_text
 
 def memory_by_part(
     c,       # a run's configuration
@@ -331,7 +336,8 @@ def memory_by_part(
         'autoencoder': (configs['vae'] + size**2*DECODER_NUMBERS['Qwen' in configs['pipeline']])*element,
         'adapter, its gradient, old policy': 3*adapter*4,
         'optimiser': adapter*2 + adapter//256*8 if c.adam8bit else adapter*8,
-        f'activations (batch {c.batch})': activations,
+        # while rollouts are sampled there are no activations, but both weights of each adapted layer
+        f'activations (batch {c.batch})': max(activations, profile.adapted*element if c.merge else 0),
         'rollouts': _rollout_bytes(c, configs, profile, turns, element),
         'judge': sum(judges),
         'CUDA context': int(.6e9) if real else 0}
@@ -362,7 +368,11 @@ def plan(
     again = row['flops_forward'] if c.checkpointing else 0
     forward = (rows['sampled'] + rows['compared'] + rows['trained'])*row['flops_forward']
     flops = forward + rows['trained']*(row['flops_backward'] + again)
-    evaluation = evaluation_rows(c, turns)*row['flops_forward']
+    evaluated = row
+    if c.eval_size and c.eval_size != size:
+        expect(c.eval_size % configs['token'] == 0, 'eval_size', f"a multiple of {configs['token']}", c.eval_size)
+        evaluated = transformer_profile(str(c.editor), c.eval_size, c.guidance, c.lora_rank, targets, real).row
+    evaluation = evaluation_rows(c, turns)*evaluated['flops_forward']
     card = gpu or found or 'H100'
     speed = next((v*UTILISATION[c.quantize] for k, v in PEAK.items() if k in card), None)
     return dict(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np
 from PIL import Image
@@ -20,7 +21,7 @@ from ..data.selecting import are_many, picture_keys, sessions_hash, split_by_pic
 from ..data.sessions import Sessions
 from ..data.shapeworld import parse_edit, shape_sessions
 from ..data.tables import StreamedBatches, is_table, open_sessions
-from ..editing.editor import check_instructions
+from ..editing.editor import at_size, check_instructions
 from ..editing.rollout import resize_sessions
 from ..algorithm.config import Config
 
@@ -65,18 +66,21 @@ class SessionSource(NamedTuple):
     warnings: tuple = ()# sentences for the user
     of_file: list = ()  # every `Session` of a file that is trained on; None: it is streamed
 
-    def for_editor(self, editor # from `load_editor`
-                  ):            # a `SessionSource`
+    def for_editor(self, editor,          # from `load_editor`
+                   eval_size: int = None  # pixels a side of the held-out pictures; None: as the editor takes them
+                  ):                      # a `SessionSource`
         """The same sessions with their pictures in the size that an editor takes.
 
         Raises `InputError` for instructions that its text encoder would cut."""
         for sessions in (self.of_file or (), self.heldout): check_instructions(editor, sessions)
+        trained = SimpleNamespace(size=editor.size)     # a thread may ask while an evaluation works at another size
         def batch(iteration):
             sessions = self.batch(iteration)
             if self.of_file is None: check_instructions(editor, sessions)
-            return resize_sessions(editor, sessions)
+            return resize_sessions(trained, sessions)
         if self.of_file != (): batch = Ahead(batch)
-        return self._replace(batch=batch, heldout=resize_sessions(editor, self.heldout))
+        with at_size(editor, eval_size): heldout = resize_sessions(editor, self.heldout)
+        return self._replace(batch=batch, heldout=heldout)
 
 class Ahead:
     "Batches of a file, the next one decoded by a thread while one is used: two batches of pictures are in memory."

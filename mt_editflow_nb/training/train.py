@@ -24,18 +24,19 @@ from ..data.files import (InputError, append_json_line, atomic_write, content_ha
 from ..data.plots import session_figure
 from ..data.shapeworld import WORLD_SIDE
 from ..data.signals import stop_requests, stop_with
-from ..editing.loading import load_editor
-from ..editing.lora import save_lora
+from ..editing.editor import at_size
+from ..editing.loading import TILE_ABOVE, load_editor
+from ..editing.lora import check_lora, save_lora
 from ..editing.rollout import resize_sessions, turn_histories
 from ..rewards.cube import TurnScorer, judge_usage, load_judge
 from ..algorithm.config import Config
 from ..algorithm.iterate import iterate
-from ..algorithm.policy import Policy
+from ..algorithm.policy import Policy, require_bitsandbytes
 from ..algorithm.processes import processes, shard_of
 from ..algorithm.supervised import supervise
 from ..algorithm.updates import learning_rate
-from ..evaluation.running import (collect_sessions, evaluate_sessions, pad_turns, training_mismatches,
-                                               unscored_note)
+from ..evaluation.running import (collect_sessions, evaluate_sessions, pad_turns, solver_of,
+                                               training_mismatches, unscored_note)
 from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, edival_scores, outcomes_from,
                                               score_intervals)
 from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
@@ -53,8 +54,11 @@ def load_for(c: Config, # of a run
     "The editor of a configuration."
     if kw: kw |= dict(seed=c.seed, lora_alpha=c.lora_alpha, lora_targets=c.lora_targets, init_lora=c.init_lora,
                       checkpointing=c.checkpointing)
-    return load_editor(c.editor, quantize=c.quantize, size=c.size, guidance=c.guidance, offload=c.offload,
-                       attention_backend=c.attention_backend, compile=c.compile, autocast=c.autocast, tf32=c.tf32, **kw)
+    editor = load_editor(c.editor, quantize=c.quantize, size=c.size, guidance=c.guidance, offload=c.offload,
+                         attention_backend=c.attention_backend, compile=c.compile, autocast=c.autocast, tf32=c.tf32,
+                         **kw)
+    if (c.eval_size or 0) > TILE_ABOVE: editor.vae.enable_tiling()
+    return editor
 
 def prepare(c: Config # of a run
            ) -> tuple: # (its `SessionSource`, its identity)
@@ -64,6 +68,7 @@ def prepare(c: Config # of a run
            f'a multiple of the {processes()[1]} processes with branching', c.sessions_per_iteration)
     expect(not c.keep_best or c.eval_every, 'keep_best', 'none without eval_every', c.keep_best)
     check_trackers(c.track)
+    if c.adam8bit: require_bitsandbytes()
     source = session_source(c)
     if processes()[0] == 0:
         for warning in source.warnings: print(warning, file=sys.stderr)
@@ -164,16 +169,16 @@ def run_evaluation(c, run, name: str, editor, heldout: list, judge, progress: bo
     """(`Outcomes`, pictures of the first eight sessions) of an evaluation that can be killed at any moment.
 
     Results are on disk batch by batch, in a folder that `name` names, and gone on with."""
-    batch = c.batch
-    if editor.device.type == 'cuda':
-        def trial(n): list(evaluate_sessions(editor, heldout[:n], judge, num_steps=2, batch=n))
-        batch = find_batch(trial, c.batch, Path(run)/'batch_evaluation.json')
-    folder = Path(run)/'evaluations'/name
-    evaluated = []
-    for session in evaluate_sessions(editor, heldout, judge, num_steps=evaluation_steps(c), batch=batch,
-                                     folder=folder, keep=8, settings=settings, progress=progress, desc=name):
-        evaluated.append(session)
-        if on_session: on_session(len(evaluated), len(heldout))
+    batch, folder, evaluated = c.batch, Path(run)/'evaluations'/name, []
+    with at_size(editor, c.eval_size):
+        if editor.device.type == 'cuda':
+            def trial(n): list(evaluate_sessions(editor, heldout[:n], judge, num_steps=2, batch=n))
+            batch = find_batch(trial, c.batch, Path(run)/'batch_evaluation.json')
+        for session in evaluate_sessions(editor, heldout, judge, num_steps=evaluation_steps(c),
+                                         kind=solver_of(c.sampler), batch=batch, folder=folder, keep=8,
+                                         settings=settings, progress=progress, desc=name):
+            evaluated.append(session)
+            if on_session: on_session(len(evaluated), len(heldout))
     outcomes, images = collect_sessions(evaluated)
     note = unscored_note(outcomes.success_IT, turns_of(heldout))
     if note: print(f'{name}: {note}', file=sys.stderr)
@@ -256,7 +261,7 @@ def train_from_checkpoint(c, run, source, judge, eval_judge, progress: bool, sto
     if processes()[0] == 0:
         for text in log_gaps(run, state.iteration): print(text, file=sys.stderr)
         cut_log(Path(run)/'heldout.jsonl', state.iteration + 1)
-    source = source.for_editor(policy.editor)
+    source = source.for_editor(policy.editor, c.eval_size)
     stop.before_stop = state.save_before_stop
     settings = dict(editor_name=str(c.editor), judge_name=c.eval_judge)
     show = progress and processes()[0] == 0
@@ -307,14 +312,14 @@ def train(c: Config,           # from `make_config`
     source, identity = prepare(c)
     with stop_requests() as stop, opened(c, run, identity) as run, saying_how_to_go_on(run):
         last_checkpoint(run)                                           # raises where all are damaged
-        judge, eval_judge = load_judges(c, judge)
+        judge, eval_judge = load_judges(c, judge, run/'judge.sqlite')
         with tracking(c.track, run, c.model_dump()) as trackers:
             return train_in(c, run, source, judge, eval_judge, progress, stop, trackers)
 
 # %% ../../nbs/training/04_train.ipynb #d4549ef3
 _BASE_DEPENDS_ON = ('editor', 'quantize', 'size', 'guidance', 'turns', 'eval_turns', 'eval_judge', 'eval_judge_options',
-                    'num_steps', 'eval_steps', 'batch', 'eval_sessions', 'attention_backend', 'compile', 'autocast',
-                    'tf32')
+                    'num_steps', 'eval_steps', 'eval_size', 'batch', 'eval_sessions', 'attention_backend', 'compile',
+                    'autocast', 'tf32')
 
 def base_file(run, c: Config, identity: dict) -> Path: # None: what is found is not shared
     "Where runs of one folder share what they found of the base editor, named by all that it depends on."
@@ -323,7 +328,8 @@ def base_file(run, c: Config, identity: dict) -> Path: # None: what is found is 
     changed = (versions['commit'] or '').endswith('-dirty')
     if changed or Path(c.editor).is_dir() or Path(c.eval_judge.split(':')[0]).is_dir(): return None
     content = {k: identity[k] for k in ('heldout', 'editor', 'eval_judge')}
-    key = content_hash({k: getattr(c, k) for k in _BASE_DEPENDS_ON}, versions, content)
+    fields = {k: getattr(c, k) for k in _BASE_DEPENDS_ON} | dict(sampler=solver_of(c.sampler))
+    key = content_hash(fields, versions, content)
     return Path(run).parent/'.base'/f'{key[:16]}.safetensors'
 
 def read_outcomes(file) -> tuple: # (`Outcomes`, pictures of the first sessions uint8 [I, T, H, W, 3]); None if damaged
@@ -358,7 +364,8 @@ def saved_evaluation(c, run, name: str, editor, heldout, judge, progress: bool, 
     if shared and (found := read_outcomes(shared)):
         write_outcomes(file, *found)
         return
-    for text in training_mismatches(dict(steps=c.num_steps), dict(steps=c.eval_steps)):
+    used = dict(steps=c.eval_steps, size=c.eval_size)
+    for text in training_mismatches(dict(steps=c.num_steps, size=editor.size), used):
         if name == 'before': print(f'warning: evaluation: {text}', file=sys.stderr)
     report = FirstBatch(c, run, name, int(turns_of(heldout).max()), progress)
     settings = dict(editor_name=str(c.editor), judge_name=c.eval_judge)
@@ -424,22 +431,23 @@ def is_finished(run) -> bool:
 def check_size(c, editor):
     "The exact verifier reads pictures of one size. Raises `InputError` before anything is rolled out."
     for field in ('judge', 'eval_judge'):
-        name = getattr(c, field)
-        expect(editor.size == WORLD_SIDE or not name.startswith('verifier'), field,
+        name, size = getattr(c, field), c.eval_size if field == 'eval_judge' and c.eval_size else editor.size
+        expect(size == WORLD_SIDE or not name.startswith('verifier'), field,
                f"MODEL:MODE (the verifier reads the shape world's pictures of {WORLD_SIDE} pixels, the editor works "
-               f'at {editor.size})', name)
+               f'at {size})', name)
 
 def run_stages(c, run, source, identity, judge, eval_judge, given: bool, progress: bool, stop, trackers: Trackers):
     "Evaluate, train, evaluate: what has been done before is not done again."
     adapter = dict(lora_rank=c.lora_rank) if c.init_lora else {}
     base = load_for(c, **adapter)
     if not given: check_size(c, base)
+    if not c.init_lora: check_lora(base.transformer, c.lora_rank, c.lora_targets)
     shared = None if given else base_file(run, c, identity)
-    saved_evaluation(c, run, 'before', base, source.for_editor(base).heldout, eval_judge, progress, shared)
+    saved_evaluation(c, run, 'before', base, source.for_editor(base, c.eval_size).heldout, eval_judge, progress, shared)
     del base
     gc.collect()                                                       # a card has room for one
     trained = train_in(c, run, source, judge, eval_judge, progress, stop, trackers)
-    saved_evaluation(c, run, 'after', trained, source.for_editor(trained).heldout, eval_judge, progress)
+    saved_evaluation(c, run, 'after', trained, source.for_editor(trained, c.eval_size).heldout, eval_judge, progress)
 
 def experiment(c: Config,           # from `make_config`
                run,                 # folder to create, or to continue

@@ -1,0 +1,76 @@
+"Options of rollouts and evaluations reach what they are about, and leave the rest alone."
+import numpy as np, pytest, torch
+from safetensors.torch import load_file
+from test_families import judge
+from test_training import adapter, small
+from mt_editflow_nb.algorithm import iterate as page
+from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.cli.eval import eval_parser, fill_settings
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.evaluation import running
+from mt_editflow_nb.training.budget import plan
+from mt_editflow_nb.training.train import experiment
+
+few = small | dict(iterations=1, turns=1, num_steps=4, min_std=0., std='group')
+
+def noting(monkeypatch, module):
+    "Which rollouts a module makes: (solver, size, denoising steps)."
+    made, rollout = [], module.rollout
+    def noted(editor, sessions, **kw):
+        made.append((kw['kind'], editor.size, kw['num_steps']))
+        return rollout(editor, sessions, **kw)
+    monkeypatch.setattr(module, 'rollout', noted)
+    return made
+
+def test_second_order_solver(tmp_path, monkeypatch):
+    "NFT rolls out and is evaluated by it, `mtef_eval` does the same; GRPO has no use for it."
+    trained, evaluated = (noting(monkeypatch, module) for module in (page, running))
+    experiment(make_config(few | dict(sampler='dpm2')), tmp_path/'run', judge, progress=False)
+    assert trained == [('dpm2', 48, 4)] and evaluated == [('dpm2', 48, 4)]*2
+    for argv, expected in (([], 'dpm2'), (['--sampler', 'ode'], 'ode')):
+        a = eval_parser().parse_args(['--lora', str(tmp_path/'run'/'lora'), *argv])
+        fill_settings(a)
+        assert a.sampler == expected
+    with pytest.raises(InputError, match='sampler: expected another than dpm2, which has no stochastic steps'):
+        make_config(dict(sampler='dpm2', algorithm='grpo'))
+    with pytest.raises(InputError, match='sampler: expected algorithm=grpo'): make_config(dict(sampler='cps'))
+
+def test_evaluation_at_another_size(tmp_path, monkeypatch, capsys):
+    "The held-out pictures are made at that size from the first ones on, the rollouts at training's; it is said."
+    trained, evaluated = (noting(monkeypatch, module) for module in (page, running))
+    c = make_config(few | dict(iterations=2, eval_size=64, eval_steps=3, eval_every=1))
+    editor_size = experiment(c, tmp_path/'run', judge, progress=False)
+    assert trained == [('flow', 48, 4)]*2 and evaluated == [('ode', 64, 3)]*3
+    said = capsys.readouterr().err
+    assert said.count('warning: evaluation: size: 64 here, but training used 48') == 1
+    assert said.count('warning: evaluation: steps: 3 here, but training used 4') == 1
+    for name in ('before', 'after'):
+        assert load_file(tmp_path/'run'/f'{name}.safetensors')['images'].shape[-3:] == (64, 64, 3)
+    assert editor_size['sessions'] == 4
+    with pytest.raises(InputError, match='size: expected a multiple of 8'):
+        experiment(make_config(few | dict(eval_size=50)), tmp_path/'other', judge, progress=False)
+    with pytest.raises(InputError, match="eval_judge: expected MODEL:MODE .*works at 64.*received 'verifier'"):
+        experiment(make_config(few | dict(eval_size=64)), tmp_path/'third', progress=False)
+
+def test_plan_of_an_evaluation_at_another_size():
+    "Twice the side costs more than four times the operations in evaluation, and nothing else."
+    a, b = (plan(make_config(few | dict(eval_size=size)), gpu='H100') for size in (None, 96))
+    assert a['minutes'] == b['minutes'] and 2 < b['evaluation_hours']/a['evaluation_hours'] < 16
+
+def test_merged_rollouts(tmp_path, monkeypatch):
+    "The pictures of merged weights are those of the adapter, and so is what is learned; the weights stay."
+    pictures, page_rollout = [], page.rollout
+    def noted(*args, **kw):
+        pictures.append(page_rollout(*args, **kw))
+        return pictures[-1]
+    monkeypatch.setattr(page, 'rollout', noted)
+    for name in ('apart', 'merged'):
+        c = make_config(few | dict(iterations=2, merge=name == 'merged', lr=1e-2))
+        experiment(c, tmp_path/name, judge, progress=False)
+    for apart, merged in zip(pictures[:2], pictures[2:]):
+        assert torch.allclose(apart.clean_TNLC, merged.clean_TNLC, atol=1e-3)
+        assert np.abs(apart.images_PGTHWC.astype(int) - merged.images_PGTHWC).max() <= 1
+    assert not torch.equal(pictures[1].clean_TNLC, pictures[3].clean_TNLC)       # it is another arithmetic
+    a, b = adapter(tmp_path/'apart'), adapter(tmp_path/'merged')
+    moved = max(x.abs().max() for k, x in a.items() if 'lora_B' in k)
+    assert moved > 1e-3 and all((a[k] - b[k]).abs().max() < .05*moved for k in a)
