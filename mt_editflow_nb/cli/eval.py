@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np, pandas as pd, yaml
 from ..data.files import (InputError, atomic_write, check_writable, content_hash, expect, one_line,
                                        open_image, read_json, to_json)
-from ..data.sessions import MAX_TURNS, load_edival, load_sessions
+from ..data.sessions import MAX_TURNS, load_edival
 from ..data.shapeworld import parse_edit, shape_sessions
 from ..data.signals import stop_at_once, stop_requests
 from ..data.structures import STRUCTURES, plain_form, structured_sessions
+from ..data.tables import open_sessions
 from ..editing.editor import check_instructions, long_instructions
 from ..editing.loading import find_editor, load_editor
 from ..editing.lora import load_lora, read_adapter
@@ -357,7 +358,7 @@ def chosen_sessions(
         sessions = structured_sessions(a.n or 512, a.structure, a.turns)
         return plain_form(sessions) if a.plain else sessions
     if a.sessions == 'shapeworld': return shape_sessions(a.n or 512, a.turns, 'heldout')
-    sessions = load_sessions(a.sessions, allow_outside=a.allow_outside)
+    sessions = open_sessions(a.sessions, allow_outside=a.allow_outside)
     expect(a.n is None or a.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {a.sessions}', a.n)
     if a.judge.startswith('verifier'):
         for s in sessions[:a.n]:
@@ -383,7 +384,7 @@ def notes_about(
     config = training_of(a.lora)
     data, shared = config.get('sessions', 'shapeworld'), []
     if data != 'shapeworld':
-        try: shared = shared_pictures(sessions, load_sessions(data))
+        try: shared = shared_pictures(sessions, open_sessions(data, same_turns=False))
         except InputError: shared = None
     return blind_spots(success_IT, judge, config.get('judge'), shared)
 
