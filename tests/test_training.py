@@ -300,6 +300,8 @@ def test_a_notebook_does_not_train_on_as_an_orphan(tmp_path, sent):
 bad = {
     'unknown parameter': (['agregation=min'], 'agregation'), 'wrong type': (['lr=fast'], 'lr'),
     'no such aggregation': (['aggregation=median'], 'aggregation'), 'group of one': (['group=1'], 'group'),
+    'plan of a folder': (['--plan'], '--plan: expected no --run'),
+    'no notebook': (['--notebook', '/etc/hostname'], 'notebook: /etc/hostname: cannot be read'),
     'no name': (['=3'], "field=value, for example aggregation=min, received '=3'"),
     'run in a file': (['--run', '/dev/null/run'], '--run: expected a folder'),
     'judge option': (['judge_options={max_tokens: lots}', 'judge=tiny:think'], 'judge_options: max_tokens'),

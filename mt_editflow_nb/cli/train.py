@@ -17,6 +17,7 @@ from ..data.signals import Stopped, stop_at_once, stop_requests
 from ..algorithm.config import Config, make_config
 from ..algorithm.fusion import PRESETS
 from ..algorithm.processes import broadcast_path, processes
+from ..ablation.sweeps import read_notebook
 from ..training.budget import PUBLISHED, advice, plan, plan_text, savings_text
 from ..training.progress import read_progress
 from ..training.runs import new_run_folder, read_config, results_table
@@ -176,6 +177,11 @@ def _resumed(folder) -> tuple: # (`Config`, run folder)
 
 def _chosen(a) -> tuple: # (`Config`, run folder)
     "The run that the command line asks for."
+    expect(not a.plan or not (a.run or a.notebook), '--plan', 'no --run and no --notebook beside it',
+           a.run or a.notebook)
+    if a.notebook:
+        parameters = read_notebook(a.notebook).parameters
+        expect('settings' in parameters, f'notebook: {a.notebook}', 'a parameter `settings`', list(parameters))
     if a.resume:
         expect(not a.settings and not a.run, '--resume', 'no other setting (the configuration is in the run folder)',
                ' '.join(a.settings) or f'--run {a.run}')
