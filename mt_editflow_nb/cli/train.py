@@ -180,6 +180,7 @@ def _chosen(a) -> tuple: # (`Config`, run folder)
     expect(not a.plan or not (a.run or a.notebook), '--plan', 'no --run and no --notebook beside it',
            a.run or a.notebook)
     if a.notebook:
+        expect(Path(a.notebook).is_file(), 'notebook', 'a file', a.notebook)
         parameters = read_notebook(a.notebook).parameters
         expect('settings' in parameters, f'notebook: {a.notebook}', 'a parameter `settings`', list(parameters))
     if a.resume:
