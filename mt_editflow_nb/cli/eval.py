@@ -620,7 +620,7 @@ def _mice_arrays(a, items, out, tools): # EdiVal's verdict and consistency of ev
     return {k.removesuffix('_IT'): x for k, x in outcomes_of(scored)._asdict().items()}
 
 # %% ../../nbs/cli/01_eval.ipynb #fb972c35
-def _bench_facts(a, items, questions):
+def _bench_facts(a, items):
     words = "the judge's own" if own_questions(a.judge) else f"the benchmark's, from {a.questions}"
     if not a.questions and not own_questions(a.judge): words = 'own wording'
     data = dict(benchmark=BENCHMARKS[a.bench].title, items=f'{len(items)} of {len(items[0].instructions)} turns')
@@ -659,8 +659,11 @@ def evaluate_bench(
                                         items=f'its first {a.n} items' if len(items) < whole else '')
     success = scores.outcomes.success_IT if scores.outcomes else np.zeros((len(items), 1))
     notes = [text for text in notes_about(a, items, success, a.judge) if 'could not be scored' not in text]
-    table = write_benchmark_run(a.bench, out, items, scores, answers, facts=_bench_facts(a, items, questions),
-                                notes=notes, differences=differences, against=a.against)
+    facts = _bench_facts(a, items)
+    differs = made_otherwise(facts, a.against) if a.against else {}
+    if differs: facts |= {f'Made otherwise than {a.against}': differs}
+    table = write_benchmark_run(a.bench, out, items, scores, answers, facts=facts, notes=notes,
+                                differences=differences, against=a.against)
     return table, items
 
 # %% ../../nbs/cli/01_eval.ipynb #54285a80
@@ -679,7 +682,8 @@ def _summary(a, table, sessions):
     if a.shard: return f'{len(sessions)} sessions done; the same command without --shard writes the card'
     if table is None: return f'{len(sessions)} sessions: pictures in {out if a.bench else out/"multipass"}'
     note = ''.join(f'\n\nnote: {text}' for text in read_json(out/'results.json')['notes'])
-    return (f'{len(sessions)} sessions, in percent with 95 % intervals\n\n{table.round(2).to_string()}{note}\n\n'
+    what = f'{len(sessions)} items' if a.bench else f'{len(sessions)} sessions, in percent with 95 % intervals'
+    return (f'{what}\n\n{table.round(2).to_string()}{note}\n\n'
             f'card: {out/"card.md"}, {out/"card.html"}')
 
 def main(
