@@ -50,6 +50,7 @@ class _LazyImage:
 def _is_text(x, lines=True):
     "A text that is not empty, without halves of characters (lone surrogates), NUL and the like; `lines` may break."
     if not isinstance(x, str) or not x.strip(): return False
+    if x.isprintable(): return True                    # most are, and a file may have millions
     if _control.search(re.sub(r'[\t\n\r\x85]', '', x) if lines else x): return False
     try: return bool(x.encode())
     except UnicodeEncodeError: return False
@@ -79,7 +80,8 @@ class Session:
         self.instructions, n = list(self.instructions), len(self.instructions)
         expect(1 <= n <= MAX_TURNS, '`instructions`', f'1 to {MAX_TURNS} turns', f'{n} turns')
         for t, text in enumerate(self.instructions):
-            expect(len(text) <= MAX_INSTRUCTION, f'`instructions` of turn {t + 1}',
+            if len(text) <= MAX_INSTRUCTION: continue
+            expect(False, f'`instructions` of turn {t + 1}',
                    f'at most {MAX_INSTRUCTION} characters', f'{len(text)} characters')
         characters = sum(map(len, self.instructions))
         expect(characters <= MAX_INSTRUCTIONS, '`instructions`',
@@ -149,6 +151,7 @@ def session_set(
 
 # %% ../../nbs/data/01_sessions.ipynb #9edb26a8
 _required, _optional = ('id', 'image', 'instructions'), ('task_types', 'meta', 'targets')
+_known = _required + _optional
 
 def stays_inside(
     image: str,       # a path that starts from the folder
@@ -170,7 +173,8 @@ def _parse_row(
     expect(isinstance(row, dict), 'the line', 'a JSON object', row)
     for name in _required:
         if name not in row: raise InputError(f'`{name}`: this field is missing')
-    for name in row: one_of(f'`{name}`: unknown field', name, _required + _optional)
+    for name in row:
+        if name not in _known: one_of(f'`{name}`: unknown field', name, _known)
     if type(row['id']) is int: row['id'] = str(row['id'])
     def path(name, value):
         expect(_is_text(value), name, 'a path (text)', value)
