@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from ..data.files import atomic_write, expect, to_json
+from ..data.sessions import Session
 from .bench_items import BENCHMARKS, benchmark_file
 from .bench_pictures import kept_pictures
 from .bench_scores import Answers, BenchmarkScores, own_questions
@@ -101,7 +102,7 @@ def _strips(name, folder, sessions, scores): # the first, middle and last item
         pictures = kept_pictures(name, folder, sessions[i])
         marks = scores.outcomes.success_IT[i] if scores.outcomes else np.full(len(pictures) - 1, np.nan)
         first = Image.fromarray(pictures[0])
-        shown = type(sessions[i])(sessions[i].id, first, sessions[i].instructions, sessions[i].task_types)
+        shown = Session(sessions[i].id, first, sessions[i].instructions, sessions[i].task_types)
         strips.append(card_strip(folder, f'item_{i + 1}', shown, np.stack(pictures[1:]), marks))
     return strips
 
