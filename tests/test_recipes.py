@@ -24,6 +24,7 @@ from mt_editflow_nb.data.sessions import Session
 from mt_editflow_nb.algorithm.iterate import iterate
 from mt_editflow_nb.algorithm import policy as policies
 from mt_editflow_nb.algorithm.policy import Policy, make_optimizer
+from mt_editflow_nb.training.runs import judge_fingerprint
 from mt_editflow_nb.training.train import load_for
 from mt_editflow_nb.cli.train import main, read_recipe
 from mt_editflow_nb.algorithm.config import make_config
@@ -264,6 +265,14 @@ def test_a_judge_is_loaded_once(tmp_path):
     with patch.object(training, 'load_judge', one), patch.object(training, 'load_for', side_effect=Stop):
         with pytest.raises(Stop): experiment(c, tmp_path/'run')
     assert asked == ['tiny:logit']
+
+def test_both_judges_keep_their_answers(tmp_path):
+    "A resumed run asks neither of them twice; a judge that is asked in another way is another judge."
+    c = make_config(dict(judge='tiny:think', eval_judge='tiny:logit'))
+    judge, eval_judge = training.load_judges(c, cache=tmp_path/'judge.sqlite')
+    assert judge.engine.path == eval_judge.engine.path == tmp_path/'judge.sqlite'
+    plain = judge_fingerprint('tiny:think')
+    assert judge_fingerprint('tiny:think', {}) == plain != judge_fingerprint('tiny:think', dict(max_tokens=9))
 
 def test_bytes_of_a_loaded_editor():
     "The plan of the tiny editor in NF4 against the tensors that a loaded one holds."
