@@ -71,7 +71,10 @@ def random_text(text, device):
     "Random text rows of the shapes of weightless ones."
     def some(x): return None if x is None else torch.randn(x.shape, device=device).to(x.dtype)
     ids = None if text.ids is None else torch.zeros(text.ids.shape, device=device)
-    negative = None if text.negative is None else random_text(text.negative, device)
+    negative = None
+    if text.negative is not None:                               # one row of memory, as in FLUX.2
+        row = random_text(text.negative[:1], device)
+        negative = Text(row.embeds.expand(len(text), -1, -1), ids=row.ids)
     return Text(some(text.embeds), some(text.pooled), ids, None, negative)
 
 def seconds(f, device, repeat):
@@ -206,7 +209,9 @@ def allocated(device): return torch.cuda.memory_allocated() if device.type == 'c
 
 def texts_held(text):
     "Bytes of the different rows of an encoded text."
-    return 0 if text is None else held([text.embeds, text.pooled]) + texts_held(text.negative)
+    if text is None: return 0
+    storages = [x.untyped_storage().nbytes() for x in (text.embeds, text.pooled) if x is not None]
+    return sum(storages) + texts_held(text.negative)
 
 def run_iterations(c, configs, nf4, device, dtype, iterations=3):
     "Seconds and losses of whole iterations, and the bytes of the plan's parts as they are held."

@@ -313,6 +313,7 @@ def _rollout_bytes(c, configs, profile, turns, element) -> int:
     sees = 'Qwen' in configs['pipeline']      # its texts are those of one picture, which members share at first
     a_text = profile.text_numbers*element*(2 if sees and profile.passes > 1 else 1)
     texts = c.sessions_per_iteration + (turns - 1)*(N if sees else c.sessions_per_iteration)
+    if profile.passes > 1 and not sees: texts += turns        # the empty instruction, one row a turn
     return N*turns*(2 + 3*steps)*L*C*4 + texts*a_text
 
 def memory_by_part(
