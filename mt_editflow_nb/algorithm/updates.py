@@ -10,7 +10,7 @@ import warnings
 import torch
 from ..data.files import InputError
 from .config import Config
-from .processes import sum_gradients
+from .processes import failing_together, sum_gradients
 
 # %% ../../nbs/algorithm/06_updates.ipynb #6b11ca49
 def micro_batches(rows: torch.Tensor, # row numbers
@@ -64,18 +64,20 @@ def gradient_step(config: Config, # `max_grad_norm` is read
                  ):
     "One optimiser step on the mean of `count` losses. Raises `InputError` for what is not finite."
     policy.optimizer.zero_grad()
-    for loss, values, n in terms:
-        require_finite(loss, 'loss', statistics.iteration)
-        (loss*n/count).backward()
-        statistics.add(values | dict(loss=loss.item()), n)
+    with failing_together():
+        for loss, values, n in terms:
+            require_finite(loss, 'loss', statistics.iteration)
+            (loss*n/count).backward()
+            statistics.add(values | dict(loss=loss.item()), n)
     sum_gradients(policy.params)
-    norm = torch.nn.utils.clip_grad_norm_(policy.params, config.max_grad_norm)
-    require_finite(norm, 'gradient norm', statistics.iteration)
-    policy.optimizer.step()
-    statistics.largest('grad_norm', float(norm))
-    if broken := policy.broken_tensor():
-        raise InputError(f'iteration {statistics.iteration}: the update left {broken} not finite (nan or inf); '
-                         'the last checkpoint is kept')
+    with failing_together():
+        norm = torch.nn.utils.clip_grad_norm_(policy.params, config.max_grad_norm)
+        require_finite(norm, 'gradient norm', statistics.iteration)
+        policy.optimizer.step()
+        statistics.largest('grad_norm', float(norm))
+        if broken := policy.broken_tensor():
+            raise InputError(f'iteration {statistics.iteration}: the update left {broken} not finite (nan or inf); '
+                             'the last checkpoint is kept')
 
 # %% ../../nbs/algorithm/06_updates.ipynb #79d1dda9
 PATIENCE = 5   # iterations without a row to train on, after which a warning is due
