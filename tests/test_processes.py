@@ -8,22 +8,28 @@ from mt_editflow_nb.cli.train import main
 settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2',
             'batch=16', 'lora_rank=2', 'updates=2', 'std=global', 'whiten=true', 'lr=2e-4']
 
-def launch_two(arguments):
-    "A run of two processes on the CPU."
+def start(arguments, processes=2, module='mt_editflow_nb.training', **environment):
+    "Processes on the CPU, started by accelerate's launcher."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
-    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2',
-                '--main_process_port', port, '-m', 'mt_editflow_nb.training']
-    return subprocess.run([*launcher, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=900, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', str(processes),
+                '--main_process_port', port, '-m', module]
+    return subprocess.Popen([*launcher, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=dict(os.environ, OMP_NUM_THREADS='1', **environment))
+
+def run(arguments, **kw):
+    "(exit status, everything that was printed)."
+    job = start(arguments, **kw)
+    said, _ = job.communicate(timeout=900)
+    return job.returncode, said
 
 @pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], ['algorithm=grpo', 'clip=1e-2']],
                          ids=['nft', 'grpo'])
 def test_two_processes_are_one(tmp_path, extra):
     def arguments(name): return [*settings, *extra, '--run', str(tmp_path/name)]
-    done = launch_two(arguments('two'))
-    assert done.returncode == 0, done.stdout[-2000:]
+    status, said = run(arguments('two'))
+    assert status == 0, said[-2000:]
     assert main(arguments('one')) == 0
     one, two = (load_file(tmp_path/name/'lora'/'pytorch_lora_weights.safetensors') for name in ('one', 'two'))
     assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
