@@ -1,6 +1,7 @@
-"Two processes with the same global batch give the adapter that one gives, started by accelerate's launcher."
-import json, os, socket, subprocess, sys
-import pytest
+"Several processes give what one gives, and fail together."
+import json, os, socket, subprocess, sys, textwrap, time
+import numpy as np, pytest
+from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from mt_editflow_nb.cli.train import main
 
@@ -8,34 +9,116 @@ from mt_editflow_nb.cli.train import main
 settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2',
             'batch=16', 'lora_rank=2', 'updates=2', 'std=global', 'whiten=true', 'lr=2e-4']
 
-def start(arguments, processes=2, module='mt_editflow_nb.training', **environment):
-    "Processes on the CPU, started by accelerate's launcher."
+scenarios = textwrap.dedent("""
+    import os, signal, sys, time
+    from pathlib import Path
+    from unittest.mock import patch
+    import torch
+    from mt_editflow_nb.algorithm import iterate
+    from mt_editflow_nb.algorithm.config import make_config
+    from mt_editflow_nb.algorithm.processes import processes
+    from mt_editflow_nb.cli.train import main
+    from mt_editflow_nb.data.files import InputError
+    from mt_editflow_nb.training.train import train
+
+    rank, count = processes()
+    folder, settings = Path(sys.argv[1]), sys.argv[3:]
+    real = iterate.rollout
+
+    def nothing(iteration, batch): pass
+
+    def memory(iteration, batch):
+        if batch > 1: raise torch.OutOfMemoryError('scripted')
+
+    def judge(iteration, batch):
+        if iteration: raise InputError('judge: gone')
+
+    def bug(iteration, batch):
+        if iteration: raise KeyError('forgotten')
+
+    def stop(iteration, batch):
+        if iteration: os.kill(os.getpid(), signal.SIGTERM)
+
+    def kill(iteration, batch):
+        if iteration: os.kill(os.getpid(), signal.SIGKILL)
+
+    def hang(iteration, batch):
+        if iteration: time.sleep(60)
+
+    for scenario in sys.argv[2].split(','):
+        def scripted(*args, iteration, batch, **kw):
+            if rank == 1: globals()[scenario](iteration, batch)
+            return real(*args, iteration=iteration, batch=batch, **kw)
+        with patch.object(iterate, 'rollout', scripted):
+            try: status = main([*settings, '--run', str(folder/scenario)])
+            except Exception as e: status = repr(e)
+        print(f'[{scenario} {rank}: {status}]', flush=True)
+    sys.exit(0 if status == 0 else 3)
+""")
+
+tiny = ['sessions_per_iteration=1', 'group=4', 'turns=1', 'num_steps=2', 'train_timesteps=1', 'iterations=2', 'batch=2',
+        'eval_sessions=2', 'lora_rank=2', 'save_every=1', 'std=global']
+
+def play(tmp_path, names, settings=tiny, processes=2, **environment):
+    """Run `mtef_train` in several processes, once for each scenario: (exit status, everything that was printed).
+
+    torchrun starts them: without MPI, `accelerate launch --cpu` starts a single one."""
+    (tmp_path/'scenarios.py').write_text(scenarios)
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
-    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', str(processes),
-                '--main_process_port', port, '-m', module]
-    return subprocess.Popen([*launcher, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=dict(os.environ, OMP_NUM_THREADS='1', **environment))
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_addr',
+                '127.0.0.1', '--master_port', port, str(tmp_path/'scenarios.py')]
+    done = subprocess.run([*launcher, str(tmp_path), ','.join(names), *settings], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=900,
+                          env=dict(os.environ, OMP_NUM_THREADS='1', **environment))
+    return done.returncode, done.stdout
 
-def run(arguments, **kw):
-    "(exit status, everything that was printed)."
-    job = start(arguments, **kw)
-    said, _ = job.communicate(timeout=900)
-    return job.returncode, said
+split_groups = ['algorithm=grpo', 'clip=1e-2', 'sessions_per_iteration=1', 'group=4']     # two members a process
 
-@pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], ['algorithm=grpo', 'clip=1e-2']],
-                         ids=['nft', 'grpo'])
+@pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], split_groups], ids=['nft', 'grpo'])
 def test_two_processes_are_one(tmp_path, extra):
-    def arguments(name): return [*settings, *extra, '--run', str(tmp_path/name)]
-    status, said = run(arguments('two'))
-    assert status == 0, said[-2000:]
-    assert main(arguments('one')) == 0
-    one, two = (load_file(tmp_path/name/'lora'/'pytorch_lora_weights.safetensors') for name in ('one', 'two'))
+    "The adapter, the log and both evaluations, with whole groups on a process and with groups that they share."
+    status, said = play(tmp_path, ['nothing'], [*settings, *extra])
+    assert status == 0 and '[nothing 1: 0]' in said, said[-2000:]                           # there were two
+    assert main([*settings, *extra, '--run', str(tmp_path/'one')]) == 0
+    one, two = (load_file(tmp_path/name/'lora'/'pytorch_lora_weights.safetensors') for name in ('one', 'nothing'))
     assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
     assert any(one[k].abs().max() > 1e-4 for k in one if 'lora_B' in k)                     # it was trained
-    a, b = ([json.loads(x) for x in (tmp_path/n/'metrics.jsonl').read_text().splitlines()] for n in ('one', 'two'))
+    a, b = ([json.loads(x) for x in (tmp_path/n/'metrics.jsonl').read_text().splitlines()] for n in ('one', 'nothing'))
     assert len(a) == len(b) == 2
     for x, y in zip(a, b):
         assert x['rows'] == y['rows'] and x['passes'] == y['passes']
         assert x['if'] == pytest.approx(y['if'], abs=1e-4) and abs(x['loss'] - y['loss']) < 1e-4
+    for name in ('before', 'after'):
+        x, y = (load_arrays(tmp_path/n/f'{name}.safetensors') for n in ('one', 'nothing'))
+        assert np.abs(x['images'].astype(int) - y['images']).max() <= 1 and x['images'].shape == y['images'].shape
+        np.testing.assert_array_equal(x['success_IT'], y['success_IT'])
+
+# --- one fails, all fail
+
+def checkpoints(run): return sorted(p.name for p in (run/'checkpoints').iterdir())
+
+def test_what_one_process_raises_all_raise(tmp_path):
+    _, said = play(tmp_path, ['memory', 'judge', 'bug', 'stop'], [*tiny, 'save_every=2'])
+    for rank in (0, 1):
+        assert f'[memory {rank}: 0]' in said and f'[judge {rank}: 2]' in said and f'[stop {rank}: 143]' in said, said
+    assert said.count('out of memory in iteration 0 with 2 rows a transformer call: going on with 1') == 1, said
+    assert json.loads((tmp_path/'memory'/'batch.json').read_text()) == dict(batch=1)
+    assert checkpoints(tmp_path/'memory') == ['000002']
+    assert said.count('mtef_train: process 1: judge: gone') == 1
+    assert '[bug 1: KeyError' in said and "mtef_train: process 1: KeyError: 'forgotten'" in said
+    assert said.count(f'go on with: mtef_train --resume {tmp_path/"stop"}') == 1
+    assert checkpoints(tmp_path/'stop') == ['000001']                              # saved though none was due
+
+def test_a_process_that_is_killed_takes_the_run_down(tmp_path):
+    started = time.monotonic()
+    status, said = play(tmp_path, ['kill'], processes=4)
+    print(f'over after {time.monotonic() - started:.0f} s')
+    assert status and ': 0]' not in said
+    assert checkpoints(tmp_path/'kill') == ['000001']
+
+def test_a_process_that_hangs_is_named(tmp_path):
+    status, said = play(tmp_path, ['hang'], MTEF_PROCESS_TIMEOUT='8')
+    assert status and checkpoints(tmp_path/'hang') == ['000001']
+    assert 'process 1: expected an answer within 8 seconds, received none; the last checkpoint is kept' in said, said
