@@ -21,11 +21,11 @@ def aggregate(r_PGT: torch.Tensor, # rewards [..., T], numbers or booleans; NaN 
     'prefix' is the mean over turns of the running product (EdiVal's multi-turn IF, arXiv 2509.13399).
     Raises `InputError` for an unknown `how`, no turns, a missing `gamma`, and negative rewards under 'geometric'."""
     if how not in AGGREGATIONS:
-        raise InputError(f'`aggregation`: expected one of {", ".join(AGGREGATIONS)}, received {how!r}')
+        raise InputError(f'aggregation: expected one of {", ".join(AGGREGATIONS)}, received {how!r}')
     r = torch.as_tensor(r_PGT)
     if r.dtype != torch.float64: r = r.float()
     T = r.shape[-1] if r.ndim else 0
-    if not T: raise InputError(f'`r_PGT`: expected [..., T] with at least one turn, received shape {list(r.shape)}')
+    if not T: raise InputError(f'r_PGT: expected [..., T] with at least one turn, received shape {list(r.shape)}')
     if how == 'mean': return r.mean(-1)
     if how == 'min': return r.amin(-1)
     if how == 'product': return r.prod(-1)
@@ -33,11 +33,11 @@ def aggregate(r_PGT: torch.Tensor, # rewards [..., T], numbers or booleans; NaN 
     if how == 'last': return r[..., -1]
     if how == 'geometric':
         if (r < 0).any():
-            raise InputError(f'`r_PGT`: expected rewards of at least 0 for geometric, received {r[r < 0][0].item():g}')
+            raise InputError(f'r_PGT: expected rewards of at least 0 for geometric, received {r[r < 0][0].item():g}')
         return r.prod(-1)**(1/T)
     if how == 'discounted':
         if gamma is None or not 0 <= gamma < float('inf'):
-            raise InputError(f'`gamma`: expected a number of at least 0 for discounted, received {gamma}')
+            raise InputError(f'gamma: expected a number of at least 0 for discounted, received {gamma}')
         w = torch.as_tensor([gamma**t for t in range(T)], dtype=r.dtype, device=r.device)
         return (r*w).sum(-1)/w.sum()
     return r
@@ -49,6 +49,6 @@ def aggregate_to_go(r_PGT: torch.Tensor, # rewards [..., T]
                    ) -> torch.Tensor: # [..., T]: at turn t the aggregate of the turns >= t
     "The aggregate of what is still to come, for every turn."
     if how == 'none':
-        raise InputError("`aggregation`: expected a rule that collapses turns for rewards to go, received 'none'")
+        raise InputError("aggregation: expected a rule that collapses turns for rewards to go, received 'none'")
     r = torch.as_tensor(r_PGT)
     return torch.stack([aggregate(r[..., t:], how, gamma) for t in range(r.shape[-1])], -1)

@@ -7,7 +7,7 @@ __all__ = ['FUSIONS', 'CREDITS', 'STDS', 'PRESETS', 'advantages']
 
 # %% ../../nbs/algorithm/01_fusion.ipynb #143580e4
 import torch
-from ..data.files import InputError
+from ..data.files import InputError, expect, one_of
 from .aggregation import AGGREGATIONS, aggregate, aggregate_to_go
 
 # %% ../../nbs/algorithm/01_fusion.ipynb #b25b72fb
@@ -15,8 +15,54 @@ FUSIONS = ('reward', 'advantage', 'geometric', 'adaptive')
 CREDITS = ('broadcast', 'local', 'to_go', 'until_failure')
 STDS = ('group', 'global', 'none')
 
-def _one_of(name, value, allowed):
-    if value not in allowed: raise InputError(f'`{name}`: expected one of {", ".join(allowed)}, received {value!r}')
+def _as_rewards(rewards_PGTM):
+    "Rewards in float64. Raises `InputError` for wrong shapes, groups of one, and infinite rewards."
+    r = torch.as_tensor(rewards_PGTM).detach().double()
+    expect(r.ndim == 4 and r.numel(), 'rewards_PGTM', 'shape [P, G, T, M]', list(r.shape))
+    expect(r.shape[1] > 1, 'rewards_PGTM', 'groups of at least 2 members to compare', 'G = 1')
+    if r.isinf().any():
+        raise InputError(f'rewards_PGTM: expected finite rewards, or NaN for a failed score, received '
+                         f'{r[r.isinf()][0]} at [p, g, t, m] = {r.isinf().nonzero()[0].tolist()}')
+    return r
+
+def _as_weights(weights, r_PGTM):
+    "M weights; equal ones where none are given."
+    M = r_PGTM.shape[-1]
+    w = torch.as_tensor([1/M]*M if weights is None else weights, dtype=torch.float64, device=r_PGTM.device)
+    usable = w.shape == (M,) and w.isfinite().all() and w.any()
+    expect(usable, 'weights', f'{M} numbers, one a reward and not all 0', weights)
+    return w
+
+def _as_success(success_PGT, r_PGTM):
+    "What 'until_failure' needs: 1, 0 or NaN for each turn."
+    if success_PGT is None:
+        raise InputError('success_PGT: expected a bool tensor [P, G, T] for credit until_failure, received None')
+    success, shape = torch.as_tensor(success_PGT, device=r_PGTM.device), r_PGTM.shape[:3]
+    if success.shape != shape or not ((success == 0) | (success == 1) | success.isnan()).all():
+        raise InputError(f'success_PGT: expected booleans of shape {list(shape)}, received {success.dtype} of '
+                         f'shape {list(success.shape)}')
+    return success
+
+# %% ../../nbs/algorithm/01_fusion.ipynb #b25b72fc
+def _slots(r_MPGT, aggregation, credit, gamma):
+    "[M, P, G, S] with S slots that are compared within a group: one a turn, or one for all turns."
+    if credit == 'local' or aggregation == 'none': return r_MPGT
+    if credit == 'to_go': return aggregate_to_go(r_MPGT, aggregation, gamma)
+    return aggregate(r_MPGT, aggregation, gamma)[..., None]
+
+def _relative(R_MPGS, valid_PGS):
+    "Each reward in units of its mean over the batch."
+    level_M11S = R_MPGS.where(valid_PGS, 0).sum((1, 2), keepdim=True)/valid_PGS.sum((0, 1)).clamp(min=1)
+    return torch.where(level_M11S != 0, R_MPGS/level_M11S.abs(), R_MPGS)
+
+def _fuse(R_MPGS, w, fusion):
+    "Reward-level fusion of M rewards into one; the other levels keep the M."
+    if fusion in ('geometric', 'adaptive') and ((R_MPGS < 0).any() or (w < 0).any()):
+        raise InputError(f'fusion: expected rewards and weights of at least 0 for {fusion}, received a negative one')
+    if fusion in ('reward', 'adaptive'): return (R_MPGS*w.reshape(-1, 1, 1, 1)).sum(0, keepdim=True), w.new_ones(1)
+    if fusion == 'geometric':
+        return (R_MPGS**(w/w.sum()).reshape(-1, 1, 1, 1)).prod(0, keepdim=True), w.new_ones(1)
+    return R_MPGS, w
 
 def _deviations(r_MPGS, valid_PGS):
     "Deviation from the group's mean, its group std [M, P, 1, S] and batch std [M, 1, 1, 1] over the valid members."
@@ -28,15 +74,14 @@ def _deviations(r_MPGS, valid_PGS):
     (centred, group_std), (_, batch_std) = spread((2,)), spread((1, 2, 3))
     return centred, group_std, batch_std
 
-def _fuse(R_MPGS, w, fusion):
-    "Reward-level fusion of M rewards into one; the other levels keep the M."
-    if fusion in ('geometric', 'adaptive') and ((R_MPGS < 0).any() or (w < 0).any()):
-        raise InputError(f'`fusion`: {fusion} expects rewards and weights of at least 0, received a negative one')
-    if fusion in ('reward', 'adaptive'): return (R_MPGS*w.reshape(-1, 1, 1, 1)).sum(0, keepdim=True), w.new_ones(1)
-    if fusion == 'geometric':
-        return (R_MPGS**(w/w.sum()).reshape(-1, 1, 1, 1)).prod(0, keepdim=True), w.new_ones(1)
-    return R_MPGS, w
+def _normalise(R_MPGS, valid_PGS, std, min_std, eps):
+    "Centre in the group and divide; 0 where a reward varies by less than `min_std`."
+    centred, group_std, batch_std = _deviations(R_MPGS, valid_PGS)
+    scale = batch_std if std == 'global' else group_std
+    varies = (group_std >= min_std) & (scale >= min_std) & (group_std > 0)
+    return torch.where(varies, centred if std == 'none' else centred/(scale + eps), 0)
 
+# %% ../../nbs/algorithm/01_fusion.ipynb #b25b72fd
 def advantages(
     rewards_PGTM: torch.Tensor,      # [P, G, T, M], G >= 2; NaN is a score that failed
     *,
@@ -58,50 +103,24 @@ def advantages(
     MT-EditFlow arXiv 2606.01985, Flow-GRPO arXiv 2505.05470 (reward level, global std), MixGRPO arXiv 2507.21802 and
     GDPO arXiv 2601.05242 (advantage level), Edit-R2 arXiv 2606.05950 (until_failure).
     Raises `InputError` for unknown names, wrong shapes, infinite rewards, groups of one, and contradictions."""
-    _one_of('aggregation', aggregation, AGGREGATIONS)
-    _one_of('fusion', fusion, FUSIONS)
-    _one_of('credit', credit, CREDITS)
-    _one_of('std', std, STDS)
-    r = torch.as_tensor(rewards_PGTM).detach().double()
-    if r.ndim != 4 or not r.numel():
-        raise InputError(f'`rewards_PGTM`: expected shape [P, G, T, M], received {list(r.shape)}')
-    P, G, T, M = r.shape
-    if G < 2: raise InputError('`rewards_PGTM`: expected groups of at least 2 members to compare, received G = 1')
-    if r.isinf().any():
-        raise InputError(f'`rewards_PGTM`: expected finite rewards, or NaN for a failed score, received '
-                         f'{r[r.isinf()][0]} at [p, g, t, m] = {r.isinf().nonzero()[0].tolist()}')
-    w = torch.as_tensor([1/M]*M if weights is None else weights, dtype=torch.float64, device=r.device)
-    if w.shape != (M,) or not w.isfinite().all() or not w.any():
-        raise InputError(f'`weights`: expected {M} numbers, one a reward and not all 0, received {weights}')
+    one_of('aggregation', aggregation, AGGREGATIONS)
+    one_of('fusion', fusion, FUSIONS)
+    one_of('credit', credit, CREDITS)
+    one_of('std', std, STDS)
+    r = _as_rewards(rewards_PGTM)
+    w = _as_weights(weights, r)
     if credit in ('broadcast', 'to_go') and aggregation == 'none':
-        raise InputError(f"`aggregation`: expected a rule that collapses turns for credit {credit}, received 'none'")
-    if credit == 'until_failure':
-        if success_PGT is None:
-            raise InputError('`success_PGT`: expected a bool tensor [P, G, T] for credit until_failure, received None')
-        success = torch.as_tensor(success_PGT, device=r.device)
-        if success.shape != (P, G, T) or not ((success == 0) | (success == 1) | success.isnan()).all():
-            raise InputError(f'`success_PGT`: expected booleans of shape {[P, G, T]}, received {success.dtype} of '
-                             f'shape {list(success.shape)}')
+        raise InputError(f"aggregation: expected a rule that collapses turns for credit {credit}, received 'none'")
+    failed = _as_success(success_PGT, r) == 0 if credit == 'until_failure' else None
 
-    r_MPGT, w = r[..., w != 0].movedim(-1, 0), w[w != 0]
-    if credit == 'local' or aggregation == 'none': R_MPGS = r_MPGT                          # S slots: one a turn,
-    elif credit == 'to_go': R_MPGS = aggregate_to_go(r_MPGT, aggregation, gamma)
-    else: R_MPGS = aggregate(r_MPGT, aggregation, gamma)[..., None]                         # or one for all turns
+    R_MPGS, w = _slots(r[..., w != 0].movedim(-1, 0), aggregation, credit, gamma), w[w != 0]
     valid_PGS = ~R_MPGS.isnan().any(0)
-
-    if fusion == 'adaptive':                                                         # each reward relative to its level
-        level_M11S = R_MPGS.where(valid_PGS, 0).sum((1, 2), keepdim=True)/valid_PGS.sum((0, 1)).clamp(min=1)
-        R_MPGS = torch.where(level_M11S != 0, R_MPGS/level_M11S.abs(), R_MPGS)
+    if fusion == 'adaptive': R_MPGS = _relative(R_MPGS, valid_PGS)
     R_MPGS, w = _fuse(R_MPGS, w, fusion)
-    centred, group_std, batch_std = _deviations(R_MPGS, valid_PGS)
-    scale = batch_std if std == 'global' else group_std
-    signal = (group_std >= min_std) & (scale >= min_std) & (group_std > 0)
-    A_MPGS = torch.where(signal, centred if std == 'none' else centred/(scale + eps), 0)
-    adv_PGS = (A_MPGS*w.reshape(-1, 1, 1, 1)).sum(0)
+    adv_PGS = (_normalise(R_MPGS, valid_PGS, std, min_std, eps)*w.reshape(-1, 1, 1, 1)).sum(0)
     if whiten: adv_PGS = adv_PGS/(((adv_PGS**2).sum()/valid_PGS.sum().clamp(min=1)).sqrt() + eps)
-
-    adv_PGT = adv_PGS.expand(P, G, T).clone()
-    if credit == 'until_failure': adv_PGT[(success == 0).cumsum(-1) - (success == 0).long() > 0] = 0
+    adv_PGT = adv_PGS.expand(r.shape[:3]).clone()
+    if failed is not None: adv_PGT[failed.cumsum(-1) - failed.long() > 0] = 0
     return adv_PGT.float()
 
 # %% ../../nbs/algorithm/01_fusion.ipynb #ad302cf6

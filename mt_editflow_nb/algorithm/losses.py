@@ -13,10 +13,10 @@ from ..data.files import InputError
 def _finite(**tensors):
     "The tensors in float32 or better, once they are known to be finite."
     for name, x in tensors.items():
-        if not x.numel(): raise InputError(f'`{name}`: expected at least one number, received shape {list(x.shape)}')
+        if not x.numel(): raise InputError(f'{name}: expected at least one number, received shape {list(x.shape)}')
         if not x.isfinite().all():
             at = (~x.isfinite()).nonzero()[0].tolist()
-            raise InputError(f'`{name}`: expected finite numbers, received {x[tuple(at)].item()} at index {at} of '
+            raise InputError(f'{name}: expected finite numbers, received {x[tuple(at)].item()} at index {at} of '
                              f'shape {list(x.shape)}')
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors.values()]
 
@@ -30,7 +30,7 @@ def _trailing(a, x, name):
     b = a.reshape(*a.shape, *[1]*(x.ndim - a.ndim))
     try: ok = torch.broadcast_shapes(b.shape, x.shape) == x.shape
     except RuntimeError: ok = False
-    if not ok: raise InputError(f'`{name}`: expected the leading axes of {list(x.shape)}, received {list(a.shape)}')
+    if not ok: raise InputError(f'{name}: expected the leading axes of {list(x.shape)}, received {list(a.shape)}')
     return b
 
 # %% ../../nbs/algorithm/02_losses.ipynb #9fc0265a
@@ -62,7 +62,7 @@ def _step_std(std, mean):
     "`std` as a tensor that broadcasts against `mean`, above 0 everywhere."
     std, = _finite(std=torch.as_tensor(std, device=mean.device))
     if not (std > 0).all():
-        raise InputError(f'`std`: expected the scale of a stochastic step, above 0, received {std.min().item():g}')
+        raise InputError(f'std: expected the scale of a stochastic step, above 0, received {std.min().item():g}')
     return _trailing(std, mean, 'std')
 
 def guard_log_ratio(
@@ -90,7 +90,7 @@ def guard_weights(
     "GRPO-Guard's weights of the steps: the mean step over each one's own size. arXiv 2510.22319."
     steps_K = -sigmas.diff()
     if not (steps_K > 0).all():
-        raise InputError(f'`sigmas`: expected falling noise levels, received {sigmas.tolist()}')
+        raise InputError(f'sigmas: expected falling noise levels, received {sigmas.tolist()}')
     return steps_K.mean()/steps_K
 
 # %% ../../nbs/algorithm/02_losses.ipynb #a35a2089
@@ -121,12 +121,12 @@ def nft_loss(
     """DiffusionNFT's loss, arXiv 2509.16117, with the self-normalised weighting of its code.
 
     Raises `InputError` naming the tensor that is not finite or does not match."""
-    if not beta > 0: raise InputError(f'`beta`: expected a number above 0, received {beta}')
+    if not beta > 0: raise InputError(f'beta: expected a number above 0, received {beta}')
     if kl_weight and v_ref is None:
-        raise InputError(f'`v_ref`: expected the base velocity for kl_weight {kl_weight}, received None')
+        raise InputError(f'v_ref: expected the base velocity for kl_weight {kl_weight}, received None')
     _same_shape(x0=x0, xt=xt, v=v, v_old=v_old, **({} if v_ref is None else dict(v_ref=v_ref)))
     if t.shape != x0.shape[:1] or adv.shape != x0.shape[:1]:
-        raise InputError(f'`t`, `adv`: expected [{len(x0)}], received {list(t.shape)} and {list(adv.shape)}')
+        raise InputError(f't, adv: expected [{len(x0)}], received {list(t.shape)} and {list(adv.shape)}')
     x0, xt, t, v, v_old, adv = _finite(x0=x0, xt=xt, t=t, v=v, v_old=v_old, adv=adv)
     x0, xt, v_old, t = x0.detach(), xt.detach(), v_old.detach(), _trailing(t, x0, 't')
     dims = tuple(range(1, x0.ndim))

@@ -18,7 +18,7 @@ from ..rewards.cube import Scores
 from .config import Config
 from .iterate import Batch, Iteration
 from .policy import Policy
-from .processes import processes, sum_statistics
+from .processes import failing_together, processes, sum_statistics
 from .updates import Statistics, gradient_step, learning_rate
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #e9582db4
@@ -123,7 +123,7 @@ def supervise(config: Config, # `group` is the number of noisy copies of each ta
     "One iteration of supervised flow matching on the perfect result of every turn, in place of `iterate`."
     policy.passes.clear()
     def sampled(text): policy.count_passes('sampled', text, times=config.num_steps)
-    right = perfect_rollout(config, policy.editor, sessions, iteration, sampled)
+    with failing_together(): right = perfect_rollout(config, policy.editor, sessions, iteration, sampled)
     copies = right.clean_TNLC.shape[1]*config.group
     rows = torch.randperm(copies, generator=torch_generator(config.seed, iteration, 'order'))
 

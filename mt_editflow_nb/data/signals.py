@@ -22,12 +22,15 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
         self.told = False # whether the person has been told how to go on
 
+    def __reduce__(self): return Stopped, (self.signum,)
+
 class StopRequests:
     "Turns the first signal into `Stopped`, but not while `deferred`, and only after `before_stop` has been called."
     def __init__(self):
         self.signum = None      # of the request; None: nobody has asked
         self.depth = 0          # of nested `deferred`
         self.before_stop = None # a function without arguments, or None
+        self.deliver = None     # called with the `Stopped` that would be raised, such as to tell other processes
 
     def handle(
         self,
@@ -40,7 +43,8 @@ class StopRequests:
         if not self.depth: self.stop()
 
     def stop(self):
-        "Obey: save what is to be saved, and raise `Stopped`."
+        "Obey: save what is to be saved, and raise `Stopped`; or let `deliver` do so."
+        if self.deliver: return self.deliver(Stopped(self.signum))
         if self.before_stop:
             self.depth += 1
             self.before_stop()

@@ -20,7 +20,7 @@ def _column(
 ) -> torch.Tensor: # float32, 0-d or [N, 1, ...], so that it broadcasts over `x`
     s = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
     if s.numel() == 1: return s.reshape(())
-    expect(s.numel() == len(x), f'`{name}`', f'one number, or {len(x)}', s.numel())
+    expect(s.numel() == len(x), name, f'one number, or {len(x)}', s.numel())
     return s.reshape(-1, *[1]*(x.ndim - 1))
 
 def noise_scales(
@@ -35,7 +35,7 @@ def noise_scales(
     if kind == 'flow':
         std = noise_level*(s/(1 - torch.where(s == 1, s_max, s))).sqrt()*(-(s_next - s)).sqrt()
         k = -std**2/(2*s)
-        expect(std.isfinite().all(), '`sigma_max`', 'a number below 1', s_max.tolist())
+        expect(std.isfinite().all(), 'sigma_max', 'a number below 1', s_max.tolist())
     if kind == 'cps':
         std = s_next*math.sin(noise_level*math.pi/2)
         k = s_next*(math.cos(noise_level*math.pi/2) - 1)
@@ -73,14 +73,14 @@ def sde_step(
     Where the step is deterministic ('ode', `noise_level=0`, `sigma_next=0`) `std` and `logp` are 0.
     Flow-GRPO arXiv 2505.05470, Flow-CPS arXiv 2509.05952.
     Raises `InputError` for an unknown kind and for noise levels outside their range."""
-    one_of('`kind`', kind, SAMPLER_KINDS)
+    one_of('kind', kind, SAMPLER_KINDS)
     most = 1 if kind == 'cps' else math.inf
-    expect(0 <= noise_level <= most, '`noise_level`', 'at least 0, at most 1 for cps', noise_level)
+    expect(0 <= noise_level <= most, 'noise_level', 'at least 0, at most 1 for cps', noise_level)
     x, v = x.float(), v.float()
     s, s_next = _column(sigma, x, 'sigma'), _column(sigma_next, x, 'sigma_next')
     falls = ((0 <= s_next) & (s_next < s) & (s <= 1)).all()
     if not falls:
-        raise InputError('`sigma_next`: expected 0 <= sigma_next < sigma <= 1, '
+        raise InputError('sigma_next: expected 0 <= sigma_next < sigma <= 1, '
                          f'received {sigma_next} after {sigma}')
     std, k = noise_scales(kind, noise_level, s, s_next, _column(sigma_max, x, 'sigma_max'))
     mean = x + v*(s_next - s) + k*(x + (1 - s)*v)
@@ -99,7 +99,7 @@ def sigma_schedule(
     mu: float,      # the shift: 0 is uniform; FLUX.1 goes from 0.5 at 256 image tokens to 1.15 at 4096
 ) -> torch.Tensor: # float32 [num_steps + 1], falling from 1 to 0
     "FLUX's noise levels: `linspace(1, 1/num_steps, num_steps)`, shifted exponentially (dynamic shifting), then 0."
-    expect(num_steps >= 1, '`num_steps`', 'at least 1', num_steps)
+    expect(num_steps >= 1, 'num_steps', 'at least 1', num_steps)
     s = torch.linspace(1, 1/num_steps, num_steps, dtype=torch.float64)
     s = math.exp(mu)/(math.exp(mu) + 1/s - 1)
     return torch.cat([s, s.new_zeros(1)]).float()
@@ -115,7 +115,7 @@ def sde_window(
     first, end = within or (0, num_steps - 1)
     size = size or end - first
     if not (0 <= first < end <= num_steps - 1 and 1 <= size <= end - first):
-        raise InputError(f'`size`, `within`: expected 1 or more of the first {num_steps - 1} of {num_steps} steps '
+        raise InputError(f'size, within: expected 1 or more of the first {num_steps - 1} of {num_steps} steps '
                          f'(the last is never random), received {size} in ({first}, {end})')
     start, spare = first, end - first - size
     if spare: start += torch.randint(spare + 1, (), generator=generator).item()
@@ -133,7 +133,7 @@ def dpm_step(
     "One step of DPM-Solver++ 2M (arXiv 2211.01095) for rectified flow; deterministic."
     x, v = x.float(), v.float()
     s, s_next = float(sigma), float(sigma_next)
-    expect(0 <= s_next < s <= 1, '`sigma_next`', '0 <= sigma_next < sigma <= 1', (s, s_next))
+    expect(0 <= s_next < s <= 1, 'sigma_next', '0 <= sigma_next < sigma <= 1', (s, s_next))
     def signal_to_noise(s): return math.log((1 - s)/s)
     x0 = x - s*v
     towards = x0

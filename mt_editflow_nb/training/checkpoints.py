@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['state_tensors', 'restore_tensors', 'write_checkpoint', 'save_checkpoint', 'damage', 'last_checkpoint',
-           'load_checkpoint', 'RunState', 'halve_while_memory_ends']
+           'read_checkpoint', 'restore_checkpoint', 'load_checkpoint', 'RunState', 'halve_while_memory_ends']
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #0ffe1f6d
 import gc, hashlib, json, os, shutil, sys
@@ -16,7 +16,7 @@ from ..data.files import InputError, atomic_write, expect, one_line, to_json
 from ..editing.lora import save_lora, swapped
 from ..algorithm.config import Config
 from ..algorithm.policy import Policy
-from ..algorithm.processes import processes
+from ..algorithm.processes import from_first, processes
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #240701c3
 def state_tensors(
@@ -141,22 +141,40 @@ def last_checkpoint(
         return folder
     if wrong: raise InputError(f'checkpoint: {wrong[0]}' + (f', and {len(wrong) - 1} older' if len(wrong) > 1 else ''))
 
-def load_checkpoint(
-    folder,    # a checkpoint
-    params,    # trained tensors
-    old,       # those of the old policy; may be empty
-    optimizer, # AdamW, of 32 or 8 bits
-    ema=(),    # those of the moving average; may be empty
-) -> int:      # iterations done
-    "Restore a checkpoint in place. Raises `InputError` for one that is damaged, or of another adapter."
+def read_checkpoint(
+    folder, # a checkpoint
+) -> tuple: # (iterations done, number of trained tensors, tensors by name)
+    "What a checkpoint holds. Raises `InputError` for one that is damaged."
     from safetensors.torch import load_file
     if problem := damage(folder): raise InputError(f'checkpoint: {folder} is not a checkpoint of this run: {problem}')
     state = json.loads((Path(folder)/'state.json').read_text())
+    return state['iteration'], state['parameters'], load_file(Path(folder)/'state.safetensors')
+
+def restore_checkpoint(
+    folder,     # for messages
+    saved,      # from `read_checkpoint`
+    params,     # trained tensors
+    old,        # those of the old policy
+    optimizer,  # AdamW, of 32 or 8 bits
+    ema=(),     # those of the moving average; may be empty
+) -> int:       # iterations done
+    "Restore a checkpoint in place. Raises `InputError` for that of another adapter."
+    iteration, parameters, tensors = saved
     try:
-        expect(state['parameters'] == len(params), 'parameters', len(params), state['parameters'])
-        restore_tensors(load_file(Path(folder)/'state.safetensors'), params, old, optimizer, ema)
+        expect(parameters == len(params), 'parameters', len(params), parameters)
+        restore_tensors(tensors, params, old, optimizer, ema)
     except InputError as e: raise InputError(f'checkpoint: {folder} is not a checkpoint of this run: {e}') from None
-    return state['iteration']
+    return iteration
+
+def load_checkpoint(
+    folder,    # a checkpoint
+    params,    # trained tensors
+    old,       # those of the old policy
+    optimizer, # AdamW, of 32 or 8 bits
+    ema=(),    # those of the moving average; may be empty
+) -> int:      # iterations done
+    "Read a checkpoint and restore it in place. Raises `InputError` for one that is damaged, or of another adapter."
+    return restore_checkpoint(folder, read_checkpoint(folder), params, old, optimizer, ema)
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #0ee34577
 class RunState:
@@ -173,8 +191,11 @@ class RunState:
     def parts(self): return self.policy.params, self.policy.old, self.policy.optimizer, self.average
     def resume(self):
         "Go back to the last good checkpoint, if there is one; says so where a newer one is damaged."
-        folder = last_checkpoint(self.run, lambda text: print(text, file=sys.stderr))
-        if folder: self.iteration = self.saved = load_checkpoint(folder, *self.parts())
+        def read():
+            folder = last_checkpoint(self.run, lambda text: print(text, file=sys.stderr))
+            return folder and (folder, read_checkpoint(folder))
+        found = from_first(read)
+        if found: self.iteration = self.saved = restore_checkpoint(*found, *self.parts())
         self.remember()
     def remember(self): self.tensors = state_tensors(*self.parts())
     def advance(self):
@@ -203,14 +224,15 @@ def halve_while_memory_ends(
     file,       # where the number is remembered
     where=str,  # called for a few words about where it happened
 ):              # what `attempt` returns
-    "Try again with half the rows, down to one; with several processes, which would have to agree, at once give up."
+    "Try again with half the rows, down to one; several processes run out of memory, and halve, together."
     while True:
         try: return attempt(batch)
         except torch.OutOfMemoryError:
-            if batch == 1 or processes()[1] > 1: raise
+            if batch == 1: raise
         batch //= 2                                                 # out here the failed attempt's tensors are free
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
+        if processes()[0]: continue
         atomic_write(file, to_json(dict(batch=batch)))
         said = f'out of memory{where()} with {2*batch} rows a transformer call: going on with {batch}'
         print(said, file=sys.stderr)
