@@ -74,7 +74,7 @@ def play(tmp_path, names, settings=tiny, processes=2, **environment):
                           env=dict(os.environ, OMP_NUM_THREADS='1', **environment))
     return done.returncode, done.stdout
 
-split_groups = ['algorithm=grpo', 'clip=1e-2', 'sessions_per_iteration=1', 'group=4']     # two members a process
+split_groups = ['algorithm=grpo', 'clip=1e-2', 'lr=1e-4', 'sessions_per_iteration=1', 'group=4'] # 2 members a process
 
 @pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], split_groups], ids=['nft', 'grpo'])
 def test_two_processes_are_one(tmp_path, extra):
