@@ -16,7 +16,7 @@ from ..data.files import (InputError, atomic_write, check_writable, expect, one_
 from ..data.signals import Stopped, stop_at_once, stop_requests
 from ..algorithm.config import Config, make_config
 from ..algorithm.fusion import PRESETS
-from ..algorithm.processes import broadcast_path, processes
+from ..algorithm.processes import ProcessError, broadcast_path, processes
 from ..ablation.sweeps import read_notebook
 from ..training.budget import PUBLISHED, advice, plan, plan_text, savings_text
 from ..training.progress import read_progress
@@ -225,6 +225,8 @@ def _exit_status(work):
     try:
         work()
         return 0
+    except ProcessError as e:
+        if processes()[0] == 0: _say(e)
     except InputError as e: _say(e)
     except Stopped as e:
         if not e.told: _say(e)

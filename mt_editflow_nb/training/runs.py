@@ -20,7 +20,6 @@ from ..editing.loading import find_editor
 from ..editing.lora import find_adapter
 from ..rewards.cube import load_judge
 from ..algorithm.config import Config, make_config
-from ..algorithm.processes import processes
 
 # %% ../../nbs/training/03_runs.ipynb #b31f81e9
 def environment() -> dict:
@@ -126,7 +125,6 @@ def open_run(
     Raises `InputError` where it was not, or where the folder holds something else."""
     run = Path(run)
     file = run/'config.json'
-    while processes()[0] and not file.is_file(): time.sleep(.2)            # the first process creates it
     if file.is_file():
         if differ := _differences(read_config(run), c):
             raise InputError(f'run: {run} already holds another configuration ({"; ".join(differ[:3])}); '
