@@ -1,16 +1,17 @@
 """A real JupyterLab in a real browser, used as a person would.
 
 The tour is run, controls are moved, and what the page shows is read."""
-import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+import json, os, re, shutil, socket, subprocess, sys, urllib.request
 import nbformat, pytest
+from helpers import PATIENCE, wait_for
 from readme import root
 
 sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: make install')
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = pytest.mark.skipif(not chromium, reason='no Chromium here: as root, `make browser` installs it')
 
-small = dict(look=8, iterations=2, eval_sessions=8, seeds=[0], out='tour')     # the tour's parameters, for a test
-MINUTE = 60_000
+small = dict(look=8, iterations=2, eval_sessions=4, seeds=[0], out='tour')     # the tour's parameters, for a test
+MILLISECONDS = 1000*PATIENCE
 
 def settings(folder, theme):
     "JupyterLab's settings: a theme, no news, and every cell in the page."
@@ -30,6 +31,8 @@ def folder(tmp_path_factory):
     nb = nbformat.read(root/'nbs/tutorials/tour.ipynb', 4)
     cell, = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', ())]
     cell.source = '\n'.join(f'{k} = {v!r}' for k, v in small.items())
+    sweep, = [c for c in nb.cells if 'fixed=dict(' in c.source]
+    sweep.source = sweep.source.replace('fixed=dict(', 'fixed=dict(sessions_per_iteration=2, group=4, num_steps=2, ')
     for c in nb.cells:
         if c.cell_type != 'code': continue
         c.outputs = []
@@ -39,10 +42,11 @@ def folder(tmp_path_factory):
 
 def wait_for_server(server, port, log):
     "Until it answers."
-    for _ in range(600):
-        try: return urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=5)
-        except OSError: assert server.poll() is None, log.read_text()[-2000:]
-        time.sleep(.2)
+    def answers():
+        assert server.poll() is None, log.read_text()[-2000:]
+        try: return urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=60)
+        except OSError: return False
+    wait_for(answers)
 
 @pytest.fixture(scope='module')
 def lab(folder):
@@ -62,7 +66,7 @@ def lab(folder):
             yield f'http://127.0.0.1:{port}'
         finally:
             server.terminate()
-            server.wait(60)
+            server.wait(PATIENCE)
 
 @pytest.fixture(scope='module')
 def browser():
@@ -74,7 +78,7 @@ def browser():
 def opened(browser, lab, name):
     "A notebook in a page, when its kernel is ready."
     page = browser.new_page(viewport=dict(width=1250, height=1000))
-    page.set_default_timeout(MINUTE)
+    page.set_default_timeout(MILLISECONDS)
     page.goto(f'{lab}/lab/tree/{name}?reset')
     page.locator('.jp-Notebook .jp-CodeCell').first.wait_for()
     page.get_by_text('| Idle').wait_for()
@@ -91,11 +95,10 @@ def run_all(page):
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
     prompts = page.locator('.jp-CodeCell .jp-InputPrompt')
     errors = page.locator('.jp-OutputArea-output', has_text='Traceback (most recent call last)')
-    end = time.time() + 900
-    while any(re.fullmatch(r'\[[ *]\]:', t.strip()) for t in prompts.all_inner_texts()):
+    def all_have_run():
         assert not errors.count(), errors.first.inner_text()
-        assert time.time() < end, prompts.all_inner_texts()
-        page.wait_for_timeout(500)
+        return not any(re.fullmatch(r'\[[ *]\]:', t.strip()) for t in prompts.all_inner_texts())
+    wait_for(all_have_run)
 
 @pytest.fixture(scope='module')
 def page(browser, lab):
@@ -112,7 +115,7 @@ def view(page, words):
 def choose(view, label, option): view.get_by_label(label, exact=True).select_option(label=option)
 
 expect = sync_api.expect
-expect.set_options(timeout=MINUTE)
+expect.set_options(timeout=MILLISECONDS)
 
 def shot(view, name):
     "A picture to look at, where somebody asks for pictures."
@@ -273,9 +276,7 @@ def test_what_is_saved(page, folder):
     "The saved notebook is valid where there are no widgets, and shows every view there."
     page.locator('.jp-Notebook').first.click(position=dict(x=5, y=5))
     page.keyboard.press('Control+s')
-    for _ in range(100):
-        if len(views_in(folder/'tour.ipynb')) == 6: break
-        page.wait_for_timeout(100)
+    wait_for(lambda: len(views_in(folder/'tour.ipynb')) == 6)
     nb = nbformat.read(folder/'tour.ipynb', nbformat.NO_CONVERT)
     nbformat.validate(nb)
     assert all('state' in w for w in nb.metadata.get('widgets', {}).values())
@@ -285,7 +286,7 @@ def test_what_is_saved(page, folder):
 
 CELLS = ["""from mt_editflow_nb.explore.live import explore_training
 explore_training('live', every=.2)""",
-         """import time
+         """import pathlib, time
 import numpy as np
 from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
 from mt_editflow_nb.rewards.engines import Reply
@@ -295,7 +296,7 @@ from mt_editflow_nb.explore.bench import explore_rewards
 from mt_editflow_nb.explore.strips import Strips
 class Slow:
     def __call__(self, asks):
-        time.sleep(2)
+        while not pathlib.Path('cancelled').exists(): time.sleep(.05)
         return [Reply('9', {'9': 1.}) for a in asks]
 sessions = shape_sessions(2, 2)
 images = np.stack([teacher_images(s) for s in sessions])[:, None]
@@ -340,10 +341,11 @@ def test_live(browser, lab, folder):
     choose(b, 'session', '1: train-0-1')
     expect(b.locator('.pic img').first).not_to_have_attribute('src', before)     # while the judge sleeps
     b.get_by_role('button', name='cancel').click()
+    (folder/'cancelled').touch()
     expect(b.get_by_text('cancelled')).to_be_visible()
 
     page.keyboard.press('Control+s')
-    page.wait_for_timeout(1000)
+    wait_for(lambda: len(views_in(folder/'live.ipynb')) == 2)
     settings(folder/'.settings', 'JupyterLab Dark')
     page.reload()
     page.locator('.jp-Notebook .jp-CodeCell').first.wait_for()

@@ -1,8 +1,9 @@
 "mtef_eval on EdiVal-Bench: the folder layout, a kill in the middle, and models of the real classes."
-import csv, json, os, signal, subprocess, sys, time
+import csv, json, os, signal
 from pathlib import Path
-import numpy as np, pandas as pd, papermill, pytest
+import numpy as np, pandas as pd, pytest
 from PIL import Image
+from helpers import Command, run_notebook, wait_for
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.evaluation.card import load_run
 from mt_editflow_nb.data.sessions import save_sessions
@@ -38,23 +39,19 @@ def args(bench, out):
 
 def flags(models): return [x for name, folder in models.items() for x in (f'--{name}', str(folder))]
 
-def start(command):
-    code = f'import sys; from mt_editflow_nb.cli.eval import main; sys.exit(main({command!r}))'
-    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-def wait_for(file, process):
-    until = time.monotonic() + 300
-    while not file.is_file():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(.01)
+def wait_for_file(file, process):
+    def is_there():
+        assert process.is_running()
+        return file.is_file()
+    wait_for(is_there)
 
 def test_killed_generation_goes_on_to_the_same_pictures(bench, tmp_path):
     out, whole = tmp_path/'out', tmp_path/'whole'
     command = args(bench, out) + ['--generate-only']
-    process = start(command)
-    wait_for(turn_file(out, '0', 2), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process = Command(main, command, tmp_path/'log')
+    wait_for_file(turn_file(out, '0', 2), process)
+    process.send(signal.SIGKILL)
+    process.end()
     done = {f.name: f.stat().st_mtime_ns for f in (out/'multipass').glob('[0-9]*')}
     assert main(command) == 0 and main(args(bench, whole) + ['--generate-only']) == 0
     names = sorted(f.name for f in (whole/'multipass').iterdir())
@@ -66,11 +63,11 @@ def test_killed_generation_goes_on_to_the_same_pictures(bench, tmp_path):
 
 def test_sigterm_says_how_to_go_on(bench, tmp_path):
     out = tmp_path/'out'
-    process = start(args(bench, out) + ['--generate-only'])
-    wait_for(turn_file(out, '0', 1), process)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and 'the same command goes on' in error and 'Traceback' not in error
+    process = Command(main, args(bench, out) + ['--generate-only'], tmp_path/'log')
+    wait_for_file(turn_file(out, '0', 1), process)
+    process.send(signal.SIGTERM)
+    status, error = process.end()
+    assert status == 130 and 'the same command goes on' in error and 'Traceback' not in error
 
 def test_two_interrupts_are_one(tmp_path):
     "Ctrl-C pressed twice: one line, no traceback."
@@ -164,13 +161,12 @@ def test_judged_by_an_engine_of_the_rewards_and_replayed(bench, tmp_path, capsys
     error = capsys.readouterr().err
     assert 'nothing to replay' in error.splitlines()[-1] and 'Traceback' not in error
 
-def test_the_exposure_notebook_with_two_seeds(tmp_path):
+def test_the_exposure_notebook_with_two_seeds(runner, tmp_path):
     "Two adapters that change nothing: every difference is 0; and what was measured is not measured again."
     for seed in (0, 1): save_lora(load_editor(lora_rank=2), tmp_path/f'seed_{seed}/lora')
     def run(**kw):
         parameters = dict(n=2, turns=2, n_back=1, back_turns=2, steps=1, out=str(tmp_path/'out')) | kw
-        papermill.execute_notebook(str(root/'experiments/exposure.ipynb'), str(tmp_path/'out.ipynb'), parameters,
-                                   progress_bar=False)
+        runner.submit(run_notebook, root/'experiments/exposure.ipynb', parameters).result()
         return pd.read_csv(tmp_path/'out/exposure.csv')
     alone = run()
     assert set(alone.which) == {'before'}

@@ -1,36 +1,35 @@
 "An evaluation that is killed at any moment goes on, and ends with the same table and the same pictures."
-import json, signal, subprocess, sys
+import json, signal
 import numpy as np, pytest
+from helpers import Command, wait_for
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
-from mt_editflow_nb.evaluation.running import evaluate
+from mt_editflow_nb.evaluation.running import evaluate, evaluate_sessions
 from mt_editflow_nb.evaluation.scores import load_outcomes, score_intervals
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.training.train import experiment, read_outcomes
 from safetensors.numpy import save_file
 
 how = dict(num_steps=1, batch=2)
-program = """
-import sys
-from mt_editflow_nb.data.shapeworld import shape_sessions
-from mt_editflow_nb.editing.loading import load_editor
-from mt_editflow_nb.evaluation.running import evaluate_sessions
-from mt_editflow_nb.rewards.cube import load_judge
-sessions = shape_sessions(12, 2, 'heldout')
-for e in evaluate_sessions(load_editor(), sessions, load_judge('verifier'), num_steps=1, batch=2, folder=sys.argv[1]):
-    print(e.index, flush=True)
-"""
+
+def evaluate_in(folder):
+    "The evaluation that is killed; says which sessions are done."
+    sessions = shape_sessions(12, 2, 'heldout')
+    for e in evaluate_sessions(load_editor(), sessions, load_judge('verifier'), folder=folder, **how):
+        print(e.index, flush=True)
+
+def kill_at(stop_at, folder, log):
+    "Evaluate in a process that is killed while it makes the batch after `stop_at`."
+    process = Command(evaluate_in, folder, log)
+    wait_for(lambda: f'{stop_at}\n' in process.said())
+    process.send(signal.SIGKILL)
+    process.end()
 
 def test_killed_and_resumed(tmp_path):
     folder, sessions, judge = tmp_path/'before', shape_sessions(12, 2, 'heldout'), load_judge('verifier')
-    for stop_at in (2, 6):                        # killed twice, each time while the next batch is being made
-        process = subprocess.Popen([sys.executable, '-c', program, str(folder)], stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if int(line) == stop_at: break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for stop_at in (2, 6): kill_at(stop_at, folder, tmp_path/f'log_{stop_at}')
     done = {f.name: f.stat().st_mtime_ns for f in folder.glob('[0-9]*')}
     assert len(done) >= 3
     asked = []

@@ -1,9 +1,10 @@
 "Judges behind HTTP: faults of servers, two processes on one cache, replay, secrets, a real `transformers serve`."
-import hashlib, json, math, multiprocessing, os, re, socket, subprocess, sys, threading, time, urllib.request
+import hashlib, json, math, multiprocessing, os, re, socket, subprocess, sys, threading, urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pytest, torch
+from helpers import PATIENCE, wait_for
 from mt_editflow_nb.rewards.cache import Cached
 from mt_editflow_nb.rewards.engines import Ask, Local
 from mt_editflow_nb.rewards.servers import Server, data_url
@@ -40,9 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         if what == 'close':
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)
-        if what == 'hang':
-            time.sleep(2.5)
-            what = good
+        if what == 'hang': return self.server.closing.wait()      # longer than anybody's patience
         if what == 'half':
             self.close_connection = True
             return self.send(200, '{"id": "x", "choi', missing=99)
@@ -61,13 +60,14 @@ class Faulty(ThreadingHTTPServer):
     "A chat server on loopback. `script(n, request)` gives what try n gets: a fault, or an answer."
     daemon_threads, request_queue_size = True, 64
     def __init__(self, script):
-        self.script, self.seen, self.lock = script, [], threading.Lock()
+        self.script, self.seen, self.lock, self.closing = script, [], threading.Lock(), threading.Event()
         super().__init__(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.server_port}/v1'
         threading.Thread(target=self.serve_forever, daemon=True).start()
     def handle_error(self, *a): pass
     def __enter__(self): return self
     def __exit__(self, *_):
+        self.closing.set()
         self.shutdown()
         self.server_close()
 
@@ -78,15 +78,15 @@ def impatient(monkeypatch):
     for name in ('INITIAL_RETRY_DELAY', 'MAX_RETRY_DELAY'): monkeypatch.setattr(client, name, .01)
 
 picture = np.zeros((8, 8, 3), np.uint8)
-def engine(server, **kw): return Server('m', server.url, **dict(retries=2, timeout=10, concurrency=8) | kw)
-def patience(name): return .8 if name == 'hangs' else 10
+def engine(server, **kw): return Server('m', server.url, **dict(retries=2, timeout=300, concurrency=8) | kw)
 def item(n=0): return Item('if', (picture, picture + n), ('make it red',))
 think = load_mode('think')
 
 @pytest.mark.parametrize('name', faults)
 def test_one_fault_is_repaired_by_another_try(name):
     with Faulty(lambda n, body: good if n else faults[name]) as server:
-        verdict, = think(engine(server, timeout=patience(name)), [item()], PROMPTS)
+        patience = 3 if name == 'hangs' else 300                   # also the time in which the second try must answer
+        verdict, = think(engine(server, timeout=patience), [item()], PROMPTS)
     if name in ('html', 'no choices'):                       # no bad luck: another server
         assert math.isnan(verdict.score) and 'no chat completion' in verdict.error
     else: assert verdict.score == 6/9 and len(server.seen) == 2
@@ -94,7 +94,8 @@ def test_one_fault_is_repaired_by_another_try(name):
 @pytest.mark.parametrize('name', faults)
 def test_lasting_fault_is_a_missing_score(name):
     with Faulty(lambda n, body: faults[name]) as server:
-        verdict, = think(engine(server, timeout=patience(name)), [item()], PROMPTS)
+        patience = .3 if name == 'hangs' else 300
+        verdict, = think(engine(server, timeout=patience), [item()], PROMPTS)
     assert math.isnan(verdict.score) and verdict.error and '\n' not in verdict.error
     assert 1 <= len(server.seen) <= 3                                     # tried within bounds
 
@@ -191,7 +192,7 @@ def test_two_processes_share_a_cache(tmp_path):
     with Faulty(lambda n, body: 'answer to ' + body['messages'][0]['content'][0]['text']) as server:
         jobs = [process(target=_writer, args=(server.url, path, s)) for s in (0, 200)]
         for j in jobs: j.start()
-        for j in jobs: j.join(60)
+        for j in jobs: j.join(PATIENCE)
     assert [j.exitcode for j in jobs] == [0, 0]
     replies = Cached(Server('m', server.url), path, offline=True)([Ask((), f'question {i}') for i in range(600)])
     assert [r.text for r in replies] == [f'answer to question {i}' for i in range(600)]
@@ -210,13 +211,12 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
     env = dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
     job = subprocess.Popen(command, stdout=log, stderr=log, env=env)
     try:
-        for _ in range(1200):
+        def is_up():
             assert job.poll() is None, (tmp_path/'log').read_text()[-2000:]
-            try:
-                urllib.request.urlopen(url + '/health', timeout=5)
-                break
-            except OSError: time.sleep(.5)
-        far, near = Server(str(tiny_judge), url + '/v1', timeout=300), Local('tiny')
+            try: return urllib.request.urlopen(url + '/health', timeout=60)
+            except OSError: return False
+        wait_for(is_up)
+        far, near = Server(str(tiny_judge), url + '/v1', timeout=PATIENCE), Local('tiny')
         a, b = (Judge(e, load_mode('logit'), TINY_PROMPTS)(sessions[:1], images[:1, :2, :2]) for e in (near, far))
         assert a.failed == b.failed == 0 and len(a.rewards_PGTM.unique()) > 1
         assert torch.allclose(a.rewards_PGTM, b.rewards_PGTM, atol=1e-3, rtol=0)

@@ -5,6 +5,15 @@ from readme import root
 
 SMALL = ['sessions_per_iteration=1', 'group=2', 'turns=1', 'num_steps=2', 'lora_rank=2', 'eval_sessions=2']
 
+# One interpreter for several commands, as importing takes longer than most of them: `[[name, argument, ...], ...]`.
+COMMANDS = """
+import json, os, runpy, sys
+for name, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [os.path.join('site', 'bin', name), *arguments]
+    try: runpy.run_path(sys.argv[0], run_name='__main__')
+    except SystemExit as e: assert not e.code, (name, e.code)
+"""
+
 @pytest.fixture(scope='module')
 def away(tmp_path_factory):
     "Run commands in a folder with nothing but the installed wheel; dependencies are those of this environment."
@@ -16,42 +25,40 @@ def away(tmp_path_factory):
     ignored = shutil.ignore_patterns('__pycache__', 'results', '.ipynb_checkpoints')
     for name in ('mt_editflow_nb', 'experiments'): shutil.copytree(root/name, source/name, ignore=ignored)
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
-    subprocess.run([*pip, 'wheel', '--no-deps', '-w', str(folder), str(source)], check=True)
+    wheel = ['wheel', '--no-deps', '--no-build-isolation']
+    subprocess.run([*pip, *wheel, '-w', str(folder), str(source)], check=True)
     shutil.rmtree(source)
     wheel, = folder.glob('*.whl')
     subprocess.run([*pip, 'install', '--no-deps', '--target', str(folder/'site'), str(wheel)], check=True)
     env = dict(os.environ, PYTHONPATH=str(folder/'site'), OMP_NUM_THREADS='1')
 
-    def run(*command, code=0):
-        program = folder/'site'/'bin'/command[0]
-        done = subprocess.run([sys.executable, str(program), *command[1:]], cwd=folder, env=env, capture_output=True,
-                              text=True)
-        assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    def run(*commands):
+        program = [sys.executable, '-c', COMMANDS, json.dumps(commands)]
+        done = subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
     run.folder = folder
     return run
 
-def test_commands_say_what_they_do(away):
-    for name in ('mtef_init', 'mtef_data', 'mtef_train', 'mtef_eval', 'mtef_sweep', 'mtef_report', 'mtef_push'):
-        assert f'usage: {name}' in away(name, '--help')
-
-def test_trains_directly_and_in_a_notebook(away):
-    away('mtef_train', *SMALL, 'iterations=2', '--run', 'direct')
-    assert json.loads((away.folder/'direct'/'results.json').read_text())['iterations'] == 2
-    away('mtef_init', 'copies')
-    away('mtef_train', *SMALL, 'iterations=2', '--notebook', 'copies/train.ipynb', '--run', 'notebook')
-    assert json.loads((away.folder/'notebook'/'results.json').read_text())['iterations'] == 2
+def test_commands_say_what_they_do_and_train(away):
+    "Directly, and in the notebook that came with the package."
+    names = ('mtef_init', 'mtef_data', 'mtef_train', 'mtef_eval', 'mtef_sweep', 'mtef_report', 'mtef_push')
+    train = ['mtef_train', *SMALL, 'iterations=2']
+    said = away(*([name, '--help'] for name in names), [*train, '--run', 'direct'], ['mtef_init', 'copies'],
+                [*train, '--notebook', 'copies/train.ipynb', '--run', 'notebook'])
+    for name in names: assert f'usage: {name}' in said
+    for run in ('direct', 'notebook'):
+        assert json.loads((away.folder/run/'results.json').read_text())['iterations'] == 2
 
 def test_sweeps_and_reports(away):
     "A sweep of the user's own, with the notebook that came with the package."
-    away('mtef_init', 'changed')
+    away(['mtef_init', 'changed'])
     fixed = ', '.join(pair.replace('=', ': ') for pair in [*SMALL, 'iterations=1'])
     sweep = away.folder/'changed'/'sweeps'/'mine.yaml'
     sweep.write_text('question: Does it run away from the checkout?\nnotebook: ../ablation.ipynb\n'
                      f'grid: {{lr: [0.001]}}\nbaseline: {{lr: 0.001}}\nfixed: {{{fixed}}}\nseeds: [0]\n')
-    away('mtef_sweep', str(sweep), '--out', 'sweeps')
-    away('mtef_report', 'sweeps', '--n-boot', '100')
+    away(['mtef_sweep', str(sweep), '--out', 'sweeps'], ['mtef_report', 'sweeps', '--n-boot', '100'])
     assert list((away.folder/'sweeps'/'report').rglob('*.html'))
 
 def test_names_to_start_with():

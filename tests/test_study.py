@@ -1,7 +1,7 @@
 "A rater's choices survive whatever happens to the notebook."
 import signal, subprocess, sys
 from pathlib import Path
-import nbformat, papermill
+from helpers import run_notebook
 from mt_editflow_nb.data.files import append_json_line
 from mt_editflow_nb.rewards.agreement import load_labels
 from mt_editflow_nb.data.shapeworld import shape_sessions
@@ -33,7 +33,7 @@ def test_killed_while_writing(tmp_path):
                                 seconds=1., time=''))
     assert read_choices(path).trial.tolist() == trials + [999_999]
 
-def test_the_rating_notebook(tmp_path):
+def test_the_rating_notebook(runner, tmp_path):
     "The toy study with choices in its file: what the notebook says of them, and labels that the judges' chapter reads."
     study = tmp_path/'study'
     sessions = shape_sessions(6, 3, 'heldout')
@@ -42,11 +42,11 @@ def test_the_rating_notebook(tmp_path):
             better = 'first' if t['first'] == 'perfect' else 'second'
             choice = 'tie' if t['trial'] == 4 else better
             append_json_line(study/'choices.jsonl', dict(rater=rater, seed=0, **t, choice=choice, seconds=1., time=''))
-    out = tmp_path/'rate.ipynb'
     parameters = dict(study=str(study), rater='ann', judges=['verifier'])
-    papermill.execute_notebook(str(root/'experiments/rate.ipynb'), str(out), parameters, progress_bar=False)
-    outputs = [o for c in nbformat.read(out, 4).cells for o in c.get('outputs', [])]
-    text = '\n'.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/plain', '')) for o in outputs)
+    executed = runner.submit(run_notebook, root/'experiments/rate.ipynb', parameters).result()
+    outputs = [o for c in executed.cells for o in c.get('outputs', [])]
+    shown = [part for o in outputs for part in (o.get('text', ''), o.get('data', {}).get('text/plain', ''))]
+    text = '\n'.join(''.join(part) for part in shown)
     assert '10 choices by 2 raters' in text and "Krippendorff's alpha: " in text
     agreement = text[text.index('agreement'):].split('verifier')[1].split()
     assert agreement[:3] == ['100.0'] * 3 and agreement[3] == '8' # two ties are left out

@@ -2,6 +2,7 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, psutil, pytest, yaml
+from helpers import PATIENCE, wait_for
 from mt_editflow_nb.ablation import jobs as jobs_module
 from mt_editflow_nb.ablation import sweeps
 from mt_editflow_nb.ablation.jobs import (
@@ -62,12 +63,6 @@ def start_command(path, *more):
     return subprocess.Popen(command(path, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             preexec_fn=hear_interrupts)
 
-def wait_for(condition, seconds=900):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, 'waited in vain'
-        time.sleep(.05)
-
 def family(process): return psutil.Process(process.pid).children(recursive=True)
 def is_alive(process): return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
@@ -110,7 +105,7 @@ def test_stop_and_go_on(folder, how):
     wait_for(lambda: lines(job) > 5)
     jobs = family(process)
     process.send_signal(how)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == (-how if how == signal.SIGKILL else 130)
     if how != signal.SIGKILL: assert 'the same command goes on' in err and 'Traceback' not in err
     wait_for(lambda: not any(map(is_alive, jobs)))                          # no job is left running unseen
@@ -119,7 +114,7 @@ def test_stop_and_go_on(folder, how):
     assert (job.folder/'saved').exists()                                    # the kernel was interrupted, not killed
     if how == signal.SIGKILL:
         (job.folder/'fast').touch()
-        assert subprocess.run(command(path), capture_output=True, timeout=900).returncode == 0
+        assert subprocess.run(command(path), capture_output=True, timeout=PATIENCE).returncode == 0
         assert job_status(job) == 'done' and lines(job) == 300 and starts(job) == 2
         assert job_state(job.folder)['attempts'] == 2
 
@@ -130,7 +125,7 @@ def test_a_job_that_does_not_listen_is_killed(folder):
     wait_for(lambda: lines(job) > 2)
     jobs = family(process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 130
+    assert process.wait(PATIENCE) == 130
     wait_for(lambda: not any(map(is_alive, jobs)))
     assert job_status(job) == 'cut' and not (job.folder/'saved').exists()
 
@@ -139,7 +134,7 @@ def test_two_sweeps_share_a_folder(folder):
     a, b = (spec(folder, name, grid=dict(x=x), fixed=dict(iterations=30, seconds=.05))
             for name, x in (('a', [1, 2]), ('b', [2, 1])))
     running = [start_command(path, '--slots', '1') for path in (a, b)]
-    said = [process.communicate(timeout=900) for process in running]
+    said = [process.communicate(timeout=PATIENCE) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     jobs = plan_sweep(a, folder/'runs').jobs
     assert [starts(j) for j in jobs] == [1, 1] and [lines(j) for j in jobs] == [30, 30]
@@ -157,15 +152,15 @@ def test_the_tasks_of_an_array_share_a_sweep(folder, capsys):
     assert len(json.loads((folder/'runs/sweep.json').read_text())['points']) == 3
 
 def test_overhead(folder):
-    "Eight jobs on two slots all run; what a job costs besides its own time is printed."
-    path = spec(folder, seeds=list(range(8)), fixed=dict(iterations=1, seconds=1.))
+    "Four jobs on two slots all run; what a job costs besides its own time is printed."
+    path = spec(folder, seeds=list(range(4)), fixed=dict(iterations=1, seconds=.5))
     plan = plan_sweep(path, folder/'runs')
     before, began = os.times(), time.monotonic()
     result = run_sweep(plan, start_local(plan), job_slots(Resources(), cores=2), progress=False)
     wall, after = time.monotonic() - began, os.times()
-    cpu = (after.children_user + after.children_system - before.children_user - before.children_system)/8
-    assert set(result.values()) == {'done'}
-    print(f'{wall:.1f} s for 8 jobs of 1 s on 2 slots: {wall/4 - 1:.1f} s a job; {cpu:.1f} s of processor time a job')
+    cpu = (after.children_user + after.children_system - before.children_user - before.children_system)/4
+    assert list(result.values()) == ['done']*4
+    print(f'{wall:.1f} s for 4 jobs of .5 s on 2 slots: {wall/2 - .5:.1f} s a job; {cpu:.1f} s of processor time a job')
 
 @pytest.mark.parametrize('fields,words', [
     (dict(grid=dict(y=[1])), ["received 'y'", 'unknown', 'x, name']),
@@ -242,13 +237,28 @@ def test_a_changed_notebook_leaves_nothing_done(folder):
     results = [json.loads((j.folder/'results.json').read_text()) for j in plan_sweep(path, folder/'runs').jobs]
     assert results == [dict(x=10, seed=0), dict(x=10, seed=1)]
 
-def test_ray(folder):
+@pytest.fixture
+def cluster(monkeypatch):
+    """Ray on this machine.
+
+    It gives its own processes half a minute to start; where that is too little, it is tried again."""
+    for name in ('gcs_server_port_wait_time_s', 'gcs_server_request_timeout_seconds',
+                 'worker_register_timeout_seconds'): monkeypatch.setenv(f'RAY_{name}', str(PATIENCE))
+    monkeypatch.setenv('RAY_health_check_timeout_ms', str(1000*PATIENCE))
     ray = pytest.importorskip('ray', reason="Ray is not installed: pip install -e '.[ray]'")
+    def is_up():
+        try: return ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        except Exception as e:                                              # Ray's, of many kinds
+            print('not yet:', e)
+            ray.shutdown()
+    wait_for(is_up)
+    yield
+    ray.shutdown()
+
+def test_ray(folder, cluster):
     path = spec(folder, seeds=[0, 1], points=[dict(label='good'), dict(label='fails', fail=True)])
     plan = plan_sweep(path, folder/'runs')
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try: result = run_sweep(plan, start_ray(plan), [{}]*4, progress=False)
-    finally: ray.shutdown()
+    result = run_sweep(plan, start_ray(plan), [{}]*4, progress=False)
     good, fails = ([j for j in plan.jobs if j.label == label] for label in ('good', 'fails'))
     assert [result[j.folder.name] for j in good] == ['done']*2
     assert [result[j.folder.name] for j in fails] == ['failed']*2

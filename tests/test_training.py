@@ -1,10 +1,11 @@
 "Whole runs: killed, interrupted, out of disk, from a user's own files, and from the command line."
-import importlib, json, os, random, resource, shutil, signal, subprocess, sys, time
+import importlib, json, os, random, resource, shutil, signal, time
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, psutil, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
+from helpers import PATIENCE, Command, wait_for
 import mt_editflow_nb
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import load_lora
@@ -50,15 +51,13 @@ def whole(tmp_path_factory):
     with one_thread(): assert main([*pairs(), '--run', str(run)]) == 0
     return run
 
-def start(run, *args):
-    command = [sys.executable, '-m', 'mt_editflow_nb.training', *args, '--run', str(run)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=dict(os.environ, OMP_NUM_THREADS='1'))
+def start(run, *args): return Command(main, [*args, '--run', str(run)], run.with_name('log'))
 
 def wait_for_iteration(job, run, n):
-    while len(lines(run)) < n:
-        assert job.poll() is None, job.communicate()[1]
-        time.sleep(.01)
+    def is_done():
+        assert job.is_running(), job.said('err')
+        return len(lines(run)) >= n
+    wait_for(is_done)
 
 @pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
 def test_stopped_at_a_random_moment_and_resumed(whole, tmp_path, sent):
@@ -67,10 +66,10 @@ def test_stopped_at_a_random_moment_and_resumed(whole, tmp_path, sent):
     moment = random.Random(sent)
     wait_for_iteration(job, run, moment.randint(1, 4))
     time.sleep(moment.random()*.1)
-    job.send_signal(sent)
-    _, said = job.communicate(timeout=60)
-    if sent == signal.SIGKILL: assert job.returncode == -signal.SIGKILL
-    else: assert job.returncode == 128 + sent and f'--resume {run}' in said
+    job.send(sent)
+    status, said = job.end()
+    if sent == signal.SIGKILL: assert status == -signal.SIGKILL
+    else: assert status == 128 + sent and f'--resume {run}' in said
     assert len(lines(run)) < small['iterations']
     with one_thread(): assert main(['--resume', str(run)]) == 0
     assert same_end(whole, run)
@@ -290,11 +289,11 @@ def test_a_notebook_does_not_train_on_as_an_orphan(tmp_path, sent):
     wait_for_iteration(job, run, 2)
     family = psutil.Process(job.pid).children(recursive=True)
     assert len(family) >= 2                                        # papermill and its kernel
-    job.send_signal(sent)
-    _, said = job.communicate(timeout=120)
-    _, alive = psutil.wait_procs(family, 60)
+    job.send(sent)
+    status, said = job.end()
+    _, alive = psutil.wait_procs(family, PATIENCE)
     assert not alive
-    if sent == signal.SIGTERM: assert job.returncode == 143 and f'--resume {run}' in said
+    if sent == signal.SIGTERM: assert status == 143 and f'--resume {run}' in said
     assert last_checkpoint(run) is not None
 
 bad = {
@@ -403,7 +402,7 @@ def test_runs_of_a_folder_evaluate_the_base_editor_once(tmp_path, monkeypatch):
         return evaluate(*args, desc=desc, **kw)
     def run(name, **kw):
         asked.clear()
-        fields = dict(sessions_per_iteration=1, group=2, turns=1, iterations=1, lora_rank=2, eval_sessions=4) | kw
+        fields = dict(sessions_per_iteration=1, group=2, turns=1, iterations=0, lora_rank=2, eval_sessions=2) | kw
         return experiment(make_config(fields), tmp_path/name, progress=False)['final_turn_O_before'], list(asked)
     known = dict(training.environment(), commit='0'*40)
     code = [known]
