@@ -1,9 +1,9 @@
 "mtef_eval on EdiVal-Bench: the folder layout, a kill in the middle, and models of the real classes."
-import csv, json, os, signal
+import csv, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from helpers import Command, run_notebook, wait_for
+from helpers import PATIENCE, Command, run_notebook, wait_for
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.evaluation.card import load_run
 from mt_editflow_nb.data.sessions import save_sessions
@@ -71,13 +71,15 @@ def test_sigterm_says_how_to_go_on(bench, tmp_path):
 
 def test_two_interrupts_are_one(tmp_path):
     "Ctrl-C pressed twice: one line, no traceback."
-    process = start(['--n', '64', '--batch', '1', '--steps', '1', '--turns', '1', '--out', str(tmp_path)])
-    wait_for(tmp_path/'sessions'/'000000.safetensors', process)
+    out = tmp_path/'out'
+    process = Command(main, ['--n', '64', '--batch', '1', '--steps', '1', '--turns', '1', '--out', str(out)],
+                      tmp_path/'log')
+    wait_for_file(out/'sessions'/'000000.safetensors', process)
     for pause in (.03, .03, 0):
-        process.send_signal(signal.SIGINT)
+        process.send(signal.SIGINT)
         time.sleep(pause)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and 'Traceback' not in error
+    status, error = process.end()
+    assert status == 130 and 'Traceback' not in error
     assert error.count('mtef_eval: stopped by SIGINT; what is done is kept, and the same command goes on') == 1
 
 interrupted = """import os, sys
@@ -95,7 +97,7 @@ def test_a_signal_while_libraries_load_is_answered(tmp_path, module, name, sent)
     (tmp_path/'sitecustomize.py').write_text(interrupted.format(sent=int(sent)))
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tmp_path), str(root)]))
     command = [sys.executable, '-m', f'mt_editflow_nb.{module}']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=env)
     assert (done.returncode, done.stderr) == (128 + sent, f'{name}: stopped by {sent.name}\n')
 
 def test_options_of_a_judge_and_pictures_elsewhere(tmp_path, capsys):
