@@ -29,18 +29,14 @@ browser: ## install the system's Chromium, which tests drive JupyterLab with
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
 	  echo 'No Chromium, and it cannot be installed from here: tests in a browser will be skipped.'
 
-# Both halves run, and both report, also when the first fails.
-test: $(STAMP) browser ## test every notebook, then the whole flows
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --do_print --n_workers 2; notebooks=$$?; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n 2 --dist loadfile; flows=$$?; \
-	[ $$notebooks = 0 ] || echo 'make test: notebooks failed (see above the flows)'; \
-	[ $$flows = 0 ] || echo 'make test: flows failed'; \
-	[ $$notebooks = 0 ] && [ $$flows = 0 ]
+# Chapters and flows in one pool of two processes; whichever has nothing left takes over half of what the other still has.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test: $(STAMP) browser ## test every notebook, and the whole flows
+	$(PYTEST) -rs
 
 fast: $(STAMP) lint ## what one runs between edits: lint, the light chapters, and the tests of the house
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/data --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/algorithm --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/test_notebooks.py tests/test_sessions.py
+	$(PYTEST) -q tests/test_chapters.py tests/test_notebooks.py tests/test_sessions.py -k 'not test_chapter or nbs/data or nbs/algorithm'
 
 lint: $(STAMP) ## how the code reads: lines, names, unused things
 	$(BIN)/ruff check .

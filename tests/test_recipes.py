@@ -425,6 +425,10 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     import bench_gpu
     recipe = str(root/'experiments/recipes/kontext_nft.yaml')
     argv = [recipe, 'checkpointing=false', '--toy', '--repeat', '1', '--out', str(tmp_path)]
+    def one_block_of_each_kind(name):
+        about = editor_configs(name)
+        return about | dict(transformer=about['transformer'] | dict(num_layers=1, num_single_layers=1))
+    monkeypatch.setattr(bench_gpu, 'editor_configs', one_block_of_each_kind)
     monkeypatch.setattr('sys.argv', ['bench_gpu.py', *argv])
     bench_gpu.main()
     file = tmp_path/'bench_tiny_toy.json'

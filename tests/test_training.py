@@ -23,7 +23,7 @@ from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.training.train import experiment, train
 
 small = dict(sessions_per_iteration=1, group=2, turns=2, num_steps=2, lora_rank=2, iterations=8, save_every=2,
-             eval_sessions=4)
+             eval_sessions=2)
 
 def pairs(**changes): return [f'{k}={json.dumps(v)}' for k, v in (small | changes).items()]
 def adapter(run): return load_file(Path(run)/'lora'/'pytorch_lora_weights.safetensors')
@@ -81,7 +81,7 @@ def test_what_a_run_folder_holds(whole):
     assert [json.loads(x)['iteration'] for x in lines(whole)] == list(range(8))
     results = json.loads((whole/'results.json').read_text())
     expected = {(t, m) for t in (1, 2) for m in ('IF', 'marginal', 'CC', 'O')}
-    assert results['sessions'] == 4 and {(r['turn'], r['metric']) for r in results['table']} == expected
+    assert results['sessions'] == 2 and {(r['turn'], r['metric']) for r in results['table']} == expected
     assert (whole/'results.csv').is_file() and list((whole/'rollouts').glob('heldout_*.png'))
     assert len(list((whole/'checkpoints').iterdir())) == 2
     assert not [p for p in whole.rglob('*') if p.suffix in ('.pt', '.pkl', '.bin')]
@@ -271,7 +271,7 @@ def test_a_stop_in_an_evaluation_says_how_to_go_on(tmp_path, capsys):
         calls.append(1)
         if len(calls) == 2: signal.raise_signal(signal.SIGTERM)
         return judge(sessions, images)
-    c = make_config(small | dict(batch=2))
+    c = make_config(small | dict(batch=1))
     with pytest.raises(Stopped): experiment(c, tmp_path/'run', judge=stops, progress=False)
     assert f'stopped by SIGTERM; go on with: mtef_train --resume {tmp_path/"run"}' in capsys.readouterr().err
     done = list((tmp_path/'run'/'evaluations'/'before').glob('*.safetensors'))
