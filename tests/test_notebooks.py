@@ -87,10 +87,89 @@ def test_links_between_files_exist(path):
     missing = [link for link in links if not (path.parent/link).exists()]
     assert not missing
 
+# chapters with longer subtitles, to be emptied
+LONG_SUBTITLES = {'nbs/algorithm/01_fusion.ipynb'}
+
 @each(chapters)
 def test_begins_with_title_and_subtitle(path):
     cells = [c for c in nbformat.read(path, 4).cells if c.cell_type != 'raw']
-    assert cells[0].cell_type == 'markdown' and re.match(r'# [^#\s].*\n+> \S', cells[0].source)
+    found = re.match(r'# [^#\s].*\n+> (\S.*)', cells[0].source)
+    assert cells[0].cell_type == 'markdown' and found
+    excepted = str(path.relative_to(root)) in LONG_SUBTITLES
+    assert excepted or len(found[1]) <= 120, 'the subtitle becomes a docstring of one line'
+
+def exported_cells(path):
+    "(source, syntax tree) of the cells that a chapter exports."
+    sources = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+    return [(source, ast.parse(source)) for source in sources if re.search(r'(?m)^#\|\s*export\b', source)]
+
+LINES, CLASS_LINES = 40, 60     # of an exported cell; of one that is a class, which cannot be divided
+
+# modules with longer cells, to be emptied
+LONG_CELLS = {
+    'algorithm.config', 'algorithm.fusion', 'algorithm.iterate', 'algorithm.policy', 'algorithm.processes',
+    'cli.data', 'cli.eval', 'cli.push', 'data.importers', 'data.overview', 'data.selecting', 'data.tables',
+    'editing.lora', 'editing.qwen', 'editing.rollout', 'evaluation.bench_items', 'evaluation.bench_pictures',
+    'evaluation.bench_runs', 'evaluation.bench_scores', 'evaluation.leaderboard', 'rewards.cache', 'rewards.cube',
+    'rewards.engines', 'rewards.instructions', 'rewards.judges', 'rewards.reward_models', 'rewards.servers',
+    'training.source', 'training.train'}
+
+def too_long(path):
+    "Names of what the cells define that have too many lines; empty ones and nbdev's directives do not count."
+    for source, tree in exported_cells(path):
+        lines = [line for line in source.split('\n') if line.strip() and not line.startswith('#|')]
+        defined = [node for node in tree.body if hasattr(node, 'name')]
+        one_class = len(defined) == 1 and isinstance(defined[0], ast.ClassDef)
+        if len(lines) > (CLASS_LINES if one_class else LINES): yield ', '.join(node.name for node in defined)
+
+@pytest.mark.parametrize('name', modules, ids='.'.join)
+def test_cells_are_short(name):
+    assert '.'.join(name) in LONG_CELLS or not list(too_long(modules[name]))
+
+# modules in which a public parameter lacks a comment, or a public name a docstring, to be emptied
+UNDOCUMENTED = {
+    'algorithm.policy', 'algorithm.supervised', 'algorithm.updates', 'cli.eval', 'cli.push', 'data.files',
+    'data.importers', 'data.overview', 'data.selecting', 'data.sessions', 'data.shapeworld', 'data.tables',
+    'editing.editor', 'editing.flux2', 'editing.kontext', 'editing.loading', 'editing.qwen', 'editing.rollout',
+    'editing.samplers', 'evaluation.bench_items', 'evaluation.bench_pictures', 'evaluation.bench_questions',
+    'evaluation.bench_runs', 'evaluation.bench_scores', 'evaluation.benchmarks', 'rewards.cache', 'rewards.cube',
+    'rewards.engines', 'rewards.instructions', 'rewards.reward_models', 'rewards.servers'}
+
+def public_functions(tree, within=''):
+    "(name, node) of public functions, and of public methods, `__init__` and `__call__` of public classes."
+    for node in tree.body:
+        special = isinstance(tree, ast.ClassDef) and getattr(node, 'name', '') in ('__init__', '__call__')
+        if getattr(node, 'name', '_').startswith('_') and not special: continue
+        if isinstance(node, ast.ClassDef): yield from public_functions(node, f'{node.name}.')
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)): yield within + node.name, node
+
+def comment_columns(node, lines):
+    "The column of every parameter's comment; None where there is none. What a caller does not pass is left out."
+    a = node.args
+    parameters = [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]
+    ends = {}
+    for default, parameter in zip(reversed(a.defaults), reversed([*a.posonlyargs, *a.args])): ends[parameter] = default
+    ends |= {parameter: default for parameter, default in zip(a.kwonlyargs, a.kw_defaults) if default}
+    places = [(p, ends.get(p, p)) for p in parameters if p.arg not in ('self', 'cls') and not p.arg.startswith('_')]
+    for parameter, end in places:
+        rest = lines[end.end_lineno - 1].encode()[end.end_col_offset:].decode()
+        alone = [p for p, e in places if e.end_lineno == end.end_lineno] == [parameter]
+        found = re.match(r',?\s*(# \S)', rest)
+        yield end.end_col_offset + found.start(1) if found and alone else None
+
+def undocumented(path):
+    "Public names without a docstring, or with parameters that lack a comment, or whose comments are not aligned."
+    for source, tree in exported_cells(path):
+        for name, node in public_functions(tree):
+            if not ast.get_docstring(node) and node.name != '__init__': yield f'{name}: no docstring'
+            if isinstance(node, ast.ClassDef): continue
+            columns = set(comment_columns(node, source.split('\n')))
+            if None in columns: yield f'{name}: a parameter without a comment on its line'
+            elif len(columns) > 1: yield f'{name}: comments that are not aligned'
+
+@pytest.mark.parametrize('name', modules, ids='.'.join)
+def test_public_names_are_documented(name):
+    assert '.'.join(name) in UNDOCUMENTED or not list(undocumented(modules[name]))
 
 def imported(name):
     "Modules of this package that a module imports, anywhere in it."

@@ -78,9 +78,10 @@ def test_wrong_input(runs, tmp_path, capsys):
     lonely['points'][0]['jobs'] = []
     (runs/'sub').mkdir(exist_ok=True)
     (runs/'sub'/'lonely.json').write_text(json.dumps(lonely))
-    for argv, word in ((['nowhere'], 'there is none'), ([str(tmp_path/'empty')], 'no sweep in it'),
-                       ([str(runs/'other.json')], 'not a sweep'), ([str(runs/'sub'/'lonely.json')], 'baseline'),
-                       ([str(runs), '--n-boot', '5'], '--n-boot'),
+    for argv, word in ((['nowhere'], 'expected a folder of sweeps'),
+                       ([str(tmp_path/'empty')], 'expected the NAME.json'),
+                       ([str(runs/'other.json')], 'expected the NAME.json'),
+                       ([str(runs/'sub'/'lonely.json')], 'baseline'), ([str(runs), '--n-boot', '5'], '--n-boot'),
                        ([str(runs), '--notebook', 'none.ipynb'], '--notebook')):
         assert main(argv) == 2
         err = capsys.readouterr().err

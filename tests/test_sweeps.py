@@ -200,9 +200,9 @@ def test_wrong_files(folder, capsys):
     write_notebook(folder/'two.ipynb', "run: str = ''\nalpha: float = 1.  # alpha = rank")
     write_notebook(folder/'julia.ipynb', kernel='julia-1.9')
     notebooks = {name: spec(folder, name, notebook=f'{name}.ipynb') for name in ('bare', 'half', 'two', 'julia')}
-    for path, words in ((folder/'list.yaml', ['fields and values']), (folder/'broken.yaml', ['not YAML']),
+    for path, words in ((folder/'list.yaml', ['fields and values']), (folder/'broken.yaml', ['expected YAML']),
                         (folder/'latin.yaml', ['UTF-8']), (folder/'none.yaml', ['cannot be read']),
-                        (notebooks['bare'], ['`parameters`']), (notebooks['half'], ['cannot be read']),
+                        (notebooks['bare'], ['`parameters`']), (notebooks['half'], ['expected a notebook']),
                         (notebooks['two'], ['alpha', 'papermill can read']),
                         (notebooks['julia'], ['kernel', "'julia-1.9'", 'python3'])):
         assert main([str(path), '--out', str(folder/'runs')]) == 2

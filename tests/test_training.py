@@ -223,11 +223,11 @@ def test_only_what_it_was_made_from_goes_on(tmp_path, capsys):
     image.save(picture)
     assert main(['--resume', str(run)]) == 2
     said = capsys.readouterr().err
-    assert said.count('\n') == 1 and 'was begun with other' in said and 'sessions' in said
+    assert said.count('\n') == 1 and 'received other' in said and 'sessions' in said
     picture.write_bytes(before)
     flip(editor/'transformer'/'diffusion_pytorch_model.safetensors')
     assert main(['--resume', str(run)]) == 2
-    assert 'was begun with another editor' in capsys.readouterr().err
+    assert 'received another editor' in capsys.readouterr().err
 
 def test_one_writer_and_one_folder_each(tmp_path, monkeypatch, capsys):
     "A second process in a run folder is turned away; runs that begin in the same second get folders of their own."

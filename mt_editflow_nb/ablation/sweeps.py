@@ -64,7 +64,7 @@ def _field_error(e):
     except InputError as error: return str(error)
 
 def _check_together(sweep):
-    "What can be wrong with fields that are right by themselves."
+    "Check fields that are valid by themselves against each other."
     gpus = sweep.resources.gpus
     expect(gpus < 1 or gpus % 1 == 0, 'resources.gpus', 'a whole number, or less than 1', gpus)
     expect(len(set(sweep.seeds)) == len(sweep.seeds), 'seeds', 'different numbers', sweep.seeds)
@@ -79,7 +79,7 @@ def read_sweep(
     "A checked sweep file. Raises `InputError` with one line that names the file and each wrong field."
     text = read_text(path)
     try: fields = yaml.load(text, _Loader)
-    except yaml.YAMLError as e: raise InputError(f'{path}: not YAML ({one_line(e)[:200]})') from None
+    except yaml.YAMLError as e: raise InputError(f'{path}: expected YAML, received {one_line(e)[:200]}') from None
     expect(isinstance(fields, dict), str(path), 'fields and values', fields)
     try:
         sweep = Sweep.model_validate(fields)
@@ -94,7 +94,7 @@ class Parameter(NamedTuple):
     "A parameter of a notebook."
     kind: Any     # a type
     default: Any
-    help: str     # what the comment behind it says
+    help: str     # the comment behind it
 
 class JobNotebook(NamedTuple):
     "A notebook as a sweep sees it."
@@ -131,11 +131,11 @@ def _code_cells(nb): return [c for c in nb.cells if c.cell_type == 'code']
 def _tagged(nb, tag): return '\n'.join(c.source for c in _code_cells(nb) if tag in c.metadata.get('tags', ()))
 
 def _body_hash(nb):
-    "A hash of a notebook's code, without outputs, and without parameters, whose values are hashed by themselves."
+    "A hash of a notebook's code without outputs and parameters; the values of parameters are hashed separately."
     return content_hash([c.source.strip() for c in _code_cells(nb) if 'parameters' not in c.metadata.get('tags', ())])
 
 def _kernel(nb):
-    "The name of a notebook's kernel, if there is such a kernel."
+    "The name of a notebook's kernel. Raises `InputError` unless it is installed."
     from jupyter_client.kernelspec import KernelSpecManager
     spec, installed = nb.metadata.get('kernelspec', {}), KernelSpecManager().find_kernel_specs()
     kernel, language = spec.get('name') or 'python3', spec.get('language') or 'python'
@@ -144,7 +144,7 @@ def _kernel(nb):
     return kernel
 
 def _defined(source):
-    "Names that the lines of a cell define."
+    "The names that a cell defines."
     for line in ast.parse(source).body:
         for target in getattr(line, 'targets', [getattr(line, 'target', None)]):
             if isinstance(target, ast.Name): yield target.id
@@ -153,7 +153,7 @@ def _defined(source):
 def read_notebook(
     path: str|Path, # with a cell tagged `parameters`, of lines that papermill can read, and a parameter `run`
 ) -> JobNotebook:
-    "What a sweep has to know of a notebook. Raises `InputError` with one line for one that cannot be run as a job."
+    "What a sweep has to know about a notebook. Raises `InputError` for one that cannot be run as a job."
     import logging, nbformat
     from papermill import inspect_notebook
     logging.getLogger('papermill.translators').setLevel(logging.ERROR)    # it warns of lines that are errors here
@@ -165,7 +165,8 @@ def read_notebook(
         lost = [name for name in _defined(defaults) if name not in parameters]
     except InputError as e: raise InputError(f'notebook: {path}: {e}') from None
     except Exception as e:                                                  # nbformat's and papermill's, of many kinds
-        raise InputError(f'notebook: {path}: cannot be read ({type(e).__name__}: {one_line(e)[:150]})') from None
+        problem = f'{type(e).__name__}: {one_line(e)[:150]}'
+        raise InputError(f'notebook: {path}: expected a notebook, received {problem}') from None
     expect(not lost, f'notebook: {path}: {", ".join(lost)}',
            'lines that papermill can read, with one `=` each, comments included', defaults)
     expect('run' in parameters, f'notebook: {path}',
@@ -178,7 +179,7 @@ def check_value(
     value,            # as read from the sweep file
     parameters: dict, # name -> `Parameter`
 ):                    # the value in its parameter's type: 1 becomes 1.0 for a float
-    "A value for a notebook's parameter. Raises `InputError` for an unknown name, or a value of another type."
+    "Check a value for a notebook's parameter. Raises `InputError` for an unknown name, or a value of another type."
     expect(name != 'run', 'run', 'no value, as every job gets its own folder', value)
     one_of('unknown parameter', name, [p for p in parameters if p != 'run'])
     kind = parameters[name].kind
@@ -192,7 +193,7 @@ def check_point(
     notebook: JobNotebook, # from `read_notebook`
     values: dict,          # parameter -> value; the others have their defaults
 ):                         # what the cell tagged `check` leaves in `content`; None: nothing
-    "Run the notebook's cell tagged `check` with these parameters, here. Raises `InputError` with what it said."
+    "Run the notebook's cell tagged `check` with these parameters in this process. Raises `InputError` where it fails."
     if not notebook.check: return None
     scope = dict(_types, __name__='__check__')
     with contextlib.redirect_stdout(io.StringIO()):
@@ -210,7 +211,7 @@ def expand_preset(
     values: dict,     # parameter -> value, perhaps with `preset`
     parameters: dict, # of the notebook
 ) -> dict:            # parameter -> value
-    "Put the settings of a preset in its place. Raises `InputError` for an unknown preset."
+    "Replace a preset by the settings it stands for. Raises `InputError` for an unknown preset."
     if 'preset' not in values: return values
     from mt_editflow_nb.algorithm.fusion import PRESETS     # not above: it loads torch, for a job's process too
     if not all(name in parameters for settings in PRESETS.values() for name in settings): return values
@@ -237,6 +238,10 @@ class Plan(NamedTuple):
     points: dict     # label -> what tells the point from others
     kernel: str = 'python3'  # of the notebook
 
+# %% ../../nbs/ablation/00_sweeps.ipynb #50b2a5fa
+#| export
+
+# %% ../../nbs/ablation/00_sweeps.ipynb #7fe8dbb7
 def _value_text(value):
     "A value as it stands in labels and names of folders."
     if value is None: return 'none'
@@ -246,7 +251,7 @@ def _value_text(value):
 def label_of(
     values: dict, # name -> value
 ) -> str:
-    "What a point is called that has no label of its own."
+    "The label of a point that has none of its own."
     return ', '.join(f'{name}={_value_text(value)}' for name, value in values.items()) or 'defaults'
 
 def sweep_points(
@@ -258,7 +263,7 @@ def sweep_points(
     points = {}
     for point in on_grid + sweep.points:
         label = str(point['label']) if 'label' in point else label_of(point)
-        if label in points: raise InputError(f'points: expected different labels, received two points called {label!r}')
+        expect(label not in points, 'points', 'different labels', f'two points called {label}')
         points[label] = {k: v for k, v in point.items() if k != 'label'}
     return points
 
@@ -320,8 +325,8 @@ def _checked_points(sweep, points, notebook):
     checked, wrong = {}, []
     for label, point in points.items():
         try:
-            given = expand_preset(sweep.fixed, known) | expand_preset(point, known)
-            values = {name: check_value(name, value, known) for name, value in given.items()}
+            settings = expand_preset(sweep.fixed, known) | expand_preset(point, known)
+            values = {name: check_value(name, value, known) for name, value in settings.items()}
         except InputError as e:
             wrong.append(str(e))
             continue
@@ -351,7 +356,7 @@ def plan_sweep(
     path: str|Path, # sweep file
     out: str|Path,  # folder that the folders of jobs are in; nothing is written
 ) -> Plan:
-    "Everything that can be known before a job runs. Raises `InputError` that names each wrong point and parameter."
+    "Check a sweep and list its jobs. Raises `InputError` that names each wrong point and parameter."
     path, sweep = Path(path), read_sweep(path)
     try:
         notebook = read_notebook(path.parent/sweep.notebook)
@@ -361,6 +366,10 @@ def plan_sweep(
     except InputError as e: raise InputError(f'{path}: {e}') from None
     return Plan(path.stem, sweep, notebook.path.resolve(), jobs, baseline, points, notebook.kernel)
 
+# %% ../../nbs/ablation/00_sweeps.ipynb #cbc8820b
+#| export
+
+# %% ../../nbs/ablation/00_sweeps.ipynb #6c4ff31e
 def save_plan(
     plan: Plan,    # from `plan_sweep`
     out: str|Path, # folder of the jobs' folders

@@ -41,7 +41,7 @@ from ..evaluation.card import (blind_spots, is_shape_world, load_session_images,
 from ..evaluation.edival import (EDIVAL_SEED, check_settings, generate_edival, load_published,
                                               pictures_of_others, pictures_to_make, protocol_differences,
                                               published_protocol, score_edival, sessions_to_score)
-from ..evaluation.edival_models import (ASKER, DETECTOR, FEATURES, QUALITY, load_asker, load_detector,
+from ..evaluation.edival_models import (VLM, DETECTOR, FEATURES, QUALITY, load_edival_vlm, load_detector,
                                                      load_features, load_quality, read_edival_questions, weights_of)
 from ..evaluation.edival_rules import EDIVAL_SIDE, QUESTIONS, EdivalTools, outcomes_of
 from ..evaluation.exposure import decay_table, half_life, structured_judge
@@ -117,7 +117,7 @@ def _edival_options(ap):
     g.add_argument('--shard', metavar='I/N', help='do every N-th session, beginning with the I-th; write no card')
     g.add_argument('--detector', help=f'Grounding DINO (default: {DETECTOR})')
     g.add_argument('--vlm', help='vision-language model: MODEL or MODEL@URL, with :direct (default), :logit or '
-                                 f':think@k behind (default: {ASKER})')
+                                 f':think@k behind (default: {VLM})')
     g.add_argument('--features', help=f'DINOv3 or DINOv2 (default: {FEATURES})')
     g.add_argument('--quality', help=f'human-preference model, such as {QUALITY} (default: none)')
 
@@ -216,7 +216,7 @@ def fill_settings(
     a.judge = a.judge or 'verifier'
     a.turns = a.turns or 3
     a.batch = a.batch or (4 if edival else 64)
-    a.detector, a.vlm, a.features = a.detector or DETECTOR, a.vlm or ASKER, a.features or FEATURES
+    a.detector, a.vlm, a.features = a.detector or DETECTOR, a.vlm or VLM, a.features or FEATURES
 
 # %% ../../nbs/cli/01_eval.ipynb #5034ead3
 def _weights(path): # of a checkpoint folder or adapter on this disk, by content; large files by both of their ends
@@ -487,7 +487,7 @@ def edival_judges(
 
 def load_edival_tools(
     a,     # the options, filled
-    asker, # from `load_asker`
+    asker, # from `load_edival_vlm`
 ) -> EdivalTools:
     "The models that score."
     quality = load_quality(a.quality) if a.quality else None
@@ -543,7 +543,7 @@ def evaluate_edival(
     scores = not a.generate_only
     if scores and tools is None:
         for flag in ('detector', 'features', 'quality'): _check_model('--' + flag, getattr(a, flag))
-        asker = load_asker(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
+        asker = load_edival_vlm(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
     settings = made_with(a)
     check_settings(out, 'protocol.json', settings | dict(steps=a.steps, seed=EDIVAL_SEED, size=EDIVAL_SIDE))
     if scores:
@@ -594,7 +594,7 @@ def fill_bench_settings(
     used = {name: getattr(a, name) for name in ('size', 'guidance', 'steps', 'quantize')}
     for text in training_mismatches(trained, used): _say(f'warning: {text}')
     if a.bench == 'mice':
-        a.detector, a.vlm, a.features = a.detector or DETECTOR, a.vlm or ASKER, a.features or FEATURES
+        a.detector, a.vlm, a.features = a.detector or DETECTOR, a.vlm or VLM, a.features or FEATURES
 
 def bench_items(
     a, # the parsed options, with --bench
@@ -614,7 +614,7 @@ def _mice_arrays(a, items, out, tools): # EdiVal's verdict and consistency of ev
     shown = [replace(s, image=open_image(benchmark_file('mice', out, s, 0))) for s in items]
     judges = edival_judges(argparse.Namespace(**vars(a)), questions)
     if tools is None and sessions_to_score(shown, out, judges):
-        asker = load_asker(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
+        asker = load_edival_vlm(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
         tools = load_edival_tools(a, asker)
     scored = score_edival(shown, out, tools and EdivalTools(*tools), judges=judges, progress=True)
     return {k.removesuffix('_IT'): x for k, x in outcomes_of(scored)._asdict().items()}

@@ -9,7 +9,7 @@ __all__ = ['main']
 import argparse, sys
 from pathlib import Path
 from ..ablation.jobs import (
-    describe_sweep, job_slots, job_state, job_status, jobs_of_part, run_sweep, start_local, start_ray)
+    describe_sweep, job_slots, job_state, job_status, jobs_of_shard, run_sweep, start_local, start_ray)
 from ..ablation.sweeps import Resources, Sweep, plan_sweep, save_plan
 from ..data.files import InputError, expect
 
@@ -35,15 +35,15 @@ def _parser():
     return parser
 
 def _check_arguments(a):
-    "What can be wrong with arguments by themselves."
+    "Check the arguments by themselves."
     for name, n in (('--slots', a.slots), ('--per-gpu', a.per_gpu)):
         expect(n is None or n >= 1, name, 'at least 1', n)
     expect(not (a.slots and a.per_gpu), '--slots, --per-gpu', 'one or the other', 'both')
-    if a.jobs: jobs_of_part([], a.jobs)
+    if a.jobs: jobs_of_shard([], a.jobs)
 
 # %% ../../nbs/cli/02_sweep.ipynb #cada2704
 def _plans(a):
-    "All sweeps, checked before the first one runs."
+    "Plan all sweeps, so that each is checked before the first one runs."
     plans = [plan_sweep(path, a.out) for path in a.sweeps]
     names = [plan.name for plan in plans]
     for path, name in zip(a.sweeps, names): expect(names.count(name) == 1, path, 'sweeps with different names', name)
@@ -60,9 +60,9 @@ def _slots(plan, a):
     return plan, job_slots(resources, gpus=a.gpus.split(',') if a.gpus else None)
 
 def _run_one(plan, slots, a):
-    "Run a sweep, or a part of it, and say how it ended; returns the number of jobs that failed."
+    "Run a sweep, or a shard of it, and print how it ended; returns the number of failed jobs."
     save_plan(plan, a.out)
-    if a.jobs: plan = plan._replace(jobs=jobs_of_part(plan.jobs, a.jobs))
+    if a.jobs: plan = plan._replace(jobs=jobs_of_shard(plan.jobs, a.jobs))
     start = start_ray(plan, a.address) if a.engine == 'ray' else start_local(plan)
     result = run_sweep(plan, start, slots, a.retry_failed)
     failed = [job for job in plan.jobs if result[job.folder.name] != 'done']
@@ -76,7 +76,7 @@ def _run_one(plan, slots, a):
 
 # %% ../../nbs/cli/02_sweep.ipynb #7b19762e
 def _run_all(a):
-    "Everything that the arguments ask for; returns the number of jobs that failed."
+    "Run everything that the arguments name; returns the number of failed jobs."
     _check_arguments(a)
     plans, failed = _plans(a), 0
     for plan in plans:
@@ -99,7 +99,7 @@ def main(
     except InputError as e: print(f'mtef_sweep: {e}', file=sys.stderr)
     except OSError as e: print(f'mtef_sweep: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr)
     except KeyboardInterrupt:
-        print('\nstopped; the same command goes on from the last checkpoints', file=sys.stderr)
+        print('\nstopped; the same command resumes from the last checkpoints', file=sys.stderr)
         return 130
     return 2
 

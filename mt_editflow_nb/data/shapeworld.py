@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'COLORS', 'BACKGROUNDS', 'POSITIONS', 'CELL_SIDE', 'WORLD_SIDE', 'OBJECTS', 'PATTERNS', 'EDIT_TYPES',
            'RECOGNISED_RMS', 'FAR_RMS', 'SPLITS', 'DEPENDENT_TYPES', 'Scene', 'templates', 'cells_of', 'render',
            'enlarge', 'Edit', 'with_article', 'edit_text', 'parse_edit', 'apply_edit', 'Reading', 'closeness',
-           'recognise', 'read_scene', 'split_of', 'random_chain', 'shape_sessions', 'dependent_chain',
+           'recognise', 'read_scene', 'split_of', 'random_edit', 'random_chain', 'shape_sessions', 'dependent_chain',
            'dependent_sessions', 'teacher_images']
 
 # %% ../../nbs/data/02_shapeworld.ipynb #4ca4afdc
@@ -232,8 +232,13 @@ def split_of(
     r = zlib.crc32(repr((scene.cells, scene.background)).encode()) % 5
     return next(k for k, v in SPLITS.items() if r in v)
 
-def _random_edit(rng, scene, type, frozen):
-    "A feasible edit of this type, or None. Objects in `frozen` are not referred to (their count was changed)."
+def random_edit(
+    rng,                 # `np.random.Generator`
+    scene: Scene,        # to be edited
+    type: str,           # one of `EDIT_TYPES`
+    frozen=frozenset(),  # objects that it must not refer to, such as those whose count was changed
+) -> Edit:               # None: no edit of this type is possible
+    "A random edit of a scene that is possible there."
     def pick(codes): return int(rng.choice(codes))
     free = [i for i, o in enumerate(scene.cells) if not o]
     here = sorted({o for o in scene.cells if o} - frozen)
@@ -263,7 +268,7 @@ def _extend(rng, scenes, edits, turns):
     frozen, unused = set(), list(EDIT_TYPES)
     while len(edits) < turns:
         for type in rng.permutation(unused or EDIT_TYPES).tolist():
-            if e := _random_edit(rng, scenes[-1], type, frozen): break
+            if e := random_edit(rng, scenes[-1], type, frozen): break
         else:
             if not unused: return
             unused = []                        # no type that is left is feasible: all may come again
@@ -312,13 +317,13 @@ def dependent_chain(
 ) -> tuple:     # (scenes [T + 1], edits [T])
     "A first scene of this split, an object that is added, and edits of that object, types unrepeated while they last."
     scenes, edits, unused = random_chain(rng, 1, split)[0][:1], [], []
-    edits.append(_random_edit(rng, scenes[0], 'subject_add', set()))
+    edits.append(random_edit(rng, scenes[0], 'subject_add', set()))
     scenes.append(apply_edit(scenes[0], edits[0]))
     while len(edits) < turns:
         unused = unused or rng.permutation(DEPENDENT_TYPES).tolist()
         obj = edits[-1].new or edits[-1].obj
         others = set(scenes[-1].cells) - {obj}
-        edits.append(_random_edit(rng, scenes[-1], unused.pop(), others))
+        edits.append(random_edit(rng, scenes[-1], unused.pop(), others))
         scenes.append(apply_edit(scenes[-1], edits[-1]))
     return scenes, edits
 
