@@ -107,12 +107,12 @@ LINES, CLASS_LINES = 40, 60     # of an exported cell; of one that is a class, w
 
 # modules with longer cells, to be emptied
 LONG_CELLS = {
-    'algorithm.config', 'algorithm.fusion', 'algorithm.iterate', 'algorithm.policy', 'algorithm.processes',
-    'cli.data', 'cli.eval', 'cli.push', 'data.importers', 'data.overview', 'data.selecting', 'data.tables',
-    'editing.lora', 'editing.qwen', 'editing.rollout', 'evaluation.bench_items', 'evaluation.bench_pictures',
+    'algorithm.config', 'algorithm.policy', 'algorithm.processes', 'cli.data', 'cli.eval', 'cli.push',
+    'data.importers', 'data.overview', 'data.selecting', 'data.signals', 'data.tables', 'editing.lora',
+    'editing.qwen', 'editing.rollout', 'evaluation.bench_items', 'evaluation.bench_pictures',
     'evaluation.bench_runs', 'evaluation.bench_scores', 'evaluation.leaderboard', 'rewards.cache', 'rewards.cube',
     'rewards.engines', 'rewards.instructions', 'rewards.judges', 'rewards.reward_models', 'rewards.servers',
-    'training.source', 'training.train'}
+    'training.checkpoints', 'training.source', 'training.train'}
 
 def too_long(path):
     "Names of what the cells define that have too many lines; empty ones and nbdev's directives do not count."
@@ -132,8 +132,9 @@ UNDOCUMENTED = {
     'data.importers', 'data.overview', 'data.selecting', 'data.sessions', 'data.shapeworld', 'data.tables',
     'editing.editor', 'editing.flux2', 'editing.kontext', 'editing.loading', 'editing.qwen', 'editing.rollout',
     'editing.samplers', 'evaluation.bench_items', 'evaluation.bench_pictures', 'evaluation.bench_questions',
-    'evaluation.bench_runs', 'evaluation.bench_scores', 'evaluation.benchmarks', 'rewards.cache', 'rewards.cube',
-    'rewards.engines', 'rewards.instructions', 'rewards.reward_models', 'rewards.servers'}
+    'evaluation.bench_runs', 'evaluation.bench_scores', 'evaluation.benchmarks', 'evaluation.running',
+    'rewards.cache', 'rewards.cube', 'rewards.engines', 'rewards.instructions', 'rewards.reward_models',
+    'rewards.servers', 'training.checkpoints', 'training.train'}
 
 def public_functions(tree, within=''):
     "(name, node) of public functions, and of public methods, `__init__` and `__call__` of public classes."

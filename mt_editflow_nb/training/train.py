@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLLOWED_BY', 'load_for', 'prepare', 'opened', 'stop_together', 'log_rows', 'saying_how_to_go_on', 'exact_scores',
-           'iteration_signals', 'save_figure', 'save_group_figure', 'peak_memory', 'log_iteration', 'find_common_batch',
+           'iteration_signals', 'save_group_figure', 'peak_memory', 'log_iteration', 'find_common_batch',
            'run_evaluation', 'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch', 'say_findings',
            'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'load_judges', 'check_judges',
            'train', 'base_file', 'read_outcomes', 'write_outcomes', 'FirstBatch', 'saved_evaluation', 'results_of',
@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 from tqdm.auto import tqdm
 from ..data.files import (InputError, append_json_line, atomic_write, content_hash, expect, locked,
                                        read_json, read_json_lines, to_json)
-from ..data.plots import session_figure
+from ..data.plots import save_figure, session_figure
 from ..data.shapeworld import WORLD_SIDE
 from ..data.signals import Stopped, stop_requests, stop_with
 from ..editing.editor import at_size
@@ -130,15 +130,6 @@ def iteration_signals(c: Config, editor, sessions, rolled, scores, adv_PGT) -> d
     exact = partial(exact_scores, goes_on_PT=rolled.goes_on_PT) if compare else None
     return hacking_signals(shown, rolled.images_PGTHWC, scores, adv_PGT, reconstructed_PHWC, exact, rolled.goes_on_PT)
 
-def save_figure(figure, file) -> Path:
-    "Write a figure whole or not at all, naming the file where that fails."
-    tmp = Path(file).with_name(f'.{Path(file).name}')
-    try:
-        tmp.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(tmp, dpi=80, format='png')
-        return tmp.replace(file)
-    except OSError as e: raise InputError(f'{file}: cannot be written ({e.strerror})') from e
-
 def save_group_figure(run, iteration: int, sessions, rolled, scores, adv_PGT) -> Path:
     "The first session of an iteration: the members that this process made, best first, with scores and advantage."
     order = adv_PGT[0, :rolled.images_PGTHWC.shape[1]].mean(-1).argsort(descending=True)
@@ -149,7 +140,7 @@ def save_group_figure(run, iteration: int, sessions, rolled, scores, adv_PGT) ->
     labels = [[label(g, t) for t in range(rewards_GTM.shape[1])] for g in order]
     figure = session_figure(sessions[0], rolled.images_PGTHWC[0][order.numpy()], labels,
                             scores.success_PGT[0][order].tolist(), f'iteration {iteration}')
-    return save_figure(figure, Path(run)/'rollouts'/f'{iteration:06d}.png')
+    return save_figure(Path(run)/'rollouts'/f'{iteration:06d}.png', figure)
 
 def peak_memory() -> float: # gigabytes
     "The most that this process has held so far: on the card, or without one in host memory."
@@ -442,7 +433,7 @@ def draw_heldout(run, source):
         marks = [before.success_IT[i][:T], after.success_IT[i][:T]]
         figure = session_figure(session, np.stack([images[i][:T], images_after[i][:T]]), marks_GT=marks,
                                 title='above: before training, below: after')
-        save_figure(figure, file)
+        save_figure(file, figure)
 
 def track_results(c, run, source, trackers: Trackers):
     "Send the two evaluations and their pictures, once, when a run has come to its end."
