@@ -2,8 +2,7 @@
 import nbdev.test, pytest
 from nbdev.config import get_config
 from readme import root
-
-chapters = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not p.name.startswith('.'))
+from test_notebooks import chapters
 
 @pytest.mark.parametrize('path', chapters, ids=lambda p: str(p.relative_to(root)))
 def test_chapter(runner, path):
