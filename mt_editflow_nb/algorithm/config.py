@@ -48,6 +48,7 @@ class EditorFields(BaseModel):
         'NFT: the adapter is added into the weights while rollouts are sampled, which is faster'))
     adam8bit: bool = Field(False, description='8-bit AdamW states')
 
+# %% ../../nbs/algorithm/03_config.ipynb #518f2c2a
 class SessionFields(BaseModel):
     "What is edited, and who judges it."
     sessions: str = Field('shapeworld', description=(
@@ -215,6 +216,7 @@ def check_rollout(config: Config # to check
     expect(config.noise_level > 0, 'noise_level', 'a number above 0 for grpo, or all members are the same', 0.)
     expect(config.sampler != 'cps' or config.noise_level <= 1, 'noise_level', 'at most 1 for cps', config.noise_level)
 
+# %% ../../nbs/algorithm/03_config.ipynb #7d3ad1b5
 def check_branching(config: Config # to check
                    ):
     "Raises `InputError` for turn branching with what needs whole sessions of one member."

@@ -69,6 +69,7 @@ def gather_sessions(x,     # tensor [P, ...] of this process's whole sessions, o
     from accelerate.utils import gather
     return gather(x.contiguous().to(device)).to(x.device)
 
+# %% ../../nbs/algorithm/04_processes.ipynb #e60c5ff5
 def sum_gradients(params: list # tensors in training, whose `.grad` is replaced
                  ):
     "Add up the gradients of all processes; a tensor for which none of them has a gradient keeps none."
@@ -157,6 +158,7 @@ def decisive_error(errors: list # of each process, None where there was none
     def order(found): return not isinstance(found[1], KeyboardInterrupt), isinstance(found[1], torch.OutOfMemoryError)
     return min(found, key=order, default=None)
 
+# %% ../../nbs/algorithm/04_processes.ipynb #b7c10008
 @contextmanager
 def failing_together():
     "Work that each process does alone: what one raises is raised by all. No exchange may be within it."

@@ -51,7 +51,10 @@ class Statistics:
         for name, value in values.items():
             self.values[name] = self.values.get(name, 0.) + value*n/self.terms
 
-    def largest(self, name: str, value: float):
+    def largest(self,
+                name: str,   # of a statistic
+                value: float # to keep if it is the largest so far
+               ):
         "Keep the largest value of a name."
         self.values[name] = max(self.values.get(name, 0.), value)
 
@@ -82,10 +85,10 @@ def gradient_step(config: Config, # `max_grad_norm` is read
 # %% ../../nbs/algorithm/06_updates.ipynb #79d1dda9
 PATIENCE = 5   # iterations without a row to train on, after which a warning is due
 
-def warn_if_idle(policy,       # its `idle` counts such iterations
-                 rows: int,    # that there are to train on
-                 scores,       # the `Scores` of the iteration
-                 iteration: int
+def warn_if_idle(policy,        # its `idle` counts such iterations
+                 rows: int,     # that there are to train on
+                 scores,        # the `Scores` of the iteration
+                 iteration: int # from 0, for the message
                 ):
     "Warn when `PATIENCE` iterations in a row had nothing to train on, and say whether the rewards vary at all."
     policy.idle = 0 if rows else policy.idle + 1

@@ -97,8 +97,8 @@ def nf4_config(
     return PipelineQuantizationConfig(quant_mapping=mapping)
 
 def quantize_nf4(
-    transformer,                        # with `nn.Linear` layers in its blocks
-    compute_dtype: torch.dtype = torch.float32,
+    transformer,                                # with `nn.Linear` layers in its blocks
+    compute_dtype: torch.dtype = torch.float32, # of matrix products
 ): # the transformer
     "Exchange the linear layers of the transformer blocks for bitsandbytes' `Linear4bit` (NF4), in place."
     import bitsandbytes as bnb
@@ -210,10 +210,10 @@ def quiet_libraries():
             for m in bars: m.enable_progress_bar()
 
 def load_pipeline(
-    name_or_path: str|Path,# 'tiny', a pipeline directory, or a hub name
-    quantize: str,         # None or 'nf4'
-    device: torch.device,
-    dtype: torch.dtype,
+    name_or_path: str|Path, # 'tiny', a pipeline directory, or a hub name
+    quantize: str,          # None or 'nf4'
+    device: torch.device,   # that it is moved to
+    dtype: torch.dtype,     # of weights that are not quantised
 ): # (a diffusers pipeline with frozen weights, the class of its family)
     "Load a pipeline of a known family. Raises `InputError` for one that cannot be read."
     import diffusers

@@ -147,6 +147,7 @@ def adapter_facts(
         expect(type(alpha) in (int, float), f'lora: {file}: lora_alpha', 'a number', alpha)
     return facts
 
+# %% ../../nbs/editing/04_lora.ipynb #cb987a44
 def read_adapter(
     source: str|Path, # as in `find_adapter`
 ) -> tuple: # (tensors by the names of the file, rank and alpha as far as they are written down, the file)

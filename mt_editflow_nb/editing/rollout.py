@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Trajectory', 'sample_dpm', 'sample', 'Shard', 'turn_noise', 'Rollout', 'resize_sessions', 'row_slices', 'join_slices',
-           'stack_turns', 'turn_histories', 'check_latents', 'hand_out', 'sample_slices', 'rollout']
+           'stack_turns', 'turn_histories', 'check_latents', 'hand_out', 'sample_slices', 'share_pictures', 'rollout']
 
 # %% ../../nbs/editing/07_rollout.ipynb #33080274
 from dataclasses import dataclass, replace
@@ -205,22 +205,32 @@ def sample_slices(
         check_latents(made.clean_NLC, rows[part], turn)
         yield part, made
 
+def share_pictures(
+    editor,                    # from `load_editor`
+    pictures_PHWC: np.ndarray, # uint8, a picture a session
+    group: int,                # G
+) -> tuple: # (pictures uint8 [N, H, W, 3], their tokens [N, L, C]), encoded once a session
+    "The same input picture for all members of a group."
+    each = torch.arange(len(pictures_PHWC)).repeat_interleave(group)
+    return pictures_PHWC.repeat(group, 0), editor.encode_image(pictures_PHWC)[each]
+
+# %% ../../nbs/editing/07_rollout.ipynb #4f7f218d
 @torch.no_grad()
 def rollout(
-    editor,                # from `load_editor`
-    sessions: list,        # all `Session`s of a batch, with T instructions each
+    editor,                  # from `load_editor`
+    sessions: list,          # all `Session`s of a batch, with T instructions each
     *,
-    group: int,            # members a session
-    num_steps: int,        # denoising steps
-    seed: int,             # with `iteration` it determines all noise
-    iteration: int = None, # of training; None: an evaluation
-    kind: str = 'ode',     # 'ode', 'flow', 'cps' or 'dpm2'
+    group: int,              # members a session
+    num_steps: int,          # denoising steps
+    seed: int,               # with `iteration` it determines all noise
+    iteration: int = None,   # of training; None: an evaluation
+    kind: str = 'ode',       # 'ode', 'flow', 'cps' or 'dpm2'
     noise_level: float = 0., # of the stochastic steps
-    window=(),             # indices of the stochastic steps
-    batch: int = 64,       # rows a transformer call
-    shard: Shard = None,   # which sessions and members to make; None: all
-    on_turn=None,          # see `hand_out`; called as soon as sessions are through a turn
-    choose=None,           # turn branching: (turn from 0, keys of P sessions) -> the members that go on, [P]
+    window=(),               # indices of the stochastic steps
+    batch: int = 64,         # rows a transformer call
+    shard: Shard = None,     # which sessions and members to make; None: all
+    on_turn=None,            # see `hand_out`; called as soon as sessions are through a turn
+    choose=None,             # turn branching: (turn from 0, keys of P sessions) -> the members that go on, [P]
 ) -> Rollout: # of the shard: P sessions, G members
     "Run whole sessions for a group of members each. Raises `InputError` where latents are not finite."
     shard = shard or Shard(range(len(sessions)), range(group))
@@ -230,11 +240,9 @@ def rollout(
     P, G, T = len(sessions), len(shard.members), len(sessions[0].instructions)
     sigmas = editor.sigmas(num_steps)
     first = np.stack([np.asarray(s.image) for s in resize_sessions(editor, sessions)])
-    each = torch.arange(P).repeat_interleave(G)                                      # encoded once a session
-    tokens = editor.encode_image(first)[each]
-    pictures = first.repeat(G, 0)                                                    # what is edited next
+    pictures, tokens = share_pictures(editor, first, G)                              # what is edited next
     images_NTHWC = np.empty((P*G, T, *first.shape[1:]), np.uint8)
-    texts, inputs, trajectories = [], [], []
+    turns = []
     goes_on_PT = torch.zeros(P, T - 1, dtype=torch.long) if choose else None
     for t in range(T):
         text = editor.encode_text([s.instructions[t] for s in sessions for _ in range(G)], pictures)
@@ -244,17 +252,14 @@ def rollout(
             images_NTHWC[part, t] = editor.decode(made.clean_NLC)                    # 8-bit pixels, as a user sees them
             hand_out(on_turn, t, part, images_NTHWC, G, goes_on_PT)
             parts.append(made)
-        texts.append(text)
-        inputs.append(tokens)
-        trajectories.append(join_slices(parts))
+        turns.append((text, tokens, join_slices(parts)))
         pictures = images_NTHWC[:, t]
         if t == T - 1: break
         if choose:
             goes_on_PT[:, t] = choose(t, keys)
-            pictures = pictures[torch.arange(P)*G + goes_on_PT[:, t]]
-            tokens = editor.encode_image(pictures)[each]
-            pictures = pictures.repeat(G, 0)
+            pictures, tokens = share_pictures(editor, pictures[torch.arange(P)*G + goes_on_PT[:, t]], G)
         else: tokens = torch.cat([editor.encode_image(pictures[part]) for part in row_slices(P*G, batch)])
-    return Rollout(images_NTHWC.reshape(P, G, T, *first.shape[1:]), texts, torch.stack(inputs),
+    texts, inputs, trajectories = zip(*turns)
+    return Rollout(images_NTHWC.reshape(P, G, T, *first.shape[1:]), list(texts), torch.stack(inputs),
                    **stack_turns(trajectories), steps=list(window), sigmas=sigmas, keys=list(keys), shard=shard,
                    goes_on_PT=goes_on_PT)
