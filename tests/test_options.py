@@ -38,7 +38,7 @@ def test_second_order_solver(tmp_path, monkeypatch):
 def test_evaluation_at_another_size(tmp_path, monkeypatch, capsys):
     "The held-out pictures are made at that size from the first ones on, the rollouts at training's; it is said."
     trained, evaluated = (noting(monkeypatch, module) for module in (page, running))
-    c = make_config(few | dict(iterations=2, eval_size=64, eval_steps=3, eval_every=1))
+    c = make_config(few | dict(iterations=2, eval_sessions=4, eval_size=64, eval_steps=3, eval_every=1))
     editor_size = experiment(c, tmp_path/'run', judge, progress=False)
     assert trained == [('flow', 48, 4)]*2 and evaluated == [('ode', 64, 3)]*3
     said = capsys.readouterr().err
