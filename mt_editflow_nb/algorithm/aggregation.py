@@ -12,10 +12,11 @@ from ..data.files import InputError
 # %% ../../nbs/algorithm/00_aggregation.ipynb #28c330e2
 AGGREGATIONS = ('mean', 'min', 'product', 'prefix', 'last', 'geometric', 'discounted', 'none')
 
-def aggregate(r_PGT: torch.Tensor, # rewards [..., T], numbers or booleans; NaN is a score that failed
-              how: str,            # one of `AGGREGATIONS`
-              gamma: float = None  # of 'discounted' alone: weight of a turn relative to the turn before it
-             ) -> torch.Tensor: # [...], or [..., T] for 'none'; NaN where a turn that counts is NaN
+def aggregate(
+    r_PGT: torch.Tensor, # rewards [..., T], numbers or booleans; NaN is a score that failed
+    how: str,            # one of `AGGREGATIONS`
+    gamma: float = None, # of 'discounted' alone: weight of a turn relative to the turn before it
+) -> torch.Tensor:       # [...], or [..., T] for 'none'; NaN where a turn that counts is NaN
     """Collapse the turns of one reward. `discounted` is divided by the sum of its weights `1, gamma, gamma², ...`.
 
     'prefix' is the mean over turns of the running product (EdiVal's multi-turn IF, arXiv 2509.13399).
@@ -43,10 +44,11 @@ def aggregate(r_PGT: torch.Tensor, # rewards [..., T], numbers or booleans; NaN 
     return r
 
 # %% ../../nbs/algorithm/00_aggregation.ipynb #cbdce7ea
-def aggregate_to_go(r_PGT: torch.Tensor, # rewards [..., T]
-                    how: str,            # one of `AGGREGATIONS` but 'none'
-                    gamma: float = None  # as in `aggregate`; the weight 1 is that of the turn itself
-                   ) -> torch.Tensor: # [..., T]: at turn t the aggregate of the turns >= t
+def aggregate_to_go(
+    r_PGT: torch.Tensor, # rewards [..., T]
+    how: str,            # one of `AGGREGATIONS` but 'none'
+    gamma: float = None, # as in `aggregate`; the weight 1 is that of the turn itself
+) -> torch.Tensor:       # [..., T]: at turn t the aggregate of the turns >= t
     "The aggregate of what is still to come, for every turn."
     if how == 'none':
         raise InputError("aggregation: expected a rule that collapses turns for rewards to go, received 'none'")

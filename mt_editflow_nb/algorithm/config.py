@@ -162,8 +162,9 @@ EFFECTIVE = {   # field -> (other field, the values of the other under which thi
     'merge': ('algorithm', ('nft',)),
     'exposure_turns': ('algorithm', ('sft',)), 'eval_turns': ('sessions', ('shapeworld',))}
 
-def refuse_ineffective(config: Config # to check
-                      ):
+def refuse_ineffective(
+    config: Config, # to check
+):
     "Raises `InputError` for a setting that is not the default and changes nothing."
     for name, (other, values) in EFFECTIVE.items():
         has_default = getattr(config, name) == Config.model_fields[name].default
@@ -182,8 +183,9 @@ def refuse_ineffective(config: Config # to check
            'sessions=FILE, without which it has no effect', config.heldout)
 
 # %% ../../nbs/algorithm/03_config.ipynb #7d3ad1b4
-def check_adapter(config: Config # to check
-                 ):
+def check_adapter(
+    config: Config, # to check
+):
     "Raises `InputError` for unknown names of layers or of a kernel. Which layers there are, only the editor knows."
     if isinstance(config.lora_targets, str): one_of('lora_targets', config.lora_targets, LORA_TARGETS)
     expect(config.lora_targets, 'lora_targets', 'at least one end of a name', config.lora_targets)
@@ -191,15 +193,17 @@ def check_adapter(config: Config # to check
     from diffusers.models.attention_dispatch import AttentionBackendName
     one_of('attention_backend', config.attention_backend, [backend.value for backend in AttentionBackendName])
 
-def check_track(config: Config # to check
-               ):
+def check_track(
+    config: Config, # to check
+):
     "Raises `InputError` for a tracker that accelerate does not know. Which are installed, the run finds out."
     if not config.track: return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     for name in config.track: one_of('track', name, LOGGER_TYPE_TO_CLASS)
 
-def check_rollout(config: Config # to check
-                 ):
+def check_rollout(
+    config: Config, # to check
+):
     "Raises `InputError` for rollouts that GRPO or NFT cannot learn from."
     expect(config.keep is None or config.keep <= config.group, 'keep',
            f'at most the {config.group} members of a group', config.keep)
@@ -217,8 +221,9 @@ def check_rollout(config: Config # to check
     expect(config.sampler != 'cps' or config.noise_level <= 1, 'noise_level', 'at most 1 for cps', config.noise_level)
 
 # %% ../../nbs/algorithm/03_config.ipynb #7d3ad1b5
-def check_branching(config: Config # to check
-                   ):
+def check_branching(
+    config: Config, # to check
+):
     "Raises `InputError` for turn branching with what needs whole sessions of one member."
     if config.branching == 'none': return
     expect(config.credit in ('local', 'to_go'), 'credit',
@@ -228,8 +233,9 @@ def check_branching(config: Config # to check
     expect(not config.judge.endswith(':coarse'), 'judge', 'one that scores every turn, with branching', config.judge)
     expect(config.turns != 1, 'branching', 'turns above 1, without which it has no effect', f'turns={config.turns}')
 
-def check_advantage(config: Config # to check
-                   ):
+def check_advantage(
+    config: Config, # to check
+):
     "Raises `InputError` for rewards that cannot be weighed, or not as was asked."
     weights = config.weights
     if weights is not None:
@@ -263,9 +269,10 @@ def _check_judge(prefix, name, options):
     except InputError as e:
         raise InputError(f'{prefix}{e}' if str(e).startswith('judge') else str(e)) from None
 
-def make_config(values: dict,       # field -> value; `preset` names one of `PRESETS`, which the other values override
-                strict: bool = True # refuse settings without effect; False: of a run made before they were refused
-               ) -> Config:
+def make_config(
+    values: dict,        # field -> value; `preset` names one of `PRESETS`, which the other values override
+    strict: bool = True, # refuse settings without effect; False: of a run made before they were refused
+) -> Config:
     "A checked `Config`. Raises `InputError` with one line that names each wrong field."
     values = {RENAMED.get(name, name): value for name, value in values.items()}
     preset = values.pop('preset', None)

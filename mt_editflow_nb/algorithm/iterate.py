@@ -26,10 +26,11 @@ from .updates import (Statistics, gradient_step, learning_rate, micro_batches, r
                                               warn_if_idle)
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #e88e1a83
-def turn_advantages(config: Config, # of the run
-                    scores: Scores, # of all sessions
-                    goes_on_PT=None # [P, T - 1], of turn branching: the members that went on
-                   ) -> torch.Tensor: # [P, G, T]
+def turn_advantages(
+    config: Config,  # of the run
+    scores: Scores,  # of all sessions
+    goes_on_PT=None, # [P, T - 1], of turn branching: the members that went on
+) -> torch.Tensor:   # [P, G, T]
     "One advantage a turn. What says how is in the configuration."
     rewards_PGTM, credit = scores.rewards_PGTM, config.credit
     if goes_on_PT is not None and credit == 'to_go':
@@ -40,10 +41,11 @@ def turn_advantages(config: Config, # of the run
                       weights=config.weights, std=config.std, whiten=config.whiten, min_std=config.min_std,
                       gamma=config.gamma, success_PGT=scores.success_PGT)
 
-def choose_rows(config: Config,            # `keep`, `updates` and `algorithm` are read
-                adv_PGT: torch.Tensor,     # advantages [P, G, T]
-                generator: torch.Generator # of the order
-               ) -> tuple:                 # row numbers p G + g, a tensor for each optimiser step; () if there are none
+def choose_rows(
+    config: Config,             # `keep`, `updates` and `algorithm` are read
+    adv_PGT: torch.Tensor,      # advantages [P, G, T]
+    generator: torch.Generator, # of the order
+) -> tuple:                     # row numbers p G + g, a tensor for each optimiser step; () if there are none
     "The rows that can teach, in the order in which they are trained on."
     size_PG = adv_PGT.abs().amax(-1)
     threshold_P1 = size_PG.topk(config.keep or config.group, 1).values[:, -1:]
@@ -54,35 +56,39 @@ def choose_rows(config: Config,            # `keep`, `updates` and `algorithm` a
     return rows.chunk(config.updates)
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #56135436
-def stochastic_steps(config: Config,            # `algorithm`, `num_steps` and `window` are read
-                     generator: torch.Generator # of where the window lies
-                    ):                          # indices of denoising steps
+def stochastic_steps(
+    config: Config,             # `algorithm`, `num_steps` and `window` are read
+    generator: torch.Generator, # of where the window lies
+):                              # indices of denoising steps
     "The steps that GRPO takes at random and trains on; NFT samples without noise and has none."
     return sde_window(config.num_steps, config.window, generator=generator) if config.algorithm == 'grpo' else ()
 
-def sampling_options(config: Config, # of the run
-                     iteration: int  # from 0
-                    ) -> dict:       # keyword arguments of `rollout`
+def sampling_options(
+    config: Config, # of the run
+    iteration: int, # from 0
+) -> dict:          # keyword arguments of `rollout`
     "How the sessions of an iteration are sampled."
     window = stochastic_steps(config, torch_generator(config.seed, iteration, 'window'))
     return dict(group=config.group, num_steps=config.num_steps, kind=config.sampler, noise_level=config.noise_level,
                 window=window, seed=config.seed, iteration=iteration, batch=config.batch)
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #2d40943d
-def turn_scorer(config: Config, # of the run
-                sessions: list, # P `Session`s of all processes
-                shard,          # those of this process
-                judge,          # from `load_judge`, or (sessions, images_PGTHWC) -> `Scores`
-                iteration: int  # from 0
-               ) -> TurnScorer:
+def turn_scorer(
+    config: Config, # of the run
+    sessions: list, # P `Session`s of all processes
+    shard,          # those of this process
+    judge,          # from `load_judge`, or (sessions, images_PGTHWC) -> `Scores`
+    iteration: int, # from 0
+) -> TurnScorer:
     "What scores this process's sessions while they are sampled."
     judged = [sessions[p] for p in shard.sessions]
     return TurnScorer(judge, judged, len(shard.members), every_turn=config.branching != 'none',
                       seed=config.seed*1_000_003 + iteration)
 
-def continuation(config: Config,    # `branching`, `group` and `weights` are read
-                 scorer: TurnScorer # that is handed the turns
-                ):                  # None for chains; else (turn, keys of P sessions) -> members [P]
+def continuation(
+    config: Config,     # `branching`, `group` and `weights` are read
+    scorer: TurnScorer, # that is handed the turns
+):                      # None for chains; else (turn, keys of P sessions) -> members [P]
     "What draws the member that goes on."
     if config.branching == 'none': return None
     def choose(turn, keys):
@@ -103,17 +109,20 @@ class Batch:
     adv_NT: torch.Tensor  # advantages of all rows of the rollout
     rows: torch.Tensor    # which of them to learn from
 
-    def micro(self, t: int, # turn
-              size: int     # rows a transformer call
-             ):
+    def micro(
+        self,
+        t: int,    # turn
+        size: int, # rows a transformer call
+    ):
         "Of every micro-batch of a turn: its rows, their texts and the tokens of their input pictures."
         for n in micro_batches(self.rows, size):
             yield n, self.rollout.texts_T[t][n], self.rollout.inputs_TNLC[t, n]
 
-def make_batch(sampled: Rollout,      # of this process's shard
-               adv_PGT: torch.Tensor, # of all sessions and members
-               rows: torch.Tensor     # row numbers p G + g of all of them
-              ) -> Batch:
+def make_batch(
+    sampled: Rollout,      # of this process's shard
+    adv_PGT: torch.Tensor, # of all sessions and members
+    rows: torch.Tensor,    # row numbers p G + g of all of them
+) -> Batch:
     "What this process contributes to an optimiser step: its part of the rows, counted within its shard."
     P, G, _ = adv_PGT.shape
     in_shard = sampled.shard.of(torch.arange(P*G).reshape(P, G)).flatten()      # ascending
@@ -122,10 +131,11 @@ def make_batch(sampled: Rollout,      # of this process's shard
     return Batch(sampled, adv_NT, contributed)
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #ffebd9c6
-def nft_terms(config: Config, # of the run
-              policy: Policy, # in training
-              batch: Batch    # rows to learn from
-             ):
+def nft_terms(
+    config: Config, # of the run
+    policy: Policy, # in training
+    batch: Batch,   # rows to learn from
+):
     "DiffusionNFT at fresh noise levels on each turn's clean latents: yields (loss, statistics, rows) a micro-batch."
     sampled = batch.rollout
     on_policy = policy.is_old()
@@ -148,13 +158,14 @@ def nft_terms(config: Config, # of the run
                 yield loss, statistics, len(n)
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #fd16c3bf
-def score_step(config: Config,   # `sampler` and `noise_level` are read
-               sampled: Rollout, # with stochastic steps
-               t: int,           # turn
-               k: int,           # which of the stochastic steps
-               n: torch.Tensor,  # rows
-               v: torch.Tensor   # velocity of a policy at the step's start, [rows, L, C]
-              ) -> tuple:        # (mean [rows, L, C], scale of the noise, log-probability [rows])
+def score_step(
+    config: Config,   # `sampler` and `noise_level` are read
+    sampled: Rollout, # with stochastic steps
+    t: int,           # turn
+    k: int,           # which of the stochastic steps
+    n: torch.Tensor,  # rows
+    v: torch.Tensor,  # velocity of a policy at the step's start, [rows, L, C]
+) -> tuple:           # (mean [rows, L, C], scale of the noise, log-probability [rows])
     "How likely a policy was to go where the step went."
     step = sampled.steps[k]
     _, mean, std, logp = sde_step(sampled.path_TKNLC[t, k, n], v, sampled.sigmas[step], sampled.sigmas[step + 1],
@@ -163,10 +174,11 @@ def score_step(config: Config,   # `sampler` and `noise_level` are read
     return mean, std, logp
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #36b0bd32
-def grpo_terms(config: Config, # of the run
-               policy: Policy, # in training
-               batch: Batch    # rows to learn from
-              ):
+def grpo_terms(
+    config: Config, # of the run
+    policy: Policy, # in training
+    batch: Batch,   # rows to learn from
+):
     "GRPO on every stochastic step of each turn: yields (loss, statistics, rows) a micro-batch."
     sampled, device = batch.rollout, batch.adv_NT.device
     for t in range(len(sampled.texts_T)):
@@ -196,18 +208,20 @@ class Iteration(NamedTuple):
     scores: Scores        # of all sessions and members
     adv_PGT: torch.Tensor # of all sessions and members
 
-def success_so_far(success_PGT: torch.Tensor, # 1, 0, or NaN where unknown
-                   goes_on_PT=None            # of turn branching
-                  ) -> torch.Tensor:          # [P, G, T]
+def success_so_far(
+    success_PGT: torch.Tensor, # 1, 0, or NaN where unknown
+    goes_on_PT=None,           # of turn branching
+) -> torch.Tensor:             # [P, G, T]
     "Whether all turns that led to a member's picture went right, and its own."
     if goes_on_PT is None: return success_PGT.cumprod(-1)
     shared_P1T = success_PGT[..., :-1].gather(1, goes_on_PT[:, None])
     before_P1T = torch.cat([torch.ones_like(shared_P1T[..., :1]), shared_P1T.cumprod(-1)], -1)
     return before_P1T*success_PGT
 
-def score_metrics(scores: Scores, # of all sessions
-                  goes_on_PT=None # of turn branching
-                 ) -> dict:       # name -> a number for each turn
+def score_metrics(
+    scores: Scores,  # of all sessions
+    goes_on_PT=None, # of turn branching
+) -> dict:           # name -> a number for each turn
     "Means of the rewards over sessions and members, of success, and of success at all turns so far; NaN is left out."
     def mean(x_PGT): return [round(x, 6) for x in x_PGT.nanmean((0, 1)).tolist()]
     metrics = {name: mean(scores.rewards_PGTM[..., m]) for m, name in enumerate(scores.names)}
@@ -215,25 +229,27 @@ def score_metrics(scores: Scores, # of all sessions
     so_far_PGT = success_so_far(scores.success_PGT, goes_on_PT)
     return metrics | dict(success=mean(scores.success_PGT), all_right=mean(so_far_PGT))
 
-def iteration_metrics(iteration: int, # from 0
-                      rows: int,      # that were trained on
-                      learned: dict,  # statistics of this process's part of the learning
-                      passes: dict,   # rows of this process through the transformer
-                      scores: Scores, # of all sessions and members
-                      goes_on_PT=None # of turn branching
-                     ) -> dict:       # a line of `metrics.jsonl`, the same in every process
+def iteration_metrics(
+    iteration: int,  # from 0
+    rows: int,       # that were trained on
+    learned: dict,   # statistics of this process's part of the learning
+    passes: dict,    # rows of this process through the transformer
+    scores: Scores,  # of all sessions and members
+    goes_on_PT=None, # of turn branching
+) -> dict:           # a line of `metrics.jsonl`, the same in every process
     "What the log keeps of an iteration."
     rounded = {name: round(value, 8) for name, value in sum_statistics(learned).items()}
     return dict(iteration=iteration, rows=rows, **rounded, **score_metrics(scores, goes_on_PT),
                 passes=sum_statistics(passes))
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #9be55bef
-def iterate(config: Config, # of the run
-            policy: Policy, # that learns, in place
-            sessions: list, # P `Session`s, the same in every process
-            judge,          # from `load_judge`, or (sessions, images_PGTHWC) -> `Scores`
-            iteration: int  # from 0; with the run's seed it determines everything random
-           ) -> Iteration:
+def iterate(
+    config: Config, # of the run
+    policy: Policy, # that learns, in place
+    sessions: list, # P `Session`s, the same in every process
+    judge,          # from `load_judge`, or (sessions, images_PGTHWC) -> `Scores`
+    iteration: int, # from 0; with the run's seed it determines everything random
+) -> Iteration:
     "One iteration of MT-EditFlow. Raises `InputError` for what is not finite."
     shard = shard_of(len(sessions), config.group)           # the rows of this process
     policy.passes.clear()

@@ -19,9 +19,10 @@ def require_bitsandbytes():
     "Raises `InputError` where bitsandbytes is missing, which has the 8-bit AdamW."
     expect(find_spec('bitsandbytes'), 'adam8bit', 'bitsandbytes to be installed (pip install bitsandbytes)', True)
 
-def make_optimizer(config: Config, # `lr`, `weight_decay` and `adam8bit` are read
-                   params: list    # tensors to train
-                  ) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: Config, # `lr`, `weight_decay` and `adam8bit` are read
+    params: list,   # tensors to train
+) -> torch.optim.Optimizer:
     "AdamW, with 8-bit states where `adam8bit` asks for them. Raises `InputError` where bitsandbytes is missing."
     if not config.adam8bit: return torch.optim.AdamW(params, config.lr, weight_decay=config.weight_decay)
     require_bitsandbytes()
@@ -31,10 +32,11 @@ def make_optimizer(config: Config, # `lr`, `weight_decay` and `adam8bit` are rea
 # %% ../../nbs/algorithm/05_policy.ipynb #2049d198
 class Policy:
     "The adapter in training, the adapter that makes the rollouts, and the optimiser, around one editor."
-    def __init__(self,
-                 config: Config, # of the run
-                 editor          # from `load_editor`, with an adapter
-                ):
+    def __init__(
+        self,
+        config: Config, # of the run
+        editor,         # from `load_editor`, with an adapter
+    ):
         self.editor = editor
         self.params = lora_parameters(editor)
         self.old = [p.detach().clone() for p in self.params]
@@ -63,11 +65,12 @@ class Policy:
         "Whether the policy in training still is the old one, so that one velocity serves for both."
         return all(torch.equal(p, o) for p, o in zip(self.params, self.old))
 
-    def count_passes(self,
-                     kind: str, # 'sampled', 'trained', 'old' or 'reference'
-                     text,      # the `Text` of the rows
-                     times: int = 1 # passes a row
-                    ):
+    def count_passes(
+        self,
+        kind: str,      # 'sampled', 'trained', 'old' or 'reference'
+        text,           # the `Text` of the rows
+        times: int = 1, # passes a row
+    ):
         "Add rows to `passes`; where a row is guided, it passes twice."
         self.passes[kind] += len(text)*times*(1 if text.negative is None else 2)
 
@@ -89,13 +92,17 @@ class Policy:
         with self.acting_base(): return self.editor.velocity(x, sigma, text, image)
 
     @torch.no_grad()
-    def update_old(self, decay: float = 0. # share that stays; 0: the old policy becomes the one in training
-                  ):
+    def update_old(
+        self,
+        decay: float = 0., # share that stays; 0: the old policy becomes the one in training
+    ):
         "Move the old policy towards the one in training, as an exponential moving average."
         for o, p in zip(self.old, self.params): o.lerp_(p, 1 - decay)
 
-    def set_learning_rate(self, lr: float # of the next optimiser steps
-                         ):
+    def set_learning_rate(
+        self,
+        lr: float, # of the next optimiser steps
+    ):
         "The same learning rate for every tensor."
         for group in self.optimizer.param_groups: group['lr'] = lr
 

@@ -24,10 +24,11 @@ def processes() -> tuple: # (number of this process, how many there are)
     state = PartialState(cpu=not torch.cuda.is_available())
     return state.process_index, state.num_processes
 
-def shard_of(sessions: int,          # of an iteration
-             group: int,             # members a session
-             process: tuple = None   # (number of the process, how many there are); None: this one
-            ) -> Shard:
+def shard_of(
+    sessions: int,         # of an iteration
+    group: int,            # members a session
+    process: tuple = None, # (number of the process, how many there are); None: this one
+) -> Shard:
     "Which sessions and members a process makes. Raises `InputError` where the rows cannot be shared equally."
     i, count = process or processes()
     expect(sessions*group % count == 0, 'sessions_per_iteration, group',
@@ -39,18 +40,20 @@ def shard_of(sessions: int,          # of an iteration
     return Shard(range(block*P, block*P + P), range(part*G, part*G + G))
 
 # %% ../../nbs/algorithm/04_processes.ipynb #e60c5ff4
-def join_shards(parts: torch.Tensor, # [processes, P, G, ...], what each has of its shard of P sessions x G members
-                group: int           # members a session, of all processes
-               ) -> torch.Tensor:    # [sessions, group, ...]
+def join_shards(
+    parts: torch.Tensor, # [processes, P, G, ...], what each has of its shard of P sessions x G members
+    group: int,          # members a session, of all processes
+) -> torch.Tensor:       # [sessions, group, ...]
     "What all processes have, in the order of sessions and members: `shard_of` backwards."
     shared = group//parts.shape[2]                                   # processes that share a block of sessions
     blocks = parts.unflatten(0, (-1, shared)).transpose(1, 2)        # [blocks, P, shared, G, ...]
     return blocks.flatten(2, 3).flatten(0, 1)
 
-def gather_scores(scores,     # `Scores` of this process's shard
-                  group: int, # members a session, of all processes
-                  device      # that the processes exchange tensors on
-                 ):
+def gather_scores(
+    scores,     # `Scores` of this process's shard
+    group: int, # members a session, of all processes
+    device,     # that the processes exchange tensors on
+):
     "The `Scores` of all processes, in the order of sessions and members."
     if processes()[1] == 1: return scores
     from accelerate.utils import gather
@@ -61,17 +64,19 @@ def gather_scores(scores,     # `Scores` of this process's shard
     others = {name: x[..., 0].to(named[name].dtype) for name, x in zip(named, others)}
     return replace(scores, rewards_PGTM=rewards_PGTM.to(scores.rewards_PGTM.dtype), **others)
 
-def gather_sessions(x,     # tensor [P, ...] of this process's whole sessions, or None
-                    device # that the processes exchange tensors on
-                   ):      # [sessions of all processes, ...], or None
+def gather_sessions(
+    x,      # tensor [P, ...] of this process's whole sessions, or None
+    device, # that the processes exchange tensors on
+):          # [sessions of all processes, ...], or None
     "What all processes know about their sessions, in the order of the sessions."
     if x is None or processes()[1] == 1: return x
     from accelerate.utils import gather
     return gather(x.contiguous().to(device)).to(x.device)
 
 # %% ../../nbs/algorithm/04_processes.ipynb #e60c5ff5
-def sum_gradients(params: list # tensors in training, whose `.grad` is replaced
-                 ):
+def sum_gradients(
+    params: list, # tensors in training, whose `.grad` is replaced
+):
     "Add up the gradients of all processes; a tensor for which none of them has a gradient keeps none."
     if processes()[1] == 1: return
     from accelerate.utils import reduce
@@ -81,17 +86,19 @@ def sum_gradients(params: list # tensors in training, whose `.grad` is replaced
     count, *pieces = summed.split([len(params), *[p.numel() for p in params]])
     for p, n, x in zip(params, count.tolist(), pieces): p.grad = x.view_as(p) if n else None
 
-def sum_statistics(statistics: dict,        # name -> number
-                   largest=('grad_norm',)   # names of which the largest counts, not the sum
-                  ) -> dict:
+def sum_statistics(
+    statistics: dict,       # name -> number
+    largest=('grad_norm',), # names of which the largest counts, not the sum
+) -> dict:
     "Add up the statistics of all processes."
     if processes()[1] == 1: return statistics
     from accelerate.utils import gather_object
     return merge_statistics(gather_object([statistics]), largest)
 
-def merge_statistics(parts: list, # of dicts, one a process
-                     largest=()   # names of which the largest counts, not the sum
-                    ) -> dict:
+def merge_statistics(
+    parts: list, # of dicts, one a process
+    largest=(),  # names of which the largest counts, not the sum
+) -> dict:
     "One dict for all; a name that a process lacks counts as 0 there."
     names = dict.fromkeys(name for part in parts for name in part)
     def merge(name): return max if name in largest else sum
@@ -108,8 +115,9 @@ def _host_group():
     from torch.distributed import new_group
     return new_group(backend='gloo', timeout=timedelta(seconds=PROCESS_TIMEOUT))
 
-def exchange(value      # anything that can be pickled
-            ) -> list:  # what every process gave, in their order
+def exchange(
+    value, # anything that can be pickled
+) -> list: # what every process gave, in their order
     "Gather small objects. Raises `InputError` where a process is gone, or silent for `PROCESS_TIMEOUT` seconds."
     count = processes()[1]
     if count == 1: return [value]
@@ -125,8 +133,9 @@ def exchange(value      # anything that can be pickled
                          'checkpoint is kept') from e
     return values
 
-def gather_to_first(value     # anything that can be pickled
-                   ) -> list: # what every process gave, in their order; None in all but the first
+def gather_to_first(
+    value, # anything that can be pickled
+) -> list: # what every process gave, in their order; None in all but the first
     "Gather objects that only one process needs, after an `exchange` that found all of them alive."
     i, count = processes()
     if count == 1: return [value]
@@ -140,8 +149,9 @@ class _Interruptions:
     "Whether this process works where an error of its own reaches the others, and an error that waits for that."
     reach_others, waiting = False, None
 
-def interrupt(error: BaseException # to be raised
-             ):
+def interrupt(
+    error: BaseException, # to be raised
+):
     "Raise an error that comes from outside, such as a signal: now, or where it will reach the other processes."
     if processes()[1] == 1 or _Interruptions.reach_others: raise error
     _Interruptions.waiting = error
@@ -151,8 +161,9 @@ def _portable(error):
     try: return pickle.loads(pickle.dumps(error))
     except Exception: return RuntimeError(f'{type(error).__name__}, {error}')
 
-def decisive_error(errors: list # of each process, None where there was none
-                  ) -> tuple:   # (number of the process, its error); None: there was none
+def decisive_error(
+    errors: list, # of each process, None where there was none
+) -> tuple:       # (number of the process, its error); None: there was none
     "Which error counts: a request to stop, then anything but memory, which can be mended, then the first process's."
     found = [(i, e) for i, e in enumerate(errors) if e is not None]
     def order(found): return not isinstance(found[1], KeyboardInterrupt), isinstance(found[1], torch.OutOfMemoryError)
@@ -181,8 +192,9 @@ def failing_together():
     words = cause if isinstance(cause, InputError) else f'{type(cause).__name__}: {cause}'
     raise ProcessError(f'process {process}: {words}') from error
 
-def from_first(make     # called in the first process alone
-              ):        # what it returned, in all of them
+def from_first(
+    make, # called in the first process alone
+):        # what it returned, in all of them
     "The first process decides or reads for all. Raises what `make` raises."
     made = None
     with failing_together():
@@ -194,7 +206,8 @@ def from_first(make     # called in the first process alone
     return box[0]
 
 # %% ../../nbs/algorithm/04_processes.ipynb #eb3b2597
-def broadcast_path(run # folder, str or Path
-                  ) -> str:
+def broadcast_path(
+    run, # folder, str or Path
+) -> str:
     "The folder that the first process chose: the default has the time in it, which may differ."
     return from_first(lambda: str(run))

@@ -22,25 +22,28 @@ from .processes import failing_together, processes, sum_statistics
 from .updates import Statistics, gradient_step, learning_rate
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #e9582db4
-def right_results(session, # with targets, or of the shape world
-                  size: int # side of the pictures in pixels
-                 ) -> np.ndarray: # uint8 [T, size, size, 3]
+def right_results(
+    session,     # with targets, or of the shape world
+    size: int,   # side of the pictures in pixels
+) -> np.ndarray: # uint8 [T, size, size, 3]
     "What every turn should show."
     if session.targets: return np.stack([as_square(image, size) for image in session.target_images()])
     return teacher_images(session)
 
-def edited_pictures(session # whose turns may go back to an earlier picture
-                   ) -> list: # of T numbers: 0 is the first picture, t the result of turn t
+def edited_pictures(
+    session, # whose turns may go back to an earlier picture
+) -> list:   # of T numbers: 0 is the first picture, t the result of turn t
     "Which picture each turn edits: as a rule that of the turn before."
     return session.meta.get('input_turn') or list(range(len(session.instructions)))
 
-def own_results(config: Config, # `num_steps`, `seed` and `batch` are read
-                editor,         # from `load_editor`
-                sessions: list, # P `Session`s
-                input_PTHWC,    # uint8: what each turn edits
-                iteration: int, # from 0
-                round: int      # which of the own turns this is: each has noise of its own
-               ) -> tuple:      # (uint8 [P, T - 1, H, W, 3]: results of all turns but the last, `Text` of the rows)
+def own_results(
+    config: Config, # `num_steps`, `seed` and `batch` are read
+    editor,         # from `load_editor`
+    sessions: list, # P `Session`s
+    input_PTHWC,    # uint8: what each turn edits
+    iteration: int, # from 0
+    round: int,     # which of the own turns this is: each has noise of its own
+) -> tuple:         # (uint8 [P, T - 1, H, W, 3]: results of all turns but the last, `Text` of the rows)
     "One turn by the editor itself, of every turn that another may follow."
     edits = [Session(f'{s.id}, turn {t + 1}, own {round}', Image.fromarray(input_PTHWC[p, t]), [s.instructions[t]])
              for p, s in enumerate(sessions) for t in range(input_PTHWC.shape[1] - 1)]
@@ -49,13 +52,14 @@ def own_results(config: Config, # `num_steps`, `seed` and `batch` are read
     return made.images_PGTHWC.reshape(len(sessions), -1, *input_PTHWC.shape[2:]), made.texts_T[0]
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #05892336
-def turn_inputs(config: Config, # `exposure_turns` is read
-                editor,         # from `load_editor`
-                sessions: list, # P `Session`s
-                target_PTHWC,   # uint8: their right results
-                iteration: int, # from 0
-                sampled=None    # called with the `Text` of rows that went through the editor
-               ):               # uint8 [P, T, H, W, 3]
+def turn_inputs(
+    config: Config, # `exposure_turns` is read
+    editor,         # from `load_editor`
+    sessions: list, # P `Session`s
+    target_PTHWC,   # uint8: their right results
+    iteration: int, # from 0
+    sampled=None,   # called with the `Text` of rows that went through the editor
+):                  # uint8 [P, T, H, W, 3]
     "What each turn edits: the right result of the turn before, or the editor's own after `exposure_turns` turns."
     first_P1HWC = np.stack([np.asarray(s.image) for s in sessions])[:, None]
     right = np.concatenate([first_P1HWC, target_PTHWC], 1)
@@ -68,12 +72,13 @@ def turn_inputs(config: Config, # `exposure_turns` is read
         input_PTHWC = np.concatenate([first_P1HWC, own], 1)[sessions_P1, edited_PT]
     return input_PTHWC
 
-def perfect_rollout(config: Config, # `num_steps`, `seed` and `exposure_turns` are read
-                    editor,         # from `load_editor`
-                    sessions: list, # P `Session`s with targets, or of the shape world
-                    iteration: int, # from 0; of the random numbers that they are trained with
-                    sampled=None    # called with the `Text` of rows that went through the editor
-                   ) -> Rollout:    # its latents are those of P*T edits, session-major, as one turn
+def perfect_rollout(
+    config: Config, # `num_steps`, `seed` and `exposure_turns` are read
+    editor,         # from `load_editor`
+    sessions: list, # P `Session`s with targets, or of the shape world
+    iteration: int, # from 0; of the random numbers that they are trained with
+    sampled=None,   # called with the `Text` of rows that went through the editor
+) -> Rollout:       # its latents are those of P*T edits, session-major, as one turn
     "The right result of every turn, each on the right result of the turn before or on the editor's own."
     target_PTHWC = np.stack([right_results(s, editor.size) for s in sessions])
     input_PTHWC = turn_inputs(config, editor, sessions, target_PTHWC, iteration, sampled)
@@ -86,10 +91,11 @@ def perfect_rollout(config: Config, # `num_steps`, `seed` and `exposure_turns` a
                    Shard(range(len(sessions)), [0]))
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #ffb05111
-def supervised_terms(config: Config, # of the run
-                     policy: Policy, # in training
-                     batch: Batch    # of a `perfect_rollout`; row r is copy r // N of edit r % N
-                    ):
+def supervised_terms(
+    config: Config, # of the run
+    policy: Policy, # in training
+    batch: Batch,   # of a `perfect_rollout`; row r is copy r // N of edit r % N
+):
     "Flow matching on given results: yields (loss, statistics, rows) a micro-batch."
     sampled = batch.rollout
     N, *shape = sampled.clean_TNLC.shape[1:]
@@ -108,18 +114,20 @@ def supervised_terms(config: Config, # of the run
         yield ((v - (noise - x0))**2).mean(), {}, len(n)
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #54b74ceb
-def unjudged(adv_PGT # of all sessions
-            ) -> Scores: # without rewards
+def unjudged(
+    adv_PGT, # of all sessions
+) -> Scores: # without rewards
     "No scores, of as many sessions, members and turns."
     nan_PGT = torch.full_like(adv_PGT, torch.nan)
     return Scores((), torch.zeros(*adv_PGT.shape, 0), nan_PGT, nan_PGT, nan_PGT)
 
-def supervise(config: Config, # `group` is the number of noisy copies of each target
-              policy: Policy, # that learns, in place
-              sessions: list, # P `Session`s with targets, or of the shape world
-              judge,          # scores the shape world's results, for the pictures; targets are right by definition
-              iteration: int  # from 0
-             ) -> Iteration:  # the rollout is the perfect one, advantages are 0
+def supervise(
+    config: Config, # `group` is the number of noisy copies of each target
+    policy: Policy, # that learns, in place
+    sessions: list, # P `Session`s with targets, or of the shape world
+    judge,          # scores the shape world's results, for the pictures; targets are right by definition
+    iteration: int, # from 0
+) -> Iteration:     # the rollout is the perfect one, advantages are 0
     "One iteration of supervised flow matching on the perfect result of every turn, in place of `iterate`."
     policy.passes.clear()
     def sampled(text): policy.count_passes('sampled', text, times=config.num_steps)

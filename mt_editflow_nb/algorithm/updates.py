@@ -13,58 +13,66 @@ from .config import Config
 from .processes import failing_together, sum_gradients
 
 # %% ../../nbs/algorithm/06_updates.ipynb #6b11ca49
-def micro_batches(rows: torch.Tensor, # row numbers
-                  size: int           # rows a transformer call
-                 ):
+def micro_batches(
+    rows: torch.Tensor, # row numbers
+    size: int,          # rows a transformer call
+):
     "The rows in pieces of at most `size`; none where there are no rows."
     if len(rows): yield from rows.split(size)
 
-def learning_rate(config: Config, # `lr` and `iterations` are read
-                  iteration: int  # from 0
-                 ) -> float:
+def learning_rate(
+    config: Config, # `lr` and `iterations` are read
+    iteration: int, # from 0
+) -> float:
     "Falls linearly towards 0, so that the noise of single steps averages out."
     return config.lr*(1 - iteration/config.iterations)
 
 # %% ../../nbs/algorithm/06_updates.ipynb #252095dd
-def require_finite(x,              # a tensor or a number
-                   name: str,      # of it, for the message
-                   iteration: int  # from 0
-                  ):
+def require_finite(
+    x,              # a tensor or a number
+    name: str,      # of it, for the message
+    iteration: int, # from 0
+):
     "Raises `InputError` where a number is NaN or infinite: the run stops before it spoils the adapter."
     if torch.as_tensor(x).isfinite().all(): return
     raise InputError(f'iteration {iteration}: {name} is not finite (nan or inf); the last checkpoint is kept')
 
 class Statistics:
     "Means over all terms of an iteration, added up a micro-batch at a time, and the largest gradient norm."
-    def __init__(self,
-                 iteration: int, # for messages
-                 terms: int      # that there will be, over all processes and updates
-                ):
+    def __init__(
+        self,
+        iteration: int, # for messages
+        terms: int,     # that there will be, over all processes and updates
+    ):
         self.iteration = iteration
         self.terms = terms
         self.values = {}
 
-    def add(self, values: dict, # name -> mean over `n` terms
-            n: int              # terms
-           ):
+    def add(
+        self,
+        values: dict, # name -> mean over `n` terms
+        n: int,       # terms
+    ):
         "Add a micro-batch."
         for name, value in values.items():
             self.values[name] = self.values.get(name, 0.) + value*n/self.terms
 
-    def largest(self,
-                name: str,   # of a statistic
-                value: float # to keep if it is the largest so far
-               ):
+    def largest(
+        self,
+        name: str,    # of a statistic
+        value: float, # to keep if it is the largest so far
+    ):
         "Keep the largest value of a name."
         self.values[name] = max(self.values.get(name, 0.), value)
 
 # %% ../../nbs/algorithm/06_updates.ipynb #3b3b0012
-def gradient_step(config: Config, # `max_grad_norm` is read
-                  policy,         # the `Policy`, changed in place
-                  terms,          # yields (mean loss, statistics, rows) a micro-batch
-                  count: int,     # rows of all terms and processes together
-                  statistics: Statistics # of the iteration, changed in place
-                 ):
+def gradient_step(
+    config: Config,         # `max_grad_norm` is read
+    policy,                 # the `Policy`, changed in place
+    terms,                  # yields (mean loss, statistics, rows) a micro-batch
+    count: int,             # rows of all terms and processes together
+    statistics: Statistics, # of the iteration, changed in place
+):
     "One optimiser step on the mean of `count` losses. Raises `InputError` for what is not finite."
     policy.optimizer.zero_grad()
     with failing_together():
@@ -85,11 +93,12 @@ def gradient_step(config: Config, # `max_grad_norm` is read
 # %% ../../nbs/algorithm/06_updates.ipynb #79d1dda9
 PATIENCE = 5   # iterations without a row to train on, after which a warning is due
 
-def warn_if_idle(policy,        # its `idle` counts such iterations
-                 rows: int,     # that there are to train on
-                 scores,        # the `Scores` of the iteration
-                 iteration: int # from 0, for the message
-                ):
+def warn_if_idle(
+    policy,         # its `idle` counts such iterations
+    rows: int,      # that there are to train on
+    scores,         # the `Scores` of the iteration
+    iteration: int, # from 0, for the message
+):
     "Warn when `PATIENCE` iterations in a row had nothing to train on, and say whether the rewards vary at all."
     policy.idle = 0 if rows else policy.idle + 1
     if not policy.idle or policy.idle % PATIENCE: return

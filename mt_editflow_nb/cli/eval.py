@@ -597,7 +597,7 @@ def fill_bench_settings(
         a.detector, a.vlm, a.features = a.detector or DETECTOR, a.vlm or VLM, a.features or FEATURES
 
 def bench_items(
-    a, # the parsed options, with --bench
+    a,      # the parsed options, with --bench
 ) -> tuple: # (items of this shard, how many there are in all)
     "The benchmark's items."
     items = load_benchmark(a.bench, a.data, a.images, a.language)

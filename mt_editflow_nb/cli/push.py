@@ -22,20 +22,23 @@ from ..training.runs import plot_run, read_config
 from ..training.train import read_outcomes, save_figure
 
 # %% ../../nbs/cli/05_push.ipynb #a5a95780
-def without_address(judge: str # such as 'Qwen/Qwen2.5-VL-7B-Instruct@http://gpu7:8000/v1:logit'
-                   ) -> str:   # such as 'Qwen/Qwen2.5-VL-7B-Instruct:logit'
+def without_address(
+    judge: str, # such as 'Qwen/Qwen2.5-VL-7B-Instruct@http://gpu7:8000/v1:logit'
+) -> str:       # such as 'Qwen/Qwen2.5-VL-7B-Instruct:logit'
     "A judge's name without the server that it was asked at, and without the folder that it lay in."
     name = re.sub(r'@https?://\S*?(?=(:[a-z]+(@\d+)?)?(:coarse)?$)', '', judge)
     return ':'.join(without_folder(part) for part in name.split(':'))
 
-def without_folder(name: str # of a file, a folder, or something on the hub
-                  ) -> str:
+def without_folder(
+    name: str, # of a file, a folder, or something on the hub
+) -> str:
     "The last part of a path; a name of the hub, which has one slash, is kept."
     on_hub = len(Path(name).parts) <= 2 and not name.startswith(('/', '.', '~')) and not Path(name).exists()
     return name if on_hub else Path(name).name
 
-def public_config(run # a run folder
-                 ) -> dict: # `config`, `environment`, `identity`
+def public_config(
+    run,   # a run folder
+) -> dict: # `config`, `environment`, `identity`
     "What a run was made from, without addresses and folders."
     held, config = read_json(Path(run)/'config.json'), read_config(run).model_dump()
     for name in ('judge', 'eval_judge'): config[name] = without_address(config[name])
@@ -58,9 +61,10 @@ LICENCES = {   # base model -> what the head of a model card says
     'Qwen/Qwen-Image-Edit-2509': dict(license='apache-2.0'),
     'Qwen/Qwen-Image-Edit-2511': dict(license='apache-2.0')}
 
-def licence_of(base: str,         # hub name of the base model
-               given: str = None  # by the user
-              ) -> dict:          # fields of a model card's head
+def licence_of(
+    base: str,         # hub name of the base model
+    given: str = None, # by the user
+) -> dict:             # fields of a model card's head
     "The licence of an adapter. Raises `InputError` where the base model's is not known here."
     if given: return dict(license=given)
     expect(base in LICENCES, '--licence', f'the licence of {base}, such as apache-2.0', given)
@@ -68,9 +72,10 @@ def licence_of(base: str,         # hub name of the base model
     if fields['license'] != 'other': return fields
     return fields | dict(license_link=f'https://huggingface.co/{base}/blob/main/LICENSE.md')
 
-def base_of(config: dict,     # of the run
-            given: str = None # by the user
-           ) -> str:          # hub name, or `TINY`
+def base_of(
+    config: dict,      # of the run
+    given: str = None, # by the user
+) -> str:              # hub name, or `TINY`
     "What was trained. Raises `InputError` for an editor that lay in a folder: only the user knows what that is."
     editor = config['editor']
     known = given or editor == TINY or (editor.count('/') == 1 and not Path(editor).exists())
@@ -134,8 +139,9 @@ It was trained with {{ config.num_steps }} denoising steps
 {%- if config.guidance is not none %} and guidance {{ config.guidance }}{% endif %}; other settings were not tried.
 '''
 
-def numbers_table(results: dict # `results.json`
-                 ) -> pd.DataFrame: # index (turn, metric); texts
+def numbers_table(
+    results: dict, # `results.json`
+) -> pd.DataFrame: # index (turn, metric); texts
     "Before, after and difference, each with its interval."
     def text(row, name, low, high, sign=''):
         if row[name] is None: return 'none valid'
@@ -145,9 +151,10 @@ def numbers_table(results: dict # `results.json`
                  difference=text(r, 'difference', 'low', 'high', '+')) for r in results['table']]
     return pd.DataFrame(rows).set_index(['turn', 'metric'])
 
-def card_head(base: str,    # from `base_of`
-              licence: dict # from `licence_of`
-             ) -> str:      # YAML
+def card_head(
+    base: str,     # from `base_of`
+    licence: dict, # from `licence_of`
+) -> str:          # YAML
     "What the hub reads of a card."
     known = {} if base == TINY else dict(base_model=base)
     tags = ['lora', 'image-editing', 'multi-turn', 'reinforcement-learning', 'mt_editflow_nb']
@@ -170,8 +177,9 @@ def hub_card(run, repo: str, base: str, licence: dict, strips: list) -> str: # M
 # %% ../../nbs/cli/05_push.ipynb #0c413855
 STRIPS = 3    # sessions that the card shows
 
-def check_finished(run # a run folder
-                  ):
+def check_finished(
+    run, # a run folder
+):
     "Raises `InputError` unless a run has its results and the adapter that they are about."
     run = Path(run)
     read_config(run)
@@ -182,12 +190,13 @@ def check_finished(run # a run folder
     expect(expected in (None, content_hash(adapter)), f'RUN: {adapter}', 'the adapter that results.json is about',
            'another one')
 
-def hub_folder(run,                   # a finished run
-               folder,                # created when missing
-               repo: str,             # name of the repository, for the card
-               base_model: str = None,# needed where the editor lay in a folder
-               licence: str = None    # needed where the base model's is not known
-              ) -> list:              # names of the files
+def hub_folder(
+    run,                    # a finished run
+    folder,                 # created when missing
+    repo: str,              # name of the repository, for the card
+    base_model: str = None, # needed where the editor lay in a folder
+    licence: str = None,    # needed where the base model's is not known
+) -> list:                  # names of the files
     "Write the files of a model repository. Raises `InputError` for a run that cannot be published as it is."
     run, folder = Path(run), Path(folder)
     check_finished(run)
@@ -203,18 +212,20 @@ def hub_folder(run,                   # a finished run
     return sorted(['README.md', 'config.json', 'curves.png', *copied])
 
 # %% ../../nbs/cli/05_push.ipynb #4c26bfbe
-def check_repo(repo: str # as the user gave it
-              ):
+def check_repo(
+    repo: str, # as the user gave it
+):
     "Raises `InputError` for what cannot be a repository of the hub."
     try: validate_repo_id(repo)
     except hub.HFValidationError as e: raise InputError(f'REPO: expected OWNER/NAME, received {repo!r}') from e
     expect(repo.count('/') == 1, 'REPO', 'OWNER/NAME', repo)
 
-def upload(folder,              # from `hub_folder`
-           names: list,         # of its files that are uploaded, and no others
-           repo: str,           # OWNER/NAME, created where it is not there
-           public: bool = False # of a repository that is created
-          ) -> str:             # its address
+def upload(
+    folder,               # from `hub_folder`
+    names: list,          # of its files that are uploaded, and no others
+    repo: str,            # OWNER/NAME, created where it is not there
+    public: bool = False, # of a repository that is created
+) -> str:                 # its address
     "Upload files to the hub. Raises `InputError` with what the hub says."
     api = HfApi()
     try:
@@ -249,8 +260,9 @@ def _push(a):
     if a.yes: print(f'uploaded to {upload(folder, names, a.repo, a.public)}')
     else: print(f'{folder} holds what would be uploaded to {a.repo}; look at README.md there, then add --yes')
 
-def main(argv=None # None: those of the process
-        ) -> int:  # exit status
+def main(
+    argv=None, # None: those of the process
+) -> int:      # exit status
     "The command `mtef_push`."
     a = _parser().parse_args(argv)
     try: _push(a)

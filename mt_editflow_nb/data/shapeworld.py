@@ -67,8 +67,8 @@ def cells_of(
     return np.moveaxis(x, -3, -4).reshape(*lead, 9, CELL_SIDE, CELL_SIDE, 3)
 
 def render(
-    scenes: list,  # of `Scene`
-) -> np.ndarray:   # uint8 [scenes, 48, 48, 3]
+    scenes: list, # of `Scene`
+) -> np.ndarray:  # uint8 [scenes, 48, 48, 3]
     "Draw scenes."
     names = list(BACKGROUNDS)
     x = np.stack([templates()[names.index(s.background)][list(s.cells)] for s in scenes])

@@ -59,8 +59,8 @@ def table_rows(
     return rows
 
 def stored_picture(
-    cell,       # of a table: bytes, or a dict with `bytes`
-    place: str, # of the row, for the message
+    cell,         # of a table: bytes, or a dict with `bytes`
+    place: str,   # of the row, for the message
 ) -> Image.Image: # RGB
     "A picture that stands in a table."
     data = cell.get('bytes') if isinstance(cell, dict) else cell
@@ -112,9 +112,9 @@ def _file_in(source, name): # a file, or the one of this name in a folder or bel
     return found[0]
 
 def load_imgedit(
-    source: str|Path,       # basic_edit.json, or a folder that holds it
+    source: str|Path,        # basic_edit.json, or a folder that holds it
     images: str|Path = None, # root of the original pictures; None: the folder of the JSON file
-) -> Sessions:              # of one turn; `task_types` holds the type
+) -> Sessions:               # of one turn; `task_types` holds the type
     "Read ImgEdit-Bench's basic part: 737 edits of 9 types."
     file = _file_in(source, 'basic_edit.json')
     items, root, sessions = read_json(file), Path(images or file.parent), []
@@ -130,9 +130,9 @@ def load_imgedit(
     return session_set(sessions)
 
 def load_lme(
-    source: str|Path,       # lme_bench.json, or a folder that holds it
+    source: str|Path,        # lme_bench.json, or a folder that holds it
     images: str|Path = None, # folder of {id}.png; None: images/ beside the JSON file
-) -> Sessions:              # `task_types` holds each turn's label: hard, soft or local
+) -> Sessions:               # `task_types` holds each turn's label: hard, soft or local
     "Read LME-Bench: 100 sessions of 10 turns."
     file = _file_in(source, 'lme_bench.json')
     items, root = read_json(file), Path(images or file.parent/'images')

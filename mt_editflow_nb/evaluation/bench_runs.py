@@ -107,17 +107,17 @@ def _strips(name, folder, sessions, scores): # the first, middle and last item
     return strips
 
 def write_benchmark_run(
-    name: str,             # of the benchmark
-    folder: str|Path,      # of the run
-    sessions,              # the items
+    name: str,              # of the benchmark
+    folder: str|Path,       # of the run
+    sessions,               # the items
     scores: BenchmarkScores,
     answers: Answers,
     *,
-    facts: dict,           # heading -> {name: value}
-    notes: list = (),      # what to know beside the scores
+    facts: dict,            # heading -> {name: value}
+    notes: list = (),       # what to know beside the scores
     differences: list = (), # from `benchmark_differences`
-    against=None,          # another run
-) -> pd.DataFrame:         # the published table
+    against=None,           # another run
+) -> pd.DataFrame:          # the published table
     "Write everything that a run leaves, and its card."
     folder, title = Path(folder), BENCHMARKS[name].title
     sessions = list(sessions)

@@ -298,10 +298,10 @@ def _rate_rows(table, metric): # of `success_rates` or `turn_rates`, as rows tha
     return pd.DataFrame(columns)
 
 def multi_turn_scores(
-    name: str,      # 'lme' or 'mse'
-    arrays: dict,   # of `Answers`
+    name: str,          # 'lme' or 'mse'
+    arrays: dict,       # of `Answers`
     n_boot: int = 2000, # draws of sessions
-) -> tuple:         # (success_IT, tables, rows)
+) -> tuple:             # (success_IT, tables, rows)
     "What LME-Bench or MSE-Bench report."
     scores, asked = arrays['scores'], arrays['asked'].astype(bool)
     success, T = both_exceed(scores), scores.shape[1]
@@ -319,10 +319,10 @@ def multi_turn_scores(
     return success, tables, pd.concat(rows, ignore_index=True)
 
 def mice_scores(
-    sessions,       # from `load_mice`
-    arrays: dict,   # awareness, and EdiVal's success, object_cc and background_cc, [I, T] each
+    sessions,           # from `load_mice`
+    arrays: dict,       # awareness, and EdiVal's success, object_cc and background_cc, [I, T] each
     n_boot: int = 2000, # draws of sessions
-) -> tuple:         # (success_IT, tables, rows)
+) -> tuple:             # (success_IT, tables, rows)
     "What MICE-Bench reports, for each of its halves."
     keeps = np.array([s.meta['bg_consistency'] for s in sessions])
     half = np.array([s.meta['half'] for s in sessions])

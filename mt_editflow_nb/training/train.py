@@ -50,8 +50,10 @@ from .source import session_source, turns_of
 from .tracking import Trackers, check_trackers, tracking
 
 # %% ../../nbs/training/04_train.ipynb #a14e355c
-def load_for(c: Config, # of a run
-             **kw):     # with `lora_rank`: add an adapter to train
+def load_for(
+    c: Config, # of a run
+    **kw,      # with `lora_rank`: add an adapter to train
+):             # from `load_editor`
     "The editor of a configuration."
     if kw: kw |= dict(seed=c.seed, lora_alpha=c.lora_alpha, lora_targets=c.lora_targets, init_lora=c.init_lora,
                       checkpointing=c.checkpointing)
@@ -61,8 +63,9 @@ def load_for(c: Config, # of a run
     if (c.eval_size or 0) > TILE_ABOVE: editor.vae.enable_tiling()
     return editor
 
-def prepare(c: Config # of a run
-           ) -> tuple: # (its `SessionSource`, its identity)
+def prepare(
+    c: Config, # of a run
+) -> tuple:    # (its `SessionSource`, its identity)
     "Everything that can be found wrong before a model is loaded or a folder created. Raises `InputError`."
     shard = shard_of(c.sessions_per_iteration, c.group)
     expect(c.branching == 'none' or len(shard.members) == c.group, 'sessions_per_iteration',
@@ -327,11 +330,12 @@ def check_judges(*judges):
     for judge in dict.fromkeys(judges):
         if hasattr(judge, 'check_ready'): judge.check_ready()
 
-def train(c: Config,           # from `make_config`
-          run,                 # folder to create, or to continue
-          judge=None,          # (sessions, images) -> `Scores`; None: the one that `c.judge` names
-          progress: bool = True# a progress bar with time left
-         ):                    # the trained editor
+def train(
+    c: Config,             # from `make_config`
+    run,                   # folder to create, or to continue
+    judge=None,            # (sessions, images) -> `Scores`; None: the one that `c.judge` names
+    progress: bool = True, # a progress bar with time left
+):                         # the trained editor
     """Train, or go on training, and leave everything in the run folder.
 
     Raises `Stopped`, a `KeyboardInterrupt`, when a signal asks to stop, and `InputError` for what does not fit."""
@@ -479,11 +483,12 @@ def run_stages(c, run, source, identity, judge, eval_judge, given: bool, progres
     trained = train_in(c, run, source, judge, eval_judge, progress, stop, trackers)
     saved_evaluation(c, run, 'after', trained, source.for_editor(trained, c.eval_size).heldout, eval_judge, progress)
 
-def experiment(c: Config,           # from `make_config`
-               run,                 # folder to create, or to continue
-               judge=None,          # None: the one that `c.judge` names
-               progress: bool = True# progress bars
-              ) -> dict:            # what `results.json` holds
+def experiment(
+    c: Config,             # from `make_config`
+    run,                   # folder to create, or to continue
+    judge=None,            # None: the one that `c.judge` names
+    progress: bool = True, # progress bars
+) -> dict:                 # what `results.json` holds
     """Evaluate, train, evaluate; writes `results.json`, `results.csv` and pictures. Called again, it goes on.
 
     Raises `Stopped` after an orderly stop by a signal, and `InputError` for what does not fit."""
