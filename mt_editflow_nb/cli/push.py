@@ -15,11 +15,12 @@ from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment
 from ..data.files import InputError, atomic_write, content_hash, expect, one_line, read_json, to_json
+from ..data.plots import save_figure
 from ..editing.loading import TINY
 from ..editing.lora import ADAPTER_FILE
 from ..evaluation.card import blind_spots, markdown_table
 from ..training.runs import plot_run, read_config
-from ..training.train import read_outcomes, save_figure
+from ..training.train import read_outcomes
 
 # %% ../../nbs/cli/05_push.ipynb #a5a95780
 def without_address(
@@ -208,7 +209,7 @@ def hub_folder(
     for name, source in copied.items(): atomic_write(folder/name, source.read_bytes())
     atomic_write(folder/'README.md', card)
     atomic_write(folder/'config.json', to_json(public_config(run), indent=1))
-    save_figure(plot_run(run), folder/'curves.png')
+    save_figure(folder/'curves.png', plot_run(run))
     return sorted(['README.md', 'config.json', 'curves.png', *copied])
 
 # %% ../../nbs/cli/05_push.ipynb #4c26bfbe
