@@ -107,7 +107,7 @@ def test_stop_and_go_on(folder, how):
     process.send_signal(how)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == (-how if how == signal.SIGKILL else 130)
-    if how != signal.SIGKILL: assert 'the same command goes on' in err and 'Traceback' not in err
+    if how != signal.SIGKILL: assert 'the same command resumes' in err and 'Traceback' not in err
     wait_for(lambda: not any(map(is_alive, jobs)))                          # no job is left running unseen
     had = lines(job)
     assert 5 < had < 300 and job_status(job) == 'cut' and not (job.folder/'results.json').exists()
@@ -172,7 +172,7 @@ def test_overhead(folder):
     (dict(fixed=dict(run='here')), ['run']),
     (dict(fixed=dict(seed=1)), ['seed', 'seeds']),
     (dict(notebook='nowhere.ipynb'), ['notebook', 'nowhere.ipynb']),
-    (dict(notebook='sweep.yaml'), ['notebook', 'cannot be read']),
+    (dict(notebook='sweep.yaml'), ['notebook', 'expected a notebook']),
     (dict(cpus=2), ['cpus', 'unknown', 'resources']),
     (dict(basline='x'), ["did you mean 'baseline'?"]),
     (dict(resources=dict(cpus=0)), ['resources.cpus', '0']),
