@@ -74,7 +74,7 @@ def test_two_interrupts_are_one(tmp_path):
     out = tmp_path/'out'
     process = Command(main, ['--n', '64', '--batch', '1', '--steps', '1', '--turns', '1', '--out', str(out)],
                       tmp_path/'log')
-    wait_for_file(out/'sessions'/'000000.safetensors', process)
+    wait_for_file(out/'sessions'/'session_000000.safetensors', process)
     for pause in (.03, .03, 0):
         process.send(signal.SIGINT)
         time.sleep(pause)
