@@ -2,8 +2,13 @@
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+def forget_shells():
+    "Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them."
+    InteractiveShell.atexit_operations = lambda shell: None
 
 @pytest.fixture(scope='session')
 def runner():
     "A process that runs notebooks: what they leave behind stays away from the tests, and what they import stays there."
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool: yield pool
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), forget_shells) as pool: yield pool

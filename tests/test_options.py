@@ -7,6 +7,7 @@ from mt_editflow_nb.algorithm import iterate as page
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.eval import eval_parser, fill_settings
 from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.evaluation import running
 from mt_editflow_nb.training.budget import plan
 from mt_editflow_nb.training.train import experiment
@@ -74,3 +75,10 @@ def test_merged_rollouts(tmp_path, monkeypatch):
     a, b = adapter(tmp_path/'apart'), adapter(tmp_path/'merged')
     moved = max(x.abs().max() for k, x in a.items() if 'lora_B' in k)
     assert moved > 1e-3 and all((a[k] - b[k]).abs().max() < .05*moved for k in a)
+
+def test_attention_of_one_editor_is_not_that_of_others():
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+    before, _ = registry.get_active_backend()
+    editor = load_editor(attention_backend='_native_math')
+    kernels = {m.processor._attention_backend for m in editor.transformer.modules() if hasattr(m, 'processor')}
+    assert kernels == {'_native_math'} and registry.get_active_backend()[0] == before

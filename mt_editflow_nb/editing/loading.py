@@ -146,10 +146,12 @@ def use_attention(
     backend: str, # a name of diffusers' attention dispatcher
 ):
     "Let the transformer's attention run on another kernel. Raises `InputError` where it is unknown or missing."
-    from diffusers.models.attention_dispatch import AttentionBackendName
-    one_of('attention_backend', backend, [b.value for b in AttentionBackendName])
+    from diffusers.models import attention_dispatch as dispatcher
+    one_of('attention_backend', backend, [b.value for b in dispatcher.AttentionBackendName])
     editor.takes_masks = 'varlen' in backend or not backend.startswith(WITHOUT_MASKS)
-    try: editor.transformer.set_attention_backend(backend)
+    try:
+        with dispatcher.attention_backend():                 # afterwards every other model has its own again
+            editor.transformer.set_attention_backend(backend)
     except (ImportError, RuntimeError, ValueError) as e:
         raise InputError(f'attention_backend: {backend} cannot be used here: {one_line(e)}') from None
 
