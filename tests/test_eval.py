@@ -1,9 +1,11 @@
 "mtef_eval on EdiVal-Bench: the folder layout, a kill in the middle, and models of the real classes."
 import csv, json, os, signal, subprocess, sys, time
+from contextlib import suppress
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from helpers import PATIENCE, Command, run_notebook, wait_for
+from mt_editflow_nb.cli import run_eval
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.evaluation.card import load_run
 from mt_editflow_nb.data.sessions import save_sessions
@@ -69,14 +71,19 @@ def test_sigterm_says_how_to_go_on(bench, tmp_path):
     status, error = process.end()
     assert status == 130 and 'the same command goes on' in error and 'Traceback' not in error
 
+def console_script(argv):
+    "`mtef_eval` as a shell calls it, which answers signals to its very end."
+    sys.argv = ['mtef_eval', *argv]
+    return run_eval()
+
 def test_two_interrupts_are_one(tmp_path):
-    "Ctrl-C pressed twice: one line, no traceback."
+    "Ctrl-C pressed three times: one line, no traceback."
     out = tmp_path/'out'
-    process = Command(main, ['--n', '64', '--batch', '1', '--steps', '1', '--turns', '1', '--out', str(out)],
-                      tmp_path/'log')
+    process = Command(console_script, ['--n', '64', '--batch', '1', '--steps', '1', '--turns', '1', '--out',
+                                       str(out)], tmp_path/'log')
     wait_for_file(out/'sessions'/'session_000000.safetensors', process)
     for pause in (.03, .03, 0):
-        process.send(signal.SIGINT)
+        with suppress(ProcessLookupError): process.send(signal.SIGINT)      # it may have ended by then
         time.sleep(pause)
     status, error = process.end()
     assert status == 130 and 'Traceback' not in error
