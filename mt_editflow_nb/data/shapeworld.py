@@ -291,6 +291,10 @@ def random_chain(
         if len(edits) == turns: return scenes, edits
 
 # %% ../../nbs/data/02_shapeworld.ipynb #79f73539
+def _session_of(id, scenes, edits):
+    first = Image.fromarray(render(scenes[:1])[0])
+    return Session(id, first, [edit_text(e) for e in edits], [e.type for e in edits])
+
 def shape_sessions(
     n: int,               # how many
     turns: int = 3,       # T
@@ -302,9 +306,8 @@ def shape_sessions(
     one_of('split', split, list(SPLITS))
     sessions = []
     for i in range(start, start + n):
-        scenes, edits = random_chain(np.random.default_rng((seed, i, list(SPLITS).index(split))), turns, split)
-        first = Image.fromarray(render(scenes[:1])[0])
-        sessions.append(Session(f'{split}-{seed}-{i}', first, [edit_text(e) for e in edits], [e.type for e in edits]))
+        chain = random_chain(np.random.default_rng((seed, i, list(SPLITS).index(split))), turns, split)
+        sessions.append(_session_of(f'{split}-{seed}-{i}', *chain))
     return sessions
 
 # %% ../../nbs/data/02_shapeworld.ipynb #fd23355b
@@ -339,10 +342,7 @@ def dependent_sessions(
     sessions = []
     for i in range(start, start + n):
         rng = np.random.default_rng((seed, i, list(SPLITS).index(split), 100))
-        scenes, edits = dependent_chain(rng, turns, split)
-        first = Image.fromarray(render(scenes[:1])[0])
-        texts, types = [edit_text(e) for e in edits], [e.type for e in edits]
-        sessions.append(Session(f'dependent-{split}-{seed}-{i}', first, texts, types))
+        sessions.append(_session_of(f'dependent-{split}-{seed}-{i}', *dependent_chain(rng, turns, split)))
     return sessions
 
 # %% ../../nbs/data/02_shapeworld.ipynb #48655b99
