@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_ELSEWHERE', 'STOPPED', 'GRACE_SECONDS', 'job_state', 'is_running', 'job_status', 'JobRecord', 'run_job',
            'job_message', 'job_process', 'gpu_ids', 'usable_cores', 'job_slots', 'start_local', 'start_ray',
-           'jobs_of_shard', 'job_progress', 'time_left', 'duration_text', 'SweepDisplay', 'RunningJob', 'SweepRun',
-           'open_sweep_run', 'signals_as_interrupts', 'run_sweep', 'describe_sweep']
+           'jobs_of_shard', 'job_progress', 'time_left', 'SweepDisplay', 'RunningJob', 'SweepRun', 'open_sweep_run',
+           'signals_as_interrupts', 'run_sweep', 'describe_sweep']
 
 # %% ../../nbs/ablation/01_jobs.ipynb #f7194bb6
 import contextlib, json, os, re, signal, socket, subprocess, sys, threading, time
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import psutil
 from tqdm import tqdm
 from .sweeps import Job, Plan, Resources, label_of, read_seconds
-from ..data.files import InputError, atomic_write, expect, is_locked, locked, one_line, read_json, to_json
+from ..data.files import (
+    InputError, atomic_write, duration_text, expect, is_locked, locked, one_line, read_json, to_json)
 
 # %% ../../nbs/ablation/01_jobs.ipynb #d732970a
 RUN_ELSEWHERE, STOPPED = 3, 4  # exit statuses of a job's process, besides 0 (done) and 1 (failed)
@@ -295,14 +296,6 @@ def time_left(
     first_free = min(rests) if len(rests) >= slots else 0
     last = each + first_free if waiting else 0                      # one that waits has all of its time before it
     return max((waiting*each + sum(rests))/max(1, min(slots, waiting + len(running))), last, *rests)
-
-def duration_text(
-    seconds: float|None, # None: not known
-) -> str:                # such as '42 s', '17 min', '3.5 h'; '' for None
-    "A duration as text."
-    if seconds is None: return ''
-    if seconds < 90: return f'{seconds:.0f} s'
-    return f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
 
 # %% ../../nbs/ablation/01_jobs.ipynb #81176c0b
 def _name(job): return f'{job.label}, seed {job.seed}'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'expect', 'one_of', 'atomic_write',
            'read_text', 'to_json', 'read_json', 'read_json_lines', 'append_json_line', 'file_name', 'content_hash',
-           'locked', 'is_locked', 'check_writable', 'image_size', 'open_image', 'save_png', 'shipped']
+           'locked', 'is_locked', 'check_writable', 'image_size', 'open_image', 'save_png', 'shipped', 'duration_text']
 
 # %% ../../nbs/data/00_files.ipynb #fb37697b
 import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, uuid, warnings
@@ -331,3 +331,12 @@ def shipped(
     found = [p for p in places if p.exists()]
     expect(found, 'shipped file', "a name such as 'recipes/kontext_nft.yaml'", name)
     return found[0]
+
+# %% ../../nbs/data/00_files.ipynb #5d1a2d61
+def duration_text(
+    seconds: float|None, # None: not known
+) -> str:                # such as '42 s', '17 min', '3.5 h'; '' for None
+    "A duration as text."
+    if seconds is None: return ''
+    if seconds < 90: return f'{seconds:.0f} s'
+    return f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'

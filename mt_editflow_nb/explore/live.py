@@ -11,11 +11,10 @@ import time
 from functools import lru_cache
 from pathlib import Path
 import ipywidgets as widgets
-from ..data.files import read_json, read_json_lines
+from ..data.files import duration_text, read_json, read_json_lines
 from ..data.plots import figure_png, plot_learning_curves
 from ..training.monitor import find_hacking
 from ..training.runs import metrics_rows
-from ..ablation.jobs import duration_text
 from .pages import NATURAL, View, as_url, checkbox, dropdown, page, template
 
 # %% ../../nbs/explore/05_live.ipynb #457619dc
