@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['turn_advantages', 'choose_rows', 'stochastic_steps', 'sampling_options', 'turn_scorer', 'continuation', 'Batch',
-           'make_batch', 'nft_terms', 'score_step', 'grpo_terms', 'Iteration', 'success_so_far', 'score_metrics',
-           'iteration_metrics', 'iterate']
+           'make_batch', 'fresh_noise', 'nft_terms', 'score_step', 'guarded_logp', 'grpo_terms', 'Iteration',
+           'success_so_far', 'score_metrics', 'iteration_metrics', 'share_scores', 'count_losses', 'iterate']
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #bffe2463
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 import torch
 from ..editing.noise import choose_levels, normal_noise, random_generator, torch_generator
@@ -20,10 +21,8 @@ from .credit import add_what_follows, continuation_chances, draw_members, values
 from .fusion import advantages
 from .losses import grpo_loss, guard_log_ratio, guard_weights, kl_to_base, nft_loss
 from .policy import Policy
-from .processes import (failing_together, gather_scores, gather_sessions, shard_of,
-                                                sum_statistics)
-from .updates import (Statistics, gradient_step, learning_rate, micro_batches, require_finite,
-                                              warn_if_idle)
+from .processes import gather_scores, gather_sessions, shard_of, sum_statistics
+from .updates import Statistics, check_signal, gradient_step, learning_rate, micro_batches
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #e88e1a83
 def turn_advantages(
@@ -65,22 +64,24 @@ def stochastic_steps(
 
 def sampling_options(
     config: Config, # of the run
+    sessions: list, # of all processes
     iteration: int, # from 0
 ) -> dict:          # keyword arguments of `rollout`
-    "How the sessions of an iteration are sampled."
+    "How the sessions of an iteration are sampled, and which of them by this process."
     window = stochastic_steps(config, torch_generator(config.seed, iteration, 'window'))
     return dict(group=config.group, num_steps=config.num_steps, kind=config.sampler, noise_level=config.noise_level,
-                window=window, seed=config.seed, iteration=iteration, batch=config.batch)
+                window=window, seed=config.seed, iteration=iteration, batch=config.batch,
+                shard=shard_of(len(sessions), config.group))
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #2d40943d
 def turn_scorer(
     config: Config, # of the run
-    sessions: list, # P `Session`s of all processes
-    shard,          # those of this process
+    sessions: list, # `Session`s of all processes
     judge,          # from `load_judge`, or (sessions, images_PGTHWC) -> `Scores`
     iteration: int, # from 0
 ) -> TurnScorer:
     "What scores this process's sessions while they are sampled."
+    shard = shard_of(len(sessions), config.group)
     judged = [sessions[p] for p in shard.sessions]
     return TurnScorer(judge, judged, len(shard.members), every_turn=config.branching != 'none',
                       seed=config.seed*1_000_003 + iteration)
@@ -131,21 +132,27 @@ def make_batch(
     return Batch(sampled, adv_NT, contributed)
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #ffebd9c6
+def fresh_noise(
+    config: Config,   # `train_timesteps` is read
+    sampled: Rollout, # of P sessions
+    t: int,           # turn
+):
+    "New noise for a turn, `train_timesteps` times: yields (its level sigma of each session [P], noise [P, L, C])."
+    keys = [(*key, 'train', t) for key in sampled.keys]
+    for k, level_P in enumerate(choose_levels(keys, len(sampled.sigmas) - 1, config.train_timesteps)):
+        noise_PLC = normal_noise([(*key, k) for key in keys], tuple(sampled.clean_TNLC.shape[2:]))
+        yield sampled.sigmas[level_P], noise_PLC
+
 def nft_terms(
     config: Config, # of the run
     policy: Policy, # in training
     batch: Batch,   # rows to learn from
 ):
     "DiffusionNFT at fresh noise levels on each turn's clean latents: yields (loss, statistics, rows) a micro-batch."
-    sampled = batch.rollout
-    on_policy = policy.is_old()
+    sampled, on_policy = batch.rollout, policy.is_old()
     G = len(sampled.shard.members)
     for t in range(len(sampled.texts_T)):
-        keys = [(*key, 'train', t) for key in sampled.keys]
-        levels_KP = choose_levels(keys, len(sampled.sigmas) - 1, config.train_timesteps)
-        for k, level_P in enumerate(levels_KP):
-            sigma_P = sampled.sigmas[level_P]
-            noise_PLC = normal_noise([(*key, k) for key in keys], tuple(sampled.clean_TNLC.shape[2:]))
+        for sigma_P, noise_PLC in fresh_noise(config, sampled, t):
             for n, text, image in batch.micro(t, config.batch):
                 x0 = sampled.clean_TNLC[t, n]
                 s, noise = (x[n//G].to(x0.device) for x in (sigma_P, noise_PLC))
@@ -173,6 +180,18 @@ def score_step(
                                   x_next=sampled.next_TKNLC[t, k, n])
     return mean, std, logp
 
+def guarded_logp(
+    config: Config,     # `sampler` is read
+    mean: torch.Tensor, # of the step under the policy in training, [rows, L, C]
+    std,                # scale of its noise
+    logp: torch.Tensor, # its log-probability, [rows]
+    mean_old,           # the old policy's mean
+    logp_old,           # and log-probability
+) -> torch.Tensor:      # [rows]
+    "The log-probability whose ratio to the old one is GRPO-Guard's: centred, and as wide at every step."
+    scale = 1/(2*std**2) if config.sampler == 'cps' else 1.      # cps leaves this factor out of its logp
+    return logp_old + guard_log_ratio(logp*scale, logp_old*scale, mean, mean_old, std)
+
 # %% ../../nbs/algorithm/07_iterate.ipynb #36b0bd32
 def grpo_terms(
     config: Config, # of the run
@@ -181,24 +200,20 @@ def grpo_terms(
 ):
     "GRPO on every stochastic step of each turn: yields (loss, statistics, rows) a micro-batch."
     sampled, device = batch.rollout, batch.adv_NT.device
-    for t in range(len(sampled.texts_T)):
-        for k, step in enumerate(sampled.steps):
-            for n, text, image in batch.micro(t, config.batch):
-                x, s = sampled.path_TKNLC[t, k, n], sampled.sigmas[step].to(device).expand(len(n))
-                mean, std, logp = score_step(config, sampled, t, k, n, policy.velocity(x, s, text, image))
-                logp_old = sampled.logp_TKN[t, k, n]
-                if config.guard:
-                    scale = 1/(2*std**2) if config.sampler == 'cps' else 1.    # cps leaves this factor out of its logp
-                    logp = logp_old + guard_log_ratio(logp*scale, logp_old*scale, mean,
-                                                      sampled.mean_TKNLC[t, k, n], std)
-                loss, statistics = grpo_loss(logp, logp_old, batch.adv_NT[n, t],
-                                             clip=config.clip, adv_max=config.adv_max)
-                if config.guard: loss = loss*guard_weights(sampled.sigmas)[step].item()
-                if config.kl_weight:
-                    v_base = policy.base_velocity(x, s, text, image)
-                    mean_base, *_ = score_step(config, sampled, t, k, n, v_base)
-                    loss = loss + config.kl_weight*kl_to_base(mean, mean_base, std).mean()
-                yield loss, statistics, len(n)
+    step_weights = guard_weights(sampled.sigmas)
+    for t, (k, step) in product(range(len(sampled.texts_T)), enumerate(sampled.steps)):
+        for n, text, image in batch.micro(t, config.batch):
+            x, s = sampled.path_TKNLC[t, k, n], sampled.sigmas[step].to(device).expand(len(n))
+            v, logp_old = policy.velocity(x, s, text, image), sampled.logp_TKN[t, k, n]
+            mean, std, logp = score_step(config, sampled, t, k, n, v)
+            if config.guard: logp = guarded_logp(config, mean, std, logp, sampled.mean_TKNLC[t, k, n], logp_old)
+            loss, statistics = grpo_loss(logp, logp_old, batch.adv_NT[n, t], clip=config.clip, adv_max=config.adv_max)
+            if config.guard: loss = loss*step_weights[step].item()
+            if config.kl_weight:
+                v_base = policy.base_velocity(x, s, text, image)
+                mean_base, *_ = score_step(config, sampled, t, k, n, v_base)
+                loss = loss + config.kl_weight*kl_to_base(mean, mean_base, std).mean()
+            yield loss, statistics, len(n)
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #214b8c5a
 class Iteration(NamedTuple):
@@ -230,19 +245,35 @@ def score_metrics(
     return metrics | dict(success=mean(scores.success_PGT), all_right=mean(so_far_PGT))
 
 def iteration_metrics(
-    iteration: int,  # from 0
-    rows: int,       # that were trained on
-    learned: dict,   # statistics of this process's part of the learning
-    passes: dict,    # rows of this process through the transformer
-    scores: Scores,  # of all sessions and members
-    goes_on_PT=None, # of turn branching
-) -> dict:           # a line of `metrics.jsonl`, the same in every process
+    rows: int,           # that were trained on
+    learned: Statistics, # of this process's part of the learning
+    passes: dict,        # rows of this process through the transformer
+    scores: Scores,      # of all sessions and members
+    goes_on_PT=None,     # of turn branching
+) -> dict:               # a line of `metrics.jsonl`, the same in every process
     "What the log keeps of an iteration."
-    rounded = {name: round(value, 8) for name, value in sum_statistics(learned).items()}
-    return dict(iteration=iteration, rows=rows, **rounded, **score_metrics(scores, goes_on_PT),
-                passes=sum_statistics(passes))
+    rounded = {name: round(value, 8) for name, value in sum_statistics(learned.values).items()}
+    return dict(iteration=learned.iteration, rows=rows, **rounded, **score_metrics(scores, goes_on_PT),
+                passes=sum_statistics(dict(passes)))
 
-# %% ../../nbs/algorithm/07_iterate.ipynb #9be55bef
+# %% ../../nbs/algorithm/07_iterate.ipynb #9be55bee
+def share_scores(
+    config: Config,   # `group` is read
+    device,           # that the processes exchange tensors on
+    scores: Scores,   # of this process's shard
+    sampled: Rollout, # of this process's shard
+) -> tuple:           # (`Scores`, members that went on [P, T - 1] or None) of all sessions and members
+    "What all processes have judged, so that each knows the advantages of all."
+    return gather_scores(scores, config.group, device), gather_sessions(sampled.goes_on_PT, device)
+
+def count_losses(
+    config: Config,   # `train_timesteps` is read
+    sampled: Rollout, # that is trained on
+) -> int:
+    "Over how many turns and denoising steps a row is trained."
+    return len(sampled.texts_T)*(len(sampled.steps) or config.train_timesteps)
+
+# %% ../../nbs/algorithm/07_iterate.ipynb #9be55bf0
 def iterate(
     config: Config, # of the run
     policy: Policy, # that learns, in place
@@ -251,36 +282,29 @@ def iterate(
     iteration: int, # from 0; with the run's seed it determines everything random
 ) -> Iteration:
     "One iteration of MT-EditFlow. Raises `InputError` for what is not finite."
-    shard = shard_of(len(sessions), config.group)           # the rows of this process
-    policy.passes.clear()
-
-    # act with the old policy; a judge that can scores turns while the next ones are sampled
-    scorer = turn_scorer(config, sessions, shard, judge, iteration)
-    with failing_together(), policy.sampling(), scorer:
-        sampled = rollout(policy.editor, sessions, shard=shard, on_turn=scorer, choose=continuation(config, scorer),
-                          **sampling_options(config, iteration))
+    # the old policy edits whole sessions, and the judge scores each turn while the next is sampled
+    with policy.sampling(), turn_scorer(config, sessions, judge, iteration) as scorer:
+        sampled = rollout(policy.editor, sessions, on_turn=scorer, choose=continuation(config, scorer),
+                          **sampling_options(config, sessions, iteration))
         scores = scorer.scores(sampled.images_PGTHWC)
-    scores = gather_scores(scores, config.group, policy.editor.device)
-    for text in sampled.texts_T: policy.count_passes('sampled', text, times=config.num_steps)
-    if scores.rewards_PGTM.isnan().all(): require_finite(scores.rewards_PGTM, 'rewards_PGTM', iteration)
+    policy.count_passes('sampled', *sampled.texts_T, times=config.num_steps)
+    scores, goes_on_PT = share_scores(config, policy.editor.device, scores, sampled)
 
-    # one advantage a turn, and the rows that can teach
-    goes_on_PT = gather_sessions(sampled.goes_on_PT, policy.editor.device)
+    # one advantage for every turn, and the rows that can teach, in a part for each update
     adv_PGT = turn_advantages(config, scores, goes_on_PT)
     updates = choose_rows(config, adv_PGT, torch_generator(config.seed, iteration, 'order'))
-    rows = sum(len(chosen) for chosen in updates)
-    warn_if_idle(policy, rows, scores, iteration)
+    rows = sum(map(len, updates))
+    check_signal(policy, rows, scores, iteration)
 
-    # learn
+    # learn from them
     method_terms = nft_terms if config.algorithm == 'nft' else grpo_terms
-    terms_a_row = len(sampled.texts_T)*(len(sampled.steps) or config.train_timesteps)
-    statistics = Statistics(iteration, rows*terms_a_row)
+    losses_a_row = count_losses(config, sampled)
+    learned = Statistics(iteration, rows*losses_a_row)
     policy.set_learning_rate(learning_rate(config, iteration))
     for chosen in updates:
         terms = method_terms(config, policy, make_batch(sampled, adv_PGT, chosen))
-        gradient_step(config, policy, terms, len(chosen)*terms_a_row, statistics)
+        gradient_step(config, policy, terms, len(chosen)*losses_a_row, learned)
 
-    # remember
+    # the policy that has learned acts next, at once or slowly
     policy.update_old(config.old_decay)
-    metrics = iteration_metrics(iteration, rows, statistics.values, dict(policy.passes), scores, goes_on_PT)
-    return Iteration(metrics, sampled, scores, adv_PGT)
+    return Iteration(iteration_metrics(rows, learned, policy.passes, scores, goes_on_PT), sampled, scores, adv_PGT)

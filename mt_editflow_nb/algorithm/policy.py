@@ -7,12 +7,13 @@ __all__ = ['require_bitsandbytes', 'make_optimizer', 'Policy']
 
 # %% ../../nbs/algorithm/05_policy.ipynb #0c0bf6af
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 import torch
 from ..data.files import expect
 from ..editing.lora import base_only, lora_parameters, merged, swapped
 from .config import Config
+from .processes import failing_together
 
 # %% ../../nbs/algorithm/05_policy.ipynb #c435b29b
 def require_bitsandbytes():
@@ -42,7 +43,7 @@ class Policy:
         self.old = [p.detach().clone() for p in self.params]
         self.optimizer = make_optimizer(config, self.params)
         self.merge = config.merge # while it samples, the adapter is part of the weights
-        self.passes = Counter()   # rows through the transformer, by what they were for
+        self.passes = Counter()   # rows through the transformer since sampling began, by what they were for
         self.idle = 0             # iterations in a row that had nothing to learn from
 
     def acting_old(self):
@@ -51,11 +52,10 @@ class Policy:
 
     @contextmanager
     def sampling(self):
-        "A context in which the transformer is the old policy, as fast as it gets; nothing is trained in it."
-        with self.acting_old():
-            if not self.merge: yield
-            else:
-                with merged(self.editor): yield
+        "A context in which the transformer is the old policy, as fast as it gets; what one process raises, all do."
+        self.passes.clear()
+        adapter_in_weights = merged(self.editor) if self.merge else nullcontext()
+        with failing_together(), self.acting_old(), adapter_in_weights: yield
 
     def acting_base(self):
         "A context in which the transformer is the base editor, without an adapter."
@@ -68,11 +68,11 @@ class Policy:
     def count_passes(
         self,
         kind: str,      # 'sampled', 'trained', 'old' or 'reference'
-        text,           # the `Text` of the rows
+        *texts,         # the `Text`s of the rows
         times: int = 1, # passes a row
     ):
         "Add rows to `passes`; where a row is guided, it passes twice."
-        self.passes[kind] += len(text)*times*(1 if text.negative is None else 2)
+        for text in texts: self.passes[kind] += len(text)*times*(1 if text.negative is None else 2)
 
     def velocity(self, x, sigma, text, image) -> torch.Tensor: # [N, L, C], with a gradient
         "What the policy in training predicts; arguments as in the editor's `velocity`."
