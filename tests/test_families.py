@@ -21,7 +21,7 @@ from mt_editflow_nb.editing.qwen import tiny_qwen
 from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.rewards.cube import Scores
 from mt_editflow_nb.training.budget import editor_configs, plan, weightless_editor
-from mt_editflow_nb.training.train import load_for
+from mt_editflow_nb.training.train import load_configured_editor
 
 SIZE, STEPS = 64, 3
 GUIDANCE = dict(FluxKontextPipeline=2.5, Flux2KleinPipeline=4., QwenImageEditPipeline=4., QwenImageEditPlusPipeline=4.)
@@ -135,8 +135,8 @@ def test_guidance_is_the_published_one(folder, editor):
     quiet, named, free = (make_config(dict(editor=str(folder), size=SIZE) | kw)
                           for kw in ({}, dict(guidance=1.5), dict(guidance=1.)))
     planned = weightless_editor(editor_configs(folder), size=SIZE)
-    assert editor.guidance == load_for(quiet).guidance == planned.guidance == GUIDANCE[family]
-    assert load_for(named).guidance == 1.5
+    assert editor.guidance == load_configured_editor(quiet).guidance == planned.guidance == GUIDANCE[family]
+    assert load_configured_editor(named).guidance == 1.5
     assert (plan(quiet)['passes'], plan(free)['passes']) == ((1, 1) if 'Kontext' in family else (2, 1))
 
 def test_distilled_models_take_no_guidance(tmp_path):

@@ -25,7 +25,7 @@ from mt_editflow_nb.algorithm.iterate import iterate
 from mt_editflow_nb.algorithm import policy as policies
 from mt_editflow_nb.algorithm.policy import Policy, make_optimizer
 from mt_editflow_nb.training.runs import judge_fingerprint
-from mt_editflow_nb.training.train import load_for
+from mt_editflow_nb.training.train import load_configured_editor
 from mt_editflow_nb.cli.train import main, read_recipe
 from mt_editflow_nb.algorithm.config import make_config
 
@@ -68,7 +68,7 @@ def test_recipe(path, twins):
     small = dict(editor=twin, size=64, sessions_per_iteration=2, group=2, num_steps=min(published.num_steps, 4),
                  turns=2, window=min(published.window, 2), min_std=0., iterations=2, judge='verifier')   # see below
     c = make_config(read_recipe(path) | small)
-    editor = load_for(c, lora_rank=c.lora_rank)
+    editor = load_configured_editor(c, lora_rank=c.lora_rank)
     policy = Policy(c, editor)
     passes = counting(editor)
     for o in policy.old: o += .01                                     # off-policy, as after some iterations
@@ -262,7 +262,7 @@ def test_a_judge_is_loaded_once(tmp_path):
         asked.append(name)
         return judge
     c = make_config(dict(judge='tiny:logit', eval_judge='tiny:logit', eval_sessions=1, iterations=0))
-    with patch.object(training, 'load_judge', one), patch.object(training, 'load_for', side_effect=Stop):
+    with patch.object(training, 'load_judge', one), patch.object(training, 'load_configured_editor', side_effect=Stop):
         with pytest.raises(Stop): experiment(c, tmp_path/'run')
     assert asked == ['tiny:logit']
 

@@ -345,8 +345,9 @@ def _plan_jobs(sweep, points, notebook, out):
     jobs, labels = [], {}
     for label, (values, content) in _checked_points(sweep, points, notebook).items():
         for job in _point_jobs(label, values, content, sweep, notebook, out):
-            twin = labels.get(job.hash)
-            if twin: raise InputError(f'points: expected different jobs, received the same for {twin!r} and {label!r}')
+            same_job = labels.get(job.hash)
+            if same_job:
+                raise InputError(f'points: expected different jobs, received the same for {same_job!r} and {label!r}')
             labels[job.hash] = label
             jobs.append(job)
     order = {seed: i for i, seed in enumerate(sweep.seeds)}

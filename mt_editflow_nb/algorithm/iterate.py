@@ -90,7 +90,7 @@ def continuation(
     config: Config,     # `branching`, `group` and `weights` are read
     scorer: TurnScorer, # that is handed the turns
 ):                      # None for chains; else (turn, keys of P sessions) -> members [P]
-    "What draws the member that goes on."
+    "A function that draws the member whose picture all members edit next; None where each edits its own."
     if config.branching == 'none': return None
     def choose(turn, keys):
         score_PG, success_PG = torch.zeros(2, len(keys), config.group)
@@ -115,7 +115,7 @@ class Batch:
         t: int,    # turn
         size: int, # rows a transformer call
     ):
-        "Of every micro-batch of a turn: its rows, their texts and the tokens of their input pictures."
+        "Yield the micro-batches of a turn: rows, their texts, and the tokens of their input pictures."
         for n in micro_batches(self.rows, size):
             yield n, self.rollout.texts_T[t][n], self.rollout.inputs_TNLC[t, n]
 
@@ -287,7 +287,7 @@ def iterate(
         sampled = rollout(policy.editor, sessions, on_turn=scorer, choose=continuation(config, scorer),
                           **sampling_options(config, sessions, iteration))
         scores = scorer.scores(sampled.images_PGTHWC)
-    policy.count_passes('sampled', *sampled.texts_T, times=config.num_steps)
+    policy.count_passes('sampled', *sampled.texts_T, per_row=config.num_steps)
     scores, goes_on_PT = share_scores(config, policy.editor.device, scores, sampled)
 
     # one advantage for every turn, and the rows that can teach, in a part for each update

@@ -23,7 +23,7 @@ def _finite(**tensors):
 def _same_shape(**tensors):
     shapes = {name: list(x.shape) for name, x in tensors.items()}
     if any(s != [*shapes.values()][0] for s in shapes.values()):
-        raise InputError(f'expected tensors of one shape, received {shapes}')
+        raise InputError(f'{", ".join(shapes)}: expected one shape, received {shapes}')
 
 def _trailing(a, x, name):
     "Give `a`, whose axes are the leading ones of `x`, the trailing axes of length 1 that let it broadcast against `x`."

@@ -67,12 +67,12 @@ class Policy:
 
     def count_passes(
         self,
-        kind: str,      # 'sampled', 'trained', 'old' or 'reference'
-        *texts,         # the `Text`s of the rows
-        times: int = 1, # passes a row
+        kind: str,        # 'sampled', 'trained', 'old' or 'reference'
+        *texts,           # the `Text`s of the rows
+        per_row: int = 1, # passes a row
     ):
         "Add rows to `passes`; where a row is guided, it passes twice."
-        for text in texts: self.passes[kind] += len(text)*times*(1 if text.negative is None else 2)
+        for text in texts: self.passes[kind] += len(text)*per_row*(1 if text.negative is None else 2)
 
     def velocity(self, x, sigma, text, image) -> torch.Tensor: # [N, L, C], with a gradient
         "What the policy in training predicts; arguments as in the editor's `velocity`."
@@ -103,7 +103,7 @@ class Policy:
         self,
         lr: float, # of the next optimiser steps
     ):
-        "The same learning rate for every tensor."
+        "Give every tensor this learning rate."
         for group in self.optimizer.param_groups: group['lr'] = lr
 
     def broken_tensor(self) -> str: # None: all numbers are finite

@@ -63,25 +63,25 @@ LICENCES = {   # base model -> what the head of a model card says
     'Qwen/Qwen-Image-Edit-2511': dict(license='apache-2.0')}
 
 def licence_of(
-    base: str,         # hub name of the base model
-    given: str = None, # by the user
-) -> dict:             # fields of a model card's head
+    base: str,           # hub name of the base model
+    licence: str = None, # named by the user
+) -> dict:               # fields of a model card's head
     "The licence of an adapter. Raises `InputError` where the base model's is not known here."
-    if given: return dict(license=given)
-    expect(base in LICENCES, '--licence', f'the licence of {base}, such as apache-2.0', given)
+    if licence: return dict(license=licence)
+    expect(base in LICENCES, '--licence', f'the licence of {base}, such as apache-2.0', licence)
     fields = LICENCES[base]
     if fields['license'] != 'other': return fields
     return fields | dict(license_link=f'https://huggingface.co/{base}/blob/main/LICENSE.md')
 
 def base_of(
-    config: dict,      # of the run
-    given: str = None, # by the user
-) -> str:              # hub name, or `TINY`
+    config: dict,           # of the run
+    base_model: str = None, # named by the user
+) -> str:                   # hub name, or `TINY`
     "What was trained. Raises `InputError` for an editor that lay in a folder: only the user knows what that is."
     editor = config['editor']
-    known = given or editor == TINY or (editor.count('/') == 1 and not Path(editor).exists())
-    expect(known, '--base-model', 'the hub name of the editor that was trained from a folder', given)
-    return given or editor
+    known = base_model or editor == TINY or (editor.count('/') == 1 and not Path(editor).exists())
+    expect(known, '--base-model', 'the hub name of the editor that was trained from a folder', base_model)
+    return base_model or editor
 
 # %% ../../nbs/cli/05_push.ipynb #dcfa6430
 HUB_CARD = '''\

@@ -369,14 +369,14 @@ def folder_records(name, source):
     "Pictures with a text file beside them: (place, path of the picture). Raises `InputError` where there are none."
     expect(source.is_dir(), str(source), 'a folder of pictures with a text file beside each', 'no folder')
     pictures = [p for p in sorted(source.rglob('*')) if p.suffix.lower() in PICTURES]
-    told = [p for p in pictures if p.with_suffix('.txt').is_file()]
-    if others := not told and looks_like(source):
+    captioned = [p for p in pictures if p.with_suffix('.txt').is_file()]
+    if others := not captioned and looks_like(source):
         raise InputError(f'{source}: expected pictures with a text file beside each, received what looks like '
                          f'{" and ".join(others)}')
-    if not told:
+    if not captioned:
         raise InputError(f'{source}: expected pictures with a text file of instructions beside each (mtef_data make '
                          f'writes instructions), received {len(pictures)} pictures and no text')
-    for p in told: yield str(p.with_suffix('.txt')), (p, p.relative_to(source).with_suffix('').as_posix())
+    for p in captioned: yield str(p.with_suffix('.txt')), (p, p.relative_to(source).with_suffix('').as_posix())
 
 def folder_row(
     record: tuple, # (path of a picture, its id)

@@ -52,7 +52,7 @@ class StopRequests:
 
     @contextmanager
     def deferred(self):
-        "What stands inside is finished before a request is obeyed."
+        "A context that is finished before a request to stop is obeyed."
         self.depth += 1
         try: yield
         finally: self.depth -= 1

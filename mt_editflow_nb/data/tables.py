@@ -82,7 +82,7 @@ def open_table(
     return undecoded(table)
 
 def undecoded(table):
-    "The same table, whose pictures come as files."
+    "A table whose pictures come as files, not decoded."
     import datasets
     picture = datasets.Image(decode=False)
     if isinstance(table.features['image'], datasets.Image): table = table.cast_column('image', picture)

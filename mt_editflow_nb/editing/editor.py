@@ -212,8 +212,8 @@ def guide(
     "Classifier-free guidance (arXiv 2207.12598): a second pass where `text` has a negative, none where it has not."
     v = predict(text)
     if text.negative is None: return v, v
-    away = predict(text.negative)
-    return away + guidance*(v - away), v
+    unguided = predict(text.negative)
+    return unguided + guidance*(v - unguided), v
 
 # %% ../../nbs/editing/00_editor.ipynb #3f99ba36
 @contextmanager

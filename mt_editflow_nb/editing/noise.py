@@ -35,14 +35,14 @@ def random_generator(
 def torch_generator(
     *key, # as of `random_generator`
 ) -> torch.Generator: # on the CPU
-    "The same for functions that take a generator of torch, for the few draws that a whole batch shares."
+    "A generator of torch that belongs to a key, for the few draws that a whole batch shares."
     return torch.Generator().manual_seed(int(random_generator(*key).integers(2**63)))
 
 def normal_noise(
     keys: list,   # of N tuples; equal keys have equal noise
     shape: tuple, # of the noise of a key
 ) -> torch.Tensor: # float32 [N, *shape], on the CPU
-    "Standard normal noise, a tensor a key."
+    "Standard normal noise, one tensor for each key."
     noise = {key: random_generator(*key).standard_normal(shape, np.float32) for key in dict.fromkeys(keys)}
     return torch.from_numpy(np.stack([noise[key] for key in keys]))
 
@@ -51,5 +51,5 @@ def choose_levels(
     levels: int, # how many there are to choose from
     k: int,      # how many to choose, each at most once
 ) -> torch.Tensor: # [k, P], whole numbers below `levels`
-    "For every key `k` different noise levels."
+    "Draw `k` different noise levels for each key."
     return torch.tensor(np.stack([random_generator(*key).permutation(levels)[:k] for key in keys], 1))

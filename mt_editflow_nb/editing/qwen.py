@@ -58,7 +58,7 @@ class QwenEditor:
 
     @staticmethod
     def components(source) -> dict:
-        "What the loader hands to the pipeline's `from_pretrained`."
+        "Parts of the pipeline that the loader hands to its `from_pretrained`."
         return dict(processor=processor_without_video(source))
 
     def _as_seen(self, image):

@@ -54,7 +54,7 @@ def sample(
     window=(),                # indices of the stochastic steps
     eps_KNLC=(),              # their noise
 ) -> Trajectory:
-    "Denoise N rows."
+    "Denoise N rows, and keep the stochastic steps of a window."
     one_of('kind', kind, (*SAMPLER_KINDS, 'dpm2'))
     if kind == 'dpm2':
         expect(not len(window), 'window', 'no stochastic steps with kind dpm2', list(window))
@@ -210,7 +210,7 @@ def share_pictures(
     pictures_PHWC: np.ndarray, # uint8, a picture a session
     group: int,                # G
 ) -> tuple: # (pictures uint8 [N, H, W, 3], their tokens [N, L, C]), encoded once a session
-    "The same input picture for all members of a group."
+    "Give all members of a group the same input picture, encoded once."
     each = torch.arange(len(pictures_PHWC)).repeat_interleave(group)
     return pictures_PHWC.repeat(group, 0), editor.encode_image(pictures_PHWC)[each]
 

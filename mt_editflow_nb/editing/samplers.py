@@ -117,8 +117,8 @@ def sde_window(
     if not (0 <= first < end <= num_steps - 1 and 1 <= size <= end - first):
         raise InputError(f'size, within: expected 1 or more of the first {num_steps - 1} of {num_steps} steps '
                          f'(the last is never random), received {size} in ({first}, {end})')
-    start, spare = first, end - first - size
-    if spare: start += torch.randint(spare + 1, (), generator=generator).item()
+    start, free = first, end - first - size
+    if free: start += torch.randint(free + 1, (), generator=generator).item()
     return range(start, start + size)
 
 # %% ../../nbs/editing/06_samplers.ipynb #9ebda4b1

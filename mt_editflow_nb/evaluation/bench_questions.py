@@ -140,9 +140,9 @@ def session_question(
 ) -> str:
     "A question about a whole session so far."
     half, formatted = session.meta['half'], session.meta['format_instructions']
-    told = list(zip(session.instructions, formatted))[:turns]
+    so_far = list(zip(session.instructions, formatted))[:turns]
     line = questions[f'{half}_line']
-    lines = [line.format(turn=t, instruction=i, formatted=f) for t, (i, f) in enumerate(told, 1)]
+    lines = [line.format(turn=t, instruction=i, formatted=f) for t, (i, f) in enumerate(so_far, 1)]
     return questions[half].format(instructions_formatted='\n'.join(lines))
 
 # %% ../../nbs/evaluation/09b_bench_questions.ipynb #a1f6bd39

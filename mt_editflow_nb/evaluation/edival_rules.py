@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLOT_PATTERNS', 'EDIVAL_SIDE', 'QUESTIONS', 'RULES', 'slots_of', 'Found', 'iou', 'contains', 'count_distinct',
-           'centers', 'beyond', 'crop', 'kind_of', 'choices_of', 'Detect', 'Question', 'Describe', 'NoAnswer',
+           'centers', 'distance_beyond', 'crop', 'kind_of', 'choices_of', 'Detect', 'Question', 'Describe', 'NoAnswer',
            'EdivalTools', 'answer_all', 'run_together', 'RuleVerdict', 'subject_add', 'subject_remove', 'singular',
            'subject_replace', 'position_change', 'count_change', 'attribute_alter', 'color_alter', 'material_alter',
            'text_change', 'background_change', 'rule_steps', 'follows_rule', 'object_steps', 'background_weights',
@@ -99,7 +99,7 @@ def centers(
 
 _directions = dict(left=(0, -1), right=(0, 1), above=(1, -1), below=(1, 1))
 
-def beyond(
+def distance_beyond(
     a,         # a point: across, down
     b,         # another
     side: str, # left, right, above or below
@@ -242,7 +242,7 @@ def subject_add(
     if not found: return _failed('new object not detected')
     if side not in _directions: return _failed('unknown place')
     pairs = [(n, r) for r in centers(references.boxes_N4) for n in centers(found.boxes_N4)]
-    return _passed() if any(beyond(n, r, side) > .03 for n, r in pairs) else _failed('wrong place')
+    return _passed() if any(distance_beyond(n, r, side) > .03 for n, r in pairs) else _failed('wrong place')
 
 # %% ../../nbs/evaluation/04_edival_rules.ipynb #0a7cbe3f
 def _plausible(found):
@@ -317,7 +317,7 @@ def position_change(
     if contains(references.best, things.best) or contains(things.best, references.best):
         return _failed('one box holds the other')
     if side not in _directions: return _failed('unknown place')
-    right = beyond(_center_px(things.best), _center_px(references.best), side) > 0
+    right = distance_beyond(_center_px(things.best), _center_px(references.best), side) > 0
     return _passed() if right else _failed('wrong place')
 
 # %% ../../nbs/evaluation/04_edival_rules.ipynb #770e3500

@@ -21,8 +21,8 @@ _columns = ['benchmark', 'system', 'metric', 'turn', 'value', 'low', 'high', 'so
 
 def _benchmark_of(results): # of a run's results.json
     if 'benchmark' in results: return results['benchmark']
-    told = str(results.get('facts', {}).get('Data', {}).get('sessions', ''))
-    return 'edival' if told.startswith('EdiVal-Bench') else 'sessions'
+    sessions = str(results.get('facts', {}).get('Data', {}).get('sessions', ''))
+    return 'edival' if sessions.startswith('EdiVal-Bench') else 'sessions'
 
 def _footnotes(results): # what is different about a run, and what its card says aloud
     protocol = results.get('facts', {}).get('Protocol', {})
@@ -50,8 +50,8 @@ def run_numbers(
         table = table[table.metric.isin(HEADLINES[name])]
         shown = BENCHMARKS[name].turns if name in BENCHMARKS else ()
         if shown: table = table[table.turn.isin(shown)]
-        whose = dict(benchmark=name, system=Path(folder).name if system == '.' else system, source='this run')
-        rows.append(table.assign(**whose, footnotes=[_footnotes(results)]*len(table)))
+        origin = dict(benchmark=name, system=Path(folder).name if system == '.' else system, source='this run')
+        rows.append(table.assign(**origin, footnotes=[_footnotes(results)]*len(table)))
     expect(rows, str(folder), 'at least one run of mtef_eval, with results.json', 'none')
     return pd.concat(rows, ignore_index=True).reindex(columns=_columns)
 

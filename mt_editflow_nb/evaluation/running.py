@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['equal_length_batches', 'run_batch', 'EvaluatedSession', 'evaluation_protocol', 'check_protocol', 'write_session',
-           'read_sessions', 'held_sessions', 'evaluate_round', 'evaluate_sessions', 'collect_sessions', 'pad_turns',
+           'read_sessions', 'open_evaluation', 'evaluate_round', 'evaluate_sessions', 'collect_sessions', 'pad_turns',
            'unscored_note', 'evaluate', 'solver_of', 'trained_with', 'training_mismatches']
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3c5a6b08
@@ -76,11 +76,11 @@ def check_protocol(
     "Note what a folder's results depend on. Raises `InputError` where it holds those of another protocol."
     file = Path(folder)/'protocol.json'
     if not file.is_file(): return atomic_write(file, to_json(protocol, indent=1))
-    held = read_json(file)
-    for name in [*protocol, *held]:
+    earlier = read_json(file)
+    for name in [*protocol, *earlier]:
         if name == 'batch' and name not in protocol: continue      # results of older versions depended on it
-        if held.get(name) != protocol.get(name):
-            raise InputError(f'{folder}: {name}: expected {held.get(name)!r}, as in the results that are there, '
+        if earlier.get(name) != protocol.get(name):
+            raise InputError(f'{folder}: {name}: expected {earlier.get(name)!r}, as in the results that are there, '
                              f'received {protocol.get(name)!r}; choose another folder')
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3de
@@ -122,7 +122,7 @@ def read_sessions(
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3e0
 def _without_pictures(evaluated): return [e._replace(images_THWC=None) for e in evaluated]
 
-def held_sessions(
+def open_evaluation(
     folder,         # of an evaluation; None: there is none
     sessions: list, # I `Session`s
     protocol,       # called for what results depend on
@@ -130,14 +130,14 @@ def held_sessions(
 ) -> list:          # `EvaluatedSession`s, with pictures in the first process alone
     "Lock a folder, check it, and read what it holds. Raises `InputError` where it holds other results."
     if not folder: return []
-    held = []
+    earlier = []
     with failing_together():
         if processes()[0] == 0:
             open_things.enter_context(locked(folder))
             check_protocol(folder, protocol())
-            held = read_sessions(folder, sessions)
-    outcomes = from_first(lambda: _without_pictures(held))
-    return held or outcomes
+            earlier = read_sessions(folder, sessions)
+    outcomes = from_first(lambda: _without_pictures(earlier))
+    return earlier or outcomes
 
 def evaluate_round(
     run,           # indices of sessions -> their `EvaluatedSession`s
@@ -184,10 +184,10 @@ def evaluate_sessions(
     with ExitStack() as open_things:
         show = progress and process == 0
         bar = open_things.enter_context(tqdm(total=len(sessions), desc=desc, unit='session', disable=not show))
-        held = held_sessions(folder, sessions, protocol, open_things)
-        yield from held
-        bar.update(len(held))
-        missing = sorted({*range(len(sessions))} - {e.index for e in held})
+        earlier = open_evaluation(folder, sessions, protocol, open_things)
+        yield from earlier
+        bar.update(len(earlier))
+        missing = sorted({*range(len(sessions))} - {e.index for e in earlier})
         size = min(batch, math.ceil(len(missing)/count))
         batches = equal_length_batches(sessions, size, missing) if missing else []
         for k in range(0, len(batches), count):
@@ -221,7 +221,7 @@ def unscored_note(
     success_IT,   # NaN: unscored
     turns_I=None, # how many turns each session has; None: T
 ) -> str:         # '' where every turn was scored
-    "A line for a log."
+    "How many turns could not be scored, as a line for a log."
     missing = int(count_unscored(success_IT, turns_I).sum())
     total = np.size(success_IT) if turns_I is None else int(np.sum(turns_I))
     return f'{missing} of {total} turns could not be scored; they are left out of every score' if missing else ''

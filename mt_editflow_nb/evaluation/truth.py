@@ -184,7 +184,7 @@ def judge_images(
     detect=shape_detect,      # (image, names, threshold) -> `Found`
     ask=shape_ask,            # (images, question) -> text
 ) -> pd.DataFrame:            # a row a turn: session, type, attempt ('turn 1', ...), truth, rule (bool), why
-    "What both say about an editor's own pictures. A cell that was not recognised before an edit counts as empty."
+    "Verifier and rules on an editor's own pictures. A cell that was not recognised before an edit counts as empty."
     rows = []
     for s, images in zip(sessions, images_ITHWC):
         chain = [s.image, *map(Image.fromarray, images)]

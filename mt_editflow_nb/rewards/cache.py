@@ -144,7 +144,7 @@ class Cached:
         self,
         asks: list, # of `Ask`s whose answers were of no use
     ) -> bool:      # false where nothing can be asked again: offline
-        "These calls are made again next time. Their answers stay in the file, to be read."
+        "Have these calls made again next time. Their answers stay in the file, to be read."
         if self.offline: return False
         keys = [(a.key(self.identity),) for a in self._adapted(asks)]
         with open_cache(self.path) as db: db.executemany('insert or ignore into unusable values (?)', keys)

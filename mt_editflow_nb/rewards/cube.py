@@ -109,14 +109,14 @@ def judge_items(
         for g in range(images_PGTHWC.shape[1]):
             for t in turns:
                 before, after = images_PGTHWC[p, g, t - 1] if t else first, images_PGTHWC[p, g, t]
-                this, so_far = tuple(session.instructions[t:t + 1]), tuple(session.instructions[:t + 1])
+                instruction, so_far = tuple(session.instructions[t:t + 1]), tuple(session.instructions[:t + 1])
                 if joint:
-                    items[p, g, t, 0] = Item('joint', (before, after), this)
+                    items[p, g, t, 0] = Item('joint', (before, after), instruction)
                     continue
                 for m, name in enumerate(rewards):
                     if name == 'cc': items[p, g, t, m] = Item('cc', (first, after), so_far)
                     elif name == 'if' and coarse: items[p, g, t, m] = Item('coarse', (first, after), so_far)
-                    else: items[p, g, t, m] = Item(name, (before, after), this)
+                    else: items[p, g, t, m] = Item(name, (before, after), instruction)
     return items
 
 def check_instruction_length(
@@ -249,18 +249,18 @@ def scores_of(
     shape_PGT: tuple, # sessions, members, turns
     repeats: int = 1, # turns that a score is for
 ) -> Scores:
-    "Verdicts as a cube."
-    given = {}
+    "The reward cube of these verdicts."
+    verdict_of = {}
     for (p, g, t, m), v in verdicts.items():
         named = v if isinstance(v, dict) else {judge.rewards[m]: v}
-        for name, verdict in named.items(): given[p, g, t, name] = verdict
-    values = np.array([v.score for v in given.values()], np.float32).reshape(*shape_PGT, len(judge.rewards))
+        for name, verdict in named.items(): verdict_of[p, g, t, name] = verdict
+    values = np.array([v.score for v in verdict_of.values()], np.float32).reshape(*shape_PGT, len(judge.rewards))
     rewards = torch.from_numpy(values.repeat(repeats, 2))
     nan = torch.full(rewards.shape[:3], torch.nan)
     follow, kept = (rewards[..., judge.rewards.index(n)] if n in judge.rewards else nan for n in JOINT)
     success = (follow >= judge.success_at).float().where(~follow.isnan(), torch.nan)
     calls = []
-    for (p, g, t, name), v in given.items():
+    for (p, g, t, name), v in verdict_of.items():
         for n, call in enumerate(v.calls):
             seen = judge.joint and name != JOINT[0]          # the same call once more, for the other reward
             where = dict(session=sessions[p].id, member=g, turn=t + 1, reward=name)
@@ -322,9 +322,9 @@ def _heads_judge(kind, model, cache, offline, rewards, max_failed, options):
     expect('@http' not in model, 'judge', f'{kind}:CHECKPOINT, which is loaded in this process', f'{kind}:{model}')
     known = [k for k, p in inspect.signature(RewardHeads.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY]
     for name in options: one_of('judge_options', name, known)
-    own = tuple(HEAD_MODELS[kind].rewards)
-    rewards = own if tuple(rewards) == JOINT else rewards
-    for name in rewards: one_of(f'rewards of {kind}', name, own)
+    possible = tuple(HEAD_MODELS[kind].rewards)
+    rewards = possible if tuple(rewards) == JOINT else rewards
+    for name in rewards: one_of(f'rewards of {kind}', name, possible)
     heads = RewardHeads(kind, model, **options)
     engine = Cached(heads, cache, offline=offline) if cache or offline else heads
     return Judge(engine, partial(regress, heads=heads), rewards=rewards, max_failed=max_failed)

@@ -54,7 +54,7 @@ TINY_JUDGE = 'tiny' # the name of the judge that is shipped with the package
 def fingerprint(
     folder: Path, # of a checkpoint
 ) -> str:         # 12 hexadecimal digits
-    "What its weights, words and templates are, whatever the folder is called."
+    "What identifies a model: its weights, vocabulary and templates, whatever its folder is called."
     kinds = ('.safetensors', '.json', '.jinja', '.txt', '.model')
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix in kinds):

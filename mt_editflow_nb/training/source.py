@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_SHARE', 'MANY_PICTURES', 'STREAMED', 'thumbnails', 'copies_of_training', 'check_apart', 'SessionSource',
-           'Ahead', 'turns_of', 'length_weights', 'shuffled_part', 'session_source']
+           'PrefetchedBatches', 'turns_of', 'length_weights', 'shuffled_part', 'session_source']
 
 # %% ../../nbs/training/02_source.ipynb #aa03e291
 from collections.abc import Callable
@@ -84,11 +84,11 @@ class SessionSource(NamedTuple):
             sessions = self.batch(iteration)
             if self.of_file is None: check_instructions(editor, sessions)
             return resize_sessions(trained, sessions)
-        if self.of_file != (): batch = Ahead(batch)
+        if self.of_file != (): batch = PrefetchedBatches(batch)
         with at_size(editor, eval_size): heldout = resize_sessions(editor, self.heldout)
         return self._replace(batch=batch, heldout=heldout)
 
-class Ahead:
+class PrefetchedBatches:
     "Batches of a file. A thread decodes the next one while one is used, so two batches of pictures are in memory."
     def __init__(
         self,
