@@ -11,6 +11,7 @@ import ipywidgets as widgets
 import numpy as np
 from matplotlib.figure import Figure
 from ..data.files import InputError, expect
+from ..data.plots import PALETTE
 from ..rewards.judges import MODES, PROMPTS, load_mode
 from ..rewards.cube import Judge, verifier
 from .pages import (NATURAL, WRAPPED, Task, View, button, checkbox, dropdown, page, picture,
@@ -100,10 +101,9 @@ def bench_figure(
     for axes, image, title in ((before, item.images[0], 'before'), (after, item.images[1], 'after')):
         axes.imshow(image, interpolation='nearest')
         axes.set(title=title, xticks=[], yticks=[])
-    chart.barh(list(bars), [0. if np.isnan(score) else score for score in bars.values()], color='#0072B2')
-    for row, score in enumerate(bars.values()):
-        chart.text(.02, row, 'no score' if np.isnan(score) else f'{score:.2f}', va='center')
-    chart.set(xlim=(0, 1), title=item.aspect)
+    drawn = chart.barh(list(bars), np.nan_to_num(list(bars.values())), color=PALETTE[0])
+    chart.bar_label(drawn, ['no score' if np.isnan(score) else f'{score:.2f}' for score in bars.values()], padding=4)
+    chart.set(xlim=(0, 1.2), xticks=(0, .25, .5, .75, 1), title=item.aspect)
     chart.invert_yaxis()
     return figure
 

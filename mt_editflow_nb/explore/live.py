@@ -93,7 +93,9 @@ def plot_training(
 ):                    # matplotlib figure
     "Learning curves of several runs."
     rows = {name: read_training(run)['rows'] for name, run in named_runs(runs).items()}
-    return plot_learning_curves(rows, _PANELS, window=window, transparent=True)
+    figure = plot_learning_curves(rows, _PANELS, window=window, transparent=True)
+    if not any(rows.values()): figure.axes[0].set(title='no iteration yet', xticks=[], yticks=[])
+    return figure
 
 # %% ../../nbs/explore/05_live.ipynb #2c18824f
 def training_monitor(
