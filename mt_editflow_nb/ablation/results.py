@@ -183,7 +183,7 @@ def compare_points(
     *,
     n_boot: int = 1000, # draws
     seed: int = 0,      # of the draws
-) -> pd.DataFrame:      # index (turn, metric); base, other, difference, se, df, low, high, p, g; in percent points
+) -> pd.DataFrame:      # index (turn, metric); base, other, difference, se, df, low, high, p, g; in percentage points
     """Paired difference of two settings of a sweep, with its 95 % interval over seeds and sessions.
 
     `g` is Hedges' g, the mean difference over its standard deviation between seeds, corrected for few of them.

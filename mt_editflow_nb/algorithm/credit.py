@@ -17,7 +17,7 @@ def continuation_chances(
     score_PG: torch.Tensor,   # of the members at a turn; NaN: could not be scored
     success_PG: torch.Tensor, # 1 where the turn succeeded, 0 where not, NaN: unknown
 ) -> torch.Tensor:            # [P, G], float64; each row adds up to 1
-    "How likely each member is to be the one whose picture all members edit next."
+    "The probability of each member to be the one whose picture all members edit next."
     one_of('branching', rule, BRANCHINGS[1:])
     if rule == 'best': chosen_PG = score_PG == score_PG.nan_to_num(-torch.inf).amax(1, keepdim=True)
     elif rule == 'worst': chosen_PG = score_PG == score_PG.nan_to_num(torch.inf).amin(1, keepdim=True)
@@ -31,7 +31,7 @@ def draw_members(
     chance_PG: torch.Tensor, # from `continuation_chances`
     uniform_P: torch.Tensor, # a random number in [0, 1) for each session
 ) -> torch.Tensor:           # [P], the member that goes on
-    "One member a session, drawn with these chances."
+    "Draw one member for each session with these probabilities."
     upto_PG = chance_PG.double().cumsum(1)
     return (upto_PG <= uniform_P.double()[:, None]*upto_PG[:, -1:]).sum(1)
 
@@ -39,7 +39,7 @@ def draw_members(
 def values_to_come(
     r_PGTM: torch.Tensor, # rewards under branching; NaN is a score that failed
 ) -> torch.Tensor:        # [P, T, M]; NaN where all siblings of a later turn failed to be scored
-    "What follows each turn: the siblings' mean reward, added up over the later turns. 0 after the last."
+    "The value of what follows each turn: the siblings' mean rewards, summed over the later turns; 0 after the last."
     mean_PTM = r_PGTM.nanmean(1)
     return mean_PTM.flip(1).cumsum(1).flip(1) - mean_PTM
 
@@ -49,7 +49,7 @@ def add_what_follows(
     value_PTM: torch.Tensor,   # of what followed it, from `values_to_come`
     expected_TM: torch.Tensor, # the same of the members that did not go on: a mean over sessions
 ) -> torch.Tensor:             # [P, G, T, M], to be compared turn by turn
-    "Each reward with the value of what follows, as far as it is known."
+    "Add to each reward the value of what follows, as far as it is known."
     paid_PGTM = r_PGTM + expected_TM
     gain_PTM = (value_PTM - expected_TM).nan_to_num(0)
     P, T = goes_on_PT.shape

@@ -26,14 +26,14 @@ def right_results(
     session,     # with targets, or of the shape world
     size: int,   # side of the pictures in pixels
 ) -> np.ndarray: # uint8 [T, size, size, 3]
-    "What every turn should show."
+    "The right result of every turn."
     if session.targets: return np.stack([as_square(image, size) for image in session.target_images()])
     return teacher_images(session)
 
 def edited_pictures(
     session, # whose turns may go back to an earlier picture
 ) -> list:   # of T numbers: 0 is the first picture, t the result of turn t
-    "Which picture each turn edits: as a rule that of the turn before."
+    "The number of the picture that each turn edits, by default that of the turn before."
     return session.meta.get('input_turn') or list(range(len(session.instructions)))
 
 def own_results(
@@ -44,7 +44,7 @@ def own_results(
     iteration: int, # from 0
     round: int,     # which of the own turns this is: each has noise of its own
 ) -> tuple:         # (uint8 [P, T - 1, H, W, 3]: results of all turns but the last, `Text` of the rows)
-    "One turn by the editor itself, of every turn that another may follow."
+    "Let the editor make one turn itself, for every turn but the last."
     edits = [Session(f'{s.id}, turn {t + 1}, own {round}', Image.fromarray(input_PTHWC[p, t]), [s.instructions[t]])
              for p, s in enumerate(sessions) for t in range(input_PTHWC.shape[1] - 1)]
     made = rollout(editor, edits, group=1, num_steps=config.num_steps, seed=config.seed, iteration=iteration,
@@ -117,7 +117,7 @@ def supervised_terms(
 def unjudged(
     adv_PGT, # of all sessions
 ) -> Scores: # without rewards
-    "No scores, of as many sessions, members and turns."
+    "Scores without any reward, for as many sessions, members and turns."
     nan_PGT = torch.full_like(adv_PGT, torch.nan)
     return Scores((), torch.zeros(*adv_PGT.shape, 0), nan_PGT, nan_PGT, nan_PGT)
 

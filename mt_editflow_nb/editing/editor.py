@@ -133,7 +133,7 @@ def to_uint8(
 def deduplicate(
     items: list, # hashable
 ) -> tuple: # (the different items in order of appearance, index of each item among them [N])
-    "The different items of a list, and where each item is among them."
+    "The distinct items of a list, and the position of each item among them."
     place = {x: i for i, x in enumerate(dict.fromkeys(items))}
     return list(place), torch.tensor([place[x] for x in items])
 

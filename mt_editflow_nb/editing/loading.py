@@ -196,7 +196,7 @@ def choose_dtype(
 # %% ../../nbs/editing/05_loading.ipynb #2ac0fe9e
 @contextmanager
 def quiet_libraries():
-    "No bars and no advice from diffusers and transformers, for what loads in a blink."
+    "A context in which diffusers and transformers show no progress bars and no warnings."
     from diffusers.utils import logging as d
     from transformers.utils import logging as t
     levels = d.get_verbosity(), t.get_verbosity()

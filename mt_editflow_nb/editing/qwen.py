@@ -92,7 +92,7 @@ class QwenEditor:
 
     @torch.no_grad()
     def encode_image(self, images: np.ndarray) -> torch.Tensor:
-        "Pictures uint8 [N, H, W, 3] as tokens float32 [N, L, C]; to this autoencoder a picture is a film of one frame."
+        "Pictures uint8 [N, H, W, 3] as tokens float32 [N, L, C]; for this autoencoder a picture is a one-frame video."
         mean, std = self._latent_statistics()
         z = (self.vae.encode(to_vae(images, self.vae).unsqueeze(2)).latent_dist.mode().float() - mean)/std
         return self.pipe._pack_latents(z, len(z), self.channels//4, *z.shape[3:])

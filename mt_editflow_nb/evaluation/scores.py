@@ -274,7 +274,7 @@ def seed_summary(
     after: Outcomes,  # of S >= 2 trained editors, `[S, I, T]`
     **kw,             # n_boot and seed of `compare_scores`
 ) -> dict: # 'turn1_IF', ... -> before, before_ci, gain, and gain_ci (over seeds), gain_ci_sessions, gain_ci_both
-    "What training gained in percent points, and how far other seeds, other sessions, or both would move that."
+    "What training gained in percentage points, and how far other seeds, other sessions, or both would move that."
     def of_seed(s): return Outcomes(*(x[s] if np.ndim(x) == 3 else x for x in before))
     each = [compare_scores(of_seed(s), Outcomes(*o), n_boot=1) for s, o in enumerate(zip(*after))]
     both = compare_scores(before, after, **kw)
