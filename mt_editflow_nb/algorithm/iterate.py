@@ -80,7 +80,7 @@ def turn_scorer(
     judge,          # from `load_judge`, or (sessions, images_PGTHWC) -> `Scores`
     iteration: int, # from 0
 ) -> TurnScorer:
-    "What scores this process's sessions while they are sampled."
+    "A scorer of this process's sessions, which judges them while they are sampled."
     shard = shard_of(len(sessions), config.group)
     judged = [sessions[p] for p in shard.sessions]
     return TurnScorer(judge, judged, len(shard.members), every_turn=config.branching != 'none',
@@ -282,7 +282,7 @@ def iterate(
     iteration: int, # from 0; with the run's seed it determines everything random
 ) -> Iteration:
     "One iteration of MT-EditFlow. Raises `InputError` for what is not finite."
-    # the old policy edits whole sessions, and the judge scores each turn while the next is sampled
+    # act: the old policy edits whole sessions, and each turn is judged while the next one is sampled
     with policy.sampling(), turn_scorer(config, sessions, judge, iteration) as scorer:
         sampled = rollout(policy.editor, sessions, on_turn=scorer, choose=continuation(config, scorer),
                           **sampling_options(config, sessions, iteration))
@@ -290,13 +290,13 @@ def iterate(
     policy.count_passes('sampled', *sampled.texts_T, per_row=config.num_steps)
     scores, goes_on_PT = share_scores(config, policy.editor.device, scores, sampled)
 
-    # one advantage for every turn, and the rows that can teach, in a part for each update
+    # one advantage for every turn, and the rows that can teach, in a part for each update of the weights
     adv_PGT = turn_advantages(config, scores, goes_on_PT)
     updates = choose_rows(config, adv_PGT, torch_generator(config.seed, iteration, 'order'))
     rows = sum(map(len, updates))
     check_signal(policy, rows, scores, iteration)
 
-    # learn from them
+    # learn from them by NFT or GRPO
     method_terms = nft_terms if config.algorithm == 'nft' else grpo_terms
     losses_a_row = count_losses(config, sampled)
     learned = Statistics(iteration, rows*losses_a_row)
@@ -305,6 +305,6 @@ def iterate(
         terms = method_terms(config, policy, make_batch(sampled, adv_PGT, chosen))
         gradient_step(config, policy, terms, len(chosen)*losses_a_row, learned)
 
-    # the policy that has learned acts next, at once or slowly
+    # remember: the policy that has learned acts next, at once or slowly
     policy.update_old(config.old_decay)
     return Iteration(iteration_metrics(rows, learned, policy.passes, scores, goes_on_PT), sampled, scores, adv_PGT)
