@@ -108,11 +108,10 @@ LINES, CLASS_LINES = 40, 60     # of an exported cell; of one that is a class, w
 # modules with longer cells, to be emptied
 LONG_CELLS = {
     'algorithm.config', 'algorithm.policy', 'algorithm.processes', 'cli.data', 'cli.eval', 'cli.push',
-    'data.importers', 'data.overview', 'data.selecting', 'data.signals', 'data.tables', 'editing.lora',
-    'editing.qwen', 'editing.rollout', 'evaluation.bench_items', 'evaluation.bench_pictures',
-    'evaluation.bench_runs', 'evaluation.bench_scores', 'evaluation.leaderboard', 'rewards.cache', 'rewards.cube',
-    'rewards.engines', 'rewards.instructions', 'rewards.judges', 'rewards.reward_models', 'rewards.servers',
-    'training.checkpoints', 'training.source', 'training.train'}
+    'data.signals', 'data.tables', 'editing.qwen', 'editing.rollout', 'evaluation.bench_items',
+    'evaluation.bench_pictures', 'evaluation.bench_runs', 'evaluation.bench_scores', 'evaluation.leaderboard',
+    'rewards.cache', 'rewards.cube', 'rewards.engines', 'rewards.instructions', 'rewards.judges',
+    'rewards.reward_models', 'rewards.servers', 'training.checkpoints', 'training.source', 'training.train'}
 
 def too_long(path):
     "Names of what the cells define that have too many lines; empty ones and nbdev's directives do not count."
@@ -128,13 +127,11 @@ def test_cells_are_short(name):
 
 # modules in which a public parameter lacks a comment, or a public name a docstring, to be emptied
 UNDOCUMENTED = {
-    'algorithm.policy', 'algorithm.supervised', 'algorithm.updates', 'cli.eval', 'cli.push', 'data.files',
-    'data.importers', 'data.overview', 'data.selecting', 'data.sessions', 'data.shapeworld', 'data.tables',
-    'editing.editor', 'editing.flux2', 'editing.kontext', 'editing.loading', 'editing.qwen', 'editing.rollout',
-    'editing.samplers', 'evaluation.bench_items', 'evaluation.bench_pictures', 'evaluation.bench_questions',
-    'evaluation.bench_runs', 'evaluation.bench_scores', 'evaluation.benchmarks', 'evaluation.running',
-    'rewards.cache', 'rewards.cube', 'rewards.engines', 'rewards.instructions', 'rewards.reward_models',
-    'rewards.servers', 'training.checkpoints', 'training.train'}
+    'algorithm.policy', 'cli.eval', 'cli.push', 'data.files', 'data.sessions', 'data.shapeworld', 'data.tables',
+    'editing.editor', 'editing.flux2', 'editing.kontext', 'editing.qwen', 'editing.rollout',
+    'evaluation.bench_pictures', 'evaluation.bench_questions', 'evaluation.bench_runs',
+    'evaluation.bench_scores', 'evaluation.running', 'rewards.cache', 'rewards.cube', 'rewards.engines',
+    'rewards.instructions', 'rewards.reward_models', 'rewards.servers', 'training.checkpoints', 'training.train'}
 
 def public_functions(tree, within=''):
     "(name, node) of public functions, and of public methods, `__init__` and `__call__` of public classes."

@@ -135,7 +135,7 @@ def _part_number(text):
     return number
 
 def archive_parts(
-    folder: Path,
+    folder: Path, # to look below
 ) -> dict: # path of the whole archive -> its parts in order
     "The split archives below a folder. Raises `InputError` where a part is missing."
     archives = defaultdict(dict)
@@ -147,6 +147,7 @@ def archive_parts(
         if missing: raise InputError(f'{archive}: expected parts {first} to {max(parts)}, part {missing[0]} is missing')
     return {archive: [parts[n] for n in sorted(parts)] for archive, parts in archives.items()}
 
+# %% ../../nbs/data/06_importers.ipynb #5a3c1e3f
 class _Joined(io.RawIOBase):
     "Files one after the other, as one stream to read."
     def __init__(self, paths): self.paths, self.file = list(paths), None
@@ -173,7 +174,10 @@ def unpack_parts(
                          f'is broken ({one_line(e)}); is the last part missing?') from None
 
 # %% ../../nbs/data/06_importers.ipynb #46daf7da
-def json_records(name, source):
+def json_records(
+    name: str,    # of the set
+    source: Path, # its table, or its folder
+):
     "Every line of a set's JSON Lines tables: (place, the line)."
     for path in tables_of(name, source):
         with open(path, 'rb') as f:
@@ -228,7 +232,10 @@ def _batches(path, columns=None):
     except (OSError, pyarrow.lib.ArrowException) as e:
         raise InputError(f'{path}: expected a whole parquet file ({one_line(e)[:200]})') from None
 
-def magicbrush_records(name, source):
+def magicbrush_records(
+    name: str,    # of the set
+    source: Path, # its table, or its folder
+):
     "The rows of each session, as soon as all have come: (place of the last, list of rows)."
     tables = tables_of(name, source)
     left = defaultdict(int)
@@ -244,6 +251,7 @@ def magicbrush_records(name, source):
                 left[id] -= 1
                 if not left[id]: yield f'{path}: row {number}', waiting.pop(id)
 
+# %% ../../nbs/data/06_importers.ipynb #cfa2f238
 def _embedded(row, name):
     "The file that a cell holds."
     cell = row.get(name)
@@ -265,7 +273,10 @@ def magicbrush_row(
                 targets=[_embedded(row, 'target_img') for row in rows], meta=dict(masks=masks) if masks else {})
 
 # %% ../../nbs/data/06_importers.ipynb #1c74392f
-def parquet_records(name, source):
+def parquet_records(
+    name: str,    # of the set
+    source: Path, # its table, or its folder
+):
     "Every row of a set's parquet tables: (place, row)."
     for path in tables_of(name, source):
         for first, rows in _batches(path):
@@ -337,7 +348,10 @@ def edit_r2_row(
     return dict(id=image.stem, image=image, instructions=instructions, task_types=_field(row, 'task_type', list),
                 meta=meta)
 
-def edit_r2_records(name, source):
+def edit_r2_records(
+    name: str,    # of the set
+    source: Path, # its table, or its folder
+):
     "Lines with the name of their part, since both parts edit the same pictures: (place, (part, line))."
     for place, line in json_records(name, source):
         path = Path(place.rpartition(':')[0])
@@ -350,7 +364,10 @@ def _edit_r2_part_row(record, find):
     return row | dict(id=f'{part}-{row["id"]}')
 
 # %% ../../nbs/data/06_importers.ipynb #24236360
-def edival_records(name, source):
+def edival_records(
+    name: str,    # of the set
+    source: Path, # its table, or its folder
+):
     "The sessions of EdiVal-Bench: (place, `Session`)."
     for path in tables_of(name, source):
         for session in load_edival(path): yield f'{path}: image {session.id}', session
@@ -363,9 +380,13 @@ def edival_row(
     return dict(id=record.id, image=find(f'{record.id}_input_raw.jpg'), instructions=record.instructions,
                 task_types=record.task_types, meta=record.meta)
 
+# %% ../../nbs/data/06_importers.ipynb #5ad7778c
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
 
-def folder_records(name, source):
+def folder_records(
+    name: str,    # of the set
+    source: Path, # its table, or its folder
+):
     "Pictures with a text file beside them: (place, path of the picture). Raises `InputError` where there are none."
     expect(source.is_dir(), str(source), 'a folder of pictures with a text file beside each', 'no folder')
     pictures = [p for p in sorted(source.rglob('*')) if p.suffix.lower() in PICTURES]
@@ -424,7 +445,7 @@ class RowWriter:
 
     def picture(
         self,
-        held: Path|bytes,
+        held: Path|bytes, # a file, or the bytes of one
     ) -> str: # path from the file's folder
         "A path as a row names it; an embedded file is written first. Raises `InputError` for what is not a picture."
         image_size(held)
@@ -462,13 +483,13 @@ class RowWriter:
 
 # %% ../../nbs/data/06_importers.ipynb #e0e6a48a
 def import_set(
-    name: str,              # out of `IMPORTERS`
-    source: str|Path,       # the set's table, or the folder that it was downloaded to
-    out: str|Path,          # JSON Lines file to write
+    name: str,                 # out of `IMPORTERS`
+    source: str|Path,          # the set's table, or the folder that it was downloaded to
+    out: str|Path,             # JSON Lines file to write
     *,
     pictures: str|Path = None, # folder of the pictures; None: that of the source
-    on_bad: str = 'stop',   # 'skip': what cannot be used is left out and listed
-    unpack: bool = False,   # unpack split archives beside themselves first
+    on_bad: str = 'stop',      # 'skip': what cannot be used is left out and listed
+    unpack: bool = False,      # unpack split archives beside themselves first
 ) -> Imported:
     "Make native sessions from the files of a public set. Raises `InputError` with file, row and field."
     one_of('set', name, IMPORTERS)

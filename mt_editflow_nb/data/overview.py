@@ -30,17 +30,18 @@ class PictureFingerprint(NamedTuple):
     thumbnail: np.ndarray # uint8 [768], 16 x 16 pixels
 
 def fingerprint_of(
-    session: Session,
+    session: Session, # whose first picture it is
 ) -> PictureFingerprint:
     "The fingerprint of a session's first picture. Its thumbnail survives resizing and compression."
     image = session.image
     return PictureFingerprint(content_hash(image), image.size, np.asarray(image.resize((16, 16), Image.BOX)).ravel())
 
+# %% ../../nbs/data/08_overview.ipynb #9204c13a
 def first_near_copy(
-    prints: list,  # of `PictureFingerprint`
-    others: list,  # of `PictureFingerprint`
-    earlier: bool, # the others are the same pictures, of which only earlier ones count
-    block: int = 1024,
+    prints: list,      # of `PictureFingerprint`
+    others: list,      # of `PictureFingerprint`
+    earlier: bool,     # the others are the same pictures, of which only earlier ones count
+    block: int = 1024, # pictures that are compared at once
 ) -> list: # of numbers among the others, or None
     "For each picture the first of the others that looks like it and has other pixels."
     a, b = (np.stack([x.thumbnail for x in some]).astype(np.float32) for some in (prints, others))
@@ -58,8 +59,8 @@ def first_near_copy(
     return found
 
 def near_copies(
-    prints: list,  # of `PictureFingerprint`
-    names: list,   # of the pictures, in the same order
+    prints: list,         # of `PictureFingerprint`
+    names: list,          # of the pictures, in the same order
     others: tuple = None, # (prints, names) to look for; None: among themselves
 ) -> list: # pairs (name, name of the one that it looks like, which is an earlier one or one of the others)
     "Pictures that look like another and have other pixels; of exact copies only the first is named."
@@ -83,8 +84,8 @@ class TextLimit:
     count: Callable = None  # list of texts -> list of tokens; None: the tokenizer is not at hand
 
 def cut_texts(
-    texts: list,
-    limit: TextLimit,
+    texts: list,      # instructions
+    limit: TextLimit, # of an editor
 ) -> tuple: # (how many are cut, or may be cut where tokens cannot be counted; tokens or bytes of the longest)
     "How many instructions an editor would not read to their end."
     different = list(dict.fromkeys(texts))
@@ -136,11 +137,11 @@ def _shared_with(prints, names, benchmark):
 
 # %% ../../nbs/data/08_overview.ipynb #c5de1c09
 def overview(
-    sessions,           # `Session`s
+    sessions,            # `Session`s
     *,
-    benchmark=None,     # `Session`s whose pictures must not be among these
-    limits: tuple = (), # of `TextLimit`
-    decode: bool = True,# look at the pictures; False: only at their heads, so that no copies are found
+    benchmark=None,      # `Session`s whose pictures must not be among these
+    limits: tuple = (),  # of `TextLimit`
+    decode: bool = True, # look at the pictures; False: only at their heads, so that no copies are found
 ) -> Overview:
     "What is in a set of sessions. Raises `InputError` for a picture that cannot be read."
     texts = [text for s in sessions for text in s.instructions]
@@ -169,7 +170,7 @@ def overview(
 
 # %% ../../nbs/data/08_overview.ipynb #97bd485c
 def overview_figure(
-    found: Overview,
+    found: Overview, # from `overview`
 ) -> Figure:
     "Turns, types, sizes and lengths of instructions, in one row."
     fig = Figure(figsize=(13, 3), layout='constrained')

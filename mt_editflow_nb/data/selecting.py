@@ -42,6 +42,7 @@ def are_many(
         if len(different) > DECODED_AT_LOAD: return True
     return False
 
+# %% ../../nbs/data/07_selecting.ipynb #37da57ff
 def picture_keys(
     sessions,          # `Session`s
     many: bool = None, # take files for pictures; None: as `are_many` says
@@ -101,11 +102,12 @@ def _identifier():
     return identifier
 
 def language_of(
-    session: Session,
+    session: Session, # whose instructions are read
 ) -> str: # one of `LANGUAGES`
     "The language that instructions are most likely written in."
     return _identifier().classify('\n'.join(session.instructions))[0]
 
+# %% ../../nbs/data/07_selecting.ipynb #4645707e
 def read_range(
     name: str, # of the option, for the message
     text: str, # such as '3', '2-5' or '4-'
@@ -122,7 +124,7 @@ def read_range(
 def _within(value, ends): return ends is None or ends[0] <= value <= ends[1]
 
 def matches(
-    session: Session,
+    session: Session,      # to look at
     *,
     types=None,            # names of types, one of which a turn must have
     turns: tuple = None,   # (lowest, highest) number of turns
@@ -142,10 +144,10 @@ def matches(
 
 # %% ../../nbs/data/07_selecting.ipynb #bc3ca92a
 def sample_indices(
-    sessions,             # `Session`s
-    n: int,               # how many
-    seed: int = 0,
-    by_type: bool = False,# as many of each type, by the type of the first turn
+    sessions,              # `Session`s
+    n: int,                # how many
+    seed: int = 0,         # of the draw
+    by_type: bool = False, # as many of each type, by the type of the first turn
 ) -> list: # of numbers, in order
     "A draw without replacement. Raises `InputError` where there are fewer."
     expect(0 < n <= len(sessions), 'n', f'1 to {len(sessions)} sessions', n)

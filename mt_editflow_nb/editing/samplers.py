@@ -123,10 +123,10 @@ def sde_window(
 
 # %% ../../nbs/editing/06_samplers.ipynb #9ebda4b1
 def dpm_step(
-    x: torch.Tensor,          # latents [N, ...] at `sigma`
-    v: torch.Tensor,          # the model's velocity there, like `x`
-    sigma: float,             # noise level now, in (0, 1]
-    sigma_next: float,        # noise level after the step, in [0, sigma)
+    x: torch.Tensor,                # latents [N, ...] at `sigma`
+    v: torch.Tensor,                # the model's velocity there, like `x`
+    sigma: float,                   # noise level now, in (0, 1]
+    sigma_next: float,              # noise level after the step, in [0, sigma)
     x0_before: torch.Tensor = None, # the clean latents as the last step predicted them; None: a first step
     sigma_before: float = None,     # the last step's noise level
 ) -> tuple: # (latents at `sigma_next`, the clean latents as predicted here), float32

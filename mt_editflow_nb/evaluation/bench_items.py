@@ -176,10 +176,10 @@ def load_mice(
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #62851528
 def load_benchmark(
-    name: str,              # out of `BENCHMARKS`
-    source: str|Path,       # its files
+    name: str,               # out of `BENCHMARKS`
+    source: str|Path,        # its files
     images: str|Path = None, # folder of first pictures, where they are not beside its files
-    language: str = 'en',   # of GEdit's instructions
+    language: str = 'en',    # of GEdit's instructions
 ) -> Sessions:
     "A benchmark's items as sessions."
     one_of('benchmark', name, BENCHMARKS)

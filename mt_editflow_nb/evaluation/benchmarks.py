@@ -129,11 +129,11 @@ def collapsed_so_far(
     return collapsed
 
 def turn_rates(
-    state_IT,           # 1, 0, or NaN, one a session and turn
+    state_IT,            # 1, 0, or NaN, one a session and turn
     turns: tuple = None, # those to be shown; None: all
-    name: str = 'CR',   # of the rate
-    n_boot: int = 2000, # draws of sessions
-    seed: int = 0,      # of the draws
+    name: str = 'CR',    # of the rate
+    n_boot: int = 2000,  # draws of sessions
+    seed: int = 0,       # of the draws
 ) -> pd.DataFrame: # index turn; the rate, low, high in percent; `sessions` it is over
     "Shares of sessions over turns with 95 % bootstrap intervals. Raises `InputError` for turns that no session has."
     state = np.asarray(state_IT, float)
@@ -148,10 +148,10 @@ def turn_rates(
 
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #8ed404a8
 def mse_table(
-    scores_IT2,       # prompt following and consistency, from 0 to 10; NaN: unreadable, or not asked about
-    asked_IT,         # bool: which turns were asked about
+    scores_IT2,        # prompt following and consistency, from 0 to 10; NaN: unreadable, or not asked about
+    asked_IT,          # bool: which turns were asked about
     limit: float = 6., # both must exceed it
-    **kw,             # n_boot and seed of `success_rates`
+    **kw,              # n_boot and seed of `success_rates`
 ) -> pd.DataFrame: # index turn; SR, low, high in percent; prompt_following, consistency, overall; sessions, unreadable
     "MSE-Bench's table. Sessions with an unreadable turn are left out from there on, and counted."
     scores, asked = np.asarray(scores_IT2, float), np.asarray(asked_IT, bool)
@@ -167,8 +167,8 @@ def mse_table(
 MICE_WEIGHTS = dict(IF=.3, CC=.3, GA=.4)
 
 def mice_consistency(
-    object_cc_IT,      # EdiVal's object term; NaN: void
-    background_cc_IT,  # EdiVal's background term; NaN: void
+    object_cc_IT,        # EdiVal's object term; NaN: void
+    background_cc_IT,    # EdiVal's background term; NaN: void
     keeps_background_IT, # bool: whether the background was to stay so far
 ) -> np.ndarray:       # float [I, T]
     "Edit-R2's consistency of a turn: the mean of the terms that exist, one half where there is none."
