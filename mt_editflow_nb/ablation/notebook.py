@@ -10,10 +10,11 @@ import functools
 from pathlib import Path
 from ..algorithm.config import Config, make_config
 from ..algorithm.fusion import PRESETS
-from ..data.files import one_of, read_json_lines
+from ..data.files import content_hash, one_of, read_json_lines
 from ..data.selecting import sessions_hash
 from ..data.tables import is_table, open_sessions
 from ..editing.loading import find_editor
+from ..editing.lora import find_adapter
 from ..training.runs import check_parameters, editor_fingerprint, judge_fingerprint
 
 # %% ../../nbs/ablation/00b_notebook.ipynb #55510008
@@ -38,11 +39,15 @@ def _stamps(files):
 def _editor_hash(editor, stamps): return editor_fingerprint(editor)
 
 @functools.lru_cache(100)
-def _sessions_hash(path, stamps): return sessions_hash(open_sessions(path, same_turns=False))
+def _sessions_hash(path, allow_outside, stamps):
+    return sessions_hash(open_sessions(path, allow_outside=allow_outside, same_turns=False))
 
 def _session_files(path):
-    "A file of sessions and its pictures."
-    pictures = {str(row.get('image')) for row in read_json_lines(path)}
+    "A file of sessions and its pictures, or the files of a table."
+    if is_table(path): return [Path(path), *sorted(Path(path).rglob('*'))]
+    if not Path(path).is_file(): return []
+    rows = read_json_lines(path)
+    pictures = {str(name) for row in rows for name in (row.get('image'), *(row.get('targets') or ()))}
     return [Path(path), *(Path(path).parent/name for name in sorted(pictures))]
 
 def config_content(
@@ -54,6 +59,8 @@ def config_content(
     for field in ('judge', 'eval_judge'): content[field] = judge_fingerprint(getattr(config, field))
     for field in ('sessions', 'heldout'):
         path = str(getattr(config, field))
-        if is_table(path): content[field] = _sessions_hash(path, _stamps(sorted(Path(path).rglob('*'))))
-        elif Path(path).is_file(): content[field] = _sessions_hash(path, _stamps(_session_files(path)))
+        outside = config.allow_outside and not is_table(path)
+        files = _session_files(path)
+        if files: content[field] = _sessions_hash(path, outside, _stamps(files))
+    if config.init_lora: content['init_lora'] = content_hash(find_adapter(config.init_lora))
     return content

@@ -27,10 +27,11 @@ class EditorFields(BaseModel):
     quantize: Literal['nf4'] | None = Field(None, description="'nf4' stores the frozen weights in 4 bits")
     size: int | None = Field(None, ge=16, le=4096, description=(
         "side of the images in pixels, if not the autoencoder's own"))
-    guidance: float | None = Field(None, ge=0, description=(
+    guidance: float | None = Field(None, ge=0, le=10_000, description=(
         "embedded or classifier-free, in rollouts and in evaluation; None: what the editor's family publishes"))
     lora_rank: int = Field(16, ge=1, le=4096, description='rank of the trained adapter')
-    lora_alpha: float | None = Field(None, gt=0, description="the adapter's output is scaled by alpha/rank; None: by 1")
+    lora_alpha: float | None = Field(None, gt=0, le=100_000, description=(
+        "the adapter's output is scaled by alpha/rank; None: by 1"))
     lora_targets: str | list[str] = Field('all', description=(
         "linear layers with an adapter: 'all' of the transformer blocks, those of 'attention' or 'attention_mlp', or a "
         'list of ends of their names'))
@@ -93,31 +94,31 @@ class AdvantageFields(BaseModel):
     weights: list[float] | None = Field([.35, .65], description='of the rewards (if, cc); None: equal')
     std: Literal[STDS] = Field('global', description='normaliser of the advantage')
     whiten: bool = Field(False, description="GDPO's batch whitening")
-    min_std: float = Field(1e-3, ge=0, description='a reward with a smaller group std contributes nothing')
+    min_std: float = Field(1e-3, ge=0, lt=.5, description='a reward with a smaller group std contributes nothing')
     gamma: float | None = Field(None, gt=0, le=1, description="of aggregation 'discounted'")
 
 # %% ../../nbs/algorithm/03_config.ipynb #a79629ff
 class LossFields(BaseModel):
     "What the two losses do with an advantage."
     adv_max: float = Field(2., gt=0, description='advantages are clamped to +- this')
-    beta: float = Field(1., gt=0, description='NFT: strength of the implicit policies')
+    beta: float = Field(1., gt=0, le=1000, description='NFT: strength of the implicit policies')
     train_timesteps: int = Field(1, ge=1, description='NFT: noise levels at which each turn is trained')
     old_decay: float = Field(0., ge=0, le=1, description='NFT: EMA decay of the old policy, an iteration')
     sampler: Literal['flow', 'cps', 'dpm2'] = Field('flow', description=(
         "GRPO: kind of the stochastic steps, 'flow' or 'cps'; NFT: 'dpm2' samples by DPM-Solver++ 2M, not by Euler"))
-    noise_level: float = Field(.7, ge=0, description='GRPO: of the stochastic steps')
+    noise_level: float = Field(.7, ge=0, le=10, description='GRPO: of the stochastic steps')
     window: int = Field(0, ge=0, description=(
         'GRPO: stochastic steps a rollout, placed anew each iteration; 0: all but the last'))
     clip: float = Field(1e-3, gt=0, description='GRPO: clip range of the ratio')
     guard: bool = Field(False, description="GRPO: GRPO-Guard's centred ratios and re-weighted steps")
-    kl_weight: float = Field(0., ge=0, description='pull towards the base editor')
+    kl_weight: float = Field(0., ge=0, le=10_000, description='pull towards the base editor')
 
 class RunFields(BaseModel):
     "How long, how fast, how often."
     iterations: int = Field(110, ge=0, description='rollout-and-update rounds')
     updates: int = Field(1, ge=1, description='optimiser steps an iteration')
     lr: float = Field(1e-3, gt=0, le=1, description='AdamW learning rate')
-    weight_decay: float = Field(1e-4, ge=0, description='of AdamW')
+    weight_decay: float = Field(1e-4, ge=0, le=1, description='of AdamW')
     max_grad_norm: float = Field(1., gt=0, description='gradients are clipped to this norm')
     batch: int = Field(64, ge=1, description='rows a transformer call')
     eval_sessions: int = Field(512, ge=1, description='held-out sessions of the shape world')

@@ -20,7 +20,7 @@ from ..editing.loading import TINY
 from ..editing.lora import ADAPTER_FILE
 from ..evaluation.card import blind_spots, markdown_table
 from ..training.runs import plot_run, read_config
-from ..training.train import read_outcomes
+from ..evaluation.running import read_outcomes
 
 # %% ../../nbs/cli/05_push.ipynb #a5a95780
 def without_address(

@@ -103,15 +103,20 @@ def stop_notebook(
     signum: int,           # the signal to pass on
     patience: float = 30., # seconds
 ):
-    "Pass a request to stop on to the kernel, wait until it has saved, and leave nothing behind."
+    """Pass a request to stop on to the kernel, wait until it has saved, and leave nothing behind.
+
+    A kernel that listens obeys the first signal; one that has only begun may miss it, so it is sent again."""
     import psutil
-    try: family = psutil.Process(job.pid).children(recursive=True)
-    except psutil.NoSuchProcess: family = []
-    for p in family:
-        with contextlib.suppress(psutil.NoSuchProcess): p.send_signal(signum)
-    try: job.wait(patience)
-    except subprocess.TimeoutExpired: job.kill()
-    for p in psutil.wait_procs(family, 2)[1]: p.kill()
+    deadline, family = time.monotonic() + patience, {}
+    while job.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family |= {p.pid: p for p in psutil.Process(job.pid).children(recursive=True)}
+        if not family: job.terminate()                              # no kernel has begun: there is nothing to save
+        for p in family.values():
+            with contextlib.suppress(psutil.NoSuchProcess): p.send_signal(signum)
+        with contextlib.suppress(subprocess.TimeoutExpired): job.wait(2)
+    job.kill()
+    for p in psutil.wait_procs(family.values(), 2)[1]: p.kill()
 
 # %% ../../nbs/cli/00_train.ipynb #732d74b5
 def _failure(run):
@@ -137,7 +142,8 @@ def run_notebook(
         try: show_progress(job, run)
         except Stopped as e:
             stop_notebook(job, e.signum)
-            print(f'{e}; go on with: mtef_train --resume {run}', file=sys.stderr)
+            option = '--resume' if (run/'config.json').is_file() else '... --run'
+            print(f'{e}; go on with: mtef_train {option} {run}', file=sys.stderr)
             e.told = True
             raise
     if job.returncode: raise InputError(_failure(run))

@@ -51,6 +51,9 @@ def _local_tables(source):
     "The parquet files of a folder, or the one that is named."
     path = Path(source)
     files = sorted(path.rglob('*.parquet')) if path.is_dir() else [path]
+    lines = sorted(path.glob('*.jsonl')) if path.is_dir() and not files else []
+    if lines: raise InputError(f'{source}: expected a parquet file, or a folder with some, received a folder with '
+                               f'{lines[0].name}: name the file, {lines[0]}')
     expect(files and all(f.is_file() for f in files), source, 'a parquet file, or a folder with some', 'none')
     return [str(f) for f in files]
 

@@ -108,23 +108,28 @@ def save_lora(
 
 # %% ../../nbs/editing/04_lora.ipynb #cb987a43
 def find_adapter(
-    source: str|Path, # a file, a folder, or a hub name such as 'owner/name' or 'owner/name/file.safetensors'
+    source: str|Path,    # a file, a folder, or a hub name such as 'owner/name' or 'owner/name/file.safetensors'
+    field: str = 'lora', # the setting that names it, for messages
 ) -> Path: # of a safetensors file
     "Where an adapter's file is; one on the hub is fetched. Raises `InputError` when there is none, or several."
     def choose(names):
         known = [n for n in (ADAPTER_FILE, 'adapter_model.safetensors') if n in names]
         found = known[:1] or sorted(n for n in names if n.endswith('.safetensors'))
-        expect(len(found) == 1, f'lora: {source}', 'one .safetensors file', found or 'none')
+        expect(len(found) == 1, f'{field}: {source}', 'one .safetensors file', found or 'none')
         return found[0]
     path = Path(source).expanduser()
     if path.is_file(): return path
-    if path.is_dir(): return path/choose([p.name for p in path.iterdir()])
+    if path.is_dir():
+        of_run = [p for p in (path/'lora', *sorted(path.glob('checkpoints/*/lora'), reverse=True)) if p.is_dir()]
+        if of_run: raise InputError(f'{field}: {source}: expected the folder of an adapter, such as {of_run[0]}, '
+                                    'received a run folder')
+        return path/choose([p.name for p in path.iterdir()])
     owner, name, *inside = str(source).split('/') if str(source).count('/') else ('', '')
     hub = owner and name and owner[0] not in '.~' and (not inside or path.suffix == '.safetensors')
-    expect(hub, 'lora', 'a file, a folder, or a hub name such as owner/name', str(source))
+    expect(hub, field, 'a file, a folder, or a hub name such as owner/name', str(source))
     import huggingface_hub
     repo = f'{owner}/{name}'
-    with hub_errors('lora', repo, 'has no such file'):
+    with hub_errors(field, repo, 'has no such file'):
         file = '/'.join(inside) or choose(huggingface_hub.list_repo_files(repo))
         return Path(huggingface_hub.hf_hub_download(repo, file))
 

@@ -334,6 +334,7 @@ def load_mode(
     "A reasoning mode by its name."
     kind, at, k = name.partition('@')
     known = MODES | JOINT_MODES
+    one_of('mode', kind, known)
     fine = kind in known and (not at or kind in _repeated and k.isdigit() and 1 <= int(k) <= 64)
     repeated = ', '.join(f'{mode}@k' for mode in _repeated)
     expect(fine, 'mode', f'one of {", ".join(known)}, or {repeated} with k from 1 to 64', name)

@@ -91,7 +91,7 @@ def write_checkpoint(
     except (OSError, SafetensorError) as e:
         shutil.rmtree(tmp, ignore_errors=True)
         raise InputError(f'checkpoint: cannot write {final}: {one_line(e)}; '
-                         f'the last good one is {last_checkpoint(run)}') from e
+                         f'the last good one is {last_checkpoint(run) or "none"}') from e
     for p in sorted(folder.glob('[0-9]*'))[:-keep]: shutil.rmtree(p, ignore_errors=True)
     return final
 

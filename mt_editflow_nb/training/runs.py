@@ -71,7 +71,7 @@ def run_identity(
     source,    # its `SessionSource`
 ) -> dict:
     "Fingerprints of everything that a run's numbers depend on besides its configuration and the code."
-    adapter = dict(init_lora=content_hash(find_adapter(c.init_lora))) if c.init_lora else {}
+    adapter = dict(init_lora=content_hash(find_adapter(c.init_lora, 'init_lora'))) if c.init_lora else {}
     return dict(sessions=source.train_hash, heldout=source.heldout_hash, editor=editor_fingerprint(c.editor),
                 judge=judge_fingerprint(c.judge, c.judge_options),
                 eval_judge=judge_fingerprint(c.eval_judge, c.eval_judge_options), **adapter)

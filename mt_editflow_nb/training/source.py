@@ -7,6 +7,7 @@ __all__ = ['DEFAULT_SHARE', 'MANY_PICTURES', 'STREAMED', 'thumbnails', 'copies_o
            'PrefetchedBatches', 'turns_of', 'length_weights', 'shuffled_part', 'session_source']
 
 # %% ../../nbs/training/02_source.ipynb #aa03e291
+import difflib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -198,6 +199,15 @@ def _check_fields(c):
     expect(shape_world or c.eval_turns is None, 'eval_turns', 'none for a file, whose sessions have turns of their own',
            c.eval_turns)
 
+def _check_there(field, name):
+    "Raises `InputError` for the name of a file that is not there."
+    words = ('shapeworld',) if field == 'sessions' else ('training',)
+    if not isinstance(name, str) or name in words or is_table(name) or Path(name).is_file(): return
+    near = difflib.get_close_matches(name, words, 1)
+    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    expected = f'{words[0]!r}, a file or folder of sessions that is there, or hf:NAME'
+    raise InputError(f'{field}: expected {expected}, received {name!r}{hint}')
+
 def _check_turns(c, name, sessions):
     lengths = sorted({int(t) for t in turns_of(sessions)})
     said = ' and '.join(map(str, lengths))
@@ -242,6 +252,7 @@ def session_source(
     "Find the sessions of a run. Raises `InputError` for files that do not fit its configuration."
     _check_fields(c)
     if c.sessions == 'shapeworld': return _shape_world(c)
+    for field in ('sessions', 'heldout'): _check_there(field, getattr(c, field))
     if c.streaming: return _streamed(c)
     sessions = open_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False, targets=c.algorithm == 'sft')
     if c.judge.startswith('verifier'): _check_words(sessions)

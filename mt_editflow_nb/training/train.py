@@ -7,8 +7,8 @@ __all__ = ['FOLLOWED_BY', 'load_configured_editor', 'prepare', 'opened', 'stop_t
            'exact_scores', 'iteration_signals', 'save_group_figure', 'peak_memory', 'log_iteration',
            'find_common_batch', 'run_evaluation', 'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch',
            'say_findings', 'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'load_judges',
-           'check_judges', 'train', 'base_file', 'read_outcomes', 'write_outcomes', 'FirstBatch', 'saved_evaluation',
-           'results_of', 'draw_heldout', 'track_results', 'is_finished', 'check_size', 'run_stages', 'experiment']
+           'check_judges', 'train', 'base_file', 'FirstBatch', 'saved_evaluation', 'results_of', 'draw_heldout',
+           'track_results', 'is_finished', 'check_size', 'run_stages', 'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
 import gc, json, os, resource, shutil, sys, time
@@ -16,8 +16,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 from tqdm.auto import tqdm
 from ..data.files import (InputError, append_json_line, atomic_write, content_hash, expect, locked,
                                        read_json, read_json_lines, to_json)
@@ -36,10 +34,9 @@ from ..algorithm.processes import (exchange, failing_together, from_first, inter
                                                 processes, shard_of)
 from ..algorithm.supervised import supervise
 from ..algorithm.updates import learning_rate
-from ..evaluation.running import (collect_sessions, evaluate_sessions, pad_turns, solver_of,
-                                               training_mismatches, unscored_note)
-from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, edival_scores, outcomes_from,
-                                              score_intervals)
+from ..evaluation.running import (collect_sessions, evaluate_sessions, pad_turns, read_outcomes, solver_of,
+                                               training_mismatches, unscored_note, write_outcomes)
+from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, edival_scores, score_intervals)
 from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
 from .checkpoints import RunState, last_checkpoint, retry_with_half_the_rows
 from .monitor import find_hacking, hacking_signals
@@ -362,16 +359,6 @@ def base_file(run, c: Config, identity: dict) -> Path: # None: what is found is 
     key = content_hash(fields, versions, content)
     return Path(run).parent/'.base'/f'{key[:16]}.safetensors'
 
-def read_outcomes(file) -> tuple: # (`Outcomes`, pictures of the first sessions uint8 [I, T, H, W, 3]); None if damaged
-    "What an evaluation has left."
-    try: arrays = load(Path(file).read_bytes())
-    except (OSError, SafetensorError): return None
-    return outcomes_from(arrays), arrays['images']
-
-def write_outcomes(file, outcomes: Outcomes, images):
-    arrays = outcomes._asdict() | dict(images=images)
-    atomic_write(file, save({k: np.ascontiguousarray(x) for k, x in arrays.items()}))
-
 class FirstBatch:
     "Reports how far an evaluation is, and after its first batch how long the whole job will take."
     def __init__(self, c, run, name: str, turns: int, speak: bool):
@@ -389,9 +376,12 @@ class FirstBatch:
 def saved_evaluation(c, run, name: str, editor, heldout, judge, progress: bool, shared=None):
     "Evaluate once a run, or once for all runs that share a file; `before.safetensors` or `after.safetensors` keeps it."
     file, first = Path(run)/f'{name}.safetensors', processes()[0] == 0
+    def has_all(file):
+        found = read_outcomes(file)
+        return found and len(found[0].success_IT) == len(heldout) and found
     def is_there():
-        if read_outcomes(file): return True
-        found = shared and read_outcomes(shared)
+        if has_all(file): return True
+        found = shared and has_all(shared)
         if found: write_outcomes(file, *found)
         return bool(found)
     if from_first(is_there): return

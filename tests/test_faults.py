@@ -1,0 +1,103 @@
+"Faults that people ran into, each tried where it enters: the right value is in the test."
+import json, signal, subprocess, sys, time
+import numpy as np, psutil, pytest, torch
+from mt_editflow_nb.ablation.notebook import config_content
+from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.cli.train import stop_notebook
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.sessions import save_sessions
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.data.tables import save_table
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.editing.lora import find_adapter, lora_parameters, save_lora
+from mt_editflow_nb.evaluation.running import read_outcomes, write_outcomes
+from mt_editflow_nb.evaluation.scores import Outcomes
+from mt_editflow_nb.training.source import session_source
+
+def refused(f, *args, **kw):
+    "The one line with which something is refused."
+    with pytest.raises(InputError) as e: f(*args, **kw)
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+# --- settings that teach nothing, or destroy what was learnt
+
+@pytest.mark.parametrize('field,value', [('weight_decay', 1e9), ('min_std', .5), ('beta', 1e30), ('lora_alpha', 1e30),
+                                         ('guidance', 1e30), ('kl_weight', 1e30), ('noise_level', 1e4)])
+def test_numbers_out_of_all_proportion(field, value):
+    "In float32 they overflow, or (`min_std`, rewards lie in [0, 1]) leave no advantage at all."
+    grpo = dict(algorithm='grpo') if field == 'noise_level' else {}
+    assert refused(make_config, grpo | {field: value}).startswith(f'{field}: expected a number less than')
+
+def test_near_misses_of_words():
+    assert "did you mean 'think'?" in refused(make_config, dict(judge='tiny:thnk'))
+    assert "sessions: expected 'shapeworld'" in refused(session_source, make_config(dict(sessions='shapwrld')))
+    assert "did you mean 'shapeworld'?" in refused(session_source, make_config(dict(sessions='shapwrld')))
+
+# --- a folder instead of what lies in it
+
+def test_a_folder_of_sessions_says_which_file(tmp_path):
+    file = save_sessions(shape_sessions(4, 1), tmp_path)
+    assert f'name the file, {file}' in refused(session_source, make_config(dict(sessions=str(tmp_path))))
+
+def test_a_run_folder_is_no_adapter(tmp_path):
+    for name in ('checkpoints/000003/lora', 'checkpoints/000012/lora', 'rollouts'): (tmp_path/name).mkdir(parents=True)
+    assert f'such as {tmp_path}/checkpoints/000012/lora, received a run folder' in refused(find_adapter, tmp_path)
+    (tmp_path/'lora').mkdir()
+    assert refused(find_adapter, tmp_path, 'init_lora') == (
+        f'init_lora: {tmp_path}: expected the folder of an adapter, such as {tmp_path}/lora, received a run folder')
+
+# --- what a job stands for is its content
+
+def test_a_sweeps_job_depends_on_all_that_it_reads(tmp_path):
+    "Pictures outside the file's folder, right results, a parquet file, the adapter that training starts from."
+    sessions = shape_sessions(3, 1)
+    file = save_sessions(sessions, tmp_path/'a')
+    inside = json.loads(file.read_text().splitlines()[0])
+    (tmp_path/'b').mkdir()
+    outside = tmp_path/'b'/'mine.jsonl'
+    outside.write_text(json.dumps(inside | dict(image=f"../a/{inside['image']}")) + '\n')
+    fields = dict(sessions=str(outside), heldout='training')
+    assert 'sessions' in config_content(make_config(fields | dict(allow_outside=True)))
+    table = tmp_path/'mine.parquet'
+    save_table(sessions, table)
+    before = config_content(make_config(dict(sessions=str(table))))
+    save_table(shape_sessions(3, 1, seed=5), table)
+    assert config_content(make_config(dict(sessions=str(table))))['sessions'] != before['sessions']
+    editor, found = load_editor(lora_rank=2), []
+    for n in range(2):
+        with torch.no_grad(): lora_parameters(editor)[0].add_(n)
+        save_lora(editor, tmp_path/'adapter')
+        found.append(config_content(make_config(dict(init_lora=str(tmp_path/'adapter'), lora_rank=2)))['init_lora'])
+    assert found[0] != found[1]
+
+# --- state that is not what it was
+
+def test_a_flipped_bit_in_an_evaluation_is_seen(tmp_path):
+    "Every eighth byte of the file: what is read is what was written, or nothing."
+    outcomes = Outcomes(*np.float32([[[1, 0]], [[.9, .8]], [[.5, .4]]]))
+    file, images = tmp_path/'before.safetensors', np.arange(96, dtype=np.uint8).reshape(1, 2, 4, 4, 3)
+    write_outcomes(file, outcomes, images)
+    written = file.read_bytes()
+    assert np.array_equal(read_outcomes(file)[1], images)
+    for at in range(0, len(written), 8):
+        file.write_bytes(written[:at] + bytes([written[at] ^ 4]) + written[at + 1:])
+        found = read_outcomes(file)
+        if found: assert np.array_equal(found[1], images) and np.array_equal(found[0], outcomes)
+    file.unlink()
+    assert read_outcomes(file) is None
+
+# --- processes and signals
+
+def test_a_kernel_that_misses_the_first_signal_is_asked_again():
+    "A stand-in for papermill, whose child listens after a second; and one without a child, which ends at once."
+    child = ('import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(1); '
+             'signal.signal(2, signal.SIG_DFL); time.sleep(60)')
+    parent = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {child!r}])'
+    job = subprocess.Popen([sys.executable, '-c', parent], start_new_session=True)
+    while not (family := psutil.Process(job.pid).children()): time.sleep(.01)
+    stop_notebook(job, signal.SIGINT)
+    assert job.returncode is not None and not psutil.wait_procs(family, 1)[1]
+    alone = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+    stop_notebook(alone, signal.SIGINT)
+    assert alone.returncode == -signal.SIGTERM
