@@ -127,11 +127,10 @@ def test_cells_are_short(name):
 
 # modules in which a public parameter lacks a comment, or a public name a docstring, to be emptied
 UNDOCUMENTED = {
-    'algorithm.policy', 'cli.eval', 'cli.push', 'data.files', 'data.sessions', 'data.shapeworld', 'data.tables',
-    'editing.editor', 'editing.flux2', 'editing.kontext', 'editing.qwen', 'editing.rollout',
-    'evaluation.bench_pictures', 'evaluation.bench_questions', 'evaluation.bench_runs',
-    'evaluation.bench_scores', 'evaluation.running', 'rewards.cache', 'rewards.cube', 'rewards.engines',
-    'rewards.instructions', 'rewards.reward_models', 'rewards.servers', 'training.checkpoints', 'training.train'}
+    'algorithm.policy', 'cli.eval', 'cli.push', 'data.files', 'data.sessions', 'data.tables', 'editing.editor',
+    'editing.flux2', 'editing.kontext', 'editing.qwen', 'editing.rollout', 'evaluation.bench_pictures',
+    'evaluation.bench_questions', 'evaluation.bench_runs', 'evaluation.bench_scores', 'evaluation.running',
+    'rewards.cube', 'rewards.instructions', 'rewards.reward_models', 'training.checkpoints', 'training.train'}
 
 def public_functions(tree, within=''):
     "(name, node) of public functions, and of public methods, `__init__` and `__call__` of public classes."

@@ -314,9 +314,9 @@ def shape_sessions(
 DEPENDENT_TYPES = ('color_alter', 'position_change', 'subject_replace')   # after each the object is there to be edited
 
 def dependent_chain(
-    rng: np.random.Generator,
-    turns: int, # T
-    split: str, # of the first scene
+    rng: np.random.Generator, # of all choices
+    turns: int,               # T
+    split: str,               # of the first scene
 ) -> tuple:     # (scenes [T + 1], edits [T])
     "A first scene of this split, an object that is added, and edits of that object, types unrepeated while they last."
     scenes, edits, unused = random_chain(rng, 1, split)[0][:1], [], []

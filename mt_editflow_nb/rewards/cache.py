@@ -103,8 +103,13 @@ class Cached:
         self.calls = self.hits = 0 # asked, and answered from the file
 
     @property
-    def away(self): return getattr(self.engine, 'away', '')
-    def cancel(self): getattr(self.engine, 'cancel', lambda: None)()
+    def away(self):
+        "Why the engine cannot be reached; empty where it can."
+        return getattr(self.engine, 'away', '')
+
+    def cancel(self):
+        "Stop the calls in progress, where the engine can."
+        getattr(self.engine, 'cancel', lambda: None)()
 
     def _adapted(self, asks):
         adapt = getattr(self.engine, 'adapt', None)

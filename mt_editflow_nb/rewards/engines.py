@@ -186,7 +186,9 @@ class Local:
         self._lock = threading.Lock()
 
     @cached_property
-    def loaded(self): return load_vlm(self.path, self.device, self.quantize)
+    def loaded(self):
+        "Model and processor, loaded at the first call."
+        return load_vlm(self.path, self.device, self.quantize)
 
     def adapt(
         self,

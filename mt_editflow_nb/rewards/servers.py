@@ -50,6 +50,7 @@ class EncodedPictures:
         self,
         images: list, # of arrays
     ) -> list:        # of their URLs
+        "Encode the pictures that are not kept yet, and look up the others."
         keys = [hashlib.blake2b(repr(x.shape).encode() + np.ascontiguousarray(x).tobytes()).digest() for x in images]
         known = {k: self.urls[k] for k in keys if k in self.urls}
         new = {k: x for k, x in zip(keys, images) if k not in known}
@@ -183,10 +184,10 @@ def status_text(
     return f'the server failed ({status})'
 
 async def server_absence(
-    http, # an `AsyncOpenAI`
-    url: str,
+    http,     # an `AsyncOpenAI`
+    url: str, # of the server
 ) -> str: # why nobody is there; empty if somebody is
-    "Is there a server, whatever it may think of the question?"
+    "Why no server answers at an address; empty where one does, with whatever status."
     import openai
     try: await http.with_options(max_retries=0, timeout=10).get('/models', cast_to=str)
     except openai.APIStatusError as e: return status_text(e.status_code) if e.status_code in (502, 503, 504) else ''
@@ -194,7 +195,15 @@ async def server_absence(
     except openai.APIConnectionError as e: return connection_cause(e, url)
     return ''
 
-async def ask_systemone(http, url, model, ask, pictures, format):
+# %% ../../nbs/rewards/00a_servers.ipynb #14078e6f
+async def ask_systemone(
+    http,           # an `AsyncOpenAI`
+    url: str,       # of the server
+    model: str,     # its name there
+    ask,            # an `Ask` with choices
+    pictures: list, # data URLs
+    format: str,    # of the pictures, one of `PICTURE_FORMATS`
+) -> Reply:
     "The probabilities of the choices, from the endpoint that `transformers serve` has for them."
     import openai
     names = [f'<picture-{i}>' for i in range(len(pictures))]
@@ -213,8 +222,14 @@ async def ask_systemone(http, url, model, ask, pictures, format):
     except (KeyError, TypeError): return Reply(error='the server answered with something other than probabilities')
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0016
-async def ask_server(server, http, url, ask, pictures):
-    "One call. Raises `Unreachable` for bad luck, and `InputError` for what no patience repairs."
+async def ask_server(
+    server,         # a `Server`
+    http,           # an `AsyncOpenAI`
+    url: str,       # one of the server's addresses
+    ask,            # an `Ask`
+    pictures: list, # data URLs
+) -> Reply:
+    "Make one call. Raises `Unreachable` for what may pass, and `InputError` for what waiting does not mend."
     import openai
     try:
         if not (ask.choices and server.has_no_logprobs):
@@ -376,21 +391,21 @@ class Server:
     "A server that speaks OpenAI's chat protocol, or several that serve the same model."
     def __init__(
         self,
-        name: str,                 # the model, as the server calls it
-        url: str,                  # such as 'http://localhost:8000/v1'; several with commas between them
+        name: str,                         # the model, as the server calls it
+        url: str,                          # such as 'http://localhost:8000/v1'; several with commas between them
         *,
-        concurrency: int = 16,     # calls on their way at once, of all processes of a run together
-        timeout: float = 120,      # seconds a try
-        retries: int = 5,          # after bad luck, with growing pauses
-        give_up: int = 8,          # calls that fail in a row until a server that is there counts as down
-        judge_wait: float = 1800,  # seconds that a server that is gone is waited for
-        picture: str = 'png',      # how pictures are sent, one of `PICTURE_FORMATS`
-        max_tokens: int = None,    # of every answer in words; None: what each way of asking takes
+        concurrency: int = 16,             # calls on their way at once, of all processes of a run together
+        timeout: float = 120,              # seconds a try
+        retries: int = 5,                  # after bad luck, with growing pauses
+        give_up: int = 8,                  # calls that fail in a row until a server that is there counts as down
+        judge_wait: float = 1800,          # seconds that a server that is gone is waited for
+        picture: str = 'png',              # how pictures are sent, one of `PICTURE_FORMATS`
+        max_tokens: int = None,            # of every answer in words; None: what each way of asking takes
         max_completion_tokens: int = None, # the same, under the name that newer servers want
-        temperature: float = None, # of every answer in words; None: what each way of asking takes
-        top_logprobs: int = 20,    # likely tokens to ask for; some servers allow 5
-        extra_body: dict = None,   # more fields of the request
-        progress: bool = False,    # a progress bar
+        temperature: float = None,         # of every answer in words; None: what each way of asking takes
+        top_logprobs: int = 20,            # likely tokens to ask for; some servers allow 5
+        extra_body: dict = None,           # more fields of the request
+        progress: bool = False,            # a progress bar
     ):
         self.model, self.urls = name, tuple(u.rstrip('/') for u in url.split(','))
         for u in self.urls:
