@@ -22,7 +22,7 @@ from .fusion import CREDITS, FUSIONS, PRESETS, STDS
 
 # %% ../../nbs/algorithm/03_config.ipynb #518f2c29
 class EditorFields(BaseModel):
-    "Who edits, and which of its weights are trained."
+    "The editor, and which of its weights are trained."
     editor: str = Field('tiny', description="'tiny', a pipeline directory, or a hub name")
     quantize: Literal['nf4'] | None = Field(None, description="'nf4' stores the frozen weights in 4 bits")
     size: int | None = Field(None, ge=16, le=4096, description=(
@@ -51,7 +51,7 @@ class EditorFields(BaseModel):
 
 # %% ../../nbs/algorithm/03_config.ipynb #518f2c2a
 class SessionFields(BaseModel):
-    "What is edited, and who judges it."
+    "The sessions, and their judges."
     sessions: str = Field('shapeworld', description=(
         "'shapeworld', a JSON Lines file, parquet (a file or a folder), or hf:NAME[:SPLIT] of the hub"))
     streaming: bool = Field(False, description=(
@@ -73,7 +73,7 @@ class SessionFields(BaseModel):
 
 # %% ../../nbs/algorithm/03_config.ipynb #b71bb40d
 class RolloutFields(BaseModel):
-    "What an iteration samples."
+    "The rollouts of an iteration."
     sessions_per_iteration: int = Field(8, ge=1, description='P')
     group: int = Field(8, ge=2, le=4096, description='G, members a session')
     keep: int | None = Field(None, ge=1, description=(
@@ -99,7 +99,7 @@ class AdvantageFields(BaseModel):
 
 # %% ../../nbs/algorithm/03_config.ipynb #a79629ff
 class LossFields(BaseModel):
-    "What the two losses do with an advantage."
+    "The losses of GRPO and NFT."
     adv_max: float = Field(2., gt=0, description='advantages are clamped to +- this')
     beta: float = Field(1., gt=0, le=1000, description='NFT: strength of the implicit policies')
     train_timesteps: int = Field(1, ge=1, description='NFT: noise levels at which each turn is trained')
@@ -114,7 +114,7 @@ class LossFields(BaseModel):
     kl_weight: float = Field(0., ge=0, le=10_000, description='pull towards the base editor')
 
 class RunFields(BaseModel):
-    "How long, how fast, how often."
+    "Length, optimiser, evaluation and checkpoints of a run."
     iterations: int = Field(110, ge=0, description='rollout-and-update rounds')
     updates: int = Field(1, ge=1, description='optimiser steps an iteration')
     lr: float = Field(1e-3, gt=0, le=1, description='AdamW learning rate')
@@ -252,7 +252,7 @@ def check_advantage(
 RENAMED = {'times': 'train_timesteps'}     # fields of older runs and recipes
 
 def _explain(error: dict) -> str: # one line
-    "One of pydantic's errors in the words of all others."
+    "An error of pydantic in the grammar of all other errors."
     name = '.'.join(map(str, error['loc'][:1]))
     if error['type'] != 'extra_forbidden':
         expected = error['msg'].removeprefix('Value error, ').removeprefix('Input should be ')

@@ -26,7 +26,7 @@ def _as_rewards(rewards_PGTM):
     return r
 
 def _as_weights(weights, r_PGTM):
-    "M weights; equal ones where none are given."
+    "M weights, equal ones by default."
     M = r_PGTM.shape[-1]
     w = torch.as_tensor([1/M]*M if weights is None else weights, dtype=torch.float64, device=r_PGTM.device)
     usable = w.shape == (M,) and w.isfinite().all() and w.any()
@@ -34,7 +34,7 @@ def _as_weights(weights, r_PGTM):
     return w
 
 def _as_success(success_PGT, r_PGTM):
-    "What 'until_failure' needs: 1, 0 or NaN for each turn."
+    "Check the success of each turn, which 'until_failure' needs: 1, 0 or NaN."
     if success_PGT is None:
         raise InputError('success_PGT: expected a bool tensor [P, G, T] for credit until_failure, received None')
     success, shape = torch.as_tensor(success_PGT, device=r_PGTM.device), r_PGTM.shape[:3]
