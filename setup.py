@@ -22,7 +22,7 @@ setup(
                    'Programming Language :: Python :: 3', 'Development Status :: 3 - Alpha'],
     python_requires = '>=' + cfg['min_python'],
     install_requires = cfg['requirements'].split(),
-    extras_require = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'docs', 'ray', 'track')},
+    extras_require = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'docs', 'ray', 'serve', 'track')},
     entry_points = {'console_scripts': cfg['console_scripts'].split()},
     # recipes, sweeps and the notebooks that papermill runs come along, as `experiments` inside the package
     packages = [*find_packages(include=[lib, lib + '.*']), lib + '.experiments'],

@@ -5,7 +5,7 @@ from PIL import Image
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.cli.report import main as report
 from mt_editflow_nb.data.shapeworld import shape_sessions
-from mt_editflow_nb.evaluation.edival_rules import Found
+from mt_editflow_nb.rewards.edival_rules import Found
 from test_judge_servers import Scripted, impatient  # noqa: F401  (a fixture)
 
 def png(image):

@@ -13,7 +13,7 @@ from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import save_lora
 from mt_editflow_nb.evaluation.edival import made_from, turn_file
-from mt_editflow_nb.evaluation.edival_models import tiny_edival_models
+from mt_editflow_nb.rewards.edival_models import tiny_edival_models
 from mt_editflow_nb.evaluation.scores import load_outcomes
 
 root = Path(__file__).resolve().parents[1]

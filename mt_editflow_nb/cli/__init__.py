@@ -11,7 +11,8 @@ def _command(name):
     return run
 
 run_init, run_train, run_eval = map(_command, ('init', 'train', 'eval'))
-run_sweep, run_report, run_data, run_push = map(_command, ('sweep', 'report', 'data', 'push'))
+run_sweep, run_report, run_data = map(_command, ('sweep', 'report', 'data'))
+run_push, run_tools = map(_command, ('push', 'tools'))
 
 if sys.argv[0] == '-m':                                               # python -m mt_editflow_nb.cli.eval
     module = sys.orig_argv[sys.orig_argv.index('-m') + 1]

@@ -10,17 +10,18 @@ __all__ = ['MAX_SESSIONS', 'IN_MEMORY', 'check_bench_options', 'eval_parser', 'j
            'fill_bench_settings', 'bench_items', 'evaluate_bench', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
-import argparse, sys, time
+import argparse, math, os, sys, time
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from os.path import expanduser
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
+from tqdm.auto import tqdm
 from ..data.files import (InputError, atomic_write, check_writable, content_hash, expect, one_line,
                                        open_image, read_json, to_json)
 from ..data.sessions import MAX_TURNS, load_edival
-from ..data.shapeworld import parse_edit, shape_sessions
+from ..data.shapeworld import shape_sessions
 from ..data.signals import stop_at_once, stop_requests
 from ..data.structures import STRUCTURES, plain_form, structured_sessions
 from ..data.tables import open_sessions
@@ -29,8 +30,12 @@ from ..editing.loading import find_editor, load_editor
 from ..editing.lora import load_lora, read_adapter
 from ..editing.rollout import resize_sessions
 from ..rewards.cube import check_judge_options, load_judge
+from ..rewards.edival_models import (VLM, DETECTOR, FEATURES, QUALITY, load_edival_vlm, load_detector,
+                                                  load_features, load_quality, read_edival_questions, weights_of)
+from ..rewards.edival_rules import EDIVAL_SIDE, QUESTIONS, EdivalTools
+from ..algorithm.processes import failing_together, from_first, interrupt, processes
 from ..evaluation.bench_items import BENCHMARKS, benchmark_file, load_benchmark
-from ..evaluation.bench_pictures import generate_benchmark, items_to_make
+from ..evaluation.bench_pictures import batches_of, generate_benchmark, items_to_make
 from ..evaluation.bench_questions import BENCHMARK_QUESTIONS, read_benchmark_questions
 from ..evaluation.bench_runs import benchmark_differences, read_items, write_benchmark_run
 from ..evaluation.bench_scores import (Answers, ask_benchmark, benchmark_scores, load_benchmark_judge,
@@ -38,16 +43,14 @@ from ..evaluation.bench_scores import (Answers, ask_benchmark, benchmark_scores,
 from ..evaluation.card import (blind_spots, is_shape_world, load_session_images,
                                             plain_failures, save_run_images, save_session_images, shape_failures,
                                             shared_pictures, write_card)
-from ..evaluation.edival import (EDIVAL_SEED, check_settings, generate_edival, load_published,
+from ..evaluation.edival import (EDIVAL_SEED, check_settings, generate_edival, load_published, outcomes_of,
                                               pictures_of_others, pictures_to_make, protocol_differences,
                                               published_protocol, score_edival, sessions_to_score)
-from ..evaluation.edival_models import (VLM, DETECTOR, FEATURES, QUALITY, load_edival_vlm, load_detector,
-                                                     load_features, load_quality, read_edival_questions, weights_of)
-from ..evaluation.edival_rules import EDIVAL_SIDE, QUESTIONS, EdivalTools, outcomes_of
 from ..evaluation.exposure import decay_table, half_life, structured_judge
-from ..evaluation.running import evaluate, trained_with, training_mismatches
+from ..evaluation.running import evaluate, share_out, trained_with, training_mismatches
 from ..evaluation.scores import Outcomes, compare, load_outcomes, save_outcomes, score_intervals
 from ..evaluation.statistics import format_intervals
+from ..training.source import check_for_judge
 
 # %% ../../nbs/cli/01_eval.ipynb #3ab60b34
 def _editor_options(ap):
@@ -193,7 +196,10 @@ def check_options(
         expect(not exact, flags[name], 'a --judge that is a model', a.judge or 'verifier')
 
 # %% ../../nbs/cli/01_eval.ipynb #686e6293
-def _say(text): print(f'mtef_eval: {text}', file=sys.stderr)
+def _is_first(): return not int(os.environ.get('RANK') or 0) # of the processes that a launcher started
+
+def _say(text):
+    if _is_first(): print(f'mtef_eval: {text}', file=sys.stderr)
 
 def fill_settings(
     a, # the parsed options; those that were not given are set
@@ -357,12 +363,13 @@ def chosen_sessions(
     if a.structure:
         sessions = structured_sessions(a.n or 512, a.structure, a.turns)
         return plain_form(sessions) if a.plain else sessions
-    if a.sessions == 'shapeworld': return shape_sessions(a.n or 512, a.turns, 'heldout')
+    if a.sessions == 'shapeworld':
+        sessions = shape_sessions(a.n or 512, a.turns, 'heldout')
+        check_for_judge(a.judge, sessions[:1])
+        return sessions
     sessions = open_sessions(a.sessions, allow_outside=a.allow_outside)
     expect(a.n is None or a.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {a.sessions}', a.n)
-    if a.judge.startswith('verifier'):
-        for s in sessions[:a.n]:
-            for text in s.instructions: parse_edit(text)
+    check_for_judge(a.judge, sessions[:a.n])
     return sessions[:a.n]
 
 def training_of(
@@ -421,17 +428,22 @@ def evaluate_free(
     out: Path, # gets scores, outcomes, card and pictures
 ) -> tuple:    # (table, sessions)
     "Evaluate in the shape world, or on a file of sessions."
-    check_names(a)
-    cache = None if a.judge.startswith('verifier') else a.cache or out/'judge.sqlite'
-    judge = load_judge(a.judge, cache=cache, offline=a.offline, **judge_options(a))
-    if a.structure and not a.plain and a.judge.startswith('verifier'): judge = structured_judge
-    sessions = chosen_sessions(a)
-    check_against(a.against, sessions)
-    editor = _load_editor(a, sessions)
-    sessions = resize_sessions(editor, sessions)
+    with failing_together():
+        check_names(a)
+        cache = None if a.judge.startswith('verifier') else a.cache or out/'judge.sqlite'
+        judge = load_judge(a.judge, cache=cache, offline=a.offline, **judge_options(a))
+        if a.structure and not a.plain and a.judge.startswith('verifier'): judge = structured_judge
+        sessions = chosen_sessions(a)
+        check_against(a.against, sessions)
+        editor = _load_editor(a, sessions)
+        sessions = resize_sessions(editor, sessions)
     began = time.monotonic()
     outcomes, images = run_free(a, editor, sessions, judge, out)
     seconds = (time.monotonic() - began) / outcomes.success_IT.size
+    return from_first(lambda: _finish_free(a, out, sessions, outcomes, images, seconds)), sessions
+
+def _finish_free(a, out, sessions, outcomes, images, seconds):
+    "Pictures, scores and card of a run that is over."
     keep = a.keep or (32 if a.sessions == 'shapeworld' else len(sessions))
     for i, s in enumerate(sessions[:keep]): save_session_images(out, s, images(i))
     save_run_images(out, sessions[:keep])
@@ -447,9 +459,8 @@ def evaluate_free(
                     seconds_a_turn=f'{seconds:.3f}')
     facts = dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
     notes = notes_about(a, sessions, success_IT, a.judge)
-    table = finish_run(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, notes=notes,
-                       outcomes=outcomes, images=images, why_IT=why, against=a.against)
-    return table, sessions
+    return finish_run(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, notes=notes,
+                      outcomes=outcomes, images=images, why_IT=why, against=a.against)
 
 # %% ../../nbs/cli/01_eval.ipynb #14438df7
 def edival_sessions(
@@ -510,8 +521,8 @@ def quality_table(
 
 # %% ../../nbs/cli/01_eval.ipynb #73ffb77f
 def _generate(a, sessions, out, settings):
-    if not pictures_to_make(sessions, out, a.steps, settings=settings): return
-    editor = _load_editor(a, sessions)
+    if not from_first(lambda: pictures_to_make(sessions, out, a.steps, settings=settings)): return
+    with failing_together(): editor = _load_editor(a, sessions)
     generate_edival(editor, sessions, out, num_steps=a.steps, batch=a.batch, settings=settings, progress=True)
 
 def _edival_facts(a, sessions, out):
@@ -536,34 +547,41 @@ def evaluate_edival(
     tools=None, # (detect, ask, features, quality) instead of loaded models
 ) -> tuple:     # (table or None, sessions)
     "EdiVal-Bench: generate what is missing, score what is unscored, write the card."
-    check_names(a)
-    questions = read_edival_questions(a.questions) if a.questions else QUESTIONS
-    sessions = edival_sessions(a)
-    if not a.shard: check_against(a.against, sessions)
     scores = not a.generate_only
-    if scores and tools is None:
-        for flag in ('detector', 'features', 'quality'): _check_model('--' + flag, getattr(a, flag))
-        asker = load_edival_vlm(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
-    settings = made_with(a)
-    check_settings(out, 'protocol.json', settings | dict(steps=a.steps, seed=EDIVAL_SEED, size=EDIVAL_SIDE))
-    if scores:
+    with failing_together():
+        check_names(a)
+        questions = read_edival_questions(a.questions) if a.questions else QUESTIONS
+        sessions = edival_sessions(a)
+        if not a.shard: check_against(a.against, sessions)
+        if scores and tools is None:
+            for flag in ('detector', 'features', 'quality'): _check_model('--' + flag, getattr(a, flag))
+            asker = load_edival_vlm(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
+        settings = made_with(a)
+    def note_settings():
+        check_settings(out, 'protocol.json', settings | dict(steps=a.steps, seed=EDIVAL_SEED, size=EDIVAL_SIDE))
         names = dict(detector=a.detector, vlm=a.vlm, features=a.features, quality=a.quality)
-        check_settings(out, 'judges.json', names | dict(questions=a.questions or 'own wording'))
+        if scores: check_settings(out, 'judges.json', names | dict(questions=a.questions or 'own wording'))
+    from_first(note_settings)
     _generate(a, sessions, out, settings)
     if not scores: return None, sessions
     judges = edival_judges(a, questions)
-    if tools is None and sessions_to_score(sessions, out, judges): tools = load_edival_tools(a, asker)
+    to_score = from_first(lambda: sessions_to_score(sessions, out, judges))
+    if tools is None and to_score:
+        with failing_together(): tools = load_edival_tools(a, asker)
     scored = score_edival(sessions, out, tools and EdivalTools(*tools), judges=judges, progress=True)
     if a.shard: return None, sessions
+    return from_first(lambda: _finish_edival(a, out, sessions, scored)), sessions
+
+def _finish_edival(a, out, sessions, scored):
+    "Scores and card of EdiVal-Bench."
     save_run_images(out, sessions)
     outcomes = outcomes_of(scored)
-    table = finish_run(
+    return finish_run(
         out, title='EdiVal-Bench evaluation of a multi-turn editor', facts=_edival_facts(a, sessions, out),
         sessions=sessions, outcomes=outcomes, images=lambda i: load_session_images(out, sessions[i]),
         why_IT=[[row['why'] for row in rows] for rows in scored], against=a.against,
         extra={'Quality': quality_table(scored)} if 'quality' in scored[0][0] else None,
         notes=notes_about(a, sessions, outcomes.success_IT, a.vlm))
-    return table, sessions
 
 # %% ../../nbs/cli/01_eval.ipynb #cee223e6
 def import_published(
@@ -613,9 +631,10 @@ def _mice_arrays(a, items, out, tools): # EdiVal's verdict and consistency of ev
     questions = read_edival_questions(a.questions) if a.questions else QUESTIONS
     shown = [replace(s, image=open_image(benchmark_file('mice', out, s, 0))) for s in items]
     judges = edival_judges(argparse.Namespace(**vars(a)), questions)
-    if tools is None and sessions_to_score(shown, out, judges):
-        asker = load_edival_vlm(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
-        tools = load_edival_tools(a, asker)
+    if from_first(lambda: sessions_to_score(shown, out, judges)) and tools is None:
+        with failing_together():
+            asker = load_edival_vlm(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
+            tools = load_edival_tools(a, asker)
     scored = score_edival(shown, out, tools and EdivalTools(*tools), judges=judges, progress=True)
     return {k.removesuffix('_IT'): x for k, x in outcomes_of(scored)._asdict().items()}
 
@@ -629,29 +648,45 @@ def _bench_facts(a, items):
                                            questions=words)
     return dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
 
+def _generate_items(a, items, out, settings):
+    "Pictures that are missing; several processes take turns at a few items each."
+    if not from_first(lambda: items_to_make(a.bench, items, out, a.steps, settings)): return
+    with failing_together(): editor = _load_editor(a, items)
+    process, count = processes()
+    size = len(items) if count == 1 else max(1, min(a.batch, math.ceil(len(items)/count)))
+    def generate(indices):
+        return generate_benchmark(editor, a.bench, [items[i] for i in indices], out, num_steps=a.steps, batch=a.batch,
+                                  settings=settings, progress=count == 1)
+    with tqdm(total=len(items), desc='generating', unit='item', disable=process or count == 1) as bar:
+        for indices, _ in share_out(batches_of(items, size), generate): bar.update(len(indices))
+
 def evaluate_bench(
     a,          # the parsed options, with --bench
     out: Path,
     tools=None, # for MICE: (detect, ask, features, quality) instead of loaded models
 ) -> tuple:     # (the published table or None, items)
     "Another benchmark: make the pictures that are missing, ask what has not been answered, write the card."
-    fill_bench_settings(a)
-    items, whole = bench_items(a)
-    if a.against and not a.shard: read_items(a.against)
-    questions = BENCHMARK_QUESTIONS[a.bench]
-    if a.questions: questions = read_benchmark_questions(a.bench, a.questions)
-    keeping = dict(cache=a.cache or out/'judge.sqlite', offline=a.offline, **judge_options(a))
-    judge = a.judge and load_benchmark_judge(a.bench, a.judge, **keeping)
-    settings = made_with(a)
-    check_settings(out, 'protocol.json', settings | dict(benchmark=a.bench, steps=a.steps))
-    if items_to_make(a.bench, items, out, a.steps, settings):
-        generate_benchmark(_load_editor(a, items), a.bench, items, out, num_steps=a.steps, batch=a.batch,
-                           settings=settings, progress=True)
+    with failing_together():
+        fill_bench_settings(a)
+        items, whole = bench_items(a)
+        if a.against and not a.shard: read_items(a.against)
+        questions = BENCHMARK_QUESTIONS[a.bench]
+        if a.questions: questions = read_benchmark_questions(a.bench, a.questions)
+        keeping = dict(cache=a.cache or out/'judge.sqlite', offline=a.offline, **judge_options(a))
+        judge = a.judge and load_benchmark_judge(a.bench, a.judge, **keeping)
+        settings = made_with(a)
+    from_first(lambda: check_settings(out, 'protocol.json', settings | dict(benchmark=a.bench, steps=a.steps)))
+    _generate_items(a, items, out, settings)
     if a.generate_only: return None, items
-    check_settings(out, 'judges.json', dict(judge=a.judge, questions=a.questions or 'own wording'))
+    asked = dict(judge=a.judge, questions=a.questions or 'own wording')
+    from_first(lambda: check_settings(out, 'judges.json', asked))
     answers, statistics = ask_benchmark(a.bench, judge, questions, items, out, progress=True)
     if a.bench == 'mice': answers = Answers(answers.arrays | _mice_arrays(a, items, out, tools), answers.log)
     if a.shard: return None, items
+    return from_first(lambda: _finish_bench(a, out, items, whole, answers, statistics)), items
+
+def _finish_bench(a, out, items, whole, answers, statistics):
+    "Scores and card of a benchmark."
     scores = benchmark_scores(a.bench, items, answers, statistics)
     used = dict(steps=a.steps, guidance=a.guidance, size=a.size, quantize=a.quantize)
     cut = sum(s.image.width != s.image.height for s in items)
@@ -662,19 +697,19 @@ def evaluate_bench(
     facts = _bench_facts(a, items)
     differs = made_otherwise(facts, a.against) if a.against else {}
     if differs: facts |= {f'Made otherwise than {a.against}': differs}
-    table = write_benchmark_run(a.bench, out, items, scores, answers, facts=facts, notes=notes,
-                                differences=differences, against=a.against)
-    return table, items
+    return write_benchmark_run(a.bench, out, items, scores, answers, facts=facts, notes=notes,
+                               differences=differences, against=a.against)
 
 # %% ../../nbs/cli/01_eval.ipynb #54285a80
 def _run(a, tools):
-    for name, value in vars(a).items():
-        if isinstance(value, str): setattr(a, name, expanduser(value))     # --lora=~/x, which no shell expands
-    check_options(a)
-    out = Path(a.out)
-    if a.imported: return import_published(a, out)
+    out = Path(a.out).expanduser()
+    with failing_together():
+        for name, value in vars(a).items():
+            if isinstance(value, str): setattr(a, name, expanduser(value))     # --lora=~/x, which no shell expands
+        check_options(a)
+        if not (a.imported or a.bench): fill_settings(a)
+    if a.imported: return from_first(lambda: import_published(a, out))
     if a.bench: return evaluate_bench(a, out, tools)
-    fill_settings(a)
     return evaluate_edival(a, out, tools) if a.sessions == 'edival' else evaluate_free(a, out)
 
 def _summary(a, table, sessions):
@@ -693,7 +728,8 @@ def main(
     "The command `mtef_eval`."
     if argv is None: stop_at_once('mtef_eval')
     a = eval_parser().parse_args(argv)
-    with stop_requests():                                  # also while the line is written: nobody is interrupted twice
+    with stop_requests() as stop:                          # also while the line is written: nobody is interrupted twice
+        if int(os.environ.get('WORLD_SIZE') or 1) > 1: stop.deliver = interrupt
         try: table, sessions = _run(a, tools)
         except InputError as e: _say(e)
         except OSError as e: _say(f'{e.filename or a.out}: {e.strerror or e}')
@@ -701,7 +737,7 @@ def main(
             _say(f'{str(e) or "stopped"}; what is done is kept, and the same command goes on')
             return 130
         else:
-            print('\n' + _summary(a, table, sessions))
+            if _is_first(): print('\n' + _summary(a, table, sessions))
             return 0
     return 2
 

@@ -9,7 +9,7 @@ __all__ = ['NEEDED_REWARDS', 'own_questions', 'load_benchmark_judge', 'Answers',
            'mice_scores', 'session_tables', 'count_answers', 'benchmark_scores']
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #53baf9d0
-import io
+import io, math
 from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from ..data.files import InputError, expect
 from ..rewards.cube import REWARD_MODELS, load_judge
 from ..rewards.engines import Ask
 from ..rewards.judges import JOINT_MODES, MODES, ask_and_parse
+from ..algorithm.processes import processes
 from .bench_items import BENCHMARKS
 from .bench_pictures import (batches_of, kept_pictures, picture_statistics, statistics_table,
                                                       turn_counts)
@@ -30,6 +31,7 @@ from .benchmarks import (both_exceed, collapsed_so_far, gedit_table, imgedit_ite
                                                   imgedit_table, mice_consistency, mice_table, mse_table,
                                                   overall_means, success_rates, turn_rates, viescore_items)
 from .exposure import decay_table, half_life
+from .running import share_out
 from .scores import Outcomes
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #06184282
@@ -226,18 +228,22 @@ def ask_benchmark(
 ) -> tuple:                 # (`Answers` of all items, [I, T, 4] of `picture_statistics`)
     "Ask about every item. Raises `InputError` where too many answers cannot be read; what was answered is kept."
     expect(len(set(turn_counts(sessions))) == 1, 'sessions', 'one number of turns', sorted(set(turn_counts(sessions))))
-    parts, statistics = [], []
-    bar = tqdm(total=len(sessions), desc='scoring', unit='item', disable=not progress)
-    for indices in batches_of(sessions, batch):
+    def ask(indices):
         together = [sessions[i] for i in indices]
         pictures = [kept_pictures(name, folder, s) for s in together]
-        parts.append(ask_items(name, judge, questions, together, pictures))
-        statistics += [picture_statistics(p) for p in pictures]
-        check_answers([row for part in parts for row in part.log], max_failed)
+        answers = ask_items(name, judge, questions, together, pictures)
         away = getattr(judge, 'away', '')
         if away: raise InputError(f'judge: {away}. What has been answered is kept; the same command goes on')
-        bar.update(len(together))
-    bar.close()
+        return answers, [picture_statistics(p) for p in pictures]
+    process, count = processes()
+    size = max(1, min(batch, math.ceil(len(sessions)/count)))
+    parts, statistics = [], []
+    with tqdm(total=len(sessions), desc='scoring', unit='item', disable=process or not progress) as bar:
+        for indices, (answers, moved) in share_out(batches_of(sessions, size), ask):
+            parts.append(answers)
+            statistics += moved
+            check_answers([row for part in parts for row in part.log], max_failed)
+            bar.update(len(indices))
     arrays = {key: np.concatenate([part.arrays[key] for part in parts]) for key in parts[0].arrays}
     return Answers(arrays, [row for part in parts for row in part.log]), np.stack(statistics)
 

@@ -1,0 +1,122 @@
+"EdiVal's rules as a training reward: scripted tools behind the real server, the tiny editor, values by hand."
+import socket, threading, time
+from types import SimpleNamespace
+import numpy as np, pytest, torch
+from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.cli.eval import main as mtef_eval
+from mt_editflow_nb.data.files import InputError, read_json_lines
+from mt_editflow_nb.data.sessions import save_sessions
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.editing.rollout import rollout
+from mt_editflow_nb.evaluation.truth import edival_outcomes, edival_session, pixel_features, shape_ask, shape_detect
+from mt_editflow_nb.rewards.cube import EdivalJudge, load_judge
+from mt_editflow_nb.rewards.edival_rules import EdivalTools, Found, NoAnswer
+from mt_editflow_nb.rewards.edival_tools import tools_app
+from mt_editflow_nb.training.source import session_source
+from mt_editflow_nb.training.train import train
+from test_judge_servers import impatient  # noqa: F401 a fixture
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+class Served:
+    "The server of `mtef_tools` around scripted tools, on loopback; how many requests each call of a kind had."
+    def __init__(self, *tools, port=None):
+        import uvicorn
+        self.tools, self.port = tools, port or free_port()
+        app = tools_app(EdivalTools(*tools), dict(detector='scripted'))
+        self.server = uvicorn.Server(uvicorn.Config(app, '127.0.0.1', self.port, log_level='critical'))
+        self.url, self.thread = f'http://127.0.0.1:{self.port}', threading.Thread(target=self.server.run, daemon=True)
+    def __enter__(self):
+        self.thread.start()
+        while not self.server.started: time.sleep(.01)
+        return self
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join()
+
+class Counting:
+    "A tool that is asked in batches, and remembers how large they were."
+    def __init__(self, answer): self.answer, self.batches = answer, []
+    def many(self, requests):
+        self.batches.append(len(requests))
+        return [self.answer(r) for r in requests]
+
+@pytest.fixture(scope='module')
+def told():
+    "Sessions of the shape world in EdiVal's words, all of three turns."
+    return [s for s in map(edival_session, shape_sessions(24, 3, 'train', seed=2)) if s][:4]
+
+settings = dict(sessions_per_iteration=2, group=2, num_steps=2, lora_rank=2, iterations=1, heldout='training')
+same_box = Found(np.array([[.1, .1, .3, .3]]), np.array([.9]))
+
+def of_run(folder, sessions, judge):
+    "Sessions in a file, and a configuration of one iteration over them."
+    file = save_sessions(sessions, folder/'data')
+    return make_config(settings | dict(sessions=str(file), judge=judge, eval_judge=judge))
+
+def constant(request): return torch.ones(len(request.images), 4), torch.ones(len(request.images), 16, 4)
+
+def test_a_run_of_one_iteration_with_a_scripted_server(told, tmp_path):
+    """The detector sees the same box everywhere, the model says yes, and no feature ever changes.
+
+    So replaced and recoloured things count as done, nothing was removed, added elsewhere, moved or counted, and
+    consistency is 1, or one half where a changed background makes it void."""
+    detector, vlm = Counting(lambda r: same_box), Counting(lambda r: 'Yes')
+    with Served(detector, vlm, Counting(constant)) as server:
+        c = of_run(tmp_path, told, f'edival@{server.url}')
+        train(c, tmp_path/'run', progress=False)
+        trained_on = session_source(c).batch(0)
+    row, = read_json_lines(tmp_path/'run'/'metrics.jsonl')
+    done = ('color_alter', 'subject_replace')
+    follows = np.array([[kind in done for kind in s.task_types] for s in trained_on])
+    keeps = np.array([[1 if same else .5 for same in s.meta['bg_consistency']] for s in trained_on])
+    assert follows.any() and not follows.all()
+    assert row['if'] == pytest.approx(follows.mean(0)) and row['cc'] == pytest.approx(keeps.mean(0))
+    assert row['all_right'] == pytest.approx(np.cumprod(follows, 1).mean(0))
+    assert max(detector.batches) > 4 and max(vlm.batches) > 1            # asked together, not one by one
+
+def test_server_and_process_give_the_same_as_the_benchmark(told):
+    "The editor's own pictures, scored through JSON, in this process, and by the benchmark's path."
+    images_PGTHWC = rollout(load_editor(), told, group=1, num_steps=2, seed=0).images_PGTHWC
+    tools = shape_detect, shape_ask, pixel_features
+    with Served(*tools) as server: served = load_judge(f'edival@{server.url}')(told, images_PGTHWC)
+    here = EdivalJudge(SimpleNamespace(tools=EdivalTools(*tools)))(told, images_PGTHWC)
+    outcomes = edival_outcomes(told, images_PGTHWC[:, 0])
+    for scores in (served, here):
+        np.testing.assert_array_equal(scores.success_PGT[:, 0], outcomes.success_IT)
+        np.testing.assert_allclose(scores.object_cc_PGT[:, 0], outcomes.object_cc_IT, atol=1e-6)
+        np.testing.assert_allclose(scores.background_cc_PGT[:, 0], outcomes.background_cc_IT, atol=1e-6)
+    assert 0 < outcomes.success_IT.mean() < 1
+
+def test_sessions_without_lists_are_refused_before_anything_is_loaded(tmp_path, capsys):
+    bare = shape_sessions(2, 1, 'train')
+    c = of_run(tmp_path, bare, 'edival')
+    with pytest.raises(InputError, match=r"session '.*': expected EdiVal-Bench's `format_instructions` in `meta`"):
+        train(c, tmp_path/'run', progress=False)
+    assert not (tmp_path/'run').exists()
+    assert mtef_eval(['--n', '2', '--judge', 'edival', '--out', str(tmp_path/'out')]) == 2
+    error = capsys.readouterr().err
+    assert 'mtef_data make writes them' in error and error.count('\n') == 1
+
+def test_a_tool_that_fails_leaves_its_scores_out(told):
+    "Half of the questions have no answer: those turns are NaN in IF, and the run stops beyond the allowed share."
+    silent = Counting(lambda r: NoAnswer('it thought for too long'))
+    pictures = np.stack([np.stack([np.asarray(s.image)]*3)[None] for s in told])
+    with Served(Counting(lambda r: same_box), silent, Counting(constant)) as server:
+        judge = load_judge(f'edival@{server.url}', max_failed=1)
+        scores = judge(told, pictures)
+        by_model = ('color_alter', 'material_alter', 'subject_add', 'subject_replace', 'position_change',
+                    'background_change')
+        asked = np.array([[kind in by_model for kind in s.task_types] for s in told])
+        np.testing.assert_array_equal(scores.rewards_PGTM[:, 0, :, 0].isnan(), asked)
+        assert not scores.rewards_PGTM[..., 1].isnan().any()
+        judge.max_failed = 0
+        with pytest.raises(InputError, match='scores failed.* it thought for too long'): judge(told, pictures)
+
+def test_a_server_that_stays_away_is_one_line(told):
+    judge = load_judge(f'edival@http://127.0.0.1:{free_port()}', retries=0)
+    with pytest.raises(InputError, match='nobody listens there'): judge.check_ready(told)
