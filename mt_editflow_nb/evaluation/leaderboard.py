@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from jinja2 import Environment
 from ..data.files import atomic_write, expect, read_json, shipped
 from .bench_items import BENCHMARKS
-from .edival_models import VLM
+from ..rewards.edival_models import VLM
 
 # %% ../../nbs/evaluation/10_leaderboard.ipynb #5e9ca728
 HEADLINES = dict(edival=('IF', 'CC', 'O'), gedit=('SC', 'PQ', 'O'), imgedit=('score',), lme=('SR', 'CR'), mse=('SR',),
