@@ -1,5 +1,6 @@
 "Reward models as judges by name: words behind a server, numbers of heads in this process."
 import numpy as np, pytest, torch
+from PIL import Image
 from safetensors.torch import save_file
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions
@@ -7,6 +8,7 @@ from mt_editflow_nb.editing.flux2 import byte_tokenizer
 from mt_editflow_nb.editing.qwen import tiny_vision_language_model
 from mt_editflow_nb.rewards.agreement import ask_repeatedly, session_labels
 from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.rewards.edival_models import load_quality
 from mt_editflow_nb.rewards.reward_models import REWARD_TOKEN
 from test_judge_servers import Scripted, impatient  # noqa: F401  (a fixture)
 
@@ -50,6 +52,13 @@ def test_hpsv3_sees_the_result_alone(checkpoint):
     assert scores.names == ('quality',) and scores.success_PGT.isnan().all()
     other = shape_sessions(1, 2, 'heldout', seed=9)
     assert torch.equal(judge(other, images).rewards_PGTM, scores.rewards_PGTM)
+
+def test_hpsv3_measures_quality_as_edival_does(checkpoint):
+    "The number of its head, without a bound and without a prompt: the inverse of what the judge squashes."
+    quality = load_quality(f'hpsv3:{checkpoint}', device='cpu')([Image.fromarray(x) for x in images[0, 0]])
+    scores = load_judge(f'hpsv3:{checkpoint}', device='cpu')(sessions, images[:, :1]).rewards_PGTM[0, 0, :, 0]
+    np.testing.assert_allclose(1/(1 + np.exp(-quality/5)), scores.numpy(), atol=1e-5)
+    assert len(set(quality.tolist())) == 2
 
 def test_what_a_head_model_does_not_have_is_one_line(checkpoint, tmp_path):
     with pytest.raises(InputError, match='^rewards of editreward: expected one of if, quality'):

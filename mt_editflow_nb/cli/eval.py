@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['MAX_SESSIONS', 'IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_options', 'check_options', 'fill_settings',
            'made_with', 'check_names', 'made_otherwise', 'compare_shared', 'check_against', 'finish_run',
-           'chosen_sessions', 'training_of', 'notes_about', 'run_free', 'evaluate_free', 'edival_sessions',
-           'edival_judges', 'load_edival_tools', 'quality_table', 'evaluate_edival', 'import_published',
-           'fill_bench_settings', 'bench_items', 'evaluate_bench', 'main']
+           'chosen_sessions', 'training_of', 'judge_of_rules', 'notes_about', 'run_free', 'evaluate_free',
+           'edival_sessions', 'edival_judges', 'load_edival_tools', 'quality_table', 'evaluate_edival',
+           'import_published', 'fill_bench_settings', 'bench_items', 'evaluate_bench', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
 import argparse, math, os, sys, time
 from dataclasses import replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from os.path import expanduser
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
@@ -381,6 +380,13 @@ def training_of(
     except (InputError, KeyError, TypeError): return {}
     return config if isinstance(config, dict) else {}
 
+def judge_of_rules(
+    judge: str,    # as `load_judge` takes it
+    options: dict, # its settings
+) -> str:          # of EdiVal's rules in one process, the model that they ask; else the judge
+    "Whose opinion a judge gives."
+    return options.get('vlm') or VLM if judge == 'edival' else judge
+
 def notes_about(
     a,              # the options, filled
     sessions: list, # I `Session`s
@@ -393,7 +399,8 @@ def notes_about(
     if data != 'shapeworld':
         try: shared = shared_pictures(sessions, open_sessions(data, same_turns=False))
         except InputError: shared = None
-    return blind_spots(success_IT, judge, config.get('judge'), shared)
+    trained_by = config.get('judge') and judge_of_rules(config['judge'], config.get('judge_options') or {})
+    return blind_spots(success_IT, judge_of_rules(judge, judge_options(a)), trained_by, shared)
 
 # %% ../../nbs/cli/01_eval.ipynb #bff30cde
 def _keeping(judge, out): # a judge that writes the pictures that it is shown, before it answers
@@ -480,8 +487,7 @@ def edival_sessions(
 
 def _check_model(flag, name):
     if name is None: return
-    if Path(name).name.lower() == 'hpsv3':
-        return expect(find_spec('hpsv3'), flag, 'its own package (pip install hpsv3)', name)
+    name = name.removeprefix('hpsv3:')
     local = name.startswith(('.', '/', '~')) or name.count('/') != 1
     example = f"a folder that is there, or a hub name such as '{DETECTOR}'"
     expect(Path(name).is_dir() or not local, flag, example, name)
@@ -493,7 +499,7 @@ def edival_judges(
     "What scores pictures: names, content of what lies on this disk, and which questions are asked."
     vlm = a.vlm.partition(':')[0]
     return dict(detector=weights_of(a.detector), vlm=a.vlm, vlm_weights=weights_of(vlm),
-                features=weights_of(a.features), quality=a.quality and weights_of(a.quality),
+                features=weights_of(a.features), quality=a.quality and weights_of(a.quality.removeprefix('hpsv3:')),
                 questions=content_hash(questions))
 
 def load_edival_tools(

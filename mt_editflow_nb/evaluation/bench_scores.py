@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEEDED_REWARDS', 'own_questions', 'load_benchmark_judge', 'Answers', 'ask_values', 'as_judged', 'ask_gedit',
-           'ask_imgedit', 'ask_turns', 'ask_collapse', 'ask_awareness', 'judged_scores', 'scaled_answers', 'ask_items',
-           'ask_benchmark', 'check_answers', 'BenchmarkScores', 'single_edit_scores', 'multi_turn_scores',
-           'mice_scores', 'session_tables', 'count_answers', 'benchmark_scores']
+           'ask_imgedit', 'ask_turns', 'ask_collapse', 'ask_awareness', 'judged_scores', 'judged_damage',
+           'scaled_answers', 'ask_items', 'ask_benchmark', 'check_answers', 'BenchmarkScores', 'single_edit_scores',
+           'multi_turn_scores', 'mice_scores', 'session_tables', 'count_answers', 'benchmark_scores']
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #53baf9d0
 import io, math
@@ -60,7 +60,9 @@ def load_benchmark_judge(
     rewards = one.rewards if one else NEEDED_REWARDS[name]
     missing = [r for r in NEEDED_REWARDS[name] if r not in rewards]
     expect(not missing, '--judge', f'a judge of {", ".join(NEEDED_REWARDS[name])} for {name}', f'{judge}, {rewards}')
-    return one or load_judge(judge, rewards=NEEDED_REWARDS[name], **kw)
+    if one or name != 'lme': return one or load_judge(judge, rewards=NEEDED_REWARDS[name], **kw)
+    try: return load_judge(judge, rewards=(*NEEDED_REWARDS[name], 'quality'), **kw)  # tells of damage too
+    except InputError: return load_judge(judge, rewards=NEEDED_REWARDS[name], **kw)
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #03fe3457
 class Answers(NamedTuple):
@@ -174,18 +176,25 @@ def judged_scores(
     judge,          # from `load_judge`
     sessions: list, # I sessions of T turns
     pictures: list, # of each: the first picture and every turn's result, all of one shape
-    rewards: tuple, # that are wanted
+    rewards: tuple, # that are wanted; those that the judge does not give are left out
 ) -> np.ndarray:    # float [I, T, rewards] in [0, 1]; NaN: no score
     "What a judge says of its own about pictures."
     shown = [replace(s, image=Image.fromarray(p[0])) for s, p in zip(sessions, pictures)]
     images_PGTHWC = np.stack([np.stack(p[1:]) for p in pictures])[:, None]
     scores = judge.score(shown, images_PGTHWC) if hasattr(judge, 'score') else judge(shown, images_PGTHWC)
-    columns = [scores.names.index(name) for name in rewards]
+    columns = [scores.names.index(name) for name in rewards if name in scores.names]
     return scores.rewards_PGTM[:, 0][..., columns].double().numpy()
 
+def judged_damage(
+    scores_ITM: np.ndarray, # if, cc, and quality where the judge gives it
+) -> np.ndarray:            # [I, T, 3] as `ask_collapse` has it
+    "Damage as LME-Bench counts it, from 0 to 2: what is not kept, and what quality lacks; without quality, both by cc."
+    kept, quality = scores_ITM[..., 1], scores_ITM[..., min(2, scores_ITM.shape[-1] - 1)]
+    return 2 - 2 * np.stack([kept, quality, np.ones_like(kept)], -1)
+
 def scaled_answers(
-    name: str,          # of the benchmark
-    scores_ITM: np.ndarray, # from `judged_scores`, in the order of `NEEDED_REWARDS`
+    name: str,              # of the benchmark
+    scores_ITM: np.ndarray, # from `judged_scores`, in the order of `NEEDED_REWARDS`, for LME perhaps with quality
 ) -> Answers:
     "A judge's scores from 0 to 1 on a benchmark's scale."
     if name == 'gedit':
@@ -195,7 +204,8 @@ def scaled_answers(
     if name == 'mice':
         follows = np.where(np.isnan(scores_ITM[..., 0]), np.nan, scores_ITM[..., 0] >= .75)
         return Answers(dict(awareness=np.cumprod(follows, 1)), [])
-    return Answers(dict(scores=10 * scores_ITM, asked=np.ones(scores_ITM.shape[:2])), [])
+    arrays = dict(scores=10 * scores_ITM[..., :2], asked=np.ones(scores_ITM.shape[:2]))
+    return Answers(arrays | (dict(damage=judged_damage(scores_ITM)) if name == 'lme' else {}), [])
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #9836b375
 def ask_items(
@@ -207,7 +217,8 @@ def ask_items(
 ) -> Answers:
     "Everything that is to be asked about some items."
     if hasattr(judge, 'score') or not hasattr(judge, 'model'):   # a judge, not an engine
-        scores = judged_scores(judge, sessions, pictures, NEEDED_REWARDS[name])
+        wanted = NEEDED_REWARDS[name] + (('quality',) if name == 'lme' else ())
+        scores = judged_scores(judge, sessions, pictures, wanted)
         return scaled_answers(name, scores)
     ask = dict(gedit=ask_gedit, imgedit=ask_imgedit, lme=ask_turns, mse=ask_turns, mice=ask_awareness)[name]
     answers = ask(judge, questions, sessions, pictures)

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image
-from ..data.files import InputError, content_hash, expect, one_line, read_text
+from ..data.files import InputError, content_hash, expect, read_text
 from .engines import Ask, fingerprint
 from .judges import MODES, ask_and_parse, load_mode
 from .loading import load_engine
-from .reward_models import text_constants
+from .reward_models import RewardHeads, text_constants
 from .edival_rules import QUESTIONS, Detect, Found, NoAnswer, choices_of, kind_of
 
 # %% ../../nbs/rewards/01d_edival_models.ipynb #43187db5
@@ -406,11 +406,9 @@ def load_features(
     return FeatureExtractor(model, prepare, prepare([Image.new('RGB', (8, 8))]).shape[-1], skip, batch)
 
 # %% ../../nbs/rewards/01d_edival_models.ipynb #b31a90a9
-def _hpsv3(name, device):
-    try: from hpsv3 import HPSv3RewardInferencer
-    except ImportError as e:
-        raise InputError(f'quality: expected a model that can be loaded, received {name}, which needs its own package '
-                         f'(pip install hpsv3; {one_line(e)})') from None
+def _hpsv3_package(device):
+    "HPSv3 as its own package has it. Raises `ImportError` where that is not installed."
+    from hpsv3 import HPSv3RewardInferencer
     model = HPSv3RewardInferencer(device=_device(device))
     def quality(images):
         with tempfile.TemporaryDirectory() as folder:
@@ -420,13 +418,30 @@ def _hpsv3(name, device):
         return np.array([float(torch.as_tensor(r).flatten()[0]) for r in rewards])
     return quality
 
+def _hpsv3(name, device):
+    "HPSv3 through the class of its base model, which transformers has."
+    try: heads = RewardHeads('hpsv3', name, device=device)
+    except (OSError, ValueError) as e:
+        raise InputError(f'quality: expected a model that can be loaded, received {name}: {_first_line(e)}') from None
+    try: heads.loaded                                                   # now, not at the first picture
+    except InputError as e: raise InputError(f'quality: {e}') from None
+    question = heads.question('quality', '')
+    def quality(images):
+        replies = heads([Ask((np.asarray(image.convert('RGB')),), question, max_tokens=1) for image in images])
+        return np.array([float(reply.text) for reply in replies])
+    return quality
+
 def load_quality(
-    name: str = QUALITY,  # HPSv3, or a CLIP folder or hub name trained on human preferences, such as PickScore
+    name: str = QUALITY,  # HPSv3, hpsv3:FOLDER, or a CLIP folder or hub name trained on human preferences
     device: str = 'auto', # 'auto' is the GPU where there is one
 ):                        # (images) -> one number each
     "Human preference for a picture without a prompt, as the benchmark scores it."
     from transformers import AutoModel, AutoProcessor
-    if Path(name).name.lower() == 'hpsv3': return _hpsv3(name, device)
+    if name == QUALITY:
+        try: return _hpsv3_package(device)
+        except ImportError: return _hpsv3(name, device)
+    if name.startswith('hpsv3:') or Path(name).name.lower() == 'hpsv3':
+        return _hpsv3(name.removeprefix('hpsv3:'), device)
     model = _load(AutoModel, name, 'quality', device)
     processor = _processor(AutoProcessor, name, 'quality')
     @torch.no_grad()

@@ -219,6 +219,7 @@ class _RemoteTool:
         requests: list, # of the kind that this tool answers
     ) -> list:          # answers in the same order; a `NoAnswer` stands for one that is missing
         "Ask in pieces, several at a time."
+        self.server.encoded([np.asarray(im) for r in requests for im in pictures_of(r)])  # each picture once
         size = self.server.batch
         pieces = [requests[k:k + size] for k in range(0, len(requests), size)]
         with ThreadPoolExecutor(self.server.concurrency) as pool:
