@@ -20,6 +20,7 @@ from ..editing.loading import FAMILIES, find_editor
 from ..editing.lora import add_lora, lora_parameters, target_layers
 from ..rewards.engines import Local
 from ..rewards.cube import load_judge
+from ..rewards.edival_tools import LocalTools
 
 # %% ../../nbs/training/01_budget.ipynb #0d2bae35
 _klein = dict(in_channels=128, attention_head_dim=128, axes_dims_rope=(32, 32, 32, 32), guidance_embeds=False)
@@ -230,6 +231,7 @@ def judge_bytes(
     "Bytes of a judge in this process: its weights, and keys and values for the tokens of a batch of calls."
     import transformers
     engine = getattr(load_judge(judge), 'engine', None)
+    if isinstance(engine, LocalTools): return None                    # three models of three kinds
     if not isinstance(engine, Local): return 0
     try:
         name, config = PUBLISHED_JUDGES.get(engine.path) or (None, transformers.AutoConfig.from_pretrained(engine.path))
