@@ -30,6 +30,7 @@ def tools_parser() -> argparse.ArgumentParser:
     ap.add_argument('--cache', metavar='FILE', help='SQLite file of what the vision-language model answers')
     return ap
 
+# %% ../../nbs/cli/07_tools.ipynb #4ad0b8fa
 def served_app(
     a, # the parsed options
 ):     # a FastAPI application

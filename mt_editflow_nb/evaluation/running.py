@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['equal_length_batches', 'run_batch', 'EvaluatedSession', 'evaluation_protocol', 'check_protocol', 'write_outcomes',
-           'read_outcomes', 'write_session', 'read_sessions', 'open_evaluation', 'evaluate_round', 'evaluate_sessions',
-           'collect_sessions', 'pad_turns', 'unscored_note', 'evaluate', 'solver_of', 'trained_with',
-           'training_mismatches']
+           'read_outcomes', 'write_session', 'read_sessions', 'open_evaluation', 'evaluate_round', 'share_out',
+           'evaluate_sessions', 'collect_sessions', 'pad_turns', 'unscored_note', 'evaluate', 'solver_of',
+           'trained_with', 'training_mismatches']
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3c5a6b08
 import math, sys
@@ -174,6 +174,19 @@ def evaluate_round(
         if folder and process == 0:
             for evaluated in done: write_session(folder, evaluated)
     return done
+
+# %% ../../nbs/evaluation/01a_running.ipynb #5c29c7c7
+def share_out(
+    batches: list, # of whatever is to be done
+    work,          # batch -> what came of it, anything that can be pickled
+):                 # yields (batch, what came of it), in order and in every process
+    "Every process works on one batch a round, so that none is more than a batch ahead of another."
+    process, count = processes()
+    for k in range(0, len(batches), count):
+        here, done = batches[k:k + count], None
+        with failing_together():
+            if process < len(here): done = work(here[process])
+        yield from zip(here, exchange(done))
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3e1
 def evaluate_sessions(

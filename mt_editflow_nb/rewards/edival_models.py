@@ -431,6 +431,7 @@ def _hpsv3(name, device):
         return np.array([float(reply.text) for reply in replies])
     return quality
 
+# %% ../../nbs/rewards/01d_edival_models.ipynb #3d451018
 def load_quality(
     name: str = QUALITY,  # HPSv3, hpsv3:FOLDER, or a CLIP folder or hub name trained on human preferences
     device: str = 'auto', # 'auto' is the GPU where there is one

@@ -89,6 +89,7 @@ def pictures_of(
     "The pictures that a request is about."
     return (request.image,) if isinstance(request, Detect) else tuple(request.images)
 
+# %% ../../nbs/rewards/01e_edival_tools.ipynb #b629ffe2
 def _read_picture(text, place):
     try: data = base64.b64decode(text, validate=True)
     except ValueError: raise InputError(f'{place}: expected base64, received {text[:20]!r}') from None
@@ -157,6 +158,7 @@ def _refusal(response):
     except (ValueError, KeyError, TypeError): said = response.text
     return one_line(said)[:200] or f'status {response.status_code}'
 
+# %% ../../nbs/rewards/01e_edival_tools.ipynb #1564410c
 class RemoteTools:
     "Tools behind a server of `mtef_tools`."
     def __init__(
@@ -187,10 +189,10 @@ class RemoteTools:
 
     def call(
         self,
-        method: str,      # of HTTP
-        path: str,        # such as '/detect'
+        method: str,       # of HTTP
+        path: str,         # such as '/detect'
         body: dict = None, # of JSON's types
-    ):                    # what came back, or a `NoAnswer`
+    ):                     # what came back, or a `NoAnswer`
         "One call. Raises `InputError` for a server that stays away, and for what no patience repairs."
         import httpx2
         error = ''

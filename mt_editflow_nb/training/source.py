@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_SHARE', 'MANY_PICTURES', 'STREAMED', 'thumbnails', 'copies_of_training', 'check_apart', 'SessionSource',
-           'PrefetchedBatches', 'turns_of', 'length_weights', 'shuffled_part', 'session_source']
+           'PrefetchedBatches', 'turns_of', 'length_weights', 'shuffled_part', 'check_for_judge', 'session_source']
 
 # %% ../../nbs/training/02_source.ipynb #aa03e291
 import difflib
@@ -24,6 +24,7 @@ from ..data.shapeworld import parse_edit, shape_sessions
 from ..data.tables import StreamedBatches, is_table, open_sessions
 from ..editing.editor import at_size, check_instructions
 from ..editing.rollout import resize_sessions
+from ..rewards.edival_rules import check_edival_session
 from ..algorithm.config import Config
 
 # %% ../../nbs/training/02_source.ipynb #ef65ea5e
@@ -115,6 +116,7 @@ def _shape_world(c):
         return shape_sessions(c.sessions_per_iteration, turns, 'train', seed=c.seed,
                               start=iteration*c.sessions_per_iteration)
     heldout = shape_sessions(c.eval_sessions, c.eval_turns or turns, 'heldout', seed=0)
+    for judge in (c.judge, c.eval_judge): check_for_judge(judge, heldout[:1])
     return SessionSource(batch, heldout, 'held-out sessions of the shape world', 'shapeworld', content_hash(heldout))
 
 # %% ../../nbs/training/02_source.ipynb #f86e115a
@@ -214,10 +216,16 @@ def _check_turns(c, name, sessions):
     hint = '' if len(lengths) == 1 else ' (turn_weights={3: 1} trains on those of 3 turns alone)'
     expect(c.turns is None or [c.turns] == lengths, 'turns', f'none, or the {said} of {name}{hint}', c.turns)
 
-def _check_words(sessions):
-    "Raises `InputError` for instructions that the exact verifier cannot read."
-    for s in sessions:
-        for instruction in s.instructions: parse_edit(instruction)
+def check_for_judge(
+    judge: str,     # as `load_judge` takes it
+    sessions: list, # that it will score
+):
+    "Raises `InputError` for sessions that the exact verifier or EdiVal's rules cannot read. No picture is decoded."
+    if judge.startswith('verifier'):
+        for s in sessions:
+            for instruction in s.instructions: parse_edit(instruction)
+    if judge.partition('@')[0] == 'edival':
+        for s in sessions: check_edival_session(s)
 
 MANY_PICTURES = ('heldout: more than 2,000 pictures, so near copies were not looked for; '
                  'mtef_data stats FILE --against HELDOUT does')
@@ -238,10 +246,10 @@ def _streamed(c):
     for name in ('turns', 'turn_weights'):
         expect(getattr(c, name) is None, name, 'none with streaming, whose sessions come as they are', getattr(c, name))
     heldout = open_sessions(c.heldout, same_turns=False)[:c.eval_sessions]
-    if c.eval_judge.startswith('verifier'): _check_words(heldout)
+    check_for_judge(c.eval_judge, heldout)
     batch = StreamedBatches(c.sessions, c.sessions_per_iteration, c.seed)
     first = batch(0)                                                   # a table without the columns is found now
-    if c.judge.startswith('verifier'): _check_words(first)
+    check_for_judge(c.judge, first)
     if c.algorithm == 'sft': expect(first[0].targets, 'sessions', 'targets, which supervised training needs', 'none')
     return SessionSource(batch, heldout, f'sessions of {Path(c.heldout).name}', content_hash('streamed', c.sessions),
                          sessions_hash(heldout), (STREAMED,), None)
@@ -255,11 +263,11 @@ def session_source(
     for field in ('sessions', 'heldout'): _check_there(field, getattr(c, field))
     if c.streaming: return _streamed(c)
     sessions = open_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False, targets=c.algorithm == 'sft')
-    if c.judge.startswith('verifier'): _check_words(sessions)
+    check_for_judge(c.judge, sessions)
     train, heldout, name = _held_out_of(sessions, c)
     heldout = heldout[:c.eval_sessions]
     for field, sessions in (('sessions', train), ('heldout', heldout)): _check_turns(c, field, sessions)
-    if c.eval_judge.startswith('verifier'): _check_words(heldout)
+    check_for_judge(c.eval_judge, heldout)
     said = _looks_known(heldout, train) if c.heldout != 'training' else ()
     return SessionSource(_batches(train, c), heldout, name, sessions_hash(train), sessions_hash(heldout), tuple(said),
                          train)
