@@ -12,6 +12,9 @@ from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import find_adapter, lora_parameters, save_lora
 from mt_editflow_nb.evaluation.running import read_outcomes, write_outcomes
 from mt_editflow_nb.evaluation.scores import Outcomes
+from mt_editflow_nb.training.checkpoints import last_checkpoint, save_checkpoint
+from mt_editflow_nb.training.budget import remembered_batch
+from mt_editflow_nb.training.runs import cut_log, read_config
 from mt_editflow_nb.training.source import session_source
 
 def refused(f, *args, **kw):
@@ -101,3 +104,28 @@ def test_a_kernel_that_misses_the_first_signal_is_asked_again():
     alone = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
     stop_notebook(alone, signal.SIGINT)
     assert alone.returncode == -signal.SIGTERM
+
+@pytest.mark.parametrize('changed', [dict(iteration='1'), dict(iteration=1.), dict(parameters=2), dict(parameters='1'),
+                                     dict(iteration=True)], ids=str)
+def test_numbers_of_another_kind_in_a_checkpoint(tmp_path, changed):
+    "The one before is gone on from."
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    for iteration in range(2): save_checkpoint(tmp_path, iteration, [parameter], [], optimizer)
+    file, said = tmp_path/'checkpoints'/'000001'/'state.json', []
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    assert last_checkpoint(tmp_path, said.append).name == '000000'
+    assert 'state.json' in said[0] and 'going on from 000000' in said[0]
+
+def test_logs_and_notes_of_another_kind(tmp_path):
+    "What a log or a note of a run holds is taken only if it is what was written there."
+    good = '{"iteration": 0, "a": 1}\n'
+    (tmp_path/'metrics.jsonl').write_text('{"iteration": 1e400}\n{"iteration": null}\n{"iteration": "1"}\n[0]\n' + good)
+    assert cut_log(tmp_path/'metrics.jsonl', 2) == [1] and (tmp_path/'metrics.jsonl').read_text() == good
+    for held in ('{"batch": true}', '{"batch": 2.5}', '{"batch": "4"}', '{"batch": [', '[4]'):
+        (tmp_path/'batch.json').write_text(held)
+        assert remembered_batch(tmp_path/'batch.json') is None
+    whole = dict(config=make_config({}).model_dump(), environment={}, identity={}, started_in='/')
+    for changed in (dict(environment=[1]), dict(resumed='x'), dict(identity='x'), dict(started_in=3), dict(config=[1])):
+        (tmp_path/'config.json').write_text(json.dumps(whole | changed))
+        assert 'config.json: expected the config.json of a run' in refused(read_config, tmp_path)

@@ -1,5 +1,5 @@
 "A finished run as a model repository: in a folder, and on a hub that is an HTTP server of this test."
-import base64, json, threading
+import base64, json, shutil, threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest, torch
@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from test_training import small
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.push import main
+from mt_editflow_nb.data.files import content_hash
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import find_editor
@@ -104,3 +105,29 @@ def test_what_the_hub_refuses_is_one_line(run, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.startswith('mtef_push: REPO: ada/edits cannot be written: ') and err.count('\n') == 1
     assert 'hf_of_this_test' not in err
+
+def test_the_best_adapter_is_published_with_its_own_numbers(tmp_path, capsys):
+    "As if the last one had become worse; the card says so. `--adapter last` publishes that one all the same."
+    run = tmp_path/'run'
+    experiment(make_config(small | dict(iterations=2, save_every=1, eval_every=1, keep_best=1, turns=1)), run,
+               progress=False)
+    results = json.loads((run/'results.json').read_text())
+    row = next(r for r in results['table'] if r['metric'] == 'O')
+    held = dict(json.loads((run/'heldout.jsonl').read_text()), heldout_O=row['after'] + 7)
+    (run/'heldout.jsonl').write_text(json.dumps(held) + '\n')
+    best = run/'best'/'000001'/'pytorch_lora_weights.safetensors'
+    last = run/'lora'/'pytorch_lora_weights.safetensors'
+    assert best.read_bytes() != last.read_bytes()
+    for argv, file, said in (([], best, 'that of iteration 1 of 2'), (['--adapter', 'last'], last, 'the last one')):
+        assert main([str(run), 'ada/edits', *argv]) == 0
+        assert (run/'hub'/last.name).read_bytes() == file.read_bytes()
+        assert said in (run/'hub'/'README.md').read_text()
+        written = json.loads((run/'hub'/'results.json').read_text())
+        assert written['adapter'] == content_hash(file) and written['iterations'] == (1 if file == best else 2)
+    whole = {r['metric']: r for r in written['table']}
+    assert main([str(run), 'ada/edits']) == 0
+    after = {r['metric']: r['after'] for r in json.loads((run/'hub'/'results.json').read_text())['table']}
+    assert after['CC'] == pytest.approx(held['heldout_CC'], abs=1e-3) and after['CC'] != whole['CC']['after']
+    shutil.rmtree(run/'evaluations')
+    assert main([str(run), 'ada/edits']) == 2
+    assert 'mtef_push: --adapter: expected' in capsys.readouterr().err

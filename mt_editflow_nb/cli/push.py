@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['LICENCES', 'HUB_CARD', 'STRIPS', 'without_address', 'without_folder', 'public_config', 'licence_of', 'base_of',
-           'numbers_table', 'card_head', 'hub_card', 'check_finished', 'hub_folder', 'check_repo', 'upload', 'main']
+           'numbers_table', 'card_head', 'hub_card', 'check_finished', 'Published', 'after_O', 'best_iteration',
+           'evaluated_at', 'published_adapter', 'hub_folder', 'check_repo', 'upload', 'main']
 
 # %% ../../nbs/cli/05_push.ipynb #9712e323
 import argparse, re, sys
 from pathlib import Path
-import pandas as pd
+from typing import NamedTuple
+import numpy as np, pandas as pd
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
@@ -20,7 +22,9 @@ from ..editing.loading import TINY
 from ..editing.lora import ADAPTER_FILE
 from ..evaluation.card import blind_spots, markdown_table
 from ..training.runs import plot_run, read_config
-from ..evaluation.running import read_outcomes
+from ..evaluation.running import EvaluatedSession, collect_sessions, read_outcomes
+from ..evaluation.scores import Outcomes
+from ..training.train import before_after_table, log_rows
 
 # %% ../../nbs/cli/05_push.ipynb #a5a95780
 def without_address(
@@ -101,13 +105,17 @@ Made with [mt_editflow_nb](https://mt-editflow-nb.github.io/mt_editflow_nb).
 in percent with 95 % intervals over sessions; the difference is paired, with the same noise.
 IF: all instructions so far followed; marginal: this one followed; CC: content consistency with the first picture;
 O: geometric mean of IF and CC. Scored by {{ config.eval_judge }}.
+{%- if chosen %}
+
+{{ chosen }}
+{%- endif %}
 
 {{ table }}
 {% for note in notes %}
 - {{ note }}
 {%- endfor %}
 {% for file in strips %}
-![A held-out session, above before and below after training]({{ file }})
+![A held-out session, above before and below after {{ trained }} iterations]({{ file }})
 {% endfor %}
 ![Learning curves](curves.png)
 
@@ -162,18 +170,18 @@ def card_head(
     fields = dict(library_name='diffusers', pipeline_tag='image-to-image', tags=tags)
     return ModelCardData(**fields, **known, **licence).to_yaml()
 
-def hub_card(run, repo: str, base: str, licence: dict, strips: list) -> str: # Markdown
-    "The model card of a finished run. What it says is what the run folder holds."
-    held, results = public_config(run), read_json(Path(run)/'results.json')
-    after, _ = read_outcomes(Path(run)/'after.safetensors')
+def hub_card(run, published, repo: str, base: str, licence: dict, strips: list) -> str: # Markdown
+    "The model card of an adapter, from `published_adapter`. What it says is what the run folder holds."
+    held, results = public_config(run), published.results
     config, content = held['config'], held['identity'].get('sessions')
     data = 'the shape world of mt_editflow_nb' if config['sessions'] == 'shapeworld' else f"{config['sessions']}"
     if content and content != 'shapeworld': data += f' (hash of the content: {content[:16]})'
     environment = Environment(keep_trailing_newline=True)
     return environment.from_string(HUB_CARD).render(
         head=card_head(base, licence), title=repo.rpartition('/')[2], base=base, results=results, config=config,
-        repo=repo, data=data, table=markdown_table(numbers_table(results)), strips=strips,
-        notes=blind_spots(after.success_IT, config['eval_judge'], config['judge']))
+        repo=repo, data=data, chosen=published.chosen, trained=results.get('trained', results['iterations']),
+        table=markdown_table(numbers_table(results)), strips=strips,
+        notes=blind_spots(published.after.success_IT, config['eval_judge'], config['judge']))
 
 # %% ../../nbs/cli/05_push.ipynb #0c413855
 STRIPS = 3    # sessions that the card shows
@@ -191,26 +199,89 @@ def check_finished(
     expect(expected in (None, content_hash(adapter)), f'RUN: {adapter}', 'the adapter that results.json is about',
            'another one')
 
+# %% ../../nbs/cli/05_push.ipynb #0c413857
+class Published(NamedTuple):
+    "The adapter of a run that is published."
+    adapter: Path   # its file
+    results: dict   # as `results.json`, about this adapter
+    after: Outcomes # [I, T], of its evaluation
+    chosen: str     # how it was chosen; '' for the last one of a run that kept no other
+
+def after_O(
+    results: dict, # `results.json`
+) -> float:        # in percent; 0 where it is not valid
+    "O of the last adapter at the last turn."
+    last, = (row['after'] for row in results['table'] if (row['turn'], row['metric']) == (results['turns'], 'O'))
+    return last or 0.
+
+def best_iteration(
+    run,   # a finished run
+) -> int:  # None: the last adapter
+    "The iteration of the kept adapter with the best held-out O, if none is better in the end."
+    rows = [row for row in log_rows(Path(run)/'heldout.jsonl')
+            if (Path(run)/'best'/f"{row['iteration']:06d}"/ADAPTER_FILE).is_file()]
+    best = max(rows, key=lambda row: row['heldout_O'], default=dict(heldout_O=-1))
+    return best['iteration'] if best['heldout_O'] > after_O(read_json(Path(run)/'results.json')) else None
+
+def evaluated_at(
+    run,            # a run folder
+    iteration: int, # at which the adapter was evaluated
+) -> tuple:         # (`Outcomes` [I, T], turns of each session)
+    "What the evaluation of a kept adapter has left. Raises `InputError` where that is not there."
+    folder = Path(run)/'evaluations'/f'iteration {iteration}'
+    found = [read_outcomes(file) for file in sorted(folder.glob('session_*.safetensors'))]
+    whole = found and all(found)
+    expect(whole, '--adapter', f'{folder}, which the numbers of the best adapter come from, or last', 'none')
+    outcomes, _ = collect_sessions([EvaluatedSession(i, scored, None) for i, (scored, _) in enumerate(found)])
+    return outcomes, np.array([scored.success_IT.shape[1] for scored, _ in found])
+
+def published_adapter(
+    run,                   # a finished run
+    adapter: str = 'best', # 'best' of those that `keep_best` has kept and the last one, or 'last'
+) -> Published:
+    "Which adapter is published, with its own numbers. Raises `InputError`."
+    run, results = Path(run), read_json(Path(run)/'results.json')
+    after, _ = read_outcomes(run/'after.safetensors')
+    iteration = best_iteration(run) if adapter == 'best' else None
+    if iteration is None:
+        kept = (run/'best').is_dir()
+        chosen = f"The adapter is the last one, of iteration {results['iterations']}." if kept else ''
+        return Published(run/'lora'/ADAPTER_FILE, results, after, chosen)
+    file = run/'best'/f'{iteration:06d}'/ADAPTER_FILE
+    before, _ = read_outcomes(run/'before.safetensors')
+    outcomes, turns_I = evaluated_at(run, iteration)
+    table = before_after_table(before, outcomes, turns_I)
+    chosen = (f"The adapter is that of iteration {iteration} of {results['iterations']}, the best on these very "
+              f"sessions (the last one has O {after_O(results):.1f} at the last turn), so its numbers are a little too "
+              'good. The numbers and intervals below are its own; the pictures are the last one\'s.')
+    numbers = dict(table=table.reset_index().to_dict('records'), adapter=content_hash(file), iterations=iteration,
+                   trained=results['iterations'])
+    return Published(file, results | numbers, outcomes, chosen)
+
+# %% ../../nbs/cli/05_push.ipynb #0c413858
 def hub_folder(
     run,                    # a finished run
     folder,                 # created when missing
     repo: str,              # name of the repository, for the card
     base_model: str = None, # needed where the editor lay in a folder
     licence: str = None,    # needed where the base model's is not known
+    adapter: str = 'best',  # or 'last', see `published_adapter`
 ) -> list:                  # names of the files
     "Write the files of a model repository. Raises `InputError` for a run that cannot be published as it is."
     run, folder = Path(run), Path(folder)
     check_finished(run)
     base = base_of(read_config(run).model_dump(), base_model)
     strips = [file.name for file in sorted((run/'rollouts').glob('heldout_*.png'))[:STRIPS]]
-    card = hub_card(run, repo, base, licence_of(base, licence), strips)
-    copied = {name: run/name for name in ('results.json', 'metrics.jsonl')} | {ADAPTER_FILE: run/'lora'/ADAPTER_FILE}
+    published = published_adapter(run, adapter)
+    card = hub_card(run, published, repo, base, licence_of(base, licence), strips)
+    copied = {'metrics.jsonl': run/'metrics.jsonl', ADAPTER_FILE: published.adapter}
     copied |= {name: run/'rollouts'/name for name in strips}
     for name, source in copied.items(): atomic_write(folder/name, source.read_bytes())
     atomic_write(folder/'README.md', card)
+    atomic_write(folder/'results.json', to_json(published.results, indent=1))
     atomic_write(folder/'config.json', to_json(public_config(run), indent=1))
     save_figure(folder/'curves.png', plot_run(run))
-    return sorted(['README.md', 'config.json', 'curves.png', *copied])
+    return sorted(['README.md', 'config.json', 'curves.png', 'results.json', *copied])
 
 # %% ../../nbs/cli/05_push.ipynb #4c26bfbe
 def check_repo(
@@ -246,6 +317,8 @@ def _parser():
     add('run', metavar='RUN', help='a finished run folder')
     add('repo', metavar='REPO', help='OWNER/NAME on the hub; the card names it')
     add('--to', metavar='FOLDER', help='where the files are written (default: RUN/hub)')
+    add('--adapter', choices=['best', 'last'], default='best', help='the best by held-out O of those that keep_best '
+        'has kept and the last one (default), or the last one')
     add('--yes', action='store_true', help='create the repository and upload the files')
     add('--public', action='store_true', help='a repository that is created is public (default: private)')
     add('--base-model', metavar='NAME', help='hub name of the editor, if the run had it from a folder')
@@ -256,7 +329,7 @@ def _push(a):
     check_repo(a.repo)
     expect(a.yes or not a.public, '--public', '--yes, without which nothing is uploaded', 'none')
     folder = Path(a.to or Path(a.run)/'hub').expanduser()
-    names = hub_folder(a.run, folder, a.repo, a.base_model, a.licence)
+    names = hub_folder(a.run, folder, a.repo, a.base_model, a.licence, a.adapter)
     for name in names: print(f'{(folder/name).stat().st_size:12,}  {name}')
     if a.yes: print(f'uploaded to {upload(folder, names, a.repo, a.public)}')
     else: print(f'{folder} holds what would be uploaded to {a.repo}; look at README.md there, then add --yes')

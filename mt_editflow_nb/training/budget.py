@@ -472,7 +472,7 @@ def remembered_batch(
     "The number of rows that fitted in an earlier trial."
     try: batch = read_json(file)['batch']
     except (InputError, KeyError, TypeError): return None
-    return batch if isinstance(batch, int) and batch > 0 else None
+    return batch if type(batch) is int and batch > 0 else None
 
 def find_batch(
     step,       # runs a batch of n rows; raises `torch.OutOfMemoryError` where they do not fit

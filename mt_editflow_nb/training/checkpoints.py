@@ -116,10 +116,13 @@ def checkpoint_damage(
     folder = Path(folder)
     try:
         state = json.loads((folder/'state.json').read_text())
-        iteration, tensors = int(state['iteration']), folder/'state.safetensors'
+        iteration, parameters, tensors = state['iteration'], state['parameters'], folder/'state.safetensors'
+        if type(iteration) is not int or type(parameters) is not int: return 'its state.json holds no whole numbers'
         if folder.name.isdigit() and iteration != int(folder.name): return f'its state.json says iteration {iteration}'
         if 'sha256' in state and _sha256(tensors) != state['sha256']: return 'state.safetensors is not as written'
-        with safe_open(str(tensors), 'pt') as f: saved = (f.metadata() or {}).get('iteration')
+        with safe_open(str(tensors), 'pt') as f:
+            saved, found = (f.metadata() or {}).get('iteration'), sum(name.startswith('param.') for name in f.keys())
+        if found != parameters: return f'its state.json says {parameters} trained tensors, there are {found}'
         if saved is not None and int(saved) != iteration: return f'its tensors are those of iteration {saved}'
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         return f'it cannot be read ({type(e).__name__}: {one_line(e)[:100]})'

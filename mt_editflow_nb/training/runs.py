@@ -77,6 +77,11 @@ def run_identity(
                 eval_judge=judge_fingerprint(c.eval_judge, c.eval_judge_options), **adapter)
 
 # %% ../../nbs/training/03_runs.ipynb #ed7e1a5e
+_KINDS = dict(environment=dict, identity=dict, resumed=list, started_in=str)      # of what stands beside `config`
+
+def _kind_of(value, kind):
+    if value is not None and not isinstance(value, kind): raise TypeError(f'expected {kind.__name__}')
+
 def read_config(
     run, # a run folder
 ) -> Config:
@@ -86,7 +91,9 @@ def read_config(
     try:
         stored = read_json(file)
         fields = dict(stored['config'])
-    except (KeyError, TypeError):
+        for name, kind in _KINDS.items(): _kind_of(stored.get(name), kind)
+    except (KeyError, TypeError, ValueError) as e:
+        if isinstance(e, InputError): raise
         raise InputError(f'run: {file}: expected the config.json of a run, received other JSON') from None
     older = 'identity' not in stored
     if older and fields.get('sessions', 'shapeworld') != 'shapeworld':
@@ -170,8 +177,9 @@ def note_environment(
 LOGS = ('metrics.jsonl', 'timings.jsonl')
 
 def _iteration(line: str) -> int: # None: not a whole line of a log
-    try: return int(json.loads(line)['iteration'])
+    try: iteration = json.loads(line)['iteration']
     except (ValueError, KeyError, TypeError): return None
+    return iteration if type(iteration) is int else None
 
 def cut_log(
     file,       # a log of a run

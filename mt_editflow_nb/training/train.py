@@ -7,8 +7,8 @@ __all__ = ['FOLLOWED_BY', 'load_configured_editor', 'prepare', 'opened', 'stop_t
            'exact_scores', 'iteration_signals', 'save_group_figure', 'peak_memory', 'log_iteration',
            'find_common_batch', 'run_evaluation', 'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch',
            'say_findings', 'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'load_judges',
-           'check_judges', 'train', 'base_file', 'FirstBatch', 'saved_evaluation', 'results_of', 'draw_heldout',
-           'track_results', 'is_finished', 'check_size', 'run_stages', 'experiment']
+           'check_judges', 'train', 'base_file', 'FirstBatch', 'saved_evaluation', 'before_after_table', 'results_of',
+           'draw_heldout', 'track_results', 'is_finished', 'check_size', 'run_stages', 'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
 import gc, json, os, resource, shutil, sys, time
@@ -397,17 +397,27 @@ def saved_evaluation(c, run, name: str, editor, heldout, judge, progress: bool, 
     from_first(keep)
 
 # %% ../../nbs/training/04_train.ipynb #0325488c
+def before_after_table(
+    before: Outcomes, # [I, T]
+    after: Outcomes,  # [I, T]
+    turns_I,          # how many turns each session has
+):                    # a frame, index (turn, metric)
+    "`compare_scores` with the interval of either side, and where sessions differ in length the number that count."
+    table = compare_scores(before, after, turns_I=turns_I)
+    for name, outcomes in (('before', before), ('after', after)):
+        table[[f'{name}_low', f'{name}_high']] = score_intervals(outcomes, turns_I=turns_I)[['low', 'high']]
+    if len(set(turns_I)) > 1: table['sessions'] = [int((turns_I >= turn).sum()) for turn, _ in table.index]
+    return table
+
 def results_of(c, run, source) -> dict: # for `results.json`
     "The final numbers of a run, from the two evaluations that its folder holds."
     (before, _), (after, _) = (read_outcomes(Path(run)/f'{name}.safetensors') for name in ('before', 'after'))
     turns_I = turns_of(source.heldout)
-    table = compare_scores(before, after, turns_I=turns_I)
-    for name, outcomes in (('before', before), ('after', after)):
-        table[[f'{name}_low', f'{name}_high']] = score_intervals(outcomes, turns_I=turns_I)[['low', 'high']]
+    table = before_after_table(before, after, turns_I)
     sessions, T = before.success_IT.shape
-    if len(set(turns_I)) > 1: table['sessions'] = [int((turns_I >= turn).sum()) for turn, _ in table.index]
     last = table.loc[(T, 'O')]
-    seconds = sum(row['seconds'] for row in log_rows(Path(run)/'timings.jsonl'))
+    timings = [row.get('seconds') for row in log_rows(Path(run)/'timings.jsonl')]
+    seconds = sum(x for x in timings if isinstance(x, (int, float)))
     unscored = {name: int(count_unscored(o.success_IT, turns_I).sum())
                 for name, o in (('before', before), ('after', after))}
     adapter = Path(run)/'lora'/'pytorch_lora_weights.safetensors'
