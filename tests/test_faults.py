@@ -16,6 +16,7 @@ from mt_editflow_nb.training.checkpoints import last_checkpoint, save_checkpoint
 from mt_editflow_nb.training.budget import remembered_batch
 from mt_editflow_nb.training.runs import cut_log, read_config
 from mt_editflow_nb.training.source import session_source
+from mt_editflow_nb.training.train import experiment
 
 def refused(f, *args, **kw):
     "The one line with which something is refused."
@@ -129,3 +130,15 @@ def test_logs_and_notes_of_another_kind(tmp_path):
     for changed in (dict(environment=[1]), dict(resumed='x'), dict(identity='x'), dict(started_in=3), dict(config=[1])):
         (tmp_path/'config.json').write_text(json.dumps(whole | changed))
         assert 'config.json: expected the config.json of a run' in refused(read_config, tmp_path)
+
+def test_a_finished_run_mends_what_can_be_made_again(tmp_path, capsys):
+    "A picture that was cut off, results that are none, half a line inside a log: the numbers stay."
+    c, run = make_config(dict(iterations=0, eval_sessions=1, num_steps=1, turns=1, lora_rank=2)), tmp_path/'run'
+    results = experiment(c, run, progress=False)
+    picture = run/'rollouts'/'heldout_0.png'
+    drawn = picture.read_bytes()
+    picture.write_bytes(drawn[:60])
+    (run/'results.json').write_text('[1]')
+    (run/'timings.jsonl').write_text('{"iterat\n{}\n')
+    assert experiment(c, run, progress=False) == results
+    assert picture.read_bytes() == drawn and json.loads((run/'results.json').read_text()) == results

@@ -6,9 +6,10 @@
 __all__ = ['FOLLOWED_BY', 'load_configured_editor', 'prepare', 'opened', 'stop_together', 'log_rows', 'hint_at_resume',
            'exact_scores', 'iteration_signals', 'save_group_figure', 'peak_memory', 'log_iteration',
            'find_common_batch', 'run_evaluation', 'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch',
-           'say_findings', 'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'load_judges',
-           'check_judges', 'train', 'base_file', 'FirstBatch', 'saved_evaluation', 'before_after_table', 'results_of',
-           'draw_heldout', 'track_results', 'is_finished', 'check_size', 'run_stages', 'experiment']
+           'say_log_gaps', 'say_findings', 'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in',
+           'load_judges', 'check_judges', 'train', 'base_file', 'FirstBatch', 'saved_evaluation', 'before_after_table',
+           'results_of', 'is_whole_picture', 'draw_heldout', 'track_results', 'is_finished', 'check_size', 'run_stages',
+           'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
 import gc, json, os, resource, shutil, sys, time
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np, torch
 from tqdm.auto import tqdm
 from ..data.files import (InputError, append_json_line, atomic_write, content_hash, expect, locked,
-                                       read_json, read_json_lines, to_json)
+                                       open_image, read_json, read_json_lines, to_json)
 from ..data.plots import save_figure, session_figure
 from ..data.shapeworld import WORLD_SIDE
 from ..data.signals import Stopped, stop_requests, stop_with
@@ -240,6 +241,10 @@ def fit_batch(c, run, policy: Policy) -> Config: # with the rows a transformer c
     else: batch = min(c.batch, from_first(lambda: remembered_batch(file)) or c.batch)
     return c.model_copy(update=dict(batch=batch))
 
+def say_log_gaps(run, iteration: int):
+    "Cut the logs back to an iteration, and say what they lack."
+    for text in log_gaps(run, iteration): print(text, file=sys.stderr)
+
 def say_findings(c, run, iteration: int):
     "What the monitor has seen since the last checkpoint."
     for f in find_hacking(metrics_rows(run)):
@@ -284,7 +289,7 @@ def train_from_checkpoint(c, run, source, judge, eval_judge, progress: bool, sto
     state = RunState(c, run, policy)
     state.resume()
     def cut_logs():
-        for text in log_gaps(run, state.iteration): print(text, file=sys.stderr)
+        say_log_gaps(run, state.iteration)
         cut_log(Path(run)/'heldout.jsonl', state.iteration + 1)
     from_first(cut_logs)
     source = source.for_editor(policy.editor, c.eval_size)
@@ -426,13 +431,18 @@ def results_of(c, run, source) -> dict: # for `results.json`
                 final_turn_O_gain_ci=[last.low, last.high], evaluated_on=source.heldout_name, unscored=unscored,
                 adapter=content_hash(adapter), table=table.reset_index().to_dict('records')), table
 
+def is_whole_picture(file) -> bool:
+    "Whether a picture is there and can be read to its end."
+    try: return bool(open_image(file))
+    except InputError: return False
+
 def draw_heldout(run, source):
     "The first held-out sessions before and after, those whose picture is missing."
     (before, images), (after, images_after) = (read_outcomes(Path(run)/f'{n}.safetensors') for n in ('before', 'after'))
     size = type('Size', (), dict(size=images.shape[-2]))
     for i, session in enumerate(resize_sessions(size, source.heldout[:len(images)])):
         file = Path(run)/'rollouts'/f'heldout_{i}.png'
-        if file.is_file(): continue
+        if is_whole_picture(file): continue
         T = len(session.instructions)
         marks = [before.success_IT[i][:T], after.success_IT[i][:T]]
         figure = session_figure(session, np.stack([images[i][:T], images_after[i][:T]]), marks_GT=marks,
@@ -453,8 +463,8 @@ def is_finished(run) -> bool:
     run = Path(run)
     if not all(read_outcomes(run/f'{name}.safetensors') for name in ('before', 'after')): return False
     adapter = run/'lora'/'pytorch_lora_weights.safetensors'
-    try: expected = read_json(run/'results.json').get('adapter')
-    except InputError: expected = None
+    try: expected = dict(read_json(run/'results.json')).get('adapter')
+    except (InputError, TypeError, ValueError): expected = None         # it is written again
     found = content_hash(adapter) if adapter.is_file() else None
     if found and expected in (None, found): return True
     print(f'{adapter}: not the adapter that was trained; it is made again from the last checkpoint', file=sys.stderr)
@@ -494,7 +504,9 @@ def experiment(
     Raises `Stopped` after an orderly stop by a signal, and `InputError` for what does not fit."""
     with failing_together(): source, identity = prepare(c)
     with stop_together() as stop, opened(c, run, identity) as run, hint_at_resume(run):
-        if not from_first(lambda: is_finished(run)):
+        if from_first(lambda: is_finished(run)):
+            from_first(lambda: say_log_gaps(run, c.iterations))
+        else:
             given = judge is not None
             from_first(lambda: last_checkpoint(run))                   # raises where all are damaged
             with failing_together():
