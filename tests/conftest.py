@@ -1,8 +1,8 @@
 "Fixtures that several files of tests share."
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
+from helpers import processes
 
 def forget_shells():
     "Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them."
@@ -11,4 +11,4 @@ def forget_shells():
 @pytest.fixture(scope='session')
 def runner():
     "A process that runs notebooks: what they leave behind stays away from the tests, and what they import stays there."
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), forget_shells) as pool: yield pool
+    with ProcessPoolExecutor(1, processes, forget_shells) as pool: yield pool

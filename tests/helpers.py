@@ -6,12 +6,12 @@ import pytest
 
 PATIENCE = 600     # seconds: what is waited for takes a few of them, but perhaps other work runs beside the tests
 
-def wait_for(condition):
-    "Until it is true; an assertion in the condition ends the wait."
+def wait_for(condition, every=.01):
+    "Until it is true; an assertion in the condition ends the wait. `every`: seconds between two looks."
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, 'waited in vain'
-        time.sleep(.01)
+        time.sleep(every)
 
 # Importing torch and diffusers takes seconds: a server that has done so forks every process from itself.
 processes = multiprocessing.get_context('forkserver')

@@ -10,7 +10,7 @@ sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not 
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = pytest.mark.skipif(not chromium, reason='no Chromium here: as root, `make browser` installs it')
 
-small = dict(look=8, iterations=2, eval_sessions=4, seeds=[0], out='tour')     # the tour's parameters, for a test
+small = dict(look=4, iterations=2, eval_sessions=4, seeds=[0], out='tour')     # the tour's parameters, for a test
 MILLISECONDS = 1000*PATIENCE
 
 def settings(folder, theme):
@@ -32,7 +32,9 @@ def folder(tmp_path_factory):
     cell, = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', ())]
     cell.source = '\n'.join(f'{k} = {v!r}' for k, v in small.items())
     sweep, = [c for c in nb.cells if 'fixed=dict(' in c.source]
-    sweep.source = sweep.source.replace('fixed=dict(', 'fixed=dict(sessions_per_iteration=2, group=4, num_steps=2, ')
+    sweep.source = sweep.source.replace('fixed=dict(', 'fixed=dict(sessions_per_iteration=1, group=4, num_steps=2, ')
+    members, = [c for c in nb.cells if 'group=16, num_steps=3' in c.source]
+    members.source = members.source.replace('num_steps=3', 'num_steps=2')
     for c in nb.cells:
         if c.cell_type != 'code': continue
         c.outputs = []
@@ -46,7 +48,7 @@ def wait_for_server(server, port, log):
         assert server.poll() is None, log.read_text()[-2000:]
         try: return urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=60)
         except OSError: return False
-    wait_for(answers)
+    wait_for(answers, every=.2)
 
 @pytest.fixture(scope='module')
 def lab(folder):
@@ -98,7 +100,7 @@ def run_all(page):
     def all_have_run():
         assert not errors.count(), errors.first.inner_text()
         return not any(re.fullmatch(r'\[[ *]\]:', t.strip()) for t in prompts.all_inner_texts())
-    wait_for(all_have_run)
+    wait_for(all_have_run, every=1)                             # each look makes the browser read the whole page
 
 @pytest.fixture(scope='module')
 def page(browser, lab):
@@ -193,7 +195,7 @@ def test_advantage_lab(page):
     expect(v.locator('tbody')).not_to_have_text(before)
     expect(v.locator('p').last).not_to_contain_text(' 0 have another sign')
     up = int(re.search(r'(\d+) of', v.locator('p').last.inner_text())[1])
-    assert 0 < up < 8*16*3 and '▲' in v.inner_text() and '▼' in v.inner_text()
+    assert 0 < up < 4*16*3 and '▲' in v.inner_text() and '▼' in v.inner_text()
     shot(v, 'advantage_lab')
     choose(v, 'aggregation', 'none')
     expect(v.get_by_role('alert')).to_contain_text('collapses turns')     # said, not drawn
@@ -276,7 +278,7 @@ def test_what_is_saved(page, folder):
     "The saved notebook is valid where there are no widgets, and shows every view there."
     page.locator('.jp-Notebook').first.click(position=dict(x=5, y=5))
     page.keyboard.press('Control+s')
-    wait_for(lambda: len(views_in(folder/'tour.ipynb')) == 6)
+    wait_for(lambda: len(views_in(folder/'tour.ipynb')) == 6, every=.2)
     nb = nbformat.read(folder/'tour.ipynb', nbformat.NO_CONVERT)
     nbformat.validate(nb)
     assert all('state' in w for w in nb.metadata.get('widgets', {}).values())
@@ -345,7 +347,7 @@ def test_live(browser, lab, folder):
     expect(b.get_by_text('cancelled')).to_be_visible()
 
     page.keyboard.press('Control+s')
-    wait_for(lambda: len(views_in(folder/'live.ipynb')) == 2)
+    wait_for(lambda: len(views_in(folder/'live.ipynb')) == 2, every=.2)
     settings(folder/'.settings', 'JupyterLab Dark')
     page.reload()
     page.locator('.jp-Notebook .jp-CodeCell').first.wait_for()

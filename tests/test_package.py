@@ -41,24 +41,22 @@ def away(tmp_path_factory):
     run.folder = folder
     return run
 
-def test_commands_say_what_they_do_and_train(away):
-    "Directly, and in the notebook that came with the package."
+def test_every_command(away):
+    """All say what they do. Training runs directly, and in the notebook that came with the package.
+
+    A sweep of the user's own runs with the package's other notebook, and is reported."""
     names = ('mtef_init', 'mtef_data', 'mtef_train', 'mtef_eval', 'mtef_sweep', 'mtef_report', 'mtef_push')
     train = ['mtef_train', *SMALL, 'iterations=2']
-    said = away(*([name, '--help'] for name in names), [*train, '--run', 'direct'], ['mtef_init', 'copies'],
-                [*train, '--notebook', 'copies/train.ipynb', '--run', 'notebook'])
+    fixed = ', '.join(pair.replace('=', ': ') for pair in [*SMALL, 'iterations=1'])
+    sweep = away.folder/'mine.yaml'
+    sweep.write_text('question: Does it run away from the checkout?\nnotebook: copies/ablation.ipynb\n'
+                     f'grid: {{lr: [0.001]}}\nbaseline: {{lr: 0.001}}\nfixed: {{{fixed}}}\nseeds: [0]\n')
+    said = away(*([name, '--help'] for name in names), ['mtef_init', 'copies'], [*train, '--run', 'direct'],
+                [*train, '--notebook', 'copies/train.ipynb', '--run', 'notebook'],
+                ['mtef_sweep', 'mine.yaml', '--out', 'sweeps'], ['mtef_report', 'sweeps', '--n-boot', '100'])
     for name in names: assert f'usage: {name}' in said
     for run in ('direct', 'notebook'):
         assert json.loads((away.folder/run/'results.json').read_text())['iterations'] == 2
-
-def test_sweeps_and_reports(away):
-    "A sweep of the user's own, with the notebook that came with the package."
-    away(['mtef_init', 'changed'])
-    fixed = ', '.join(pair.replace('=', ': ') for pair in [*SMALL, 'iterations=1'])
-    sweep = away.folder/'changed'/'sweeps'/'mine.yaml'
-    sweep.write_text('question: Does it run away from the checkout?\nnotebook: ../ablation.ipynb\n'
-                     f'grid: {{lr: [0.001]}}\nbaseline: {{lr: 0.001}}\nfixed: {{{fixed}}}\nseeds: [0]\n')
-    away(['mtef_sweep', str(sweep), '--out', 'sweeps'], ['mtef_report', 'sweeps', '--n-boot', '100'])
     assert list((away.folder/'sweeps'/'report').rglob('*.html'))
 
 def test_names_to_start_with():

@@ -1,8 +1,10 @@
 "Several processes give what one gives, and fail together."
-import json, os, socket, subprocess, sys, textwrap, time
+import json, socket, textwrap, time
 import numpy as np, pytest
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
+from torch.distributed import run as torchrun
+from helpers import Command
 from mt_editflow_nb.cli.train import main
 
 # AdamW divides by the gradient's size: rounding grows with lr
@@ -62,17 +64,17 @@ tiny = ['sessions_per_iteration=1', 'group=4', 'turns=1', 'num_steps=2', 'train_
 def play(tmp_path, names, settings=tiny, processes=2, **environment):
     """Run `mtef_train` in several processes, once for each scenario: (exit status, everything that was printed).
 
-    torchrun starts them: without MPI, `accelerate launch --cpu` starts a single one."""
+    torchrun starts them: without MPI, `accelerate launch --cpu` starts a single one. It forks them from a process that
+    has imported everything."""
     (tmp_path/'scenarios.py').write_text(scenarios)
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_addr',
-                '127.0.0.1', '--master_port', port, str(tmp_path/'scenarios.py')]
-    done = subprocess.run([*launcher, str(tmp_path), ','.join(names), *settings], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, timeout=900,
-                          env=dict(os.environ, OMP_NUM_THREADS='1', **environment))
-    return done.returncode, done.stdout
+        port = s.getsockname()[1]
+    launcher = ['--nproc_per_node', processes, '--master_addr', '127.0.0.1', '--master_port', port, '--run-path',
+                '--start-method', 'fork', tmp_path/'scenarios.py', tmp_path, ','.join(names), *settings]
+    command = Command(torchrun.main, list(map(str, launcher)), tmp_path/'torchrun', **environment)
+    status, errors = command.end()
+    return status, command.said() + errors
 
 split_groups = ['algorithm=grpo', 'clip=1e-2', 'lr=1e-4', 'sessions_per_iteration=1', 'group=4'] # 2 members a process
 

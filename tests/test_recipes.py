@@ -424,7 +424,8 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(root/'experiments'))
     import bench_gpu
     recipe = str(root/'experiments/recipes/kontext_nft.yaml')
-    argv = [recipe, 'checkpointing=false', '--toy', '--repeat', '1', '--out', str(tmp_path)]
+    few = ['checkpointing=false', 'sessions_per_iteration=1', 'group=2', 'turns=2', 'num_steps=2', 'train_timesteps=1']
+    argv = [recipe, *few, '--toy', '--repeat', '1', '--out', str(tmp_path)]
     def one_block_of_each_kind(name):
         about = editor_configs(name)
         return about | dict(transformer=about['transformer'] | dict(num_layers=1, num_single_layers=1))

@@ -120,6 +120,15 @@ def kappa(
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     return float(cohen_kappa_score(a, b)) if len(np.unique([a, b])) == 2 else np.nan
 
+def _pairs(group_N):
+    "Two arrays of indices: every pair whose members share a group, once."
+    _, group_N, sizes = np.unique(group_N, return_inverse=True, return_counts=True)
+    in_order, place = np.argsort(group_N, kind='stable'), np.arange(len(group_N))
+    later = np.repeat(sizes.cumsum(), sizes) - place - 1           # members of the same group that follow
+    first = np.repeat(place, later)
+    nth = np.arange(len(first)) - np.repeat(later.cumsum() - later, later)
+    return in_order[first], in_order[first + 1 + nth]
+
 def ranking(
     scores_RN: np.ndarray, # NaN where there is none
     truth_N: np.ndarray,   # in [0, 1]
@@ -127,17 +136,12 @@ def ranking(
     tie: float = .1,       # truths closer than this are not ranked
 ) -> float:                # nan where nothing is to be ranked
     "How often two members of a group with different truths are put in the right order (the same score counts half)."
-    right = total = 0.
-    for group in pd.unique(group_N):
-        members = np.flatnonzero(group_N == group)
-        i, j = np.triu_indices(len(members), 1)
-        a, b = members[i], members[j]
-        differ = np.abs(truth_N[a] - truth_N[b]) > tie
-        a, b = a[differ], b[differ]
-        agree = np.sign(scores_RN[:, a] - scores_RN[:, b])*np.sign(truth_N[a] - truth_N[b])
-        right += np.nansum(agree + 1)/2
-        total += (~np.isnan(agree)).sum()
-    return right/total if total else np.nan
+    a, b = _pairs(group_N)
+    differ = np.abs(truth_N[a] - truth_N[b]) > tie
+    a, b = a[differ], b[differ]
+    agree = np.sign(scores_RN[:, a] - scores_RN[:, b])*np.sign(truth_N[a] - truth_N[b])
+    total = (~np.isnan(agree)).sum()
+    return np.nansum(agree + 1)/2/total if total else np.nan
 
 # %% ../../nbs/rewards/03_agreement.ipynb #c8b764e4
 def measures(
