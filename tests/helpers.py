@@ -1,5 +1,5 @@
 "What several files of tests need: patience, and commands in processes of their own that start quickly."
-import multiprocessing, os, runpy, signal, sys, time, warnings
+import gc, multiprocessing, os, runpy, signal, sys, time, warnings
 from pathlib import Path
 from unittest.mock import patch
 import pytest
@@ -21,6 +21,7 @@ processes.set_forkserver_preload(['diffusers.pipelines.flux.pipeline_flux_kontex
 def _enter(main, argv, log, env):
     "The body of the process."
     os.environ.update(env)
+    gc.freeze()                                      # what was imported before the fork
     import torch
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
