@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     cell, = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', ())]
     cell.source = '\n'.join(f'{k} = {v!r}' for k, v in small.items())
     sweep, = [c for c in nb.cells if 'fixed=dict(' in c.source]
-    sweep.source = sweep.source.replace('fixed=dict(', 'fixed=dict(sessions_per_iteration=1, group=4, num_steps=2, ')
+    sweep.source = sweep.source.replace('fixed=dict(', 'fixed=dict(sessions_per_iteration=2, group=4, num_steps=2, ')
     members, = [c for c in nb.cells if 'group=16, num_steps=3' in c.source]
     members.source = members.source.replace('num_steps=3', 'num_steps=2')
     for c in nb.cells:
