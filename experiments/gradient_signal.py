@@ -5,9 +5,11 @@
 
 `measure` trains once (60 iterations, adaptive fusion, return to go) to have stages, then draws batches of 8 training
 sessions and 8 members, as chains and with turn branching, and keeps the rewards and a sketch of the NFT gradient of
-every row and turn, a file a batch: stopped and called again it goes on. `report` compares rules of credit on what is
-kept, and writes experiments/results/signal.jsonl, a line a cell."""
+every row and turn at every noise level, for chains with two draws of noise, a file a batch: stopped and called again it
+goes on. `report` compares rules of credit, noise levels and draws on what is kept, and writes
+experiments/results/signal.jsonl, a line a cell."""
 import argparse
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.rewards.cube import TurnScorer, load_judge
 
 P, G, T, SKETCH = 8, 8, 3, 2048
+DRAWS = dict(chains=2, branching=1)                                   # of noise for training, a level
 STRUCTURES = dict(chains='none', branching='random', best='best')     # the last for the ceiling of rewards alone
 FIRST_SESSION = 100_000                                               # far from those that the run is trained on
 RULES = {'paper': dict(fusion='advantage', credit='broadcast'),
@@ -90,16 +93,29 @@ def measure_batch(editor, structure, b, with_gradients=True):
     kept = dict(rewards_PGTM=scores.rewards_PGTM, success_PGT=scores.success_PGT)
     if made.goes_on_PT is not None: kept['goes_on_PT'] = made.goes_on_PT
     if not with_gradients: return kept
-    sketches = []
+    levels_TP = torch.stack([choose_levels([(*key, 'train', t) for key in made.keys], config.num_steps, 1)[0]
+                             for t in range(T)])
+    sketch_DKPGTX = measure_sketches(editor, made, DRAWS[structure])
+    return kept | dict(level_PT=levels_TP.T.contiguous(), sketch_DKPGTX=sketch_DKPGTX)
+
+def measure_sketches(editor, made, draws):
+    "Sketches of every row at every noise level, [draws, levels, P, G, T, X], in half precision."
+    levels = len(made.sigmas) - 1
+    sketch_DKTNX = torch.zeros(draws, levels, T, P*G, SKETCH, dtype=torch.half)
     with RowGradients(editor) as gradients:
-        for t in range(T):
-            keys = [(*key, 'train', t) for key in made.keys]
-            sigma_N = made.sigmas[choose_levels(keys, config.num_steps, 1)[0]].repeat_interleave(G)
-            noise_NLC = normal_noise([(*key, 0) for key in keys], editor.latent_shape).repeat_interleave(G, 0)
-            x0, s = made.clean_TNLC[t], sigma_N[:, None, None]
-            xt = (1 - s)*x0 + s*noise_NLC
-            sketches.append(gradients.of(editor, x0, xt, sigma_N, made.texts_T[t], made.inputs_TNLC[t]))
-    return kept | dict(sketch_PGTX=torch.stack(sketches, 1).unflatten(0, (P, G)).half())
+        for d, k, t in product(range(draws), range(levels), range(T)):
+            keys = [(*key, 'train', t, d) for key in made.keys]
+            x0, noise_PLC = made.clean_TNLC[t], normal_noise(keys, editor.latent_shape)
+            sigma_N = made.sigmas[k].expand(P*G)
+            s = sigma_N[:, None, None]
+            xt = (1 - s)*x0 + s*noise_PLC.repeat_interleave(G, 0)
+            sketch_DKTNX[d, k, t] = gradients.of(editor, x0, xt, sigma_N, made.texts_T[t], made.inputs_TNLC[t]).half()
+    return sketch_DKTNX.movedim(2, 3).unflatten(2, (P, G))
+
+def chosen_levels(kept):
+    "The sketch of each row and turn at the noise level that training would have drawn, first draw, [P, G, T, X]."
+    index = kept['level_PT'][None, :, None, :, None].expand(1, P, G, T, SKETCH)
+    return kept['sketch_DKPGTX'][0].gather(0, index)[0]
 
 def measure(folder, stages, batches):
     "All cells that are not there yet."
@@ -122,7 +138,11 @@ def editor_at(folder, stage):
         for name, p in editor.transformer.named_parameters(): p.requires_grad_('lora_' in name)
     return _editors[stage]
 
-def batch_gradients(batches, rule, members, branching):
+def mean_sketch(kept, levels, draws):
+    "The mean sketch of each row and turn over some noise levels and draws of noise, [P, G, T, X]."
+    return kept['sketch_DKPGTX'][:draws, list(levels)].float().mean((0, 1))
+
+def batch_gradients(batches, rule, members, branching, sketch=chosen_levels):
     "Gradients of groups of some members, [batches, groups of them out of 8, X], and the share of turns that count."
     config = make_config(dict(branching='random' if branching else 'none', **rule))
     gradients, counted = [], []
@@ -130,7 +150,8 @@ def batch_gradients(batches, rule, members, branching):
         part, names = slice(first, first + members), ('rewards_PGTM', 'success_PGT')
         scores = SimpleNamespace(**{name: kept[name][:, part] for name in names})
         A_PGT = turn_advantages(config, scores, kept.get('goes_on_PT')).clamp(-config.adv_max, config.adv_max)
-        gradients.append(torch.einsum('pgt,pgtx->x', A_PGT, kept['sketch_PGTX'][:, part].float())/A_PGT.numel())
+        sketch_PGTX = sketch(kept)[:, part].float()
+        gradients.append(torch.einsum('pgt,pgtx->x', A_PGT, sketch_PGTX)/A_PGT.numel())
         counted.append((A_PGT != 0).float().mean())
     return torch.stack(gradients).double().unflatten(0, (len(batches), -1)), torch.stack(counted).mean().item()
 
@@ -181,6 +202,14 @@ def report_stage(folder, stage):
                        cosine_of_halves=cosine_of_halves(gradient_BKX[:, 0]), counted=counted)
             if members == G: row['cosine_with_broadcast'] = cosine_of_means(gradient_BKX[:, 0], whole[:len(batches)])
             yield row
+    for levels, draws in product(((0,), (1,), (2,), (0, 1), (0, 1, 2)), (1, 2)):
+        sketch = partial(mean_sketch, levels=levels, draws=draws)
+        gradient_BKX, _ = batch_gradients(read('chains'), RULES['local, adaptive'], G, False, sketch)
+        snr, error = signal_to_noise(gradient_BKX)
+        passes = P*G*T*(3 + 3*len(levels)*draws)
+        yield dict(stage=stage, structure='chains', rule='local, adaptive', members=G, levels=levels, draws=draws,
+                   batches=len(gradient_BKX), norm=gradient_BKX[:, 0].mean(0).norm().item(), snr=snr, snr_error=error,
+                   snr_per_1000_passes=1000*snr/passes, error_per_1000_passes=1000*error/passes)
     yield dict(stage=stage, groups=group_facts(read('chains')), ceiling=ceiling(read('best')))
 
 def group_facts(batches):

@@ -4,11 +4,12 @@ from dataclasses import replace
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.algorithm.distill import distill
 from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.algorithm.supervised import supervise
 from mt_editflow_nb.data.files import InputError, read_json_lines
 from mt_editflow_nb.data.importers import import_set
-from mt_editflow_nb.data.sessions import save_sessions
+from mt_editflow_nb.data.sessions import load_sessions, save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
 from mt_editflow_nb.data.tables import save_table
 from mt_editflow_nb.editing.loading import load_editor
@@ -53,9 +54,22 @@ def test_from_parquet_to_an_adapter_with_the_losses_of_the_shape_world(tmp_path)
     assert found == pytest.approx(losses, rel=1e-4) and found[0] != found[1]
     assert (tmp_path/'run'/'lora'/'pytorch_lora_weights.safetensors').is_file()
 
-def test_sessions_without_targets_are_refused_before_anything_is_loaded(tmp_path):
+def test_distillation_on_targets_of_a_file_is_that_on_the_shape_world(tmp_path):
+    world = shape_sessions(2, 2, seed=3)
+    as_magicbrush(world, tmp_path/'train.parquet')
+    file = import_set('magicbrush', tmp_path/'train.parquet', tmp_path/'mine/s.jsonl').path
+    taught = load_sessions(file, targets=True)
+    c = make_config(dict(algorithm='distill', group=2, iterations=2, num_steps=1, lora_rank=1))
+    def learn(sessions): return distill(c, Policy(c, load_editor(lora_rank=1)), sessions, load_judge('verifier'), 0)
+    from_file, from_world = learn(taught), learn(world)
+    assert from_file.metrics['loss'] == pytest.approx(from_world.metrics['loss'], rel=1e-4)
+    assert from_file.metrics['passes'] == dict(sampled=8, trained=4, reference=4) and from_file.scores.names == ()
+    assert from_world.metrics['success'] == from_world.scores.success_PGT.mean((0, 1)).tolist()
+
+@pytest.mark.parametrize('algorithm', ['sft', 'distill'])
+def test_sessions_without_targets_are_refused_before_anything_is_loaded(tmp_path, algorithm):
     file = save_sessions(shape_sessions(3, 2), tmp_path)
-    c = make_config(dict(algorithm='sft', sessions=str(file)))
+    c = make_config(dict(algorithm=algorithm, sessions=str(file)))
     with pytest.raises(InputError, match='sessions.jsonl:1: `targets`: expected the right results'):
         train(c, tmp_path/'run', progress=False)
     assert not (tmp_path/'run').exists()

@@ -84,8 +84,9 @@ class RolloutFields(BaseModel):
 
 class AdvantageFields(BaseModel):
     "How rewards become advantages."
-    algorithm: Literal['nft', 'grpo', 'sft'] = Field('nft', description=(
-        "the loss; 'sft' is supervised, on the targets of a file or the shape world's perfect results"))
+    algorithm: Literal['nft', 'grpo', 'sft', 'distill'] = Field('nft', description=(
+        "the loss; 'sft' is supervised, on the targets of a file or the shape world's perfect results; 'distill' "
+        'learns from the base editor, which sees them'))
     exposure_turns: int = Field(0, ge=0, le=MAX_TURNS, description=(
         "sft: how many turns before each are the editor's own; 0: every turn starts from the target before it"))
     aggregation: Literal[AGGREGATIONS] = Field('mean', description='how turns become one score')
@@ -158,7 +159,8 @@ RL = ('nft', 'grpo')
 EFFECTIVE = {   # field -> (other field, the values of the other under which this one has an effect)
     **dict.fromkeys(('aggregation', 'fusion', 'credit', 'weights', 'std', 'whiten', 'min_std', 'gamma', 'adv_max',
                      'keep', 'kl_weight', 'branching'), ('algorithm', RL)),
-    **dict.fromkeys(('beta', 'train_timesteps', 'old_decay'), ('algorithm', ('nft',))),
+    **dict.fromkeys(('beta', 'old_decay'), ('algorithm', ('nft',))),
+    'train_timesteps': ('algorithm', ('nft', 'distill')),
     **dict.fromkeys(('noise_level', 'window', 'clip', 'guard'), ('algorithm', ('grpo',))),
     'merge': ('algorithm', ('nft',)),
     'exposure_turns': ('algorithm', ('sft',)), 'eval_turns': ('sessions', ('shapeworld',))}

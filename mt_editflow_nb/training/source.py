@@ -25,7 +25,7 @@ from ..data.tables import StreamedBatches, is_table, open_sessions
 from ..editing.editor import at_size, check_instructions
 from ..editing.rollout import resize_sessions
 from ..rewards.edival_rules import check_edival_session
-from ..algorithm.config import Config
+from ..algorithm.config import RL, Config
 
 # %% ../../nbs/training/02_source.ipynb #ef65ea5e
 DEFAULT_SHARE = .2   # of a file's sessions that are held out by default

@@ -28,7 +28,8 @@ from ..editing.loading import TILE_ABOVE, load_editor
 from ..editing.lora import check_lora, save_lora
 from ..editing.rollout import resize_sessions, turn_histories
 from ..rewards.cube import TurnScorer, judge_usage, load_judge
-from ..algorithm.config import Config
+from ..algorithm.config import RL, Config
+from ..algorithm.distill import distill
 from ..algorithm.iterate import iterate
 from ..algorithm.policy import Policy, require_bitsandbytes
 from ..algorithm.processes import (exchange, failing_together, from_first, interrupt,
@@ -256,13 +257,13 @@ def one_iteration(c, run, state: RunState, source, judge, stop, evaluation: floa
     "Train on the next sessions; log, save and draw what is due. The writing is not interrupted."
     i = state.iteration
     sessions = source.batch(i)
-    step = supervise if c.algorithm == 'sft' else iterate
+    step = dict(sft=supervise, distill=distill).get(c.algorithm, iterate)
     with clocked(state.policy.editor) as clock:
         metrics, rolled, scores, adv_PGT = step(c, state.policy, sessions, judge, i)
     with failing_together(), stop.deferred():
         state.advance()
         if processes()[0]: return metrics                          # all hold the same adapter; one writes
-        if c.algorithm != 'sft':
+        if c.algorithm in RL:
             metrics |= iteration_signals(c, state.policy.editor, sessions, rolled, scores, adv_PGT)
         log_iteration(c, run, clock, metrics, scores, evaluation, trackers)
         if state.iteration % c.save_every == 0 or state.iteration == c.iterations:
