@@ -90,7 +90,8 @@ def write_sources():
     trees.append(toctree('tutorials', [str(p.relative_to(root).with_suffix('')) for p in tutorials]))
     experiments = sorted([*(root/'experiments').glob('*.ipynb'), *(root/'experiments').glob('*.md')])
     trees.append(toctree('experiments', [str(p.relative_to(root).with_suffix('')) for p in experiments]))
-    trees.append(toctree('API', [f'api/{".".join(name)}' for name in sorted(modules, key=lambda n: ROOMS.index(n[0]))]))
+    names = ['.'.join(name) for name in sorted(modules, key=lambda n: ROOMS.index(n[0]))]
+    trees.append(toctree('API', [f'{name} <api/{name}>' for name in names]))      # short, for the side bar
     (source/'index.md').write_text(front + '\n\n' + '\n'.join(trees))
 
 def main():
