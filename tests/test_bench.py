@@ -121,7 +121,8 @@ def test_leaderboard_of_runs_beside_published_systems(tmp_path, capsys):
     assert flat[flat.system == 'mine'].turn.tolist() == [3, 5, 8, 10]
     assert (flat[flat.system != 'mine'].source != 'this run').all() and set(flat.benchmark) == {'lme'}
     page = (tmp_path/'leaderboard/leaderboard.html').read_text()
-    assert '66.0 [56.0, 75.0]' in page and 'judge m (published: GPT-4o)' in page and 'MT-OPSD †' in page
+    text = ' '.join(re.sub('<[^>]*>', ' ', page).split())
+    assert '66.0 [56.0, 75.0]' in text and 'judge m (published: GPT-4o)' in page and 'MT-OPSD †' in page
     (tmp_path/'bare.csv').write_text('benchmark,system,metric,turn,value,source\nlme,X,SR,3,50,\n')
     assert report([str(tmp_path), '--leaderboard', '--published', str(tmp_path/'bare.csv')]) == 2
     assert 'row 2: expected a source' in capsys.readouterr().err

@@ -113,17 +113,20 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0 }
 td, th { border: 1px solid #ccc; padding: .2rem .6rem; text-align: right }
 td:first-child, th:first-child { text-align: left }
+td:first-child, td span { white-space: nowrap }
+td span { color: #555; font-size: .85em }
 tr.published td { color: #666 }
 </style>
 <h1>Leaderboard</h1>
-<p>Runs with 95 % intervals; systems with a dagger as they were published, without.</p>
+<p>Runs with 95 % intervals. Systems with a dagger stand as they were published, without intervals.</p>
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
 <table>
 <tr><th>system</th>{% for column in table.columns %}<th>{{ column }}</th>{% endfor %}</tr>
 {% for row in table.rows %}
 <tr{% if row.published %} class="published"{% endif %}><td>{{ row.system }}{% if row.published %} †{% endif %}
-<sup>{{ row.marks|join(', ') }}</sup></td>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+<sup>{{ row.marks|join(', ') }}</sup></td>{% for cell in row.cells %}<td>{{ cell.partition(' ')[0] }}
+<span>{{ cell.partition(' ')[2] }}</span></td>{% endfor %}</tr>
 {% endfor %}
 </table>
 <ol>{% for note in table.footnotes %}<li>{{ note }}</li>{% endfor %}</ol>
