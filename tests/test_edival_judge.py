@@ -65,15 +65,15 @@ def constant(request): return torch.ones(len(request.images), 4), torch.ones(len
 def test_a_run_of_one_iteration_with_a_scripted_server(told, tmp_path):
     """The detector sees the same box everywhere, the model says yes, and no feature ever changes.
 
-    So replaced and recoloured things count as done, nothing was removed, added elsewhere or moved, and no rule can read
-    a background in the shape world's words. Consistency is 1, or one half where a changed background makes it void."""
+    So added, replaced and recoloured things count as done, nothing was removed or moved, and no rule can read a background
+    in the shape world's words. Consistency is 1, or one half where a changed background makes it void."""
     detector, vlm = Counting(lambda r: same_box), Counting(lambda r: 'Yes')
     with Served(detector, vlm, Counting(constant)) as server:
         c = of_run(tmp_path, told, f'edival@{server.url}')
         train(c, tmp_path/'run', progress=False)
         trained_on = session_source(c).batch(0)
     row, = read_json_lines(tmp_path/'run'/'metrics.jsonl')
-    done = ('color_alter', 'subject_replace')
+    done = ('color_alter', 'subject_replace', 'subject_add')
     follows = np.array([[kind in done for kind in s.task_types] for s in trained_on])
     keeps = np.array([[1 if same else .5 for same in s.meta['bg_consistency']] for s in trained_on])
     assert follows.any() and not follows.all()

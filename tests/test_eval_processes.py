@@ -34,21 +34,21 @@ def colours(images):
 def scripted(argv): return main(argv, tools=(detect, ask, colours))
 
 class Killed:
-    "A function that ends its process, as the kernel would, in place of its second call."
-    def __init__(self, function): self.function, self.calls = function, 0
+    "A function that ends its process, as the kernel would, in place of one of its calls."
+    def __init__(self, function, call): self.function, self.call, self.calls = function, call, 0
     def __call__(self, *args, **kw):
         self.calls += 1
-        if self.calls == 2: os.kill(os.getpid(), signal.SIGKILL)
+        if self.calls == self.call: os.kill(os.getpid(), signal.SIGKILL)
         return self.function(*args, **kw)
 
 def killed_while_generating(argv):
-    with patch.object(edival, 'save_made', Killed(edival.save_made)): return scripted(argv)
+    with patch.object(edival, 'save_made', Killed(edival.save_made, 3)): return scripted(argv)
 
 def killed_while_evaluating(argv):
-    with patch.object(running, 'write_session', Killed(running.write_session)): return main(argv)
+    with patch.object(running, 'write_session', Killed(running.write_session, 2)): return main(argv)
 
 def killed_at_the_second_turn(argv):
-    with patch.object(bench_pictures, 'save_made', Killed(bench_pictures.save_made)): return main(argv)
+    with patch.object(bench_pictures, 'save_made', Killed(bench_pictures.save_made, 3)): return main(argv)
 
 def started(functions, argv, tmp_path):
     "A process for each function, that find each other as those of torchrun do."
