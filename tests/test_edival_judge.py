@@ -65,8 +65,8 @@ def constant(request): return torch.ones(len(request.images), 4), torch.ones(len
 def test_a_run_of_one_iteration_with_a_scripted_server(told, tmp_path):
     """The detector sees the same box everywhere, the model says yes, and no feature ever changes.
 
-    So added, replaced and recoloured things count as done, nothing was removed or moved, and no rule can read a background
-    in the shape world's words. Consistency is 1, or one half where a changed background makes it void."""
+    So added, replaced and recoloured things count as done, nothing was removed or moved, and no rule can read a
+    background in the shape world's words. Consistency is 1, or one half where a changed background makes it void."""
     detector, vlm = Counting(lambda r: same_box), Counting(lambda r: 'Yes')
     with Served(detector, vlm, Counting(constant)) as server:
         c = of_run(tmp_path, told, f'edival@{server.url}')
@@ -79,7 +79,7 @@ def test_a_run_of_one_iteration_with_a_scripted_server(told, tmp_path):
     assert follows.any() and not follows.all()
     assert row['if'] == pytest.approx(follows.mean(0)) and row['cc'] == pytest.approx(keeps.mean(0))
     assert row['all_right'] == pytest.approx(np.cumprod(follows, 1).mean(0))
-    assert max(detector.batches) > 4 and max(vlm.batches) > 1            # asked together, not one by one
+    assert max(detector.batches) >= 4 and max(vlm.batches) > 1           # asked together, not one by one
 
 def test_server_and_process_give_the_same_as_the_benchmark(told):
     "The editor's own pictures, scored through JSON, in this process, and by the benchmark's path."

@@ -174,7 +174,7 @@ class RemoteTools:
         fine = url.startswith(('http://', 'https://')) and not any(c.isspace() for c in url)
         expect(fine, 'judge', "edival@URL with an address such as 'http://localhost:8100'", url)
         self.urls, self.timeout, self.retries = (url.rstrip('/'),), timeout, retries
-        self.concurrency, self.batch, self.model = concurrency, batch, ''
+        self.concurrency, self.batch, self.model = concurrency, batch, f'edival@{self.urls[0]}'
         self.encoded = EncodedPictures('png')
 
     @cached_property
