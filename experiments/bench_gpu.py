@@ -8,11 +8,11 @@ on their values), block by block, in NF4 and in bf16, and measures
 - what an iteration is made of, rows that only go forward (sampling) and rows that go forward and backward (training),
   plain and with each option of the configuration, with the error that the option makes in a velocity;
 - the plan's memory part by part, beside what is held;
-- three whole iterations: rollout, loss, gradient checkpointing and optimiser (8-bit AdamW where the recipe has it).
+- three whole iterations: rollout, loss, gradient checkpointing and optimiser (8-bit AdamW where the recipe has it),
+- text encoders and autoencoder: seconds a prompt and a picture, what an iteration spends in them, and their memory.
 
-Text encoders and autoencoder are not built: encoded texts and pictures are random numbers of the right shape, and
-their time is the plan's blind spot. `kernel_share` says which part of a training step's time lies in matrix products,
-attention and 4-bit kernels.
+In the iterations, encoded texts and pictures are random numbers of the right shape. `kernel_share` says which part of a
+training step's time lies in matrix products, attention and 4-bit kernels.
 
 Prints tables and writes experiments/results/bench_NAME.json. On a card of 80 GB, about ten minutes each:
 
@@ -27,16 +27,17 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 from mt_editflow_nb.data.files import atomic_write, one_line, to_json
 from mt_editflow_nb.data.sessions import Session
-from mt_editflow_nb.editing.editor import RepeatedText, Text, deduplicate
-from mt_editflow_nb.editing.loading import autocast_velocity, quantize_nf4, use_attention
+from mt_editflow_nb.editing.editor import RepeatedText, Text, deduplicate, to_vae
+from mt_editflow_nb.editing.loading import (KEPT_IN_16_BITS, TILE_ABOVE, autocast_velocity, find_editor, quantize_nf4,
+                                            use_attention)
 from mt_editflow_nb.editing.lora import add_lora, lora_parameters, merged
 from mt_editflow_nb.editing.samplers import sigma_schedule
 from mt_editflow_nb.rewards.cube import Scores
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.algorithm.iterate import iterate
 from mt_editflow_nb.algorithm.policy import Policy, make_optimizer
-from mt_editflow_nb.training.budget import (PEAK, count_rows, editor_configs, plan, profile_row, weightless_editor,
-                                            weightless_text)
+from mt_editflow_nb.training.budget import (PEAK, PUBLISHED, count_rows, editor_configs, plan, profile_row,
+                                            weightless_editor, weightless_encoder, weightless_text)
 from mt_editflow_nb.cli.train import parse_overrides, read_recipe
 
 def fill(module, device):
@@ -241,6 +242,94 @@ def run_iterations(c, configs, nf4, device, dtype, iterations=3):
         parts[f'activations (batch {c.batch})'] = torch.cuda.max_memory_allocated() - before - rest
     return log, parts
 
+# --- text encoders and autoencoder
+
+# FLUX.1's autoencoder as published; those of FLUX.2 and Qwen are their classes' defaults
+FLUX_AUTOENCODER = dict(
+    block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',)*4,
+    up_block_types=('UpDecoderBlock2D',)*4, layers_per_block=2, latent_channels=16, use_quant_conv=False,
+    use_post_quant_conv=False)
+
+def autoencoder_of(editor_name, family):
+    "An autoencoder without weights."
+    import diffusers
+    name = 'AutoencoderKL'
+    if 'Flux2' in family: name = 'AutoencoderKLFlux2'
+    if 'Qwen' in family: name = 'AutoencoderKLQwenImage'
+    cls = getattr(diffusers, name)
+    if editor_name in PUBLISHED: config = FLUX_AUTOENCODER if name == 'AutoencoderKL' else {}
+    else: config = cls.load_config(find_editor(editor_name)[0], subfolder='vae')
+    with torch.device('meta'): return cls.from_config(config)
+
+def quantize_encoder(encoder, dtype):
+    "As the loader does on a GPU: not the vision tower, the head, and what its class keeps in float32."
+    kept = {*KEPT_IN_16_BITS, *(getattr(encoder, '_keep_in_fp32_modules', None) or ())}
+    for name, parent in list(encoder.named_modules()):
+        for child, layer in list(parent.named_children()):
+            if not isinstance(layer, torch.nn.Linear) or kept & {*name.split('.'), child}: continue
+            held_layer = torch.nn.ModuleDict(dict(blocks=torch.nn.ModuleDict(dict(layer=layer))))
+            setattr(parent, child, quantize_nf4(held_layer, dtype).blocks.layer)
+
+def encoder_row(name, config, words, quantized, device, dtype, repeat):
+    "Seconds a prompt and bytes of a text encoder with random weights; of one that sees, also seconds a picture."
+    encoder = weightless_encoder(name, config).to(dtype)
+    fill(encoder, device)
+    encoder.tie_weights()
+    if quantized: quantize_encoder(encoder, dtype)
+    encoder.requires_grad_(False).eval()
+    text = encoder.config.get_text_config()
+    words = min(words, text.max_position_embeddings) if 'CLIP' in name else words
+    ids = torch.zeros(1, words, dtype=torch.long, device=device)
+    row = dict(part=name, weights=weights_name(quantized, dtype), held_GB=held(encoder.parameters())/1e9, words=words)
+    with torch.no_grad():
+        row['seconds_a_prompt'] = seconds(lambda: encoder(input_ids=ids), device, repeat)
+        tower = getattr(getattr(encoder, 'model', None), 'visual', None)
+        if tower is None: return row
+        patch = encoder.config.vision_config
+        width = patch.in_channels*patch.temporal_patch_size*patch.patch_size**2
+        pixels = torch.zeros(28*28, width, device=device, dtype=dtype)                    # about 384 x 384
+        grid = torch.tensor([[1, 28, 28]], device=device)
+        return row | dict(seconds_a_picture_seen=seconds(lambda: tower(pixels, grid_thw=grid), device, repeat))
+
+def autoencoder_row(c, configs, size, device, dtype, repeat):
+    "Seconds a picture and bytes of the autoencoder with random weights; the memory that decoding a picture takes."
+    vae = autoencoder_of(c.editor, configs['pipeline'])
+    torch.nn.Module.to(vae, dtype)                    # diffusers' own `to` warns of what matters only with weights
+    fill(vae, device)
+    vae.requires_grad_(False).eval()
+    if device.type != 'cpu': vae.enable_slicing()
+    if size > TILE_ABOVE: vae.enable_tiling()
+    pixels = to_vae(np.zeros((1, size, size, 3), np.uint8), vae)
+    if 'Qwen' in configs['pipeline']: pixels = pixels[:, :, None]                         # a video of one picture
+    before = allocated(device)
+    with torch.no_grad():
+        z = vae.encode(pixels).latent_dist.mode()
+        row = dict(part=type(vae).__name__, weights=weights_name(False, dtype), held_GB=held(vae.parameters())/1e9,
+                   seconds_to_encode=seconds(lambda: vae.encode(pixels), device, repeat))
+        if device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
+        row['seconds_to_decode'] = seconds(lambda: vae.decode(z), device, repeat)
+    if device.type == 'cuda': row['decoding_GB'] = (torch.cuda.max_memory_allocated() - before)/1e9
+    return row
+
+def measure_encoders(c, configs, device, dtype, repeat):
+    "A row for each text encoder (the large one also in 4 bits) and the autoencoder; one that fails spoils no other."
+    editor = weightless_editor(configs, size=c.size or configs.get('size'), guidance=c.guidance)
+    T, P, rows = c.turns or 3, c.sessions_per_iteration, []
+    many = dict(seconds_a_prompt=P*T, seconds_a_picture_seen=P*c.group*T, seconds_to_encode=P*c.group*T,
+                seconds_to_decode=P*c.group*T)
+    jobs = [partial(encoder_row, name, config, configs['words'], False) for name, config in configs['text']]
+    jobs.append(partial(encoder_row, *configs['text'][-1], configs['words'], True))
+    jobs.append(partial(autoencoder_row, c, configs, editor.size))
+    for job in jobs:
+        gc.collect()
+        if device.type == 'cuda': torch.cuda.empty_cache()
+        try: row = job(device, dtype, repeat)
+        except torch.OutOfMemoryError: row = dict(part=str(job.args[0])[:40], error='out of memory')
+        except Exception as e: row = dict(part=str(job.args[0])[:40], error=f'{type(e).__name__}: {one_line(e)[:200]}')
+        else: row['seconds_an_iteration'] = sum(n*row[k] for k, n in many.items() if k in row)
+        rows.append(row)
+    return rows
+
 def compare_parts(planned, measured):
     "The plan's parts beside what was held: gigabytes, and the plan's error."
     rows = {part: dict(planned_GB=planned[part]/1e9, held_GB=b/1e9, error=planned[part]/max(b, 1) - 1)
@@ -249,7 +338,7 @@ def compare_parts(planned, measured):
 
 def show(title, table):
     print(f'\n{title}')
-    print(table.to_string(float_format='{:.4g}'.format))
+    print(table.to_string(float_format='{:.4g}'.format, na_rep=''))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -277,10 +366,12 @@ def main():
         show(f'{weights}: memory by part', parts[weights])
     print()
     print(pd.DataFrame(rows).T.to_string(header=False, float_format='{:.4g}'.format))
+    encoders = measure_encoders(c, configs, device, dtype, a.repeat)
+    show('text encoders and autoencoder', pd.DataFrame(encoders).T)
     planned, name = plan(c), Path(c.editor).name + ('_toy' if toy else '')
     machine = torch.cuda.get_device_name() if device.type == 'cuda' else f'{platform.machine()} CPU'
     report = dict(device=machine, toy=toy, torch=torch.__version__, config=c.model_dump(), rows=rows,
-                  iterations=iterations, parts={k: t.to_dict('index') for k, t in parts.items()},
+                  encoders=encoders, iterations=iterations, parts={k: t.to_dict('index') for k, t in parts.items()},
                   planned_GB={k: v/1e9 for k, v in planned['memory'].items()}, planned_minutes=planned['minutes'])
     atomic_write(Path(a.out)/f'bench_{name}.json', to_json(report, indent=1))
     note = ' (toy size: these numbers say nothing about a GPU)' if toy else ''

@@ -1,6 +1,7 @@
 "Faults that people ran into, each tried where it enters: the right value is in the test."
 import json, signal, subprocess, sys, time
 import numpy as np, psutil, pytest, torch
+from safetensors.torch import load_file, save_file
 from mt_editflow_nb.ablation.notebook import config_content
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.train import stop_notebook
@@ -9,7 +10,8 @@ from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.data.tables import save_table
 from mt_editflow_nb.editing.loading import load_editor
-from mt_editflow_nb.editing.lora import find_adapter, lora_parameters, save_lora
+from mt_editflow_nb.editing.lora import (adapter_config, check_magnitude, find_adapter, lora_parameters, match_adapter,
+                                         read_adapter, save_lora)
 from mt_editflow_nb.evaluation.running import read_outcomes, write_outcomes
 from mt_editflow_nb.evaluation.scores import Outcomes
 from mt_editflow_nb.training.checkpoints import last_checkpoint, save_checkpoint
@@ -74,6 +76,49 @@ def test_a_sweeps_job_depends_on_all_that_it_reads(tmp_path):
         save_lora(editor, tmp_path/'adapter')
         found.append(config_content(make_config(dict(init_lora=str(tmp_path/'adapter'), lora_rank=2)))['init_lora'])
     assert found[0] != found[1]
+
+# --- adapters as other tools save them, and as nobody should
+
+def test_adapters_of_all_kinds(tmp_path):
+    "What can be read changes the editor as the reference does; all else is one line with the file."
+    editor = load_editor(lora_rank=2)
+    with torch.no_grad():
+        for p in lora_parameters(editor): p.copy_(torch.linspace(-.1, .1, p.numel()).reshape(p.shape))
+    reference = load_file(save_lora(editor, tmp_path/'good'))
+    inner = {name.removeprefix('transformer.'): x for name, x in reference.items()}
+    first, second = list(inner)[:2]
+    tiny = load_editor()
+    one_nan = inner[first].clone()
+    one_nan[0, 3] = torch.nan
+    def read(tensors, **facts):
+        metadata = {'lora_adapter_metadata': json.dumps({f'transformer.{k}': v for k, v in facts.items()})}
+        file = tmp_path/'adapter.safetensors'
+        save_file({k: x.contiguous() for k, x in tensors.items()}, file, metadata if facts else None)
+        tensors, facts, _ = read_adapter(file)
+        matched = match_adapter(tiny, tensors, file)
+        check_magnitude(matched, adapter_config(matched, facts)['lora_alpha'], file)
+        return matched
+    for prefix in ('', 'transformer.', 'base_model.model.', 'diffusion_model.', 'transformer.base_model.model.'):
+        assert read({prefix + k: x for k, x in inner.items()}).keys() == inner.keys()
+    eight_bits = read({k: x.to(torch.float8_e4m3fn) for k, x in inner.items()})
+    assert all(torch.allclose(eight_bits[k], x, atol=.01) for k, x in inner.items())
+    wrong = {
+        'every tensor under one name': inner | {f'transformer.{k}': x + 1 for k, x in inner.items()},
+        '0 tensors that fit': {k: (x[:0] if 'lora_A' in k else x[:, :0]) for k, x in inner.items()},
+        'expected finite numbers, received 1 NaN': inner | {first: one_nan},
+        'expected finite numbers': {k: x.double()*1e300 for k, x in inner.items()},
+        'a change of weights below 1e+06': {k: x*1e20 for k, x in inner.items()},
+        'and 1 that do not': inner | {'transformer_blocks.0.norm1.linear.lora_magnitude_vector': torch.ones(4)}}
+    for words, tensors in wrong.items():
+        said = refused(read, tensors)
+        assert words in said and 'adapter.safetensors' in said
+    layer = 'lora_transformer_' + first.rpartition('.lora_')[0].replace('.', '_')
+    kohya = {f'{layer}.lora_down.weight': inner[first], f'{layer}.lora_up.weight': inner[second]}
+    assert len(read(kohya | {f'{layer}.alpha': torch.tensor(2.)})) == 2
+    assert 'that do not' in refused(read, kohya | {f'{layer}.alpha': torch.ones(2)})
+    for name, value in (('lora_alpha', float('nan')), ('lora_alpha', 0), ('lora_alpha', -4), ('lora_alpha', 1e30),
+                        ('use_rslora', 'yes'), ('alpha_pattern', {'(': 1}), ('alpha_pattern', {'x': float('inf')})):
+        assert 'adapter.safetensors: ' in refused(read, inner, **(dict(lora_alpha=2) | {name: value}))
 
 # --- state that is not what it was
 

@@ -418,6 +418,24 @@ def test_bench_measures_every_family(family, twins, monkeypatch):
     assert len(log) == 3 and all(np.isfinite(i['loss']) and i['grad_norm'] > 0 for i in log)
     table = bench_gpu.compare_parts(plan(few.model_copy(update=dict(quantize='nf4')))['memory'], held)
     assert table.error['adapter, its gradient, old policy'] == 0 and -.2 < table.error['rollouts'] < 1
+    *encoders, quantized, autoencoder = bench_gpu.measure_encoders(few, configs, cpu, torch.float32, 1)
+    for row, (name, config) in zip(encoders, configs['text'], strict=True):
+        numbers = sum(p.numel() for p in weightless_encoder(name, config).parameters())
+        assert row['part'] == name and row['held_GB'] == pytest.approx(4*numbers/1e9) and row['seconds_a_prompt'] > 0
+    assert quantized['weights'] == 'nf4' and quantized['held_GB'] < encoders[-1]['held_GB']
+    assert ('seconds_a_picture_seen' in quantized) == ('Qwen' in family)
+    assert autoencoder['held_GB'] == pytest.approx(4*configs['vae']/1e9)
+    spent = autoencoder['seconds_to_encode'] + autoencoder['seconds_to_decode']
+    assert autoencoder['seconds_an_iteration'] == pytest.approx(2*2*spent)      # a session of two members and two turns
+
+@pytest.mark.parametrize('name', ['black-forest-labs/FLUX.1-Kontext-dev', 'black-forest-labs/FLUX.2-klein-base-4B',
+                                  'Qwen/Qwen-Image-Edit'])
+def test_bench_builds_the_published_autoencoders(name, monkeypatch):
+    "As many parameters as the plan has, which are those of the published files."
+    monkeypatch.syspath_prepend(str(root/'experiments'))
+    import bench_gpu
+    autoencoder = bench_gpu.autoencoder_of(name, PUBLISHED[name]['pipeline'])
+    assert sum(p.numel() for p in autoencoder.parameters()) == PUBLISHED[name]['vae']
 
 def test_bench_command(tmp_path, monkeypatch, capsys):
     "The whole script at toy size: a table and a file; a compiler that fails spoils no other row."
