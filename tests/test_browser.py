@@ -278,12 +278,12 @@ def test_what_is_saved(page, folder):
     "The saved notebook is valid where there are no widgets, and shows every view there."
     page.locator('.jp-Notebook').first.click(position=dict(x=5, y=5))
     page.keyboard.press('Control+s')
-    wait_for(lambda: len(views_in(folder/'tour.ipynb')) == 6, every=.2)
+    wait_for(lambda: len(views_in(folder/'tour.ipynb')) == 7, every=.2)     # six, and the monitor once more
     nb = nbformat.read(folder/'tour.ipynb', nbformat.NO_CONVERT)
     nbformat.validate(nb)
     assert all('state' in w for w in nb.metadata.get('widgets', {}).values())
     views = views_in(folder/'tour.ipynb')
-    assert len(views) == 6
+    assert len(views) == 7
     assert all('application/vnd.jupyter.widget-view+json' in data and 'image/png' in data for data in views)
 
 CELLS = ["""from mt_editflow_nb.explore.live import explore_training
