@@ -45,7 +45,8 @@ def test_every_command(away):
     """All say what they do. Training runs directly, and in the notebook that came with the package.
 
     A sweep of the user's own runs with the package's other notebook, and is reported."""
-    names = ('mtef_init', 'mtef_data', 'mtef_train', 'mtef_eval', 'mtef_sweep', 'mtef_report', 'mtef_push')
+    names = ('mtef_init', 'mtef_data', 'mtef_train', 'mtef_eval', 'mtef_sweep', 'mtef_report', 'mtef_push',
+             'mtef_tools')
     train = ['mtef_train', *SMALL, 'iterations=2']
     fixed = ', '.join(pair.replace('=', ': ') for pair in [*SMALL, 'iterations=1'])
     sweep = away.folder/'mine.yaml'
