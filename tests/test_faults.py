@@ -15,6 +15,7 @@ from mt_editflow_nb.editing.lora import (adapter_config, check_magnitude, find_a
 from mt_editflow_nb.evaluation.running import read_outcomes, write_outcomes
 from mt_editflow_nb.evaluation.scores import Outcomes
 from mt_editflow_nb.training.checkpoints import last_checkpoint, save_checkpoint
+from mt_editflow_nb.rewards.answers import read_json_score, read_json_scores
 from mt_editflow_nb.training.budget import remembered_batch
 from mt_editflow_nb.training.runs import cut_log, read_config
 from mt_editflow_nb.training.source import session_source
@@ -187,3 +188,22 @@ def test_a_finished_run_mends_what_can_be_made_again(tmp_path, capsys):
     (run/'timings.jsonl').write_text('{"iterat\n{}\n')
     assert experiment(c, run, progress=False) == results
     assert picture.read_bytes() == drawn and json.loads((run/'results.json').read_text()) == results
+
+# --- answers in the forms that models give
+
+@pytest.mark.parametrize('answer,score', [
+    ('{"reasoning": "he said "hi" there", "score": 7}', 7), ('{"Score": 7}', 7), ('{score: 7}', 7),
+    ('{\u201creasoning\u201d: \u201cx\u201d, \u201cscore\u201d: 7}', 7), ('{"result": {"score": "7/9"}}', 7),
+    ("{'reasoning': 'it's fine', 'score': 7.5}", 7.5), ('{"reasoning": "x", "score": 7', None),
+    ('{"reasoning": "perhaps score: 3}", "rating": 7}', None), ('{"scores": 7}', None), ('{"score": -7}', None),
+    ('{"score": null}', None), ('{"a "b"": 1, "score": 3} or {"a "b"": 1, "score": 7}', None)])
+def test_answers_that_are_not_quite_json(answer, score):
+    "Read where there is one way to read them, out of 9."
+    if score is None:
+        with pytest.raises(ValueError): read_json_score(answer, 9)
+    else: assert read_json_score(answer, 9) == pytest.approx(score/9)
+
+def test_two_scores_that_are_not_quite_json():
+    said = '{"reasoning": "a "red" square", "success": 9, "preservation": "3"}'
+    assert read_json_scores(said, ('success', 'preservation'), 9) == pytest.approx(dict(success=1, preservation=1/3))
+    with pytest.raises(ValueError): read_json_scores(said[:-12], ('success', 'preservation'), 9)

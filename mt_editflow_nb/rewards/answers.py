@@ -101,12 +101,20 @@ def scores_in(
         raise ValueError(f'expected numbers from 0 to {scale}, received {answer[:60]!r}')
     return scores
 
+_quote = '["\'\u2018\u2019\u201c\u201d]'
+
+def _stated(text, name, end):
+    "Values of a key in what is not quite JSON, such as a reasoning with bare quotes in it; `end`: what follows them."
+    value = rf'{_quote}?(\d+(?:\.\d+)?(?:\s*/\s*\d+)?){_quote}?'
+    return re.findall(rf'(?:{_quote}|{{\s*){name}{_quote}?\s*:\s*{value}\s*[{end}]', text, re.I)
+
 def read_json_score(
     answer: str, # of a model
     scale: int,  # the highest score
 ) -> float:      # in [0, 1]
     "The `score` of the one JSON object in an answer, with or without prose around it. Raises `ValueError`."
-    scores = [x['score'] for x in json_values(without_thoughts(answer), dict) if 'score' in x]
+    plain = without_thoughts(answer)
+    scores = [x['score'] for x in json_values(plain, dict) if 'score' in x] or _stated(plain, 'score', '}')
     if len(scores) != 1:
         raise ValueError(f'expected one JSON object with a score, received {len(scores)} in {answer[:60]!r}')
     return _score(scores[0], scale, answer)
@@ -118,7 +126,11 @@ def read_json_scores(
     scale: int,   # the highest score
 ) -> dict:        # name -> score in [0, 1], or NaN where that one cannot be read
     "Several scores out of one JSON object. Raises `ValueError` where there is no such object, or none can be read."
-    objects = [x for x in json_values(without_thoughts(answer), dict) if set(names) & set(x)]
+    plain = without_thoughts(answer)
+    objects = [x for x in json_values(plain, dict) if set(names) & set(x)]
+    stated = {name: _stated(plain, name, ',}') for name in names}
+    if not objects and {len(values) for values in stated.values()} == {1}:
+        objects = [{name: value for name, (value,) in stated.items()}]
     if len(objects) != 1:
         wanted = ' and '.join(names)
         raise ValueError(f'expected one JSON object with {wanted}, received {len(objects)} in {answer[:60]!r}')
