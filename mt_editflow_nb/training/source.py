@@ -250,7 +250,7 @@ def _streamed(c):
     batch = StreamedBatches(c.sessions, c.sessions_per_iteration, c.seed)
     first = batch(0)                                                   # a table without the columns is found now
     check_for_judge(c.judge, first)
-    if c.algorithm == 'sft': expect(first[0].targets, 'sessions', 'targets, which supervised training needs', 'none')
+    if c.algorithm not in RL: expect(first[0].targets, 'sessions', 'targets, which supervised training needs', 'none')
     return SessionSource(batch, heldout, f'sessions of {Path(c.heldout).name}', content_hash('streamed', c.sessions),
                          sessions_hash(heldout), (STREAMED,), None)
 
@@ -262,7 +262,7 @@ def session_source(
     if c.sessions == 'shapeworld': return _shape_world(c)
     for field in ('sessions', 'heldout'): _check_there(field, getattr(c, field))
     if c.streaming: return _streamed(c)
-    sessions = open_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False, targets=c.algorithm == 'sft')
+    sessions = open_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False, targets=c.algorithm not in RL)
     check_for_judge(c.judge, sessions)
     train, heldout, name = _held_out_of(sessions, c)
     heldout = heldout[:c.eval_sessions]
