@@ -104,6 +104,8 @@ class LossFields(BaseModel):
     adv_max: float = Field(2., gt=0, description='advantages are clamped to +- this')
     beta: float = Field(1., gt=0, le=1000, description='NFT: strength of the implicit policies')
     train_timesteps: int = Field(1, ge=1, description='NFT: noise levels at which each turn is trained')
+    train_levels: int | None = Field(None, ge=1, description=(
+        'NFT: they are drawn from so many of the highest noise levels; None: from all'))
     old_decay: float = Field(0., ge=0, le=1, description='NFT: EMA decay of the old policy, an iteration')
     sampler: Literal['flow', 'cps', 'dpm2'] = Field('flow', description=(
         "GRPO: kind of the stochastic steps, 'flow' or 'cps'; NFT: 'dpm2' samples by DPM-Solver++ 2M, not by Euler"))
@@ -160,7 +162,7 @@ EFFECTIVE = {   # field -> (other field, the values of the other under which thi
     **dict.fromkeys(('aggregation', 'fusion', 'credit', 'weights', 'std', 'whiten', 'min_std', 'gamma', 'adv_max',
                      'keep', 'kl_weight', 'branching'), ('algorithm', RL)),
     **dict.fromkeys(('beta', 'old_decay'), ('algorithm', ('nft',))),
-    'train_timesteps': ('algorithm', ('nft', 'distill')),
+    **dict.fromkeys(('train_timesteps', 'train_levels'), ('algorithm', ('nft', 'distill'))),
     **dict.fromkeys(('noise_level', 'window', 'clip', 'guard'), ('algorithm', ('grpo',))),
     'merge': ('algorithm', ('nft',)),
     'exposure_turns': ('algorithm', ('sft',)), 'eval_turns': ('sessions', ('shapeworld',))}
@@ -210,8 +212,12 @@ def check_rollout(
     "Raises `InputError` for rollouts that GRPO or NFT cannot learn from."
     expect(config.keep is None or config.keep <= config.group, 'keep',
            f'at most the {config.group} members of a group', config.keep)
-    expect(config.algorithm != 'nft' or config.train_timesteps <= config.num_steps, 'train_timesteps',
-           f'at most num_steps = {config.num_steps} noise levels', config.train_timesteps)
+    if config.algorithm in ('nft', 'distill'):
+        levels = config.train_levels or config.num_steps
+        expect(levels <= config.num_steps, 'train_levels', f'at most num_steps = {config.num_steps} noise levels',
+               levels)
+        expect(config.train_timesteps <= levels, 'train_timesteps', f'at most the {levels} noise levels to draw from',
+               config.train_timesteps)
     expect(config.sampler != 'dpm2' or config.algorithm == 'nft', 'sampler',
            f'another than dpm2, which has no stochastic steps, for algorithm={config.algorithm}', config.sampler)
     expect(not config.merge or not config.quantize, 'merge', 'no quantize beside it (4 bits cannot hold the adapter)',

@@ -52,7 +52,8 @@ def choose_rows(
     if not len(rows): return ()
     if config.algorithm == 'nft' or config.updates > 1: rows = rows[torch.randperm(len(rows), generator=generator)]
     elif not config.keep: rows = torch.arange(size_PG.numel())
-    return rows.chunk(config.updates)
+    parts = rows.chunk(config.updates)
+    return tuple(part.sort().values for part in parts) if config.train_levels == 1 else parts      # see `distinct_rows`
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #56135436
 def stochastic_steps(
@@ -133,13 +134,14 @@ def make_batch(
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #ffebd9c6
 def fresh_noise(
-    config: Config,   # `train_timesteps` is read
+    config: Config,   # `train_timesteps` and `train_levels` are read
     sampled: Rollout, # of P sessions
     t: int,           # turn
 ):
     "New noise for a turn, `train_timesteps` times: yields (its level sigma of each session [P], noise [P, L, C])."
     keys = [(*key, 'train', t) for key in sampled.keys]
-    for k, level_P in enumerate(choose_levels(keys, len(sampled.sigmas) - 1, config.train_timesteps)):
+    levels = config.train_levels or len(sampled.sigmas) - 1                           # from the highest
+    for k, level_P in enumerate(choose_levels(keys, levels, config.train_timesteps)):
         noise_PLC = normal_noise([(*key, k) for key in keys], tuple(sampled.clean_TNLC.shape[2:]))
         yield sampled.sigmas[level_P], noise_PLC
 

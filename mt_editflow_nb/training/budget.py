@@ -253,6 +253,7 @@ def count_rows(
     sampled = c.sessions_per_iteration*c.group*turns
     trained = c.sessions_per_iteration*(c.keep or c.group)*turns
     trained *= c.train_timesteps if c.algorithm == 'nft' else c.window or c.num_steps - 1
+    if c.branching != 'none' and c.train_levels == 1: trained //= c.keep or c.group    # alike at pure noise
     comparisons = (c.algorithm == 'nft') + (c.kl_weight > 0)              # the old policy's velocity, the base editor's
     return dict(sampled=sampled*c.num_steps, trained=trained, compared=trained*comparisons)
 
