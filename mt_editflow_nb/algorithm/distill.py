@@ -46,13 +46,13 @@ def distillation_terms(
     for t in range(1, len(sampled.texts_T)):
         right_text, right_NLC = teacher_T[t]
         for sigma_P, noise_PLC in fresh_noise(config, sampled, t):
-            for n, text, image in batch.micro(t, config.batch):
+            for n, counted, text, image in batch.micro(t, config.batch):
                 x0 = sampled.clean_TNLC[t, n]
                 s, noise = (x[n//G].to(x0.device) for x in (sigma_P, noise_PLC))
                 xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
                 v = policy.velocity(xt, s, text, image)
                 v_teacher = policy.base_velocity(xt, s, right_text[n], right_NLC[n])
-                yield ((v - v_teacher)**2).mean(), {}, len(n)
+                yield ((v - v_teacher)**2).mean(), {}, counted
 
 # %% ../../nbs/algorithm/09_distill.ipynb #d000000e
 def distill(
@@ -76,7 +76,7 @@ def distill(
     learned = Statistics(iteration, len(rows)*losses_a_row)
     policy.set_learning_rate(learning_rate(config, iteration))
     for chosen in rows.chunk(config.updates):
-        terms = distillation_terms(config, policy, make_batch(sampled, adv_PGT, chosen), teacher_T)
+        terms = distillation_terms(config, policy, make_batch(sampled, adv_PGT, chosen, policy.sharded), teacher_T)
         gradient_step(config, policy, terms, len(chosen)*losses_a_row, learned)
 
     policy.update_old()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['processes', 'shard_of', 'join_shards', 'gather_scores', 'gather_sessions', 'sum_gradients', 'sum_statistics',
-           'merge_statistics', 'process_timeout', 'ProcessError', 'exchange', 'gather_to_first', 'interrupt',
-           'decisive_error', 'failing_together', 'from_first', 'broadcast_path']
+           'merge_statistics', 'process_timeout', 'ProcessError', 'host_group', 'exchange', 'gather_to_first',
+           'interrupt', 'decisive_error', 'failing_together', 'from_first', 'broadcast_path']
 
 # %% ../../nbs/algorithm/04_processes.ipynb #bffe2463
 import math, os, pickle, re
@@ -113,7 +113,8 @@ class ProcessError(InputError):
     "What went wrong in one process, raised in all of them; the first one says it."
 
 @cache
-def _host_group():
+def host_group():
+    "The processes as a group that exchanges what is in host memory."
     from torch.distributed import new_group
     return new_group(backend='gloo', timeout=timedelta(seconds=process_timeout()))
 
@@ -126,8 +127,8 @@ def exchange(
     from torch import distributed
     values, patience = [None]*count, process_timeout()
     try:
-        distributed.monitored_barrier(_host_group(), timedelta(seconds=patience), wait_all_ranks=True)
-        distributed.all_gather_object(values, value, group=_host_group())
+        distributed.monitored_barrier(host_group(), timedelta(seconds=patience), wait_all_ranks=True)
+        distributed.all_gather_object(values, value, group=host_group())
     except RuntimeError as e:
         lost = re.search(r'Ranks? ([\d, ]+) failed', str(e))
         who = f'process {lost[1]}' if lost else 'process 0, or one that it waits for'
@@ -143,7 +144,7 @@ def gather_to_first(
     if count == 1: return [value]
     from torch.distributed import gather_object
     values = None if i else [None]*count
-    gather_object(value, values, 0, group=_host_group())
+    gather_object(value, values, 0, group=host_group())
     return values
 
 # %% ../../nbs/algorithm/04_processes.ipynb #b7c10004
@@ -204,7 +205,7 @@ def from_first(
     if processes()[1] == 1: return made
     from torch.distributed import broadcast_object_list
     box = [made]
-    broadcast_object_list(box, 0, group=_host_group())
+    broadcast_object_list(box, 0, group=host_group())
     return box[0]
 
 # %% ../../nbs/algorithm/04_processes.ipynb #eb3b2597

@@ -108,7 +108,9 @@ def supervised_terms(
     process, count = processes()
     for rows in batch.rows.split(config.batch):
         rows = rows[process::count]
-        if not len(rows): continue
+        counted = len(rows)
+        if not counted and not policy.sharded: continue
+        if not counted: rows = batch.rows[:1]                     # the others need this process's part of the weights
         n = rows % N
         keys = [(*sampled.keys[r % N//T], 'train', r % N % T, r//N) for r in rows.tolist()]
         level = torch.tensor([random_generator(*key, 'level').integers(len(sampled.sigmas) - 1) for key in keys])
@@ -116,7 +118,7 @@ def supervised_terms(
         s, noise = sampled.sigmas[level].to(x0.device), normal_noise(keys, tuple(shape)).to(x0.device)
         xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
         v = policy.velocity(xt, s, sampled.texts_T[0][n], sampled.inputs_TNLC[0, n])
-        yield ((v - (noise - x0))**2).mean(), {}, len(n)
+        yield ((v - (noise - x0))**2).mean(), {}, counted
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #54b74ceb
 def unjudged(

@@ -11,6 +11,7 @@ import torch
 from ..data.files import InputError
 from .config import Config
 from .processes import failing_together, sum_gradients
+from .sharding import is_sharded, of_all
 
 # %% ../../nbs/algorithm/06_updates.ipynb #6b11ca49
 def micro_batches(
@@ -80,9 +81,9 @@ def gradient_step(
             require_finite(loss, 'loss', statistics.iteration)
             (loss*n/count).backward()
             statistics.add(values | dict(loss=loss.item()), n)
-    sum_gradients(policy.params)
+    if not is_sharded(policy.params): sum_gradients(policy.params)
     with failing_together():
-        norm = torch.nn.utils.clip_grad_norm_(policy.params, config.max_grad_norm)
+        norm = of_all(torch.nn.utils.clip_grad_norm_(policy.params, config.max_grad_norm))
         require_finite(norm, 'gradient norm', statistics.iteration)
         policy.optimizer.step()
         statistics.largest('grad_norm', float(norm))

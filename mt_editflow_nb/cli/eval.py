@@ -26,7 +26,7 @@ from ..data.structures import STRUCTURES, plain_form, structured_sessions
 from ..data.tables import open_sessions
 from ..editing.editor import check_instructions, long_instructions
 from ..editing.loading import find_editor, load_editor
-from ..editing.lora import load_lora, read_adapter
+from ..editing.whole import check_trained, load_trained
 from ..editing.rollout import resize_sessions
 from ..rewards.cube import check_judge_options, load_judge
 from ..rewards.edival_models import (VLM, DETECTOR, FEATURES, QUALITY, load_edival_vlm, load_detector,
@@ -54,8 +54,9 @@ from ..training.source import check_for_judge
 # %% ../../nbs/cli/01_eval.ipynb #3ab60b34
 def _editor_options(ap):
     ap.add_argument('--editor', help="'tiny' (default), a pipeline directory, or a hub name")
-    ap.add_argument('--lora', help='folder of a trained adapter (RUN/lora); editor, size, guidance, steps and 4 bits '
-                                   'are those of its run unless given (on EdiVal-Bench the published ones)')
+    ap.add_argument('--lora', help='folder of a trained adapter (RUN/lora) or transformer (RUN/transformer); editor, '
+                                   'size, guidance, steps and 4 bits are those of its run unless given (on EdiVal-'
+                                   'Bench the published ones)')
     ap.add_argument('--quantize', choices=['nf4'], help="store the editor's weights in 4 bits")
     ap.add_argument('--size', type=int, help="side in pixels at which the editor works (default: the editor's own)")
     ap.add_argument('--guidance', type=float, help="guidance (default: the family's published one)")
@@ -249,11 +250,11 @@ def check_names(
 ):
     "Find out without loading weights whether editor and adapter are there. Raises `InputError`."
     find_editor(a.editor)
-    if a.lora: read_adapter(a.lora)
+    if a.lora: check_trained(a.lora, a.quantize)
 
 def _load_editor(a, sessions): # raises `InputError` where instructions of a file are longer than its text encoder takes
     editor = load_editor(a.editor, quantize=a.quantize, size=a.size, guidance=a.guidance)
-    if a.lora: load_lora(editor, a.lora)
+    if a.lora: load_trained(editor, a.lora)
     if not a.bench and a.sessions not in ('shapeworld', 'edival'): check_instructions(editor, sessions)
     elif cut := long_instructions(editor, sessions):
         _say(f'warning: {len(cut)} instructions are longer than the {editor.max_text_tokens} tokens that the editor '

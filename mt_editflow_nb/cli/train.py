@@ -17,7 +17,7 @@ from ..data.signals import Stopped, stop_at_once, stop_requests
 from ..algorithm.config import Config, make_config
 from ..algorithm.fusion import PRESETS
 from ..algorithm.processes import ProcessError, broadcast_path, processes
-from ..ablation.sweeps import read_notebook
+from ..ablation.sweeps import read_notebook, read_resources
 from ..training.budget import PUBLISHED, advice, plan, plan_text, savings_text
 from ..training.progress import read_progress
 from ..training.runs import new_run_folder, read_config, results_table
@@ -47,11 +47,14 @@ def parse_overrides(
 def read_recipe(
     path: str|Path, # YAML
 ) -> dict:          # field -> value
-    "A file of fields. Raises `InputError` where it cannot be read, or holds something else."
+    """A file of fields. Raises `InputError` where it cannot be read, or holds something else.
+
+    Its `resources`, the cores and GPUs that a scheduler is to find for it, are checked and left out."""
     if not Path(path).is_file(): raise InputError(f'{path}: expected a recipe file or field=value, there is no file')
     try: fields = yaml.safe_load(read_text(path))
     except yaml.YAMLError as e: raise InputError(f'recipe: {path} is not YAML: {one_line(e)[:200]}') from None
     expect(isinstance(fields, dict), f'recipe: {path}', 'fields and values', type(fields).__name__)
+    read_resources(fields.pop('resources', {}))
     return {str(k): _number(v) for k, v in fields.items()}
 
 # %% ../../nbs/cli/00_train.ipynb #28d2d3eb

@@ -367,13 +367,16 @@ def _rule_scores(sessions, rows, shape_PGT, seconds):
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0024
 def judge_usage(
-    scores: Scores, # of a judge that was asked
-) -> dict:         # calls, hits, failed, tokens, seconds
+    scores: Scores,      # of a judge that was asked
+    price: float = None, # of a million tokens
+) -> dict:               # calls, hits, failed, tokens, seconds, and with a price the cost
     "What was asked for these scores. Hits were on record; tokens and seconds are those of the calls that were made."
     asked = [c for c in scores.calls if not c.get('again')]
     made = [c for c in asked if not c.get('cached')]
+    tokens = sum(c['tokens'] for c in made)
+    cost = {} if price is None else dict(cost=tokens*price/1e6)
     return dict(calls=len(made), hits=len(asked) - len(made), failed=sum(bool(c['error']) for c in asked),
-                tokens=sum(c['tokens'] for c in made), seconds=round(sum(c['seconds'] for c in made), 3))
+                tokens=tokens, seconds=round(sum(c['seconds'] for c in made), 3)) | cost
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0003
 REWARD_MODELS = dict(editscore='viescore', unifiedreward='viescore', # a kind of models -> how it answers: a mode,

@@ -405,6 +405,7 @@ class Server:
         temperature: float = None,         # of every answer in words; None: what each way of asking takes
         top_logprobs: int = 20,            # likely tokens to ask for; some servers allow 5
         extra_body: dict = None,           # more fields of the request
+        price: float = None,               # of a million tokens, for the log
         progress: bool = False,            # a progress bar
     ):
         self.model, self.urls = name, tuple(u.rstrip('/') for u in url.split(','))
@@ -419,6 +420,7 @@ class Server:
         self.timeout, self.retries, self.give_up, self.judge_wait = timeout, retries, give_up, judge_wait
         self.max_tokens, self.max_completion_tokens, self.temperature = max_tokens, max_completion_tokens, temperature
         self.top_logprobs, self.extra_body, self.progress = top_logprobs, extra_body or {}, progress
+        self.price = price
         self.picture, self.pictures = picture, EncodedPictures(picture)
         self.has_no_logprobs = False  # probabilities come from /systemone
         self.absent, self.slow = {}, {}  # addresses: why nobody is there; until when one is asked last

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from ..data.files import InputError, atomic_write, expect, one_line, read_json, to_json
-from ..algorithm.processes import processes
+from ..algorithm.processes import from_first
 from .checkpoints import last_checkpoint
 
 # %% ../../nbs/training/03c_tracking.ipynb #7f0bc65c
@@ -149,9 +149,11 @@ def tracking(
 ):                # yields `Trackers`
     "A context with the trackers of a run. Of several processes only the first one tracks."
     started = {}
-    if names and processes()[0] == 0:
+    def start():
         at = last_checkpoint(run)
-        started = {name: start_tracker(name, run, config, int(at.name) if at else 0) for name in names}
+        for name in names: started[name] = start_tracker(name, run, config, int(at.name) if at else 0)
     trackers = Trackers(started)
-    try: yield trackers
+    try:
+        if names: from_first(start)                                    # one that does not start ends all processes
+        yield trackers
     finally: trackers.finish()
