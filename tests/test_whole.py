@@ -13,7 +13,7 @@ from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.whole import load_trained
 from mt_editflow_nb.rewards.cache import add_replies, new_replies
 from mt_editflow_nb.training.budget import plan, plan_text
-from mt_editflow_nb.training.checkpoints import damage
+from mt_editflow_nb.training.checkpoints import checkpoint_damage
 
 # one row an optimiser step: while one process learns from it, the other one has none
 settings = ['lora_rank=none', 'sessions_per_iteration=2', 'group=2', 'keep=1', 'turns=1', 'num_steps=2', 'iterations=2',
@@ -172,7 +172,7 @@ def test_a_damaged_piece_is_found(runs):
     checkpoint = runs[0]/'sft'/'checkpoints'/'000001'
     piece = next((checkpoint/'state').glob('__1_*'))
     piece.write_bytes(piece.read_bytes()[:-1])
-    assert damage(checkpoint) == f'state/{piece.name} is not as written'
+    assert checkpoint_damage(checkpoint) == f'state/{piece.name} is not as written'
 
 @pytest.mark.parametrize('field', ['quantize=nf4', 'merge=true', 'adam8bit=true', 'lora_alpha=2', 'compile=inductor'])
 def test_what_needs_an_adapter_is_refused(field):

@@ -8,6 +8,7 @@ __all__ = ['turn_advantages', 'choose_rows', 'stochastic_steps', 'sampling_optio
            'success_so_far', 'score_metrics', 'iteration_metrics', 'share_scores', 'count_losses', 'iterate']
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #bffe2463
+import math
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from .credit import add_what_follows, continuation_chances, draw_members, values
 from .fusion import advantages
 from .losses import grpo_loss, guard_log_ratio, guard_weights, kl_to_base, nft_loss
 from .policy import Policy
-from .processes import gather_scores, gather_sessions, shard_of, sum_statistics
+from .processes import gather_scores, gather_sessions, processes, shard_of, sum_statistics
 from .updates import Statistics, check_signal, gradient_step, learning_rate, micro_batches
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #e88e1a83
@@ -110,27 +111,35 @@ class Batch:
     rollout: Rollout      # of this process's shard
     adv_NT: torch.Tensor  # advantages of all rows of the rollout
     rows: torch.Tensor    # which of them to learn from
+    passes_for: int = 0   # as many rows as this any process learns from, where all pass the transformer together
 
     def micro(
         self,
         t: int,    # turn
         size: int, # rows a transformer call
     ):
-        "Yield the micro-batches of a turn: rows, their texts, and the tokens of their input pictures."
-        for n in micro_batches(self.rows, size):
-            yield n, self.rollout.texts_T[t][n], self.rollout.inputs_TNLC[t, n]
+        "Yield the micro-batches of a turn: rows, how many count, their texts, and the tokens of their inputs."
+        pieces = [(n, len(n)) for n in micro_batches(self.rows, size)]
+        missing = math.ceil(self.passes_for/size) - len(pieces)
+        for n, counted in [*pieces, *[(torch.zeros(1, dtype=torch.long), 0)]*missing]:
+            yield n, counted, self.rollout.texts_T[t][n], self.rollout.inputs_TNLC[t, n]
 
 def make_batch(
     sampled: Rollout,      # of this process's shard
     adv_PGT: torch.Tensor, # of all sessions and members
     rows: torch.Tensor,    # row numbers p G + g of all of them
+    together=False,        # every process passes the transformer as often as the others: its weights are shared
 ) -> Batch:
     "What this process contributes to an optimiser step: its part of the rows, counted within its shard."
     P, G, _ = adv_PGT.shape
-    in_shard = sampled.shard.of(torch.arange(P*G).reshape(P, G)).flatten()      # ascending
+    numbers_PG = torch.arange(P*G).reshape(P, G)
+    in_shard = sampled.shard.of(numbers_PG).flatten()                           # ascending
     contributed = torch.searchsorted(in_shard, rows[torch.isin(rows, in_shard)])
     adv_NT = sampled.shard.of(adv_PGT).flatten(0, 1).to(sampled.clean_TNLC.device)
-    return Batch(sampled, adv_NT, contributed)
+    if not together: return Batch(sampled, adv_NT, contributed)
+    count = processes()[1]
+    shards = [shard_of(P, G, (i, count)).of(numbers_PG) for i in range(count)]
+    return Batch(sampled, adv_NT, contributed, max(int(torch.isin(rows, s).sum()) for s in shards))
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #ffebd9c6
 def fresh_noise(
@@ -155,7 +164,7 @@ def nft_terms(
     G = len(sampled.shard.members)
     for t in range(len(sampled.texts_T)):
         for sigma_P, noise_PLC in fresh_noise(config, sampled, t):
-            for n, text, image in batch.micro(t, config.batch):
+            for n, counted, text, image in batch.micro(t, config.batch):
                 x0 = sampled.clean_TNLC[t, n]
                 s, noise = (x[n//G].to(x0.device) for x in (sigma_P, noise_PLC))
                 xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
@@ -164,7 +173,7 @@ def nft_terms(
                 v_ref = policy.base_velocity(xt, s, text, image) if config.kl_weight else None
                 loss, statistics = nft_loss(x0, xt, s, v, v_old, batch.adv_NT[n, t], beta=config.beta,
                                             adv_max=config.adv_max, v_ref=v_ref, kl_weight=config.kl_weight)
-                yield loss, statistics, len(n)
+                yield loss, statistics, counted
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #fd16c3bf
 def score_step(
@@ -204,7 +213,7 @@ def grpo_terms(
     sampled, device = batch.rollout, batch.adv_NT.device
     step_weights = guard_weights(sampled.sigmas)
     for t, (k, step) in product(range(len(sampled.texts_T)), enumerate(sampled.steps)):
-        for n, text, image in batch.micro(t, config.batch):
+        for n, counted, text, image in batch.micro(t, config.batch):
             x, s = sampled.path_TKNLC[t, k, n], sampled.sigmas[step].to(device).expand(len(n))
             v, logp_old = policy.velocity(x, s, text, image), sampled.logp_TKN[t, k, n]
             mean, std, logp = score_step(config, sampled, t, k, n, v)
@@ -215,7 +224,7 @@ def grpo_terms(
                 v_base = policy.base_velocity(x, s, text, image)
                 mean_base, *_ = score_step(config, sampled, t, k, n, v_base)
                 loss = loss + config.kl_weight*kl_to_base(mean, mean_base, std).mean()
-            yield loss, statistics, len(n)
+            yield loss, statistics, counted
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #214b8c5a
 class Iteration(NamedTuple):
@@ -304,7 +313,7 @@ def iterate(
     learned = Statistics(iteration, rows*losses_a_row)
     policy.set_learning_rate(learning_rate(config, iteration))
     for chosen in updates:
-        terms = method_terms(config, policy, make_batch(sampled, adv_PGT, chosen))
+        terms = method_terms(config, policy, make_batch(sampled, adv_PGT, chosen, policy.sharded))
         gradient_step(config, policy, terms, len(chosen)*losses_a_row, learned)
 
     # remember: the policy that has learned acts next, at once or slowly

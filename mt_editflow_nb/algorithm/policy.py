@@ -11,9 +11,10 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 import torch
 from ..data.files import expect
-from ..editing.lora import base_only, lora_parameters, merged, swapped
+from ..editing.lora import base_only, merged, swapped
 from .config import Config
 from .processes import failing_together
+from .sharding import all_agree, is_sharded, local, values_swapped
 
 # %% ../../nbs/algorithm/05_policy.ipynb #c435b29b
 def require_bitsandbytes():
@@ -44,14 +45,19 @@ def distinct_rows(
 
 # %% ../../nbs/algorithm/05_policy.ipynb #2049d198
 class Policy:
-    "The adapter in training, the adapter that makes the rollouts, and the optimiser, around one editor."
+    "The weights in training, those that make the rollouts, and the optimiser, around one editor."
     def __init__(
         self,
         config: Config, # of the run
-        editor,         # from `load_editor`, with an adapter
+        editor,         # from `load_editor`, with an adapter, or with every weight in training
     ):
-        self.editor = editor
-        self.params = lora_parameters(editor)
+        self.editor, self.whole = editor, config.lora_rank is None
+        named = dict(editor.transformer.named_parameters())
+        self.names = [name for name in named if self.whole or 'lora_' in name]
+        self.params = [named[name] for name in self.names]
+        self.sharded = is_sharded(self.params)
+        keeps_base = self.whole and (config.kl_weight > 0 or config.algorithm == 'distill')
+        self.base = [p.detach().clone() for p in self.params] if keeps_base else None
         self.old = [p.detach().clone() for p in self.params]
         self.optimizer = make_optimizer(config, self.params)
         self.merge = config.merge                   # while it samples, the adapter is part of the weights
@@ -59,9 +65,17 @@ class Policy:
         self.passes = Counter()                     # rows through the transformer since sampling began, by purpose
         self.idle = 0                               # iterations in a row that had nothing to learn from
 
+    def acting(
+        self,
+        others: list, # tensors, one for each in training
+    ):
+        "A context in which the transformer has other weights."
+        if self.sharded: return values_swapped(self.editor.transformer, self.params, others)
+        return swapped(self.params, others)
+
     def acting_old(self):
         "A context in which the transformer is the old policy."
-        return swapped(self.params, self.old)
+        return self.acting(self.old)
 
     @contextmanager
     def sampling(self):
@@ -71,12 +85,13 @@ class Policy:
         with failing_together(), self.acting_old(), adapter_in_weights: yield
 
     def acting_base(self):
-        "A context in which the transformer is the base editor, without an adapter."
-        return base_only(self.editor)
+        "A context in which the transformer is the base editor: without an adapter, or with the weights it came with."
+        return self.acting(self.base) if self.whole else base_only(self.editor)
 
     def is_old(self) -> bool:
         "Whether the policy in training still is the old one, so that one velocity serves for both."
-        return all(torch.equal(p, o) for p, o in zip(self.params, self.old))
+        same = all(torch.equal(local(p), local(o)) for p, o in zip(self.params, self.old))
+        return all_agree(same, self.editor.device) if self.sharded else same
 
     def count_passes(
         self,
@@ -116,6 +131,15 @@ class Policy:
         "Move the old policy towards the one in training, as an exponential moving average."
         for o, p in zip(self.old, self.params): o.lerp_(p, 1 - decay)
 
+    @torch.no_grad()
+    def become(
+        self,
+        values: list, # tensors, one for each in training
+    ):
+        "Go on with other weights."
+        for p, value in zip(self.params, values): local(p).copy_(local(value))
+        if self.sharded: self.editor.transformer.reshard()
+
     def set_learning_rate(
         self,
         lr: float, # of the next optimiser steps
@@ -124,8 +148,7 @@ class Policy:
         for group in self.optimizer.param_groups: group['lr'] = lr
 
     def broken_tensor(self) -> str: # None: all numbers are finite
-        "The name of an adapter tensor that holds NaN or an infinity."
-        finite = torch.stack([p.detach().isfinite().all() for p in self.params])   # one transfer from the card
+        "The name of a trained tensor that holds NaN or an infinity."
+        finite = torch.stack([local(p).isfinite().all() for p in self.params])     # one transfer from the card
         if finite.all(): return None
-        names = [n for n, _ in self.editor.transformer.named_parameters() if 'lora_' in n]
-        return names[finite.logical_not().nonzero()[0].item()]
+        return self.names[finite.logical_not().nonzero()[0].item()]

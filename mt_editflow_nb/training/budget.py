@@ -285,7 +285,8 @@ def _numbers_of(configs, size, guidance, lora_rank, lora_targets, real, blocks) 
     largest = max(m.weight.numel() for n, m in linear if 'blocks' in n)
     weights, nf4 = (weight_bytes(transformer, quantised, element, 'blocks') for quantised in (False, True))
     adapted = sum(transformer.get_submodule(n).weight.numel() for n in target_layers(transformer, lora_targets))
-    adapter = sum(p.numel() for p in add_lora(weightless, lora_rank, targets=lora_targets))
+    if lora_rank is None: adapter = sum(p.requires_grad_(True).numel() for p in transformer.parameters())
+    else: adapter = sum(p.numel() for p in add_lora(weightless, lora_rank, targets=lora_targets))
     row = profile_row(weightless, weightless_text(weightless, configs['words']))
     return row | dict(parameters=parameters, largest_layer=largest, weights=weights, nf4=nf4, adapted=adapted,
                       adapter=adapter)
@@ -312,7 +313,7 @@ def transformer_profile(
     editor: str,       # as `load_editor` takes it
     size: int,         # pixels
     guidance: float,   # None: the family's
-    lora_rank: int,    # of the adapter
+    lora_rank: int,    # of the adapter; None: the whole transformer is trained
     lora_targets: str, # as `add_lora` takes them
     real: bool,        # bfloat16 as on a card, or float32
 ) -> SimpleNamespace:
@@ -367,12 +368,13 @@ def memory_by_component(
     if c.quantize: activations += profile.largest_layer*element                     # one at a time is unpacked
     encoders = _text_encoder_bytes(c, configs, element, real)
     judges = [judge_bytes(j, size, element) or 0 for j in {c.judge, c.eval_judge}]
+    copies = 3 + (c.lora_rank is None and c.kl_weight > 0)              # the base is a copy where there is no adapter
     return {
         'transformer': profile.weights[c.quantize],
         # encoders that rest in host memory come when there are no activations
         'text encoders': max(0, encoders - activations) if c.offload else encoders,
         'autoencoder': (configs['vae'] + size**2*DECODER_NUMBERS['Qwen' in configs['pipeline']])*element,
-        'adapter, its gradient, old policy': 3*adapter*4,
+        'adapter, its gradient, old policy': copies*adapter*4,
         'optimiser': adapter*2 + adapter//256*8 if c.adam8bit else adapter*8,
         # while rollouts are sampled there are no activations, but both weights of each adapted layer
         f'activations (batch {c.batch})': max(activations, profile.adapted*element if c.merge else 0),
@@ -465,6 +467,8 @@ def plan_text(
     lines += [f'  {name:36}{b/1e9:9.3f}' for name, b in p['memory'].items()]
     lines += [f"  {'sum':36}{total/1e9:9.3f}"]
     lines += [f'  (not counted: {j}, whose configuration cannot be read from here)' for j in p['uncounted']]
+    whole = p['adapter'] == p['parameters']
+    if whole: lines.append('  (processes share what is trained, its gradient and the optimiser)')
     passes = f"{p['passes']} transformer pass{'es' if p['passes'] > 1 else ''} a row"
     counted = f"{rows['sampled']:,} rows sampled, {rows['trained']:,} trained, {rows['compared']:,} compared"
     lines += ['', f"an iteration: {counted}; {passes}; {p['flops']/1e12:,.1f} Tera-operations", *_time_lines(p)]
