@@ -99,8 +99,8 @@ def _read_picture(text, place):
 
 def unpack_requests(
     batch: CallBody, # a call's body
-    kind: str,    # 'detect', 'ask' or 'describe'
-) -> list:        # of `Detect`, `Question` or `Describe`
+    kind: str,       # 'detect', 'ask' or 'describe'
+) -> list:           # of `Detect`, `Question` or `Describe`
     "The requests with their pictures. Raises `InputError` for pictures that are none, and questions that nobody asks."
     images = [_read_picture(text, f'pictures[{i}]') for i, text in enumerate(batch.pictures)]
     requests = []
