@@ -137,6 +137,7 @@ def _is_pattern(text) -> bool:
     try: return bool(re.compile(text))
     except (re.error, TypeError): return False
 
+# %% ../../nbs/editing/04_lora.ipynb #ce7c33fc
 def adapter_facts(
     metadata: dict, # of a safetensors file
     file: Path,     # the file; an `adapter_config.json` may stand beside it
