@@ -13,7 +13,7 @@ from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import Session
 from mt_editflow_nb.data.shapeworld import shape_sessions
-from mt_editflow_nb.editing.editor import check_instructions, to_vae, transformer_timestep
+from mt_editflow_nb.editing.editor import at_size, check_instructions, set_shape, to_vae, transformer_timestep
 from mt_editflow_nb.editing.flux2 import tiny_klein
 from mt_editflow_nb.editing.loading import FAMILIES, KEPT_IN_16_BITS, find_editor, load_editor, nf4_config
 from mt_editflow_nb.editing.lora import load_lora, lora_parameters, save_lora
@@ -47,27 +47,29 @@ def small_condition():
     return patch.object(pipeline_qwenimage_edit_plus, 'CONDITION_IMAGE_SIZE', 112**2)
 
 @contextmanager
-def small_pipelines():
+def small_pipelines(width, height):
     "The fixed areas of Qwen's pipelines, brought to this size."
-    def square(area, ratio): return SIZE, SIZE, None
-    with small_condition(), patch.object(pipeline_qwenimage_edit, 'calculate_dimensions', square), \
-         patch.object(pipeline_qwenimage_edit_plus, 'VAE_IMAGE_SIZE', SIZE**2):
+    of_condition = pipeline_qwenimage_edit_plus.calculate_dimensions
+    def dimensions(area, ratio): return width, height, None                        # Qwen-Image-Edit
+    def dimensions_plus(area, ratio): return of_condition(area, ratio) if area == 112**2 else (width, height)
+    with small_condition(), patch.object(pipeline_qwenimage_edit, 'calculate_dimensions', dimensions), \
+         patch.object(pipeline_qwenimage_edit_plus, 'calculate_dimensions', dimensions_plus):
         yield
 
 def plain(pipe, family, session, noise, steps=STEPS):
     "diffusers' own call, as a user would write it."
     kw = dict(image=session.image, prompt=session.instructions[0], num_inference_steps=steps, output_type='pt')
-    g, side = GUIDANCE[family], int(noise.shape[1]**.5)
+    g, (width, height) = GUIDANCE[family], session.image.size
     if family == 'FluxKontextPipeline':
-        kw |= dict(latents=noise, guidance_scale=g, height=SIZE, width=SIZE, max_area=SIZE**2, _auto_resize=False,
-                   max_sequence_length=pipe.tokenizer_2.model_max_length)
+        kw |= dict(latents=noise, guidance_scale=g, height=height, width=width, max_area=width*height,
+                   _auto_resize=False, max_sequence_length=pipe.tokenizer_2.model_max_length)
     elif family == 'Flux2KleinPipeline':
-        latents = noise.transpose(1, 2).reshape(1, -1, side, side)
-        kw |= dict(latents=latents, guidance_scale=g, height=SIZE, width=SIZE,
+        latents = noise.transpose(1, 2).reshape(1, noise.shape[-1], height//8, width//8)
+        kw |= dict(latents=latents, guidance_scale=g, height=height, width=width,
                    max_sequence_length=pipe.tokenizer.model_max_length)
     else: kw |= dict(latents=noise, true_cfg_scale=g, negative_prompt=' ')
-    if 'Plus' in family: kw |= dict(height=SIZE, width=SIZE)
-    with small_pipelines(): return pipe(**kw).images[0].permute(1, 2, 0).float().numpy()
+    if 'Plus' in family: kw |= dict(height=height, width=width)
+    with small_pipelines(width, height): return pipe(**kw).images[0].permute(1, 2, 0).float().numpy()
 
 def first_image(editor, session, noise):
     "Our rollout without noise, from given first noise, before rounding to 8 bits."
@@ -92,10 +94,24 @@ def shaken(editor, scale):
 
 # --- the same as diffusers
 
-def test_same_picture_as_diffusers_own_call(folder, editor, session):
-    family, noise = find_editor(folder)[1], noise_for(editor)
-    ours, theirs = first_image(editor, session, noise), plain(editor.pipe, family, session, noise)
+@pytest.mark.parametrize('width, height', [(80, 80), (96, 64), (64, 96)])
+def test_same_picture_as_diffusers_own_call(folder, editor, width, height):
+    "At three ratios, each of about 80 x 80 pixels."
+    image = Image.effect_noise((width, height), 60).convert('RGB')
+    session, family = Session('a', image, ['add a ring']), find_editor(folder)[1]
+    with at_size(editor, 80):
+        set_shape(editor, width, height)
+        noise = noise_for(editor)
+        set_shape(editor, 80, 80)                                              # a rollout knows better
+        ours, theirs = first_image(editor, session, noise), plain(editor.pipe, family, session, noise)
+        assert editor.grid == (height//8, width//8) and noise.shape[1] == width*height//64
+    assert ours.shape == theirs.shape == (height, width, 3)
     assert ours.std() > .01 and np.abs(ours - theirs).max() < 1e-4
+
+def test_a_batch_has_one_shape(editor, session):
+    wide = Session('wide', Image.new('RGB', (96, 64)), session.instructions)
+    with pytest.raises(InputError, match='pictures of one shape in a batch, received .64 x 64, 80 x 48'):
+        rollout(editor, [session, wide], group=1, num_steps=1, seed=0)
 
 @contextmanager
 def watched_transformer(transformer):
@@ -160,8 +176,8 @@ def test_autoencoder_in_tiles(folder, editor):
     if 'Qwen' in family: four.vae.enable_tiling(tile, tile, stride, stride)                # its own are of 256 pixels
     x = np.stack([np.asarray(s.image.resize((tile, tile))) for s in shape_sessions(4, turns=1, seed=4)])
     x = x.reshape(2, 2, tile, tile, 3).transpose(0, 2, 1, 3, 4).reshape(1, 2*tile, 2*tile, 3)
-    tokens, side = four.encode_image(x), one.tokens_per_side
-    first = tokens.reshape(1, four.tokens_per_side, four.tokens_per_side, -1)[:, :side, :side]
+    tokens, side = four.encode_image(x), one.grid[0]
+    first = tokens.reshape(1, *four.grid, -1)[:, :side, :side]
     picture, alone = four.decode(tokens), one.decode(first.reshape(1, *one.latent_shape))
     assert np.abs(picture[:, :stride, :stride].astype(int) - alone[:, :stride, :stride]).max() <= 1  # a step of 8 bits
     def same(a, b): return np.corrcoef(a.ravel(), b.ravel())[0, 1]

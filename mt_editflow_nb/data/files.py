@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 # %% ../../nbs/data/00_files.ipynb #ab17f00d
 class InputError(ValueError):
@@ -297,9 +297,12 @@ def _eight_bits(image, path):
 # %% ../../nbs/data/00_files.ipynb #91f5b43f
 def image_size(
     path: str|Path|bytes, # of any format that Pillow reads; bytes: what such a file holds
-) -> tuple:               # (width, height), as the file says
+) -> tuple:               # (width, height), as `open_image` returns it
     "Read only the head of an image file. Raises `InputError` with one line where it is missing, broken, or too large."
-    with _opened(path) as image: return image.size
+    with _opened(path) as image:
+        held = image.format != 'PNG' or 'exif' in image.info       # else Pillow looks for it behind the pixels
+        turned = held and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned else image.size
 
 def open_image(
     path: str|Path|bytes, # of any format that Pillow reads; bytes: what such a file holds

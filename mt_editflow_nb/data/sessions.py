@@ -17,6 +17,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 import numpy as np
 from PIL import Image
+from pydantic_core import from_json
 from .files import (ABSENT_IF_EMPTY, InputError, atomic_write, expect, image_size, one_line, one_of,
                                        open_image, read_text)
 
@@ -56,6 +57,7 @@ def _is_text(x, lines=True):
     except UnicodeEncodeError: return False
 
 _texts = 'a list of non-empty texts in valid Unicode, without control characters'
+_pictures = Image.Image, Path, bytes
 
 def _are_texts(x): return isinstance(x, (list, tuple)) and all(map(_is_text, x))
 
@@ -73,27 +75,32 @@ class Session:
     def __post_init__(self):
         held = self.__dict__['image']
         expect(_is_text(self.id, lines=False), '`id`', 'one line of text in valid Unicode', self.id)
-        good = held is None or isinstance(held, (Image.Image, Path, bytes))
+        good = held is None or isinstance(held, _pictures)
         expect(good, '`image`', 'a PIL image, a path, the bytes of a file, or None', held)
         if isinstance(held, Image.Image): expect(held.mode == 'RGB', '`image`', 'an RGB image', held.mode)
         expect(_are_texts(self.instructions), '`instructions`', _texts, self.instructions)
-        self.instructions, n = list(self.instructions), len(self.instructions)
-        expect(1 <= n <= MAX_TURNS, '`instructions`', f'1 to {MAX_TURNS} turns', f'{n} turns')
-        for t, text in enumerate(self.instructions):
-            if len(text) <= MAX_INSTRUCTION: continue
-            expect(False, f'`instructions` of turn {t + 1}',
-                   f'at most {MAX_INSTRUCTION} characters', f'{len(text)} characters')
-        characters = sum(map(len, self.instructions))
-        expect(characters <= MAX_INSTRUCTIONS, '`instructions`',
-               f'at most {MAX_INSTRUCTIONS} characters in all {n} turns together', f'{characters} characters')
         expect(_are_texts(self.task_types), '`task_types`', _texts, self.task_types)
-        self.task_types = list(self.task_types)
-        expect(len(self.task_types) in (0, n), '`task_types`', f'one for each of the {n} turns', self.task_types)
         expect(isinstance(self.meta, dict), '`meta`', 'an object with text keys', self.meta)
-        kinds = Image.Image, Path, bytes
-        pictures = isinstance(self.targets, list) and all(isinstance(x, kinds) for x in self.targets)
+        pictures = isinstance(self.targets, list) and all(isinstance(x, _pictures) for x in self.targets)
         expect(pictures, '`targets`', 'a list of pictures, paths or bytes of files', self.targets)
-        expect(len(self.targets) in (0, n), '`targets`', f'one for each of the {n} turns', f'{len(self.targets)}')
+        self.instructions, self.task_types = list(self.instructions), list(self.task_types)
+        if problem := self._wrong_number(): expect(False, *problem)        # texts are made only where they are needed
+
+    def _wrong_number(self):
+        "(field, what is expected, what was received) where something is too long or too short."
+        lengths = [len(text) for text in self.instructions]
+        n, characters = len(lengths), sum(lengths)
+        if not 1 <= n <= MAX_TURNS: return '`instructions`', f'1 to {MAX_TURNS} turns', f'{n} turns'
+        if max(lengths) > MAX_INSTRUCTION:
+            turn = next(t for t, length in enumerate(lengths) if length > MAX_INSTRUCTION)
+            return (f'`instructions` of turn {turn + 1}', f'at most {MAX_INSTRUCTION} characters',
+                    f'{lengths[turn]} characters')
+        if characters > MAX_INSTRUCTIONS:
+            return ('`instructions`', f'at most {MAX_INSTRUCTIONS} characters in all {n} turns together',
+                    f'{characters} characters')
+        if len(self.task_types) not in (0, n): return '`task_types`', f'one for each of the {n} turns', self.task_types
+        if len(self.targets) not in (0, n):
+            return '`targets`', f'one for each of the {n} turns', f'{len(self.targets)}'
 
     @property
     def image_path(self) -> Path:
@@ -106,6 +113,17 @@ class Session:
         "The file that the picture is held as; None where it is a picture or a path."
         held = self.__dict__['image']
         return held if isinstance(held, bytes) else None
+
+    @property
+    def has_image(self) -> bool:
+        "Whether there is a picture; nothing is read."
+        return self.__dict__['image'] is not None
+
+    @property
+    def image_size(self) -> tuple:
+        "Width and height of the picture, of which only the head is read."
+        held = self.__dict__['image']
+        return held.size if isinstance(held, Image.Image) else image_size(held)
 
     def target_images(self) -> list:
         "The right results of all turns as pictures, decoded now; empty where they are not known."
@@ -121,12 +139,20 @@ class Sessions(Sequence):
         parse=None, # item -> `Session`
         index=None, # which items, in which order; None: all
         skipped=(), # messages about those that were left out
+        sizes=None, # [len(items), 2] width and height of the first pictures; None: to be looked up
     ):
         self.items, self.item_turns, self.parse, self.skipped = items, turns, parse, list(skipped)
+        self.item_sizes = sizes
         self.index = np.arange(len(items)) if index is None else np.asarray(index, int)
 
     @property
     def turns(self): return np.asarray(self.item_turns)[self.index]
+
+    @property
+    def sizes(self):
+        "Width and height of the first pictures, [len(self), 2]; heads that have not been read are read now."
+        if self.item_sizes is None: return np.array([s.image_size for s in self]).reshape(-1, 2)
+        return np.asarray(self.item_sizes)[self.index]
 
     def __len__(self): return len(self.index)
 
@@ -134,7 +160,7 @@ class Sessions(Sequence):
         if not np.ndim(i) and not isinstance(i, slice):
             item = self.items[self.index[i]]
             return self.parse(item) if self.parse else item
-        return Sessions(self.items, self.item_turns, self.parse, self.index[i], self.skipped)
+        return Sessions(self.items, self.item_turns, self.parse, self.index[i], self.skipped, self.item_sizes)
 
     def __eq__(self, other): return len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
@@ -161,15 +187,21 @@ def stays_inside(
     path = os.path.normpath(os.path.join(folder, image))
     return os.path.commonpath([os.path.abspath(path), os.path.abspath(folder)]) == os.path.abspath(folder)
 
-def _parse_row(
+def _read_json(line):
+    "pydantic's parser is the fastest at hand; what it refuses, Python's reads, or says what is wrong with it."
+    try: return from_json(line)
+    except ValueError: pass
+    try: return json.loads(line.decode())
+    except UnicodeDecodeError as e: raise InputError(f'expected UTF-8 text ({e.reason} at byte {e.start})') from None
+    except (ValueError, RecursionError) as e: raise InputError(f'not valid JSON: {one_line(e)}') from None
+
+def _read_row(
     line,          # bytes: a JSON object
     folder,        # where image paths start
     allow_outside, # may they leave it?
 ):
-    "The session of a row, its picture not looked at."
-    try: row = json.loads(line.decode())
-    except UnicodeDecodeError as e: raise InputError(f'expected UTF-8 text ({e.reason} at byte {e.start})') from None
-    except (ValueError, RecursionError) as e: raise InputError(f'not valid JSON: {one_line(e)}') from None
+    "The fields of a row, `image` and `targets` as texts: paths from where we are."
+    row = _read_json(line)
     expect(isinstance(row, dict), 'the line', 'a JSON object', row)
     for name in _required:
         if name not in row: raise InputError(f'`{name}`: this field is missing')
@@ -181,24 +213,41 @@ def _parse_row(
         if os.path.isabs(value) or '..' in value:
             expect(allow_outside or stays_inside(value, folder), name, "a path inside the file's folder "
                    '(allow_outside reads others)', value)
-        return Path(folder, value)
+        return os.path.join(folder, value)
     row['image'] = path('`image`', row['image'])
     if 'targets' in row:
         expect(isinstance(row['targets'], list), '`targets`', 'a list of paths', row['targets'])
         row['targets'] = [path('`targets`', target) for target in row['targets']]
-    session = Session(**row)
+    return row
+
+def _session_of_row(
+    row,        # from `_read_row`
+    line,       # bytes that it was read from
+    bare=False, # leave the picture out, which is enough to find out whether the rest is right
+):
+    "The session of a row, its picture not looked at."
+    paths = dict(image=None if bare else Path(row['image']))
+    if 'targets' in row: paths |= dict(targets=[Path(target) for target in row['targets']])
+    session = Session(**row | paths)
     if session.meta and b'\\u' in line:                         # where a lone surrogate may be
         expect(_is_text(json.dumps(session.meta, ensure_ascii=False)), '`meta`', 'valid Unicode', session.meta)
     return session
 
+def _parse_row(line, folder, allow_outside): return _session_of_row(_read_row(line, folder, allow_outside), line)
+
 # %% ../../nbs/data/01_sessions.ipynb #4a665c92
-def _image_errors(paths, whole):
-    "Look at image files, at their heads or by decoding them, in threads. {path: message} of those that are wrong."
+def _look_at_images(paths, whole):
+    "Image files by their heads, or decoded, in threads: (an array of widths and heights, {number: what is wrong})."
     def look(path):
-        try: (open_image if whole else image_size)(path)
-        except InputError as e: return path, str(e)
-    if not paths: return {}
-    with ThreadPool(min(8, len(paths))) as pool: return dict(filter(None, pool.imap(look, paths, chunksize=16)))
+        try: return open_image(path).size if whole else image_size(path)
+        except InputError as e: return str(e)
+    sizes, wrong = np.zeros((len(paths), 2), np.int32), {}
+    if not paths: return sizes, wrong
+    with ThreadPool(min(8, len(paths))) as pool:
+        for n, found in enumerate(pool.imap(look, paths, chunksize=16)):
+            if isinstance(found, str): wrong[n] = found
+            else: sizes[n] = found
+    return sizes, wrong
 
 class _Places(Sequence):
     "`FILE:ROW` of each session, made when a message needs it."
@@ -227,15 +276,15 @@ class _Index:
         self.rows, self.turns = array('L'), array('B')
         self.places = _Places(path, self.rows)
 
-    def add(self, row, line, session):
-        targets = ()
+    def add(self, place, line, row):
+        session, targets = _session_of_row(row, line, bare=True), ()
         if self.targets:
-            targets = session.targets
+            targets = row.get('targets')
             expect(targets, '`targets`', 'the right results, a path a turn', 'none')
-        for path in (session.image_path, *targets):
+        for path in (row['image'], *targets):
             self.shown_by.append(len(self.ids))
-            self.image_numbers.append(self.image_paths.setdefault(str(path), len(self.image_paths)))
-        self.rows.append(row)
+            self.image_numbers.append(self.image_paths.setdefault(path, len(self.image_paths)))
+        self.rows.append(place)
         self.lines.append(line)
         self.ids.append(session.id)
         self.turns.append(len(session.instructions))
@@ -252,19 +301,21 @@ class _Index:
             for row, line in enumerate(file, 1):
                 line = line.removeprefix(b'\xef\xbb\xbf') if row == 1 else line
                 if not line.strip(): continue
-                try: self.add(row, line, _parse_row(line, folder, allow_outside))
+                try: self.add(row, line, _read_row(line, folder, allow_outside))
                 except InputError as e: self.complain(row, e)
 
     def good(self, whole):
-        "Numbers of the sessions whose pictures can be read."
-        wrong = _image_errors(list(self.image_paths), whole)
-        if not wrong: return range(len(self.ids))
-        errors = [wrong.get(path) for path in self.image_paths]
+        "(numbers of the sessions whose pictures can be read, width and height of everyone's first picture)."
+        sizes, wrong = _look_at_images(list(self.image_paths), whole)
+        shown_by, image_numbers = np.asarray(self.shown_by), np.asarray(self.image_numbers)
+        first = np.flatnonzero(np.diff(shown_by, prepend=-1))            # where a session begins
+        sizes = sizes[image_numbers[first]]
+        if not wrong: return range(len(self.ids)), sizes
         bad = {}
         for i, n in zip(self.shown_by, self.image_numbers):
-            if errors[n] is not None: bad.setdefault(i, errors[n])
+            if n in wrong: bad.setdefault(i, wrong[n])
         for i, message in bad.items(): self.complain(self.rows[i], message)
-        return [i for i in range(len(self.ids)) if i not in bad]
+        return [i for i in range(len(self.ids)) if i not in bad], sizes
 
 # %% ../../nbs/data/01_sessions.ipynb #4a665c91
 def load_sessions(
@@ -284,13 +335,13 @@ def load_sessions(
     one_of('on_bad', on_bad, ('stop', 'skip'))
     index = _Index(path, on_bad, targets)
     index.read(folder, allow_outside)
-    good = index.good(len(index.image_paths) <= DECODED_AT_LOAD if decode is None else decode)
+    good, sizes = index.good(len(index.image_paths) <= DECODED_AT_LOAD if decode is None else decode)
     if index.skipped: warnings.warn(f'{len(index.skipped)} sessions left out, first {index.skipped[0]}', stacklevel=2)
     if not good: raise InputError(f'{path}: expected at least one session, the file is empty')
     ids, turns, rows = ([values[i] for i in good] for values in (index.ids, index.turns, index.rows))
     _check_agreement(ids, turns, _Places(path, rows), same_turns)
     parse = partial(_parse_row, folder=folder, allow_outside=allow_outside)
-    return Sessions(index.lines, index.turns, parse, good, index.skipped)
+    return Sessions(index.lines, index.turns, parse, good, index.skipped, sizes)
 
 # %% ../../nbs/data/01_sessions.ipynb #0c749527
 def _save_image(image, folder):

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from .files import InputError, expect, one_line, one_of, open_image
 from .sessions import DECODED_AT_LOAD, Session, Sessions, load_sessions
+from .sizes import nearest_bucket
 
 # %% ../../nbs/data/09_tables.ipynb #4f07b5b1
 REQUIRED, OPTIONAL = ('id', 'image', 'instructions'), ('task_types', 'meta', 'targets')
@@ -166,17 +167,21 @@ def stream_sessions(
         except InputError as e: raise InputError(f'{source}: row {i} of epoch {epoch}: {e}') from None
 
 def stream_batches(
-    source: str, # a parquet file, a folder of them, or hf:NAME[:SPLIT]
-    size: int,   # P, sessions a batch
+    source: str,      # a parquet file, a folder of them, or hf:NAME[:SPLIT]
+    size: int,        # P, sessions a batch
     seed: int,
-): # yields lists of P `Session`s of one number of turns, without end
+    crop: str = None, # 'square': pictures of any ratio may be together
+): # yields lists of P `Session`s of one number of turns and one bucket of sizes, without end
     "Epoch after epoch in batches. Raises `InputError` for an empty table."
+    def kind(session):
+        turns = len(session.instructions)
+        return turns if crop == 'square' else (turns, nearest_bucket(*session.image_size))
     waiting = {}
     for epoch in itertools.count():
         read = 0
         for session in stream_sessions(source, seed, epoch):
             read += 1
-            same = waiting.setdefault(len(session.instructions), [])
+            same = waiting.setdefault(kind(session), [])
             same.append(session)
             if len(same) < size: continue
             yield same[:]
@@ -187,11 +192,12 @@ class StreamedBatches:
     "iteration -> P `Session`s of a table that is read as it comes."
     def __init__(
         self,
-        source: str, # a parquet file, a folder of them, or hf:NAME[:SPLIT]
-        size: int,   # P
+        source: str,      # a parquet file, a folder of them, or hf:NAME[:SPLIT]
+        size: int,        # P
         seed: int,
+        crop: str = None, # as for `stream_batches`
     ):
-        self.begin = partial(stream_batches, source, size, seed)
+        self.begin = partial(stream_batches, source, size, seed, crop)
         self.batches, self.next = self.begin(), 0
 
     def __call__(

@@ -55,13 +55,13 @@ class Flux2Editor:
     def decode(self, x: torch.Tensor) -> np.ndarray:
         "Tokens [N, L, C] as pictures uint8 [N, H, W, 3]."
         mean, std = self._latent_statistics()
-        z = x.transpose(1, 2).reshape(len(x), -1, self.tokens_per_side, self.tokens_per_side)*std + mean
+        z = x.transpose(1, 2).reshape(len(x), -1, *self.grid)*std + mean
         return to_uint8(self.vae.decode(self.pipe._unpatchify_latents(z).to(self.vae.dtype)).sample)
 
     @cached_property
     def _ids(self):
         "Positions of the noisy tokens and of the input picture's."
-        z = torch.zeros(1, 1, self.tokens_per_side, self.tokens_per_side)
+        z = torch.zeros(1, 1, *self.grid)
         ids = [self.pipe._prepare_latent_ids(z), self.pipe._prepare_image_ids([z])]
         return torch.cat(ids, 1)[0].to(self.device)
 
@@ -75,7 +75,7 @@ class Flux2Editor:
     def sigmas(self, num_steps: int) -> torch.Tensor:
         "The pipeline's noise levels, float32 [num_steps + 1] from 1 to 0; the shift depends on the steps too."
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-        mu = compute_empirical_mu(image_seq_len=self.tokens_per_side**2, num_steps=num_steps)
+        mu = compute_empirical_mu(image_seq_len=self.latent_shape[0], num_steps=num_steps)
         return shifted_sigmas(self.pipe.scheduler, num_steps, mu)
 
 # %% ../../nbs/editing/02_flux2.ipynb #e774b449

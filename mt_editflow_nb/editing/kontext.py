@@ -46,15 +46,14 @@ class KontextEditor:
     def decode(self, x: torch.Tensor) -> np.ndarray:
         "Tokens [N, L, C] as pictures uint8 [N, H, W, 3]."
         c = self.vae.config
-        z = self.pipe._unpack_latents(x, self.size, self.size, self.pipe.vae_scale_factor)
+        z = self.pipe._unpack_latents(x, self.height, self.width, self.pipe.vae_scale_factor)
         z = (z/c.scaling_factor + c.shift_factor).to(self.vae.dtype)
         return to_uint8(self.vae.decode(z.contiguous(memory_format=torch.channels_last)).sample)
 
     @cached_property
     def _ids(self):
         "Positions of the noisy tokens and of the input picture's, which the pipeline marks with a 1."
-        side = self.tokens_per_side
-        noisy = self.pipe._prepare_latent_image_ids(1, side, side, self.device, torch.float32)
+        noisy = self.pipe._prepare_latent_image_ids(1, *self.grid, self.device, torch.float32)
         picture = noisy.clone()
         picture[:, 0] = 1
         return torch.cat([noisy, picture])
@@ -68,5 +67,5 @@ class KontextEditor:
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
         "The pipeline's noise levels, float32 [num_steps + 1] from 1 to 0: linear, shifted by the number of tokens."
-        mu = linear_shift(self.pipe.scheduler, self.tokens_per_side**2)
+        mu = linear_shift(self.pipe.scheduler, self.latent_shape[0])
         return shifted_sigmas(self.pipe.scheduler, num_steps, mu)

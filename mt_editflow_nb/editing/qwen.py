@@ -101,12 +101,12 @@ class QwenEditor:
     def decode(self, x: torch.Tensor) -> np.ndarray:
         "Tokens [N, L, C] as pictures uint8 [N, H, W, 3]."
         mean, std = self._latent_statistics()
-        z = self.pipe._unpack_latents(x, self.size, self.size, self.pipe.vae_scale_factor)*std + mean
+        z = self.pipe._unpack_latents(x, self.height, self.width, self.pipe.vae_scale_factor)*std + mean
         return to_uint8(self.vae.decode(z.to(self.vae.dtype)).sample[:, :, 0])
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, text: Text, image: torch.Tensor) -> torch.Tensor:
         "The guided velocity `noise - data`, float32 [N, L, C], of latents x [N, L, C] at noise levels sigma [N]."
-        shape = [(1, self.tokens_per_side, self.tokens_per_side)]*2
+        shape = [(1, *self.grid)]*2
         def predict_rows(n, embeds, mask):
             return predict_velocity(self.transformer, x[n], image[n], sigma[n], embeds.dtype,
                                     img_shapes=[shape]*len(embeds), encoder_hidden_states=embeds,
@@ -122,7 +122,7 @@ class QwenEditor:
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
         "The pipeline's noise levels, float32 [num_steps + 1] from 1 to 0: linear, shifted by the number of tokens."
-        mu = linear_shift(self.pipe.scheduler, self.tokens_per_side**2)
+        mu = linear_shift(self.pipe.scheduler, self.latent_shape[0])
         return shifted_sigmas(self.pipe.scheduler, num_steps, mu)
 
 # %% ../../nbs/editing/03_qwen.ipynb #facad1e4

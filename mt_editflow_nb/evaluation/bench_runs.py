@@ -31,7 +31,7 @@ def benchmark_differences(
     *,
     judge: str = None,     # that scores; None: nobody has scored
     own_wording: bool = True, # whether our questions were asked instead of the benchmark's
-    cut: int = 0,          # first pictures that were cut to squares
+    cut: int = 0,          # first pictures that were cut, from `count_cut`
     items: str = '',       # such as 'its first 20 items'
 ) -> list:                 # of texts
     "Where a run leaves the published protocol."
@@ -40,7 +40,7 @@ def benchmark_differences(
     published |= {key: getattr(facts, key) for key in ('steps', 'size') if getattr(facts, key) is not None}
     differences = protocol_differences(used, published)
     if items: differences.append(items)
-    if cut: differences.append(f'{cut} first pictures were cut to their middle square (published: their own ratio)')
+    if cut: differences.append(f'{cut} first pictures lost more than 5 % at their edges (published: they are whole)')
     if judge is None: return differences
     if model_of(judge) != model_of(facts.judge): differences.append(f'judge {judge} (published: {facts.judge})')
     if own_questions(judge): differences.append("the judge's own questions, its scores put on the benchmark's scale")

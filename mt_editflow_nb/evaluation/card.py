@@ -16,9 +16,11 @@ from jinja2 import Environment
 from PIL import Image
 from ..data.files import InputError, atomic_write, content_hash, open_image, save_png, to_json
 from ..data.plots import save_figure, session_figure
+from ..data.selecting import are_many, picture_keys
 from ..data.sessions import load_sessions
 from ..data.shapeworld import WORLD_SIDE, parse_edit, recognise
 from .edival import turn_file
+from .running import pack_pictures
 from .scores import EDIVAL_METRICS, Outcomes, all_right_so_far, count_unscored, score_intervals
 from .statistics import divide, format_intervals, wilson
 
@@ -35,12 +37,13 @@ def is_shape_world(
 
 def shape_failures(
     sessions: list,           # I sessions of the shape world
-    images_ITHWC: np.ndarray, # uint8, every turn's result
+    images_ITHWC,             # uint8, every turn's result; a list where sessions differ in length
     success_IT: np.ndarray,   # 1, 0, or NaN for unscored
 ) -> list:                    # I lists of T reasons, '' where the instruction was followed, or nobody could say
     "Why turns of the shape world failed, judged by their pixels."
     I, T = success_IT.shape
     first_I1HWC = np.stack([np.asarray(s.image) for s in sessions])[:, None]
+    images_ITHWC = pack_pictures(images_ITHWC)['images']
     pictures = np.concatenate([first_I1HWC, images_ITHWC], 1).reshape(-1, *images_ITHWC.shape[2:])
     seen = recognise(pictures)
     codes, ground = seen.codes.reshape(I, T + 1, -1), seen.background.reshape(I, T + 1)
@@ -59,12 +62,12 @@ def plain_failures(
 
 # %% ../../nbs/evaluation/06_card.ipynb #03da2615
 def taxonomy(
-    types_IT: list,         # I lists of T instruction types
-    success_IT: np.ndarray, # 1, 0, or NaN for unscored
-    why_IT: list,           # I lists of T reasons
+    types_IT: list, # I lists of instruction types, one a turn
+    success_IT,     # of each 1, 0, or NaN for unscored
+    why_IT: list,   # of each a reason
 ) -> pd.DataFrame:          # index type; scored turns, success, low, high in percent, then counts of each reason
     "Success and reasons of failure for each type of instruction, the hardest first; unscored turns if there are any."
-    success = np.asarray(success_IT, float).ravel()
+    success = np.concatenate([np.asarray(row, float) for row in success_IT])
     turns = pd.DataFrame(dict(type=np.concatenate(types_IT), success=success, why=np.concatenate(why_IT)))
     rows = {}
     for kind, of_kind in turns.groupby('type'):
@@ -108,21 +111,27 @@ def shared_pictures(
     sessions: list, # that are evaluated
     training: list, # `Session`s that were trained on
 ) -> list:          # ids
-    "Evaluated sessions whose first picture was trained on, judged by its pixels."
+    "Evaluated sessions whose first picture was trained on: the same file, or, of sets that are not large, its pixels."
+    sessions, training = ([s for s in some if s.has_image] for some in (sessions, training))
+    if are_many(training):
+        known = set(picture_keys(training, many=True))
+        return [s.id for s, key in zip(sessions, picture_keys(sessions, many=True)) if key in known]
     def small(s): return content_hash(s.image.convert('RGB').resize((64, 64), Image.BOX))
-    known = {small(s) for s in training if s.image is not None}
-    return [s.id for s in sessions if s.image is not None and small(s) in known]
+    known = set(map(small, training))
+    return [s.id for s in sessions if small(s) in known]
 
 def blind_spots(
     success_IT,             # NaN: unscored
     judge: str,             # that scores
     trained_by: str = None, # the judge that trained; None: not known, or nothing was trained
     shared: list = (),      # from `shared_pictures`; None: the training data could not be read
+    turns_I=None,           # how many turns each session has; None: T
 ) -> list:                  # of sentences
     "What a reader has to know to interpret the scores."
-    notes, unscored = [], int(np.isnan(np.asarray(success_IT, float)).sum())
+    notes, unscored = [], int(count_unscored(success_IT, turns_I).sum())
     if unscored:
-        notes.append(f'{unscored} of {np.size(success_IT)} turns could not be scored; every score leaves them out.')
+        turns = np.size(success_IT) if turns_I is None else sum(turns_I)
+        notes.append(f'{unscored} of {turns} turns could not be scored; every score leaves them out.')
     if trained_by and model_of(trained_by) == model_of(judge):
         notes.append(f'The judge that scores, {judge}, is the judge that trained: what it overlooks was rewarded.')
     if shared: notes.append(f'{len(shared)} first pictures were in the training data, the first in {shared[0]}.')
@@ -244,11 +253,14 @@ _about_sessions = ('Best, median and worst by score (how long everything was rig
 def card_results(
     table: pd.DataFrame, # from `score_intervals`
     success_IT=None,     # NaN: unscored; a column counts these where there are some
+    turns_I=None,        # how many turns each session has, a column where they differ; None: T
 ) -> pd.DataFrame:       # index turn; a column of texts for each metric
     "Scores as texts, every number with its interval."
     wide = format_intervals(table).unstack('metric')[list(EDIVAL_METRICS)]
+    if turns_I is not None and len(set(turns_I)) > 1:
+        wide = wide.assign(sessions=[sum(n >= turn for n in turns_I) for turn in wide.index])
     if success_IT is None: return wide
-    unscored_T = count_unscored(success_IT)
+    unscored_T = count_unscored(success_IT, turns_I)
     return wide.assign(unscored=unscored_T) if unscored_T.any() else wide
 
 def write_pages(
@@ -273,15 +285,16 @@ def write_card(
     notes: list = (),   # from `blind_spots`
 ) -> Path:              # of card.md
     "Write the card as Markdown with pictures beside it, and as one self-contained HTML page."
-    folder, T = Path(folder), outcomes.success_IT.shape[1]
-    types = [[*s.task_types, *['(no type)'] * T][:T] for s in sessions]
-    results = card_results(score_intervals(outcomes), outcomes.success_IT)
+    folder, turns_I = Path(folder), [len(s.instructions) for s in sessions]
+    types = [s.task_types or ['(no type)'] * n for s, n in zip(sessions, turns_I)]
+    success, why = ([row[:n] for row, n in zip(x, turns_I)] for x in (outcomes.success_IT, why_IT))
+    results = card_results(score_intervals(outcomes, turns_I=turns_I), outcomes.success_IT, turns_I)
     sections = [dict(head='Results', text=_about_results, table=results)]
     sections += [dict(head=head, text='', table=table) for head, table in (extra or {}).items()]
     sections.append(dict(head='Failures by instruction type', text=_about_failures,
-                         table=taxonomy(types, outcomes.success_IT, why_IT)))
+                         table=taxonomy(types, success, why)))
     shown = best_median_worst(session_scores(outcomes)) if images else {}
-    strips = [card_strip(folder, name, sessions[i], images(i), outcomes.success_IT[i]) for name, i in shown.items()]
+    strips = [card_strip(folder, name, sessions[i], images(i), success[i]) for name, i in shown.items()]
     about = _about_sessions if images else 'No pictures were published with these results.'
     return write_pages(folder, title=title, facts=facts, notes=list(notes), sections=sections, about_sessions=about,
                        strips=strips)
@@ -318,7 +331,8 @@ def save_run_images(
 
 def load_run(
     folder: str|Path, # of `mtef_eval`
-) -> tuple:           # (sessions, images uint8 [I, T, H, W, 3])
+) -> tuple:           # (sessions, images uint8 [I, T, H, W, 3], or a list where they differ in shape)
     "Read what `save_run_images` wrote."
-    sessions = load_sessions(Path(folder)/'sessions.jsonl')
-    return sessions, np.stack([load_session_images(folder, s) for s in sessions])
+    sessions = load_sessions(Path(folder)/'sessions.jsonl', same_turns=False)
+    images = [load_session_images(folder, s) for s in sessions]
+    return sessions, np.stack(images) if len({x.shape for x in images}) == 1 else images

@@ -30,7 +30,7 @@ def bench_item(
 ) -> tuple:                  # (`Item`, score of the exact verifier or None)
     "What a judge sees of one turn, and its exact score where that is known."
     session = strips.sessions[p]
-    images = strips.images_PGTHWC[p:p + 1, g:g + 1]
+    images = strips.images_PGTHWC[p][None, g:g + 1]
     if instruction is not None:
         changed = [*session.instructions[:t], instruction, *session.instructions[t + 1:]]
         session = replace(session, instructions=changed)

@@ -7,7 +7,7 @@ __all__ = ['Strips', 'sort_keys', 'member_order', 'intended_images', 'session_st
            'read_strips', 'unedited', 'sessions_page']
 
 # %% ../../nbs/explore/01_strips.ipynb #14e39740
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from safetensors.numpy import load_file
 from ..data.files import InputError, expect, one_of
 from ..data.plots import session_figure
 from ..data.shapeworld import teacher_images
+from ..data.sizes import fit_picture
 from ..rewards.cube import Scores
+from ..evaluation.running import unpack_pictures
 from ..evaluation.scores import outcomes_from
 from ..training.runs import read_config
 from ..training.source import session_source
@@ -27,7 +29,7 @@ from .pages import View, checkbox, difference, dropdown, page, picture, shrink, 
 class Strips:
     "Results of P sessions x G members x T turns, with scores and advantages if there are any."
     sessions: list               # P `Session`s
-    images_PGTHWC: np.ndarray    # uint8, every turn's result
+    images_PGTHWC: np.ndarray    # uint8, every turn's result; where shapes differ a list of P arrays
     scores: Scores = None        # None: not judged
     members: list = None         # G names; None: numbers
     adv_PGT: torch.Tensor = None # advantages, if there are any
@@ -89,7 +91,7 @@ def member_order(
 ) -> list:          # G members, best first; those without a score last
     "Members of a session in order. Raises `InputError` for an unknown key."
     one_of('sort', sort, sort_keys(strips))
-    members = range(strips.images_PGTHWC.shape[1])
+    members = range(len(strips.images_PGTHWC[p]))
     if sort == 'member': return list(members)
     if sort == 'turns right': value_G = strips.scores.success_PGT[p].nan_to_num(0.).cumprod(-1).sum(-1)
     elif sort == 'advantage': value_G = strips.adv_PGT[p].mean(-1)
@@ -145,7 +147,7 @@ def session_strip(
 ) -> str:                      # HTML
     "A session as a page."
     session = strips.sessions[p]
-    T = min(strips.images_PGTHWC.shape[2], len(session.instructions))    # longer sessions may stand beside it
+    T = min(strips.images_PGTHWC[p].shape[1], len(session.instructions))    # longer sessions may stand beside it
     instructions = session.instructions[:T]
     first = shrink(np.asarray(session.image))
     images_GT = [[shrink(image) for image in images] for images in strips.images_PGTHWC[p]]
@@ -169,7 +171,7 @@ def strip_figure(
 ):                        # matplotlib figure
     "The best rows of a session as a figure."
     order = member_order(strips, p, sort)[:rows]
-    turns = range(min(strips.images_PGTHWC.shape[2], len(strips.sessions[p].instructions)))
+    turns = range(min(strips.images_PGTHWC[p].shape[1], len(strips.sessions[p].instructions)))
     labels = marks = None
     if strips.scores is not None:
         labels = [[f'{strips.rewards(p, g, t)} {strips.advantage(p, g, t)}'.strip() for t in turns] for g in order]
@@ -199,7 +201,7 @@ def read_strips(
     missing = [name for name in ('config.json', 'before.safetensors', 'after.safetensors') if not (run/name).is_file()]
     expect(not missing, str(run), 'the folder of a finished run', f'one without {", ".join(missing)}')
     before, after = (load_file(run/f'{name}.safetensors') for name in ('before', 'after'))
-    images_PGTHWC = np.stack([before['images'], after['images']], 1)
+    images_PGTHWC = [np.stack(pair) for pair in zip(unpack_pictures(before), unpack_pictures(after))]
     P = len(images_PGTHWC)
 
     config = read_config(run)
@@ -210,7 +212,8 @@ def read_strips(
     cc_PGT = torch.stack([objects_PGT, background_PGT]).float().nanmean(0)
     rewards_PGTM = torch.stack([success_PGT, cc_PGT], -1)
     scores = Scores(('if', 'cc'), rewards_PGTM, success_PGT, objects_PGT, background_PGT)
-    return Strips(heldout[:P], images_PGTHWC, scores, ['before training', 'after training'])
+    shown = [replace(s, image=fit_picture(s.image, *x.shape[3:1:-1])) for s, x in zip(heldout[:P], images_PGTHWC)]
+    return Strips(shown, images_PGTHWC, scores, ['before training', 'after training'])
 
 # %% ../../nbs/explore/01_strips.ipynb #e74158d7
 _SESSIONS = template('''<!doctype html>
