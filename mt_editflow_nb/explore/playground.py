@@ -16,7 +16,8 @@ from ..data.files import InputError, expect
 from ..data.sessions import MAX_TURNS, Session
 from ..data.shapeworld import (BACKGROUNDS, COLORS, OBJECTS, POSITIONS, Edit, Scene, edit_text,
                                             read_scene, render, shape_sessions, teacher_images)
-from ..editing.editor import as_square
+from ..data.sizes import fit_picture
+from ..editing.editor import as_square, picture_size
 from ..editing.lora import base_only
 from ..editing.rollout import rollout
 from ..rewards.cube import verifier
@@ -216,7 +217,8 @@ class Playground(View):
         image: Image.Image, # of any size
     ):
         "Begin a new game with this picture."
-        self.show(Game(as_square(image, self.editor.size), self.members))
+        fitted = fit_picture(image, *picture_size(self.editor, image))
+        self.show(Game(np.asarray(fitted), self.members))
 
     def start_again(self, _=None):
         "Go back to the first picture."

@@ -17,14 +17,15 @@ UNCHANGED_SHARE = .002      # up to this share of the patches may change in an i
 def patch_change(
     before_NHWC: np.ndarray, # uint8
     after_NHWC: np.ndarray,  # uint8
-    across: int = 32,        # patches a side, each of at least 4 x 4 pixels
-) -> np.ndarray:             # float32 [N, patches, patches], in grey levels
+    across: int = 32,        # patches along the shorter side, each of at least 4 x 4 pixels
+) -> np.ndarray:             # float32 [N, patches down, patches across], in grey levels
     "Root mean square difference of two pictures in each patch."
-    H = before_NHWC.shape[-3]
-    size = max(min(4, H), H//across)
-    n = H//size
-    squared = ((after_NHWC.astype(np.float32) - before_NHWC)**2).mean(-1)[..., :n*size, :n*size]
-    patches = squared.reshape(*squared.shape[:-2], n, size, n, size)
+    H, W = before_NHWC.shape[-3:-1]
+    shorter = min(H, W)
+    size = max(min(4, shorter), shorter//across)
+    rows, columns = H//size, W//size
+    squared = ((after_NHWC.astype(np.float32) - before_NHWC)**2).mean(-1)[..., :rows*size, :columns*size]
+    patches = squared.reshape(*squared.shape[:-2], rows, size, columns, size)
     return np.sqrt(patches.mean((-1, -3)))
 
 def identity_edits(
