@@ -187,6 +187,7 @@ def stays_inside(
     path = os.path.normpath(os.path.join(folder, image))
     return os.path.commonpath([os.path.abspath(path), os.path.abspath(folder)]) == os.path.abspath(folder)
 
+# %% ../../nbs/data/01_sessions.ipynb #4e27cdf3
 def _read_json(line):
     "pydantic's parser is the fastest at hand; what it refuses, Python's reads, or says what is wrong with it."
     try: return from_json(line)

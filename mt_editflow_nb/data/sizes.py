@@ -15,8 +15,8 @@ PREFERRED_SIZES = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 132
                    (1456, 720), (1504, 688), (1568, 672))
 
 def nearest_bucket(
-    width: int,  # of a picture
-    height: int,
+    width: int,  # of a picture, in pixels
+    height: int, # of a picture, in pixels
 ) -> int: # index into `PREFERRED_SIZES`
     "The bucket whose ratio differs least from a picture's; the rule of diffusers' `FluxKontextPipeline`."
     differences = [abs(width/height - w/h) for w, h in PREFERRED_SIZES]
@@ -32,8 +32,8 @@ def bucket_sizes(
 
 # %% ../../nbs/data/00b_sizes.ipynb #d10c1eb8
 def fitted_size(
-    width: int,    # of a picture
-    height: int,
+    width: int,    # of a picture, in pixels
+    height: int,   # of a picture, in pixels
     size: int,     # side of the square that has the area wanted
     multiple: int, # pixels a side of a token
 ) -> tuple: # (width, height)
@@ -43,8 +43,8 @@ def fitted_size(
 
 def fit_picture(
     image: Image.Image, # of any size
-    width: int,         # wanted
-    height: int,
+    width: int,         # that is wanted, in pixels
+    height: int,        # that is wanted, in pixels
 ) -> Image.Image: # RGB
     "A picture in another size: cut to the new ratio around its middle where it has another one, then resized."
     if image.size != (width, height): image = ImageOps.fit(image, (width, height), Image.LANCZOS)

@@ -79,6 +79,7 @@ def set_shape(
     editor.latent_shape = editor.grid[0]*editor.grid[1], editor.channels    # L, C
     editor.__dict__.pop('_ids', None)                                   # cached positions of another shape
 
+# %% ../../nbs/editing/00_editor.ipynb #07f183b6
 @contextmanager
 def at_size(
     editor,         # of any family

@@ -175,15 +175,20 @@ def ask_awareness(
 def judged_scores(
     judge,          # from `load_judge`
     sessions: list, # I sessions of T turns
-    pictures: list, # of each: the first picture and every turn's result, all of one shape
+    pictures: list, # of each: the first picture and every turn's result, of one shape
     rewards: tuple, # that are wanted; those that the judge does not give are left out
 ) -> np.ndarray:    # float [I, T, rewards] in [0, 1]; NaN: no score
     "What a judge says of its own about pictures."
-    shown = [replace(s, image=Image.fromarray(p[0])) for s, p in zip(sessions, pictures)]
-    images_PGTHWC = np.stack([np.stack(p[1:]) for p in pictures])[:, None]
-    scores = judge.score(shown, images_PGTHWC) if hasattr(judge, 'score') else judge(shown, images_PGTHWC)
-    columns = [scores.names.index(name) for name in rewards if name in scores.names]
-    return scores.rewards_PGTM[:, 0][..., columns].double().numpy()
+    values = [None]*len(sessions)
+    shapes = [p[0].shape for p in pictures]
+    for shape in dict.fromkeys(shapes):                          # a judge is shown pictures of one shape at a time
+        alike = [i for i, other in enumerate(shapes) if other == shape]
+        shown = [replace(sessions[i], image=Image.fromarray(pictures[i][0])) for i in alike]
+        images_PGTHWC = np.stack([np.stack(pictures[i][1:]) for i in alike])[:, None]
+        scores = judge.score(shown, images_PGTHWC) if hasattr(judge, 'score') else judge(shown, images_PGTHWC)
+        columns = [scores.names.index(name) for name in rewards if name in scores.names]
+        for i, values_TM in zip(alike, scores.rewards_PGTM[:, 0][..., columns].double().numpy()): values[i] = values_TM
+    return np.stack(values)
 
 def judged_damage(
     scores_ITM: np.ndarray, # if, cc, and quality where the judge gives it

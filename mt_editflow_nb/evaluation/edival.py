@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..data.files import (InputError, atomic_write, content_hash, expect, file_name, open_image,
                                        read_json, to_json)
 from ..data.sessions import Session
-from ..editing.editor import as_square
+from ..editing.editor import as_square, set_shape
 from ..editing.loading import FAMILIES, find_editor
 from ..editing.rollout import sample
 from ..rewards.edival_rules import (EdivalTools, check_edival_session, score_sessions, to_square)
@@ -113,6 +113,7 @@ def edit_images(
 ) -> list:                   # PIL images at the editor's size
     "Edit each image once. Raises `InputError` where an editor produces values that are not finite."
     squares = np.stack([as_square(im, editor.size) for im in images])
+    set_shape(editor, editor.size, editor.size)
     x = editor.encode_image(squares)
     noise = torch.randn(1, *editor.latent_shape, generator=torch.Generator().manual_seed(seed))
     noise = noise.expand(len(images), -1, -1).to(x.device)

@@ -98,6 +98,7 @@ def read_config(
     older = 'identity' not in stored
     if older and fields.get('sessions', 'shapeworld') != 'shapeworld':
         fields |= dict(heldout=fields.get('heldout') or 'training', eval_sessions=10**9, eval_turns=None)
+    if 'crop' not in fields and fields.get('sessions', 'shapeworld') != 'shapeworld': fields |= dict(crop='square')
     try: return make_config(fields, strict=False)
     except InputError as e: raise InputError(f'run: {file}: {e}') from None
 
