@@ -221,6 +221,7 @@ def _read_row(
         row['targets'] = [path('`targets`', target) for target in row['targets']]
     return row
 
+# %% ../../nbs/data/01_sessions.ipynb #82618f25
 def _session_of_row(
     row,        # from `_read_row`
     line,       # bytes that it was read from
