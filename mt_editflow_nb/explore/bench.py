@@ -115,7 +115,7 @@ def _text_area(name):
 
 def _bench_controls(strips, judge):
     "Controls for the turn to show, and for the two texts that can be changed; choosing a turn resets them."
-    G, T = strips.images_PGTHWC.shape[1:3]
+    G, T = strips.images_PGTHWC[0].shape[:2]
     where = dict(
         p=dropdown('session', [(f'{p}: {s.id}', p) for p, s in enumerate(strips.sessions)]),
         g=dropdown('member', [(strips.name(g), g) for g in range(G)]),

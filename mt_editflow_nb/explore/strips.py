@@ -202,6 +202,7 @@ def read_strips(
     expect(not missing, str(run), 'the folder of a finished run', f'one without {", ".join(missing)}')
     before, after = (load_file(run/f'{name}.safetensors') for name in ('before', 'after'))
     images_PGTHWC = [np.stack(pair) for pair in zip(unpack_pictures(before), unpack_pictures(after))]
+    if len({x.shape for x in images_PGTHWC}) == 1: images_PGTHWC = np.stack(images_PGTHWC)
     P = len(images_PGTHWC)
 
     config = read_config(run)
