@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_SHARE', 'MANY_PICTURES', 'STREAMED', 'thumbnails', 'copies_of_training', 'check_apart', 'SessionSource',
-           'PrefetchedBatches', 'turns_of', 'length_weights', 'shuffled_part', 'check_for_judge', 'session_source']
+           'PrefetchedBatches', 'turns_of', 'length_weights', 'shuffled_part', 'buckets_of', 'kind_weights',
+           'kind_batches', 'readable_sessions', 'SkippingBatches', 'check_for_judge', 'session_source']
 
 # %% ../../nbs/training/02_source.ipynb #aa03e291
-import difflib
+import difflib, warnings
 from collections.abc import Callable
+from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,8 +24,9 @@ from ..data.overview import NEAR
 from ..data.selecting import are_many, picture_keys, sessions_hash, split_by_picture
 from ..data.sessions import Sessions
 from ..data.shapeworld import parse_edit, shape_sessions
+from ..data.sizes import PREFERRED_SIZES, bucket_sizes, fit_picture, nearest_bucket
 from ..data.tables import StreamedBatches, is_table, open_sessions
-from ..editing.editor import at_size, check_instructions
+from ..editing.editor import at_size, check_instructions, picture_size
 from ..editing.rollout import resize_sessions
 from ..rewards.edival_rules import check_edival_session
 from ..algorithm.config import RL, Config
@@ -64,13 +68,16 @@ def check_apart(
 # %% ../../nbs/training/02_source.ipynb #eccaee05
 class SessionSource(NamedTuple):
     "Where a run's sessions come from."
-    batch: Callable     # iteration -> P sessions to train on, all of one number of turns
+    batch: Callable     # iteration -> P sessions to train on, all of one number of turns and in one bucket of sizes
     heldout: list       # of `Session`
     heldout_name: str   # what those are, to be printed with every result
     train_hash: str     # of the content, pictures included
     heldout_hash: str   # of the content, pictures included
     warnings: tuple = ()# sentences for the user
     of_file: list = ()  # every `Session` of a file that is trained on; None: it is streamed
+    crop: str = None    # 'square': pictures are cut to squares; None: they keep their ratio
+    kinds: dict = {}    # (turns, bucket) -> how often an iteration's sessions are of this kind; empty: not known
+    skipped: dict = {}  # messages about sessions that are left out, with on_bad=skip; grows while batches are made
 
     def for_editor(
         self,
@@ -81,14 +88,26 @@ class SessionSource(NamedTuple):
 
         Raises `InputError` for instructions that its text encoder would cut."""
         for sessions in (self.of_file or (), self.heldout): check_instructions(editor, sessions)
-        trained = SimpleNamespace(size=editor.size)     # a thread may ask while an evaluation works at another size
+        # a thread may ask while an evaluation works at another size
+        trained = SimpleNamespace(size=editor.size, token_pixels=editor.token_pixels)
         def batch(iteration):
             sessions = self.batch(iteration)
             if self.of_file is None: check_instructions(editor, sessions)
-            return resize_sessions(trained, sessions)
+            size = picture_size(trained, sessions[0].image, self.crop)
+            return [replace(s, image=fit_picture(s.image, *size)) for s in sessions]
         if self.of_file != (): batch = PrefetchedBatches(batch)
-        with at_size(editor, eval_size): heldout = resize_sessions(editor, self.heldout)
+        with at_size(editor, eval_size): heldout = resize_sessions(editor, self.heldout, self.crop)
         return self._replace(batch=batch, heldout=heldout)
+
+    def largest_size(
+        self,
+        size: int,     # side of the square that has the area of the run's pictures
+        multiple: int, # pixels a side of a token
+    ) -> tuple: # (width, height)
+        "The size of the largest pictures that training can meet, for which memory must suffice."
+        if self.of_file == () or self.crop == 'square': return size, size
+        sizes, known = bucket_sizes(size, multiple), {bucket for (_, bucket), share in self.kinds.items() if share}
+        return max((sizes[bucket] for bucket in known or range(len(sizes))), key=prod)
 
 class PrefetchedBatches:
     "Batches of a file. A thread decodes the next one while one is used, so two batches of pictures are in memory."
@@ -156,25 +175,54 @@ def shuffled_part(
     def order(epoch): return np.random.default_rng((seed[0], epoch, *seed[1:])).permutation(n)
     return [int(order(k//n)[k % n]) for k in range(start, start + size)]
 
-def _batches(train, c):
-    "iteration -> P sessions of one length."
-    turns, P = turns_of(train), c.sessions_per_iteration
+def buckets_of(
+    sessions,         # a list of `Session`s, or `Sessions`
+    crop: str = None, # 'square': all pictures are cut to squares
+) -> np.ndarray: # of each, an index into `PREFERRED_SIZES`
+    "The bucket of each session's first picture."
+    if crop == 'square': return np.full(len(sessions), PREFERRED_SIZES.index((1024, 1024)))
+    sizes = sessions.sizes if isinstance(sessions, Sessions) else [s.image_size for s in sessions]
+    of_size = lru_cache(None)(nearest_bucket)
+    return np.array([of_size(int(w), int(h)) for w, h in sizes])
+
+def kind_weights(
+    turns,                     # of each session
+    buckets,                   # of each session
+    turn_weights: dict = None, # number of turns -> weight; None: by the numbers of sessions
+) -> dict: # (turns, bucket) -> probability
+    "How likely an iteration is to take each kind of sessions. Raises `InputError` for weights that do not fit."
     lengths, counts = np.unique(turns, return_counts=True)
-    weights = length_weights(lengths.tolist(), counts.tolist(), c.turn_weights)
-    if len(lengths) == 1: return lambda i: [train[k] for k in shuffled_part(len(train), i*P, P, c.seed)]
-    of_length = [np.flatnonzero(turns == length) for length in lengths]
+    of_length = length_weights(lengths.tolist(), counts.tolist(), turn_weights)
+    kinds, sessions = np.unique(np.stack([turns, buckets], 1), axis=0, return_counts=True)
+    row = np.searchsorted(lengths, kinds[:, 0])
+    weights = of_length[row]*(sessions/counts[row])
+    return {(int(t), int(b)): float(w) for (t, b), w in zip(kinds, weights)}
+
+def kind_batches(
+    train,        # the sessions that are trained on
+    kinds: dict,  # from `kind_weights`
+    buckets,      # of each session
+    P: int,       # sessions a batch
+    seed: int,    # of the run
+): # iteration -> numbers of P sessions of one kind
+    "Which sessions an iteration takes: a function of the seed and the iteration alone."
+    if len(kinds) == 1: return lambda i: shuffled_part(len(train), i*P, P, seed)
+    turns, probabilities = turns_of(train), np.array([*kinds.values()])
+    of_kind = [np.flatnonzero((turns == t) & (buckets == b)) for t, b in kinds]
+    one_bucket = len({b for _, b in kinds}) == 1
+    seeds = [(t,) if one_bucket else (t, b) for t, b in kinds]      # as before there were buckets
 
     @lru_cache(None)
     def drawn(block):
-        rng = np.random.default_rng((c.seed, block, 0))
-        return rng.choice(len(lengths), _DRAWN_AT_ONCE, p=weights)
+        rng = np.random.default_rng((seed, block, 0))
+        return rng.choice(len(kinds), _DRAWN_AT_ONCE, p=probabilities)
 
     def batch(iteration):
         block, at = divmod(iteration, _DRAWN_AT_ONCE)
         which = drawn(block)[at]
         earlier = sum(int((drawn(b) == which).sum()) for b in range(block)) + int((drawn(block)[:at] == which).sum())
-        part = shuffled_part(counts[which], earlier*P, P, c.seed, int(lengths[which]))
-        return [train[int(k)] for k in of_length[which][part]]
+        part = shuffled_part(len(of_kind[which]), earlier*P, P, seed, *seeds[which])
+        return [int(k) for k in of_kind[which][part]]
     return batch
 
 # %% ../../nbs/training/02_source.ipynb #b9855e69
@@ -183,21 +231,68 @@ def _held_out_of(sessions, c):
     file, amount = Path(c.sessions).name, c.heldout
     if amount == 'training': return sessions, sessions, f'training sessions of {file} (nothing is held out)'
     if isinstance(amount, str):
-        heldout = open_sessions(amount, allow_outside=c.allow_outside and not is_table(amount), same_turns=False)
+        allow_outside = c.allow_outside and not is_table(amount)
+        heldout = open_sessions(amount, allow_outside=allow_outside, same_turns=False, on_bad=c.on_bad)
         check_apart(heldout, sessions)
         return sessions, heldout, f'sessions of {Path(amount).name}'
     if amount is None: amount = min(c.eval_sessions, max(1, round(DEFAULT_SHARE*len(sessions))))
     return *split_by_picture(sessions, amount), f'held-out sessions of {file} (apart by picture)'
 
+# %% ../../nbs/training/02_source.ipynb #ed1f614e
+def readable_sessions(
+    sessions,      # `Session`s
+    skipped: dict, # id -> message; gains those whose picture cannot be read
+): # yields `Session`s with decoded pictures
+    "Sessions whose pictures can be read. What cannot be is not tried again."
+    for session in sessions:
+        if session.id in skipped: continue
+        try: yield replace(session, image=session.image)
+        except InputError as e: skipped[session.id] = f'session {session.id}: {e}'
+
+class SkippingBatches:
+    "Batches in which the next of the same kind stands in for a session whose picture cannot be read."
+    def __init__(
+        self,
+        train,         # `Sessions`
+        numbers,       # from `kind_batches`
+        kind_of,       # of each session
+        skipped: dict, # as for `readable_sessions`
+    ):
+        self.train, self.numbers, self.kind_of, self.skipped = train, numbers, kind_of, skipped
+
+    def __call__(
+        self,
+        iteration: int, # from 0
+    ) -> list:
+        "P sessions. Raises `InputError` where none of their kind can be read."
+        wanted = self.numbers(iteration)
+        alike = np.flatnonzero((self.kind_of == self.kind_of[wanted[0]]).all(-1))
+        taken = []
+        for k in wanted:
+            after = np.roll(alike, -np.searchsorted(alike, k)).tolist()          # from k on, in a circle
+            found = next(readable_sessions((self.train[j] for j in after), self.skipped), None)
+            expect(found, 'sessions', 'a picture that can be read', next(iter(self.skipped.values()), None))
+            taken.append(found)
+        return taken
+
+def _batches(train, c, skipped):
+    "(iteration -> P sessions of one kind, how often each kind is taken)."
+    turns, buckets = turns_of(train), buckets_of(train, c.crop)
+    kinds = kind_weights(turns, buckets, c.turn_weights)
+    numbers = kind_batches(train, kinds, buckets, c.sessions_per_iteration, c.seed)
+    if c.on_bad == 'skip': return SkippingBatches(train, numbers, np.stack([turns, buckets], 1), skipped), kinds
+    return lambda i: [train[k] for k in numbers(i)], kinds
+
 # %% ../../nbs/training/02_source.ipynb #1b3325cf
 def _check_fields(c):
     "Raises `InputError` for a setting without effect."
     shape_world = c.sessions == 'shapeworld'
-    for name in ('heldout', 'turn_weights'):
-        expect(not shape_world or getattr(c, name) is None, name, 'sessions=FILE, without which it has no effect',
-               getattr(c, name))
+    for name in ('heldout', 'turn_weights', 'crop', 'on_bad'):
+        unset = getattr(c, name) in (None, 'stop')
+        expect(not shape_world or unset, name, 'sessions=FILE, without which it has no effect', getattr(c, name))
     expect(not (shape_world and c.allow_outside), 'allow_outside', 'a file of sessions to apply it to', c.sessions)
     expect(not c.streaming or is_table(c.sessions), 'streaming', 'parquet or hf: as sessions', c.sessions)
+    expect(not c.streaming or c.on_bad == 'stop', 'on_bad', "'stop' with streaming", c.on_bad)
     expect(shape_world or c.eval_turns is None, 'eval_turns', 'none for a file, whose sessions have turns of their own',
            c.eval_turns)
 
@@ -217,11 +312,14 @@ def _check_turns(c, name, sessions):
     expect(c.turns is None or [c.turns] == lengths, 'turns', f'none, or the {said} of {name}{hint}', c.turns)
 
 def check_for_judge(
-    judge: str,     # as `load_judge` takes it
-    sessions: list, # that it will score
+    judge: str,       # as `load_judge` takes it
+    sessions,         # that it will score
+    crop: str = None, # 'square': their pictures are cut to squares
 ):
     "Raises `InputError` for sessions that the exact verifier or EdiVal's rules cannot read. No picture is decoded."
     if judge.startswith('verifier'):
+        square = all(PREFERRED_SIZES[b] == (1024, 1024) for b in buckets_of(sessions, crop))
+        expect(square, 'crop', "'square' with the verifier, which reads square pictures alone", crop)
         for s in sessions:
             for instruction in s.instructions: parse_edit(instruction)
     if judge.partition('@')[0] == 'edival':
@@ -246,13 +344,14 @@ def _streamed(c):
     for name in ('turns', 'turn_weights'):
         expect(getattr(c, name) is None, name, 'none with streaming, whose sessions come as they are', getattr(c, name))
     heldout = open_sessions(c.heldout, same_turns=False)[:c.eval_sessions]
-    check_for_judge(c.eval_judge, heldout)
-    batch = StreamedBatches(c.sessions, c.sessions_per_iteration, c.seed)
+    check_for_judge(c.eval_judge, heldout, c.crop)
+    batch = StreamedBatches(c.sessions, c.sessions_per_iteration, c.seed, c.crop)
     first = batch(0)                                                   # a table without the columns is found now
-    check_for_judge(c.judge, first)
-    if c.algorithm not in RL: expect(first[0].targets, 'sessions', 'targets, which supervised training needs', 'none')
+    check_for_judge(c.judge, first, c.crop)
+    needs = f'targets, which algorithm={c.algorithm} needs'
+    expect(c.algorithm in RL or first[0].targets, 'sessions', needs, 'none')
     return SessionSource(batch, heldout, f'sessions of {Path(c.heldout).name}', content_hash('streamed', c.sessions),
-                         sessions_hash(heldout), (STREAMED,), None)
+                         sessions_hash(heldout), (STREAMED,), None, c.crop)
 
 def session_source(
     c: Config, # `sessions`, `heldout`, `turns`, `eval_sessions`, ... are read
@@ -262,12 +361,21 @@ def session_source(
     if c.sessions == 'shapeworld': return _shape_world(c)
     for field in ('sessions', 'heldout'): _check_there(field, getattr(c, field))
     if c.streaming: return _streamed(c)
-    sessions = open_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False, targets=c.algorithm not in RL)
-    check_for_judge(c.judge, sessions)
-    train, heldout, name = _held_out_of(sessions, c)
-    heldout = heldout[:c.eval_sessions]
-    for field, sessions in (('sessions', train), ('heldout', heldout)): _check_turns(c, field, sessions)
-    check_for_judge(c.eval_judge, heldout)
-    said = _looks_known(heldout, train) if c.heldout != 'training' else ()
-    return SessionSource(_batches(train, c), heldout, name, sessions_hash(train), sessions_hash(heldout), tuple(said),
-                         train)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                # what is skipped is said below
+        sessions = open_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False, on_bad=c.on_bad,
+                                 targets=c.algorithm not in RL)
+        check_for_judge(c.judge, sessions, c.crop)
+        train, heldout, name = _held_out_of(sessions, c)
+    heldout, skipped = heldout[:c.eval_sessions], {message: message for message in sessions.skipped}
+    if c.on_bad == 'skip':
+        broken = {}
+        heldout = [*readable_sessions(heldout, broken)]
+        skipped |= {f'held out: {id}': message for id, message in broken.items()}
+    for field, some in (('sessions', train), ('heldout', heldout)): _check_turns(c, field, some)
+    check_for_judge(c.eval_judge, heldout, c.crop)
+    said = [*_looks_known(heldout, train)] if c.heldout != 'training' else []
+    if skipped: said.append(f'sessions: {len(skipped)} left out, the first: {next(iter(skipped.values()))}')
+    batch, kinds = _batches(train, c, skipped)
+    return SessionSource(batch, heldout, name, sessions_hash(train), sessions_hash(heldout), tuple(said), train, c.crop,
+                         kinds, skipped)
