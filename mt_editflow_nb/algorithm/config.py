@@ -58,6 +58,10 @@ class SessionFields(BaseModel):
     streaming: bool = Field(False, description=(
         'read parquet or hf: rows as they come, without a copy on the disk; heldout is then another set'))
     allow_outside: bool = Field(False, description='pictures of a session file may lie outside its folder')
+    crop: Literal['square'] | None = Field(None, description=(
+        "'square': pictures of a file are cut to their middle square; None: they keep their ratio, one of 17"))
+    on_bad: Literal['stop', 'skip'] = Field('stop', description=(
+        "what a run does about a session of a file that cannot be used: 'skip' leaves it out and lists it"))
     heldout: int | float | str | None = Field(None, description=(
         "of a file of sessions: how many are held out, or a share below 1; another file; or 'training'"))
     turns: int | None = Field(None, ge=1, le=MAX_TURNS, description=(

@@ -25,7 +25,7 @@ def teacher_inputs(
 ) -> list:            # for each of T turns (`Text` of N rows, tokens [N, L, C])
     "Every turn as a perfect editor would meet it."
     G = len(sampled.shard.members)
-    input_PTHWC = starting_pictures(sessions, np.stack([right_results(s, editor.size) for s in sessions]))
+    input_PTHWC = starting_pictures(sessions, np.stack([right_results(s) for s in sessions]))
     turns = []
     for t in range(input_PTHWC.shape[1]):
         pictures_NHWC, tokens_NLC = share_pictures(editor, input_PTHWC[:, t], G)

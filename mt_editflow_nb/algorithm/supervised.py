@@ -10,8 +10,9 @@ __all__ = ['right_results', 'edited_pictures', 'own_results', 'starting_pictures
 import numpy as np, torch
 from PIL import Image
 from ..data.sessions import Session
+from ..data.sizes import fit_picture
 from ..data.shapeworld import teacher_images
-from ..editing.editor import as_square
+from ..editing.editor import set_shape
 from ..editing.noise import normal_noise, random_generator, session_keys, torch_generator
 from ..editing.rollout import Rollout, Shard, rollout
 from ..rewards.cube import Scores
@@ -24,10 +25,10 @@ from .updates import Statistics, gradient_step, learning_rate
 # %% ../../nbs/algorithm/08_supervised.ipynb #e9582db4
 def right_results(
     session,     # with targets, or of the shape world
-    size: int,   # side of the pictures in pixels
-) -> np.ndarray: # uint8 [T, size, size, 3]
+) -> np.ndarray: # uint8 [T, H, W, 3], in the shape of the session's first picture
     "The right result of every turn."
-    if session.targets: return np.stack([as_square(image, size) for image in session.target_images()])
+    size = session.image.size
+    if session.targets: return np.stack([np.asarray(fit_picture(x, *size)) for x in session.target_images()])
     return teacher_images(session)
 
 def edited_pictures(
@@ -77,15 +78,17 @@ def turn_inputs(
         input_PTHWC = starting_pictures(sessions, own)
     return input_PTHWC
 
+# %% ../../nbs/algorithm/08_supervised.ipynb #b92f6076
 def perfect_rollout(
     config: Config, # `num_steps`, `seed` and `exposure_turns` are read
     editor,         # from `load_editor`
-    sessions: list, # P `Session`s with targets, or of the shape world
+    sessions: list, # P `Session`s with targets, or of the shape world, whose pictures have the editor's size
     iteration: int, # from 0; of the random numbers that they are trained with
     sampled=None,   # called with the `Text` of rows that went through the editor
 ) -> Rollout:       # its latents are those of P*T edits, session-major, as one turn
     "The right result of every turn, each on the right result of the turn before or on the editor's own."
-    target_PTHWC = np.stack([right_results(s, editor.size) for s in sessions])
+    target_PTHWC = np.stack([right_results(s) for s in sessions])
+    set_shape(editor, *sessions[0].image.size)
     input_PTHWC = turn_inputs(config, editor, sessions, target_PTHWC, iteration, sampled)
     target_NHWC, input_NHWC = (x.reshape(-1, *x.shape[2:]) for x in (target_PTHWC, input_PTHWC))
     text = editor.encode_text([instruction for s in sessions for instruction in s.instructions], input_NHWC)

@@ -34,7 +34,8 @@ from ..rewards.edival_models import (VLM, DETECTOR, FEATURES, QUALITY, load_ediv
 from ..rewards.edival_rules import EDIVAL_SIDE, QUESTIONS, EdivalTools
 from ..algorithm.processes import failing_together, from_first, interrupt, processes
 from ..evaluation.bench_items import BENCHMARKS, benchmark_file, load_benchmark
-from ..evaluation.bench_pictures import batches_of, generate_benchmark, items_to_make
+from ..evaluation.bench_pictures import (batches_of, count_cut, generate_benchmark, items_to_make,
+                                                  turn_counts)
 from ..evaluation.bench_questions import BENCHMARK_QUESTIONS, read_benchmark_questions
 from ..evaluation.bench_runs import benchmark_differences, read_items, write_benchmark_run
 from ..evaluation.bench_scores import (Answers, ask_benchmark, benchmark_scores, load_benchmark_judge,
@@ -47,7 +48,8 @@ from ..evaluation.edival import (EDIVAL_SEED, check_settings, generate_edival, l
                                               published_protocol, score_edival, sessions_to_score)
 from ..evaluation.exposure import decay_table, half_life, structured_judge
 from ..evaluation.running import evaluate, share_out, trained_with, training_mismatches
-from ..evaluation.scores import Outcomes, compare, load_outcomes, save_outcomes, score_intervals
+from ..evaluation.scores import (Outcomes, compare, count_unscored, load_outcomes, save_outcomes,
+                                              score_intervals)
 from ..evaluation.statistics import format_intervals
 from ..training.source import check_for_judge
 
@@ -72,6 +74,8 @@ def _session_options(ap):
                     help='sessions of the shape world in which every second turn looks back (default: a chain)')
     ap.add_argument('--plain', action='store_true', help='with --structure: every turn says plainly what is meant')
     ap.add_argument('--allow-outside', action='store_true', help='pictures of a file may lie outside its folder')
+    ap.add_argument('--crop', choices=['square'],
+                    help="cut the pictures of a file to squares (default: as in the adapter's training, else not)")
     ap.add_argument('--judge', help="'verifier' (default, for the shape world's words), or MODEL:MODE as in training")
     ap.add_argument('--judge-options', metavar='YAML',
                     help="settings of a judge that is a model, as in training: '{max_tokens: 2000, concurrency: 64}'")
@@ -98,7 +102,8 @@ def check_bench_options(
     a, # the parsed options, with --bench
 ):
     "Raises `InputError` for options that `--bench` does not know, or lacks."
-    unknown = ['sessions', 'turns', 'structure', 'plain', 'keep', 'allow_outside', 'csv', 'quality', 'imported']
+    unknown = ['sessions', 'turns', 'structure', 'plain', 'keep', 'allow_outside', 'crop', 'csv', 'quality']
+    unknown += ['imported']
     if a.bench != 'mice': unknown += ['detector', 'vlm', 'features']
     if a.bench != 'gedit': unknown += ['language']
     for name in unknown:
@@ -134,7 +139,8 @@ def eval_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/cli/01_eval.ipynb #ce3a2154
 _needs = dict(
     turns=['shapeworld'], structure=['shapeworld'], plain=['shapeworld'], keep=['shapeworld', 'a file'],
-    allow_outside=['a file'], judge=['shapeworld', 'a file'], judge_options=['shapeworld', 'a file'], images=['edival'],
+    allow_outside=['a file'], crop=['a file'], judge=['shapeworld', 'a file'],
+    judge_options=['shapeworld', 'a file'], images=['edival'],
     csv=['edival'], questions=['edival'], generate_only=['edival'], shard=['edival'], detector=['edival'],
     vlm=['edival'], features=['edival'], quality=['edival'])
 
@@ -219,6 +225,7 @@ def fill_settings(
         if used.get(name) in (None, value): continue
         _say(f'warning: --{name} {used[name]}, but the adapter was trained with '
              f'{"the default" if value is None else value}')
+    if _kind(a) == 'a file' and a.crop is None: a.crop = training_of(a.lora).get('crop')
     a.judge = a.judge or 'verifier'
     a.turns = a.turns or 3
     a.batch = a.batch or (4 if edival else 64)
@@ -285,8 +292,9 @@ def made_otherwise(
 
 # %% ../../nbs/cli/01_eval.ipynb #80d963b8
 def compare_shared(
-    against: str|Path, # a run
-    run: str|Path,     # another; its sessions give the order
+    against: str|Path,  # a run
+    run: str|Path,      # another; its sessions give the order
+    turns: dict = None, # id -> number of turns, where sessions differ in length
 ) -> tuple:            # (table of `compare`, over how many sessions)
     "Is a run better than another, over the sessions that both have? Raises `InputError` where they share none."
     (a, ids_a), (b, ids_b) = load_outcomes(against), load_outcomes(run)
@@ -295,7 +303,8 @@ def compare_shared(
     shared = [(place[id], i) for i, id in enumerate(ids_b) if id in place]
     expect(shared, '--against', f'a run over some of the same sessions, such as {ids_b[0]!r}', f'{ids_a[0]!r}, ...')
     rows_a, rows_b = map(list, zip(*shared))
-    return compare(Outcomes(*(x[rows_a] for x in a)), Outcomes(*(x[rows_b] for x in b))), len(shared)
+    turns_I = turns and [turns[ids_b[i]] for i in rows_b]
+    return compare(Outcomes(*(x[rows_a] for x in a)), Outcomes(*(x[rows_b] for x in b)), turns_I=turns_I), len(shared)
 
 def check_against(
     against,        # a run, or None
@@ -304,19 +313,19 @@ def check_against(
     "Find out before anything is computed whether a comparison will be possible."
     if not against: return
     outcomes, ids = load_outcomes(against)
-    T = outcomes.success_IT.shape[-1]
-    expect(T == len(sessions[0].instructions), '--against', f'a run of {len(sessions[0].instructions)} turns', T)
+    T, longest = outcomes.success_IT.shape[-1], max(turn_counts(sessions))
+    expect(T == longest, '--against', f'a run of {longest} turns', T)
     known = ids is None or {s.id for s in sessions} & set(ids)
     expect(known, '--against', f'a run over some of the same sessions, such as {sessions[0].id!r}', ids)
 
 # %% ../../nbs/cli/01_eval.ipynb #0654d5e5
-def _further_tables(out, outcomes, facts, against): # (facts, heading -> table)
+def _further_tables(out, sessions, outcomes, facts, against): # (facts, heading -> table)
     life = half_life(outcomes.success_IT)
     head = f'half-life of success {life.mean:.1f} [{life.low:.1f}, {life.high:.1f}] turns'
     decay = format_intervals(decay_table(outcomes.success_IT)).unstack()[['free', 'given_right', 'lost']]
     tables = {f'By turn, whatever came before: {head}': decay}
     if not against: return facts, tables
-    table, shared = compare_shared(against, out)
+    table, shared = compare_shared(against, out, {s.id: len(s.instructions) for s in sessions})
     names = dict(a='that one', b='this one', a_unscored='unscored there', b_unscored='unscored here')
     over = '' if shared == len(outcomes.success_IT) else f', {shared} shared sessions'
     tables[f'Compared with {against}{over}'] = table.rename(columns=names)
@@ -337,15 +346,16 @@ def finish_run(
 ) -> pd.DataFrame:      # of `score_intervals`
     "Write scores, then draw the card; one that cannot be drawn is a warning."
     save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions])
-    table = score_intervals(outcomes)
+    turns_I = turn_counts(sessions)
+    table = score_intervals(outcomes, turns_I=turns_I)
     atomic_write(out/'scores.csv', table.to_csv())
-    unscored = int(np.isnan(np.asarray(outcomes.success_IT, float)).sum())
+    unscored = int(count_unscored(outcomes.success_IT, turns_I).sum())
     rows = table.reset_index().to_dict('records')
     results = dict(sessions=len(sessions), turns=outcomes.success_IT.shape[1], unscored=unscored, notes=list(notes),
                    facts=facts, table=rows)
     atomic_write(out/'results.json', to_json(results, indent=1))
     try:
-        facts, tables = _further_tables(out, outcomes, facts, against)
+        facts, tables = _further_tables(out, sessions, outcomes, facts, against)
         tables |= extra or {}
         write_card(out, facts=facts, sessions=sessions, outcomes=outcomes, notes=notes, extra=tables, **card)
     except InputError: raise
@@ -367,9 +377,9 @@ def chosen_sessions(
         sessions = shape_sessions(a.n or 512, a.turns, 'heldout')
         check_for_judge(a.judge, sessions[:1])
         return sessions
-    sessions = open_sessions(a.sessions, allow_outside=a.allow_outside)
+    sessions = open_sessions(a.sessions, allow_outside=a.allow_outside, same_turns=False)
     expect(a.n is None or a.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {a.sessions}', a.n)
-    check_for_judge(a.judge, sessions[:a.n])
+    check_for_judge(a.judge, sessions[:a.n], a.crop)
     return sessions[:a.n]
 
 def training_of(
@@ -401,7 +411,7 @@ def notes_about(
         try: shared = shared_pictures(sessions, open_sessions(data, same_turns=False))
         except InputError: shared = None
     trained_by = config.get('judge') and judge_of_rules(config['judge'], config.get('judge_options') or {})
-    return blind_spots(success_IT, judge_of_rules(judge, judge_options(a)), trained_by, shared)
+    return blind_spots(success_IT, judge_of_rules(judge, judge_options(a)), trained_by, shared, turn_counts(sessions))
 
 # %% ../../nbs/cli/01_eval.ipynb #bff30cde
 def _keeping(judge, out): # a judge that writes the pictures that it is shown, before it answers
@@ -441,32 +451,33 @@ def evaluate_free(
         cache = None if a.judge.startswith('verifier') else a.cache or out/'judge.sqlite'
         judge = load_judge(a.judge, cache=cache, offline=a.offline, **judge_options(a))
         if a.structure and not a.plain and a.judge.startswith('verifier'): judge = structured_judge
-        sessions = chosen_sessions(a)
-        check_against(a.against, sessions)
-        editor = _load_editor(a, sessions)
-        sessions = resize_sessions(editor, sessions)
+        chosen = chosen_sessions(a)
+        check_against(a.against, chosen)
+        editor = _load_editor(a, chosen)
+        sessions = resize_sessions(editor, chosen, a.crop)
     began = time.monotonic()
     outcomes, images = run_free(a, editor, sessions, judge, out)
-    seconds = (time.monotonic() - began) / outcomes.success_IT.size
-    return from_first(lambda: _finish_free(a, out, sessions, outcomes, images, seconds)), sessions
+    seconds = (time.monotonic() - began) / sum(turn_counts(chosen))
+    return from_first(lambda: _finish_free(a, out, chosen, sessions, outcomes, images, seconds)), sessions
 
-def _finish_free(a, out, sessions, outcomes, images, seconds):
+def _finish_free(a, out, chosen, sessions, outcomes, images, seconds):
     "Pictures, scores and card of a run that is over."
     keep = a.keep or (32 if a.sessions == 'shapeworld' else len(sessions))
     for i, s in enumerate(sessions[:keep]): save_session_images(out, s, images(i))
     save_run_images(out, sessions[:keep])
     success_IT, why = outcomes.success_IT, plain_failures(outcomes.success_IT)
     if is_shape_world(sessions):
-        made_ITHWC = np.stack([images(i) for i in range(len(sessions))])
-        why = shape_failures(sessions, made_ITHWC, success_IT)
+        why = shape_failures(sessions, [images(i) for i in range(len(sessions))], success_IT)
     structure, split = a.structure or 'chain', 'held out'
     if a.sessions != 'shapeworld': split = f'its first {a.n}' if a.n else 'the whole file'
-    data = dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {success_IT.shape[1]} turns',
+    lengths = ' to '.join(map(str, sorted({min(turn_counts(chosen)), max(turn_counts(chosen))})))
+    data = dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {lengths} turns',
                 structure=f'{structure}, in plain words' if a.plain else structure, split=split)
     protocol = dict(judge=a.judge, **_generation_facts(a), seed=1234, input='every turn edits the last output',
                     seconds_a_turn=f'{seconds:.3f}')
+    if a.sessions != 'shapeworld': protocol |= dict(pictures='cut to squares' if a.crop else 'in their own ratio')
     facts = dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
-    notes = notes_about(a, sessions, success_IT, a.judge)
+    notes = notes_about(a, chosen, success_IT, a.judge)
     return finish_run(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, notes=notes,
                       outcomes=outcomes, images=images, why_IT=why, against=a.against)
 
@@ -696,7 +707,7 @@ def _finish_bench(a, out, items, whole, answers, statistics):
     "Scores and card of a benchmark."
     scores = benchmark_scores(a.bench, items, answers, statistics)
     used = dict(steps=a.steps, guidance=a.guidance, size=a.size, quantize=a.quantize)
-    cut = sum(s.image.width != s.image.height for s in items)
+    cut = count_cut(a.bench, items, out)
     differences = benchmark_differences(a.bench, used, a.editor, judge=a.judge, own_wording=not a.questions, cut=cut,
                                         items=f'its first {a.n} items' if len(items) < whole else '')
     success = scores.outcomes.success_IT if scores.outcomes else np.zeros((len(items), 1))

@@ -21,6 +21,7 @@ from ..ablation.sweeps import read_notebook, read_resources
 from ..training.budget import PUBLISHED, advice, plan, plan_text, savings_text
 from ..training.progress import read_progress
 from ..training.runs import new_run_folder, read_config, results_table
+from ..training.source import session_source
 from ..training.train import FOLLOWED_BY, experiment, prepare
 
 # %% ../../nbs/cli/00_train.ipynb #931aa22d
@@ -209,9 +210,11 @@ def _chosen(a) -> tuple: # (`Config`, run folder)
 
 # %% ../../nbs/cli/00_train.ipynb #5526c3be
 def _plan(c):
-    print(plan_text(plan(c)))
+    here = c.sessions != 'shapeworld' and not c.streaming and Path(c.sessions).exists()
+    kinds = session_source(c).kinds if here else None
+    print(plan_text(plan(c, kinds=kinds)))
     if str(c.editor) in PUBLISHED or torch.cuda.is_available():
-        print(f'\nwhat a change would save, all else equal\n{savings_text(c)}')
+        print(f'\nwhat a change would save, all else equal\n{savings_text(c, kinds=kinds)}')
 
 def _run(c, run, notebook):
     if notebook:

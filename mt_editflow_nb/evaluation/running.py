@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['equal_length_batches', 'make_pictures', 'run_batch', 'EvaluatedSession', 'evaluation_protocol', 'check_protocol',
-           'write_outcomes', 'read_outcomes', 'write_session', 'read_sessions', 'open_evaluation', 'evaluate_round',
-           'share_out', 'evaluation_rounds', 'evaluate_sessions', 'collect_sessions', 'pad_turns', 'unscored_note',
-           'evaluate', 'solver_of', 'trained_with', 'training_mismatches']
+           'pack_pictures', 'unpack_pictures', 'write_outcomes', 'read_outcomes', 'write_session', 'read_sessions',
+           'open_evaluation', 'evaluate_round', 'share_out', 'evaluation_rounds', 'evaluate_sessions',
+           'collect_sessions', 'unscored_note', 'evaluate', 'solver_of', 'trained_with', 'training_mismatches']
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3c5a6b08
 import math, sys
@@ -30,11 +30,12 @@ def equal_length_batches(
     batch: int,     # sessions at a time
     only=None,      # indices of those that are wanted; None: all
 ) -> list:          # lists of indices into `sessions`
-    "Sessions in their order, cut into batches; sessions of different length are never together."
-    by_length = {}
+    "Sessions in their order, cut into batches, each of sessions of one length and with pictures of one shape."
+    alike = {}
     for i in range(len(sessions)) if only is None else only:
-        by_length.setdefault(len(sessions[i].instructions), []).append(i)
-    return [indices[k:k + batch] for indices in by_length.values() for k in range(0, len(indices), batch)]
+        s = sessions[i]
+        alike.setdefault((len(s.instructions), s.has_image and s.image_size), []).append(i)
+    return [indices[k:k + batch] for indices in alike.values() for k in range(0, len(indices), batch)]
 
 def make_pictures(editor, sessions: list, indices: list, num_steps: int, seed: int, kind: str) -> np.ndarray:
     "Let an editor run freely: uint8 [sessions, 1, T, H, W, 3]; arguments as in `run_batch`."
@@ -87,15 +88,34 @@ def check_protocol(
             raise InputError(f'{folder}: {name}: expected {earlier.get(name)!r}, as in the results that are there, '
                              f'received {protocol.get(name)!r}; choose another folder')
 
+# %% ../../nbs/evaluation/01a_running.ipynb #a384a82b
+def pack_pictures(
+    images, # uint8 [I, T, H, W, 3], or a list of I arrays
+) -> dict: # `images` uint8 [I, T, H, W, 3]; `sizes` [I, 2], width and height of each session's, where they differ
+    "Pictures of different numbers and shapes as arrays for a file; what a session does not have is white."
+    if isinstance(images, np.ndarray) or not images: return dict(images=np.asarray(images, np.uint8))
+    T, H, W = np.max([x.shape[:3] for x in images], axis=0)
+    padded_ITHWC = np.full((len(images), T, H, W, 3), 255, np.uint8)
+    for padded, x in zip(padded_ITHWC, images): padded[:len(x), :x.shape[1], :x.shape[2]] = x
+    sizes = np.array([x.shape[2:0:-1] for x in images])
+    return dict(images=padded_ITHWC) | ({} if (sizes == (W, H)).all() else dict(sizes=sizes))
+
+def unpack_pictures(
+    arrays: dict, # from `pack_pictures`, or from a file
+): # uint8 [I, T, H, W, 3], or a list of arrays where they differ in height and width
+    "Pictures of sessions in their own shapes; turns that a session does not have are white."
+    if 'sizes' not in arrays: return arrays['images']
+    return [x[:, :h, :w] for x, (w, h) in zip(arrays['images'], arrays['sizes'])]
+
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3d0
 def write_outcomes(
     file,               # of safetensors
     outcomes: Outcomes, # [I, T]
-    images,             # uint8 [n, T, H, W, 3], of the first n sessions
+    images,             # of the first sessions, as `pack_pictures` takes them
 ):
     "Write outcomes and pictures whole or not at all, with a hash of their content."
     from safetensors.numpy import save
-    arrays = {k: np.ascontiguousarray(x) for k, x in (outcomes._asdict() | dict(images=images)).items()}
+    arrays = {k: np.ascontiguousarray(x) for k, x in (outcomes._asdict() | pack_pictures(images)).items()}
     atomic_write(file, save(arrays, dict(content=content_hash(arrays))))
 
 def read_outcomes(
@@ -108,7 +128,7 @@ def read_outcomes(
             content, arrays = (f.metadata() or {}).get('content'), {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError): return None
     if content not in (None, content_hash(arrays)): return None
-    try: return outcomes_from(arrays), arrays['images']
+    try: return outcomes_from(arrays), unpack_pictures(arrays)
     except (InputError, KeyError): return None
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3de
@@ -258,15 +278,6 @@ def collect_sessions(
     images = [e.images_THWC for e in evaluated if e.images_THWC is not None]
     same_shape = len({x.shape for x in images}) == 1
     return outcomes, np.stack(images) if same_shape else images
-
-def pad_turns(
-    images, # from `collect_sessions`
-) -> np.ndarray: # uint8 [I, T, H, W, 3]
-    "Pictures of sessions of different length as one array; turns that a session does not have are white."
-    if isinstance(images, np.ndarray) or not images: return np.asarray(images, np.uint8)
-    T = max(len(x) for x in images)
-    def padded(x): return np.concatenate([x, np.full((T - len(x), *x.shape[1:]), 255, np.uint8)])
-    return np.stack([padded(x) for x in images])
 
 def unscored_note(
     success_IT,   # NaN: unscored

@@ -6,8 +6,9 @@
 __all__ = ['PUBLISHED', 'TRANSFORMERS', 'PUBLISHED_JUDGES', 'MEASURED_BLOCKS', 'DECODER_NUMBERS', 'PEAK', 'UTILISATION',
            'editor_configs', 'weightless_editor', 'weightless_text', 'SavedTensors', 'profile_row', 'weight_bytes',
            'weightless_encoder', 'judge_bytes', 'count_rows', 'evaluation_steps', 'evaluation_rows',
-           'numbers_of_blocks', 'transformer_profile', 'memory_by_component', 'plan', 'advice', 'plan_text',
-           'changes_worth_a_look', 'savings_text', 'remembered_batch', 'find_batch', 'allocate_rollouts', 'trial_step']
+           'numbers_of_blocks', 'transformer_profile', 'memory_by_component', 'worst_and_mean', 'plan', 'advice',
+           'plan_text', 'changes_worth_a_look', 'savings_text', 'remembered_batch', 'find_batch', 'allocate_rollouts',
+           'trial_step']
 
 # %% ../../nbs/training/01_budget.ipynb #662f3dfd
 from functools import lru_cache, partial
@@ -16,7 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, torch
 from ..data.files import InputError, atomic_write, expect, read_json, to_json
-from ..editing.editor import Text, adopt_pipeline
+from ..data.sizes import PREFERRED_SIZES, bucket_sizes
+from ..editing.editor import Text, adopt_pipeline, set_shape
 from ..editing.loading import FAMILIES, find_editor
 from ..editing.lora import add_lora, lora_parameters, target_layers
 from ..rewards.engines import Local
@@ -96,6 +98,7 @@ def weightless_editor(
     configs: dict,          # from `editor_configs`
     *,
     size: int,              # pixels
+    shape: tuple = None,    # width and height of the pictures; None: a square
     guidance: float = None, # 1 is no classifier-free guidance; None: the family's published one
     dtype=torch.bfloat16,   # of its weights
 ):                          # an editor whose `velocity` runs on the meta device
@@ -109,6 +112,7 @@ def weightless_editor(
     pipe.__dict__.update(transformer=transformer.requires_grad_(False), vae_scale_factor=configs['token']//2,
                          vae=SimpleNamespace(device=torch.device('meta')))
     adopt_pipeline(editor, pipe, size, 1. if configs.get('distilled') else guidance)
+    if shape: set_shape(editor, *shape)
     return editor
 
 # %% ../../nbs/training/01_budget.ipynb #dc025ff3
@@ -274,11 +278,11 @@ def evaluation_rows(
 # %% ../../nbs/training/01_budget.ipynb #17b5bcf8
 MEASURED_BLOCKS = 2     # of each kind, besides those that are measured to see what one more adds
 
-def _numbers_of(configs, size, guidance, lora_rank, lora_targets, real, blocks) -> dict:
+def _numbers_of(configs, size, shape, guidance, lora_rank, lora_targets, real, blocks) -> dict:
     "What is counted of a transformer with so many blocks of each kind and an adapter."
     configs = dict(configs, transformer=configs['transformer'] | blocks)
     dtype, element = (torch.bfloat16, 2) if real else (torch.float32, 4)
-    weightless = weightless_editor(configs, size=size, guidance=guidance, dtype=dtype)
+    weightless = weightless_editor(configs, size=size, shape=shape, guidance=guidance, dtype=dtype)
     transformer = weightless.transformer
     linear = [(n, m) for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
     parameters = sum(p.numel() for p in transformer.parameters())
@@ -310,12 +314,13 @@ def numbers_of_blocks(
 # %% ../../nbs/training/01_budget.ipynb #13d0b453
 @lru_cache(maxsize=16)
 def transformer_profile(
-    editor: str,       # as `load_editor` takes it
-    size: int,         # pixels
-    guidance: float,   # None: the family's
-    lora_rank: int,    # of the adapter; None: the whole transformer is trained
-    lora_targets: str, # as `add_lora` takes them
-    real: bool,        # bfloat16 as on a card, or float32
+    editor: str,         # as `load_editor` takes it
+    size: int,           # pixels
+    guidance: float,     # None: the family's
+    lora_rank: int,      # of the adapter; None: the whole transformer is trained
+    lora_targets: str,   # as `add_lora` takes them
+    real: bool,          # bfloat16 as on a card, or float32
+    shape: tuple = None, # width and height of a picture; None: a square
 ) -> SimpleNamespace:
     "Everything a plan needs to know about a transformer with its adapter."
     import diffusers
@@ -323,16 +328,16 @@ def transformer_profile(
     fields = signature(getattr(diffusers, TRANSFORMERS[configs['pipeline']])).parameters
     kinds = [kind for kind in ('num_layers', 'num_single_layers') if kind in fields]
     blocks = {kind: configs['transformer'].get(kind, fields[kind].default) for kind in kinds}
-    measure = partial(_numbers_of, configs, size, guidance, lora_rank, lora_targets, real)
+    measure = partial(_numbers_of, configs, size, shape, guidance, lora_rank, lora_targets, real)
     by_name = not isinstance(lora_targets, str)                        # these may be layers of some blocks only
     n = measure(blocks) if by_name else numbers_of_blocks(measure, blocks)
-    shallow = weightless_editor(dict(configs, transformer=configs['transformer'] | dict.fromkeys(kinds, 1)), size=size,
-                                guidance=guidance)
+    one_block = dict(configs, transformer=configs['transformer'] | dict.fromkeys(kinds, 1))
+    shallow = weightless_editor(one_block, size=size, shape=shape, guidance=guidance)
     text = weightless_text(shallow, configs['words'])
     return SimpleNamespace(parameters=n['parameters'], adapter=n['adapter'], adapted=n['adapted'],
                            weights={None: n['weights'], 'nf4': n['nf4']}, largest_layer=n['largest_layer'], size=size,
-                           latent_shape=shallow.latent_shape, text_numbers=text.embeds.numel(),
-                           passes=2 if text.negative else 1, row=n)
+                           pixels=shallow.width*shallow.height, latent_shape=shallow.latent_shape,
+                           text_numbers=text.embeds.numel(), passes=2 if text.negative else 1, row=n)
 
 # %% ../../nbs/training/01_budget.ipynb #117b10eb
 # the most numbers a pixel that the autoencoder holds while it decodes, as measured; True: Qwen's
@@ -373,7 +378,7 @@ def memory_by_component(
         'transformer': profile.weights[c.quantize],
         # encoders that rest in host memory come when there are no activations
         'text encoders': max(0, encoders - activations) if c.offload else encoders,
-        'autoencoder': (configs['vae'] + size**2*DECODER_NUMBERS['Qwen' in configs['pipeline']])*element,
+        'autoencoder': (configs['vae'] + profile.pixels*DECODER_NUMBERS['Qwen' in configs['pipeline']])*element,
         'adapter, its gradient, old policy': copies*adapter*4,
         'optimiser': adapter*2 + adapter//256*8 if c.adam8bit else adapter*8,
         # while rollouts are sampled there are no activations, but both weights of each adapted layer
@@ -388,9 +393,29 @@ PEAK = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S':
         'RTX 4090': 165e12, 'A6000': 155e12, 'L4': 121e12, 'RTX 3090': 71e12}
 UTILISATION = {None: .4, 'nf4': .3}
 
+def worst_and_mean(
+    kinds: dict,   # (turns, bucket) -> how often an iteration's sessions are of this kind
+    size: int,     # side of the square that has the area of the pictures
+    multiple: int, # pixels a side of a token
+) -> tuple: # (turns of the longest, their mean, largest (width, height), mean area as a share of the largest)
+    "What memory must suffice for, and what time is spent on."
+    kinds = {kind: share for kind, share in kinds.items() if share}
+    sizes = bucket_sizes(size, multiple)
+    areas = {bucket: sizes[bucket][0]*sizes[bucket][1] for _, bucket in kinds}
+    largest = max(areas, key=areas.get)
+    mean_turns = sum(share*turns for (turns, _), share in kinds.items())
+    mean_area = sum(share*areas[bucket] for (_, bucket), share in kinds.items())
+    return max(turns for turns, _ in kinds), mean_turns, sizes[largest], mean_area/areas[largest]
+
+def _kinds_text(longest, turns, shape, share):
+    return (f'memory is that of {longest} turns at {shape[0]}x{shape[1]}, time that of {turns:.3g} turns at '
+            f'{share:.0%} of this area, the means of the sessions')
+
+# %% ../../nbs/training/01_budget.ipynb #122a557e
 def plan(
-    c,               # a run's configuration, `Config`
-    gpu: str = None, # name of the card; None: the one found, else an H100
+    c,                  # a run's configuration, `Config`
+    gpu: str = None,    # name of the card; None: the one found, else an H100
+    kinds: dict = None, # of its sessions, as `SessionSource` has them; None: squares of `turns` turns, or of 3
 ) -> dict:
     """Plan what a run needs, without loading it.
 
@@ -400,25 +425,28 @@ def plan(
     configs = editor_configs(c.editor)
     found = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     real = found is not None or str(c.editor) in PUBLISHED
-    element, turns, size = 2 if real else 4, c.turns or 3, c.size or configs.get('size') or 1024
+    element, size = 2 if real else 4, c.size or configs.get('size') or 1024
+    if_square = {(c.turns or 3, PREFERRED_SIZES.index((1024, 1024))): 1.}
     expect(size % configs['token'] == 0, 'size', f"a multiple of {configs['token']}", size)
     targets = c.lora_targets if isinstance(c.lora_targets, str) else tuple(c.lora_targets)
-    profile = transformer_profile(str(c.editor), size, c.guidance, c.lora_rank, targets, real)
-    row, rows = profile.row, count_rows(c, turns)
+    longest, turns, shape, share = worst_and_mean(kinds or if_square, size, configs['token'])
+    profile = transformer_profile(str(c.editor), size, c.guidance, c.lora_rank, targets, real, shape)
+    row, rows = profile.row, {name: round(n) for name, n in count_rows(c, turns).items()}
     again = row['flops_forward'] if c.checkpointing else 0
     forward = (rows['sampled'] + rows['compared'] + rows['trained'])*row['flops_forward']
-    flops = forward + rows['trained']*(row['flops_backward'] + again)
+    flops = share*(forward + rows['trained']*(row['flops_backward'] + again))
     evaluated = row
     if c.eval_size and c.eval_size != size:
         expect(c.eval_size % configs['token'] == 0, 'eval_size', f"a multiple of {configs['token']}", c.eval_size)
         evaluated = transformer_profile(str(c.editor), c.eval_size, c.guidance, c.lora_rank, targets, real).row
-    evaluation = evaluation_rows(c, turns)*evaluated['flops_forward']
+    evaluation = share*evaluation_rows(c, turns)*evaluated['flops_forward']
     card = gpu or found or 'H100'
     speed = next((v*UTILISATION[c.quantize] for k, v in PEAK.items() if k in card), None)
     return dict(
         editor=str(c.editor), size=size, parameters=profile.parameters, adapter=profile.adapter, rows=rows, flops=flops,
-        gpu=card, memory=memory_by_component(c, configs, profile, turns, element, real), passes=profile.passes,
+        gpu=card, memory=memory_by_component(c, configs, profile, longest, element, real), passes=profile.passes,
         iterations=c.iterations, found=found is not None,
+        kinds=_kinds_text(longest, turns, shape, share) if kinds else '',
         minutes=flops/speed/60 if speed else None,
         hours=(flops*c.iterations + evaluation)/speed/3600 if speed else None,
         evaluation_hours=evaluation/speed/3600 if speed else None,
@@ -470,6 +498,7 @@ def plan_text(
     whole = p['adapter'] == p['parameters']
     if whole: lines.append('  (processes share what is trained, its gradient and the optimiser)')
     passes = f"{p['passes']} transformer pass{'es' if p['passes'] > 1 else ''} a row"
+    if p['kinds']: lines += ['', p['kinds']]
     counted = f"{rows['sampled']:,} rows sampled, {rows['trained']:,} trained, {rows['compared']:,} compared"
     lines += ['', f"an iteration: {counted}; {passes}; {p['flops']/1e12:,.1f} Tera-operations", *_time_lines(p)]
     if p['gpu_bytes'] and total > p['gpu_bytes']:
@@ -494,12 +523,13 @@ def changes_worth_a_look(
     return {words: fields for words, fields in options.items() if fields}
 
 def savings_text(
-    c,               # a run's configuration
-    gpu: str = None, # as in `plan`
+    c,                  # a run's configuration
+    gpu: str = None,    # as in `plan`
+    kinds: dict = None, # as in `plan`
 ) -> str:
     "Hours of the whole job, and gigabytes, under each of a few changes, as text."
     def numbers(c):
-        p = plan(c, gpu)
+        p = plan(c, gpu, kinds)
         return f"{p['hours'] or float('nan'):9.3g}{sum(p['memory'].values())/1e9:10.1f}"
     lines = [f"{'change':28}{'hours':>9}{'GB':>10}", f"{'(as it is)':28}{numbers(c)}"]
     lines += [f'{words:28}{numbers(c.model_copy(update=fields))}' for words, fields in changes_worth_a_look(c).items()]
@@ -545,18 +575,19 @@ def allocate_rollouts(
 
 # %% ../../nbs/training/01_budget.ipynb #e4d5d4d2
 def trial_step(
-    editor,         # with an adapter
-    n: int,         # rows
-    c=None,         # a run's configuration: its optimiser's state and rollouts are in place too
-    optimizer=None, # of the adapter's tensors
+    editor,            # with an adapter, set to the shape of the largest pictures
+    n: int,            # rows
+    c=None,            # a run's configuration: its optimiser's state and rollouts are in place too
+    optimizer=None,    # of the adapter's tensors
+    turns: int = None, # T of the longest sessions; None: those of the configuration, or 3
 ):
     """Run the most expensive step of an iteration with n rows.
 
     A velocity with gradients, another without, the backward pass, and an optimiser step of size 0, while the rollouts
     of an iteration and the optimiser's state are held. Nothing that is trained changes."""
-    keep = allocate_rollouts(c, editor, c.turns or 3) if c is not None else []
+    keep = allocate_rollouts(c, editor, turns or c.turns or 3) if c is not None else []
     x, image = (torch.zeros(n, *editor.latent_shape, device=editor.device) for _ in range(2))
-    blank = np.zeros((n, editor.size, editor.size, 3), np.uint8)
+    blank = np.zeros((n, editor.height, editor.width, 3), np.uint8)
     text = editor.encode_text(['a long instruction '*8]*n, blank)
     sigma = torch.full((n,), .5, device=editor.device)
     v = editor.velocity(x, sigma, text, image)

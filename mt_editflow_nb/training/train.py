@@ -6,7 +6,7 @@
 __all__ = ['FOLLOWED_BY', 'load_configured_editor', 'load_policy', 'prepare', 'opened', 'stop_together', 'log_rows',
            'hint_at_resume', 'exact_scores', 'iteration_signals', 'save_group_figure', 'peak_memory', 'log_iteration',
            'find_common_batch', 'run_evaluation', 'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch',
-           'say_log_gaps', 'say_findings', 'one_iteration', 'saving_before_stop', 'save_trained',
+           'say_log_gaps', 'say_findings', 'note_skipped', 'one_iteration', 'saving_before_stop', 'save_trained',
            'train_from_checkpoint', 'train_in', 'answers_file', 'collect_answers', 'share_answers', 'read_piece',
            'load_judges', 'check_judges', 'train', 'base_file', 'FirstBatch', 'saved_evaluation', 'before_after_table',
            'trained_content', 'results_of', 'is_whole_picture', 'draw_heldout', 'track_results', 'is_finished',
@@ -15,6 +15,7 @@ __all__ = ['FOLLOWED_BY', 'load_configured_editor', 'load_policy', 'prepare', 'o
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
 import gc, json, os, resource, shutil, sys, time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
@@ -23,12 +24,13 @@ from ..data.files import (InputError, append_json_line, atomic_write, content_ha
                                        open_image, read_json, read_json_lines, to_json)
 from ..data.plots import save_figure, session_figure
 from ..data.shapeworld import WORLD_SIDE
+from ..data.sizes import fit_picture
 from ..data.signals import Stopped, stop_requests, stop_with
-from ..editing.editor import at_size
+from ..editing.editor import at_size, set_shape
 from ..editing.loading import TILE_ABOVE, autocast_velocity, load_editor
 from ..editing.lora import ADAPTER_FILE, check_lora, save_lora
 from ..editing.whole import gather_transformer, save_transformer, train_whole
-from ..editing.rollout import resize_sessions, turn_histories
+from ..editing.rollout import turn_histories
 from ..rewards.cache import add_replies, copy_cache, merge_caches, new_replies, rank_caches, rank_file
 from ..rewards.cube import JUDGES, TurnScorer, judge_usage, load_judge
 from ..algorithm.config import RL, Config
@@ -40,7 +42,7 @@ from ..algorithm.processes import (exchange, failing_together, from_first, gathe
 from ..algorithm.sharding import check_launch, is_sharded, shard_transformer
 from ..algorithm.supervised import supervise
 from ..algorithm.updates import learning_rate
-from ..evaluation.running import (collect_sessions, evaluate_sessions, pad_turns, read_outcomes, solver_of,
+from ..evaluation.running import (collect_sessions, evaluate_sessions, read_outcomes, solver_of,
                                                training_mismatches, unscored_note, write_outcomes)
 from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, edival_scores, score_intervals)
 from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
@@ -207,7 +209,10 @@ def run_evaluation(c, run, name: str, editor, heldout: list, judge, progress: bo
     first, count = processes()[0] == 0, processes()[1]
     with at_size(editor, c.eval_size):
         if editor.device.type == 'cuda' and not is_sharded(list(editor.transformer.parameters())):
-            def trial(n): list(evaluate_sessions(editor, heldout[:n*count], judge, num_steps=2, batch=n))
+            largest = max(heldout, key=lambda s: (s.image.width*s.image.height, len(s.instructions)))
+            def trial(n):
+                alike = [replace(largest, id=f'{largest.id}, trial {i}') for i in range(min(n*count, len(heldout)))]
+                list(evaluate_sessions(editor, alike, judge, num_steps=2, batch=n))
             batch = find_common_batch(trial, c.batch, Path(run)/'batch_evaluation.json')
         for session in evaluate_sessions(editor, heldout, judge, num_steps=evaluation_steps(c),
                                          kind=solver_of(c.sampler), batch=batch, folder=folder, keep=8,
@@ -217,7 +222,7 @@ def run_evaluation(c, run, name: str, editor, heldout: list, judge, progress: bo
     outcomes, images = collect_sessions(evaluated)
     note = unscored_note(outcomes.success_IT, turns_of(heldout))
     if note and first: print(f'{name}: {note}', file=sys.stderr)
-    return outcomes, pad_turns(images) if len(images) else images
+    return outcomes, images
 
 def heldout_row(iteration: int, outcomes: Outcomes, turns_I=None) -> dict: # a line of `heldout.jsonl`
     "EdiVal's scores at the last turn, over the sessions that have it."
@@ -256,10 +261,13 @@ def evaluate_heldout(c, run, state: RunState, source, judge, progress: bool, set
           f"CC {row['heldout_CC']:.1f}", file=sys.stderr)
 
 # %% ../../nbs/training/04_train.ipynb #cbf78280
-def fit_batch(c, run, policy: Policy) -> Config: # with the rows a transformer call that fit
+def fit_batch(c, run, policy: Policy, source) -> Config: # with the rows a transformer call that fit
     "On a card, the batch that a trial finds; elsewhere the one that the run remembers, or the one asked for."
-    file = Path(run)/'batch.json'
-    def trial(n): trial_step(policy.editor, n, c, policy.optimizer)
+    file, editor = Path(run)/'batch.json', policy.editor
+    longest = max((turns for (turns, _), share in source.kinds.items() if share), default=c.turns or 3)
+    def trial(n):
+        set_shape(editor, *source.largest_size(editor.size, editor.token_pixels))
+        trial_step(editor, n, c, policy.optimizer, longest)
     if policy.editor.device.type == 'cuda' and not policy.sharded: batch = find_common_batch(trial, c.batch, file)
     else: batch = min(c.batch, from_first(lambda: remembered_batch(file)) or c.batch)
     return c.model_copy(update=dict(batch=batch))
@@ -274,6 +282,14 @@ def say_findings(c, run, iteration: int):
         if iteration - c.save_every < f.iteration <= iteration:
             tqdm.write(f'monitor: iteration {f.iteration}: {f.name}: {f.text}', file=sys.stderr)
 
+def note_skipped(run, source):
+    "Keep a list of the sessions that are left out, those that an interrupted run had found included."
+    if not source.skipped: return
+    file = Path(run)/'skipped.txt'
+    known = file.read_text(encoding='utf-8').splitlines() if file.is_file() else []
+    new = [message for message in [*source.skipped.values()] if message not in known]
+    if new: atomic_write(file, ''.join(f'{message}\n' for message in [*known, *new]))
+
 def one_iteration(c, run, state: RunState, source, judge, stop, evaluation: float,
                   trackers: Trackers) -> dict: # metrics
     "Train on the next sessions; log, save and draw what is due. The writing is not interrupted."
@@ -286,6 +302,7 @@ def one_iteration(c, run, state: RunState, source, judge, stop, evaluation: floa
     usage = sum_statistics(judge_usage(scores, c.judge_options.get('price')), largest=())
     with failing_together(), stop.deferred():
         state.advance()
+        if first: note_skipped(run, source)
         if first and c.algorithm in RL:
             metrics |= iteration_signals(c, state.policy.editor, sessions, rolled, scores, adv_PGT)
         if first: log_iteration(c, run, clock, metrics, usage, evaluation, trackers)
@@ -318,7 +335,7 @@ def train_from_checkpoint(c, run, source, judge, eval_judge, progress: bool, sto
                           batch: int):
     "Train from the last checkpoint to the end with at most `batch` rows a transformer call; returns the editor."
     policy = load_policy(c)
-    c = fit_batch(c.model_copy(update=dict(batch=batch)), run, policy)
+    c = fit_batch(c.model_copy(update=dict(batch=batch)), run, policy, source)
     state = RunState(c, run, policy)
     state.resume()
     def cut_logs():
@@ -423,8 +440,8 @@ def train(
 
 # %% ../../nbs/training/04_train.ipynb #d4549ef3
 _BASE_DEPENDS_ON = ('editor', 'quantize', 'size', 'guidance', 'turns', 'eval_turns', 'eval_judge', 'eval_judge_options',
-                    'num_steps', 'eval_steps', 'eval_size', 'batch', 'eval_sessions', 'attention_backend', 'compile',
-                    'autocast', 'tf32')
+                    'num_steps', 'eval_steps', 'eval_size', 'crop', 'batch', 'eval_sessions', 'attention_backend',
+                    'compile', 'autocast', 'tf32')
 
 def base_file(run, c: Config, identity: dict) -> Path: # None: what is found is not shared
     "Where runs of one folder share what they found of the base editor, named by all that it depends on."
@@ -517,13 +534,14 @@ def is_whole_picture(file) -> bool:
 def draw_heldout(run, source):
     "The first held-out sessions before and after, those whose picture is missing."
     (before, images), (after, images_after) = (read_outcomes(Path(run)/f'{n}.safetensors') for n in ('before', 'after'))
-    size = type('Size', (), dict(size=images.shape[-2]))
-    for i, session in enumerate(resize_sessions(size, source.heldout[:len(images)])):
+    for i, session in enumerate(source.heldout[:len(images)]):
         file = Path(run)/'rollouts'/f'heldout_{i}.png'
         if is_whole_picture(file): continue
         T = len(session.instructions)
         marks = [before.success_IT[i][:T], after.success_IT[i][:T]]
-        figure = session_figure(session, np.stack([images[i][:T], images_after[i][:T]]), marks_GT=marks,
+        results = np.stack([x[i][:T] for x in (images, images_after)])
+        session = replace(session, image=fit_picture(session.image, *results.shape[3:1:-1]))
+        figure = session_figure(session, results, marks_GT=marks,
                                 title='above: before training, below: after')
         save_figure(file, figure)
 
