@@ -1,0 +1,64 @@
+"""Try settings of a method on training sessions alone, so that no held-out session has a say in them:
+
+    python experiments/tune.py METHOD [field=value ...] [--seed 0] [--look-every 30]
+
+Trains in the shape world, evaluates on 384 other sessions of the training split, and adds a line to
+experiments/results/tuning.jsonl: the method, what differs from the defaults, and scores over passes. A line that is
+there already is not made again. The number of lines of a method is what its tuning has cost."""
+import argparse
+from pathlib import Path
+import torch
+from tqdm.auto import tqdm
+from mt_editflow_nb.ablation.passes import count_passes
+from mt_editflow_nb.algorithm.config import RL, make_config
+from mt_editflow_nb.algorithm.distill import distill
+from mt_editflow_nb.algorithm.iterate import iterate
+from mt_editflow_nb.algorithm.policy import Policy
+from mt_editflow_nb.algorithm.supervised import supervise
+from mt_editflow_nb.cli.train import parse_overrides
+from mt_editflow_nb.data.files import append_json_line, read_json_lines
+from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.evaluation.running import evaluate
+from mt_editflow_nb.evaluation.scores import edival_scores
+from mt_editflow_nb.rewards.cube import load_judge
+
+FIRST_TESTED, TESTED = 400_000, 384       # sessions of the training split that no run here is trained on
+
+def look(policy, sessions, judge, num_steps):
+    "Scores in percent, metric -> a number for each turn."
+    outcomes, _ = evaluate(policy.editor, sessions, judge, num_steps=num_steps, seed=7)
+    scores = edival_scores(outcomes.success_IT, outcomes.object_cc_IT, outcomes.background_cc_IT)
+    return {metric: scores[metric].round(2).tolist() for metric in scores}
+
+def try_settings(values, look_every):
+    "Train once; scores before, on the way and after, with the passes that they took."
+    config, judge = make_config(values), load_judge('verifier')
+    policy = Policy(config, load_editor(lora_rank=config.lora_rank))
+    T, P = config.turns or 3, config.sessions_per_iteration
+    tested = shape_sessions(TESTED, 3, start=FIRST_TESTED)
+    step = iterate if config.algorithm in RL else dict(sft=supervise, distill=distill)[config.algorithm]
+    passes, curve = 0, [dict(iteration=0, passes=0) | look(policy, tested, judge, config.num_steps)]
+    for i in tqdm(range(config.iterations), desc='training'):
+        sessions = shape_sessions(P, T, start=50_000*config.seed % FIRST_TESTED + P*i)
+        passes += count_passes(step(config, policy, sessions, judge, i).metrics, config.model_dump(), T)
+        if (i + 1) % look_every == 0 or i + 1 == config.iterations:
+            curve.append(dict(iteration=i + 1, passes=passes) | look(policy, tested, judge, config.num_steps))
+            tqdm.write(str(curve[-1]))
+    return curve
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('method')
+    parser.add_argument('settings', nargs='*')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--look-every', type=int, default=30, help='iterations between evaluations')
+    parser.add_argument('--results', type=Path, default=Path('experiments/results/tuning.jsonl'))
+    a = parser.parse_intermixed_args()
+    values = parse_overrides(a.settings) | dict(seed=a.seed)
+    known = read_json_lines(a.results) if a.results.is_file() else []
+    if any((row['method'], row['settings']) == (a.method, values) for row in known): return
+    torch.set_num_threads(1)
+    append_json_line(a.results, dict(method=a.method, settings=values, curve=try_settings(values, a.look_every)))
+
+if __name__ == '__main__': main()
