@@ -202,12 +202,14 @@ def report_stage(folder, stage):
                        cosine_of_halves=cosine_of_halves(gradient_BKX[:, 0]), counted=counted)
             if members == G: row['cosine_with_broadcast'] = cosine_of_means(gradient_BKX[:, 0], whole[:len(batches)])
             yield row
-    for levels, draws in product(((0,), (1,), (2,), (0, 1), (0, 1, 2)), (1, 2)):
-        sketch = partial(mean_sketch, levels=levels, draws=draws)
-        gradient_BKX, _ = batch_gradients(read('chains'), RULES['local, adaptive'], G, False, sketch)
+    for structure, draws, levels in product(DRAWS, (1, 2), ((0,), (1,), (2,), (0, 1), (0, 1, 2))):
+        if draws > DRAWS[structure]: continue
+        branching, sketch = structure == 'branching', partial(mean_sketch, levels=levels, draws=draws)
+        gradient_BKX, _ = batch_gradients(read(structure), RULES['local, adaptive'], G, branching, sketch)
         snr, error = signal_to_noise(gradient_BKX)
-        passes = P*G*T*(3 + 3*len(levels)*draws)
-        yield dict(stage=stage, structure='chains', rule='local, adaptive', members=G, levels=levels, draws=draws,
+        alike = branching and levels == (0,)                                # a row trained for all members of a group
+        passes = P*T*(G*3 + 3*len(levels)*draws*(1 if alike else G))
+        yield dict(stage=stage, structure=structure, rule='local, adaptive', members=G, levels=levels, draws=draws,
                    batches=len(gradient_BKX), norm=gradient_BKX[:, 0].mean(0).norm().item(), snr=snr, snr_error=error,
                    snr_per_1000_passes=1000*snr/passes, error_per_1000_passes=1000*error/passes)
     yield dict(stage=stage, groups=group_facts(read('chains')), ceiling=ceiling(read('best')))
