@@ -1,5 +1,6 @@
 "Faults that people ran into, each tried where it enters: the right value is in the test."
 import json, signal, subprocess, sys, time
+from types import SimpleNamespace
 import numpy as np, psutil, pytest, torch
 from safetensors.torch import load_file, save_file
 from mt_editflow_nb.ablation.notebook import config_content
@@ -14,12 +15,12 @@ from mt_editflow_nb.editing.lora import (adapter_config, check_magnitude, find_a
                                          read_adapter, save_lora)
 from mt_editflow_nb.evaluation.running import read_outcomes, write_outcomes
 from mt_editflow_nb.evaluation.scores import Outcomes
-from mt_editflow_nb.training.checkpoints import last_checkpoint, save_checkpoint
+from mt_editflow_nb.training.checkpoints import last_checkpoint, save_checkpoint, write_checkpoint
 from mt_editflow_nb.rewards.answers import read_json_score, read_json_scores
 from mt_editflow_nb.training.budget import remembered_batch
-from mt_editflow_nb.training.runs import cut_log, read_config
+from mt_editflow_nb.training.runs import cut_log, open_run, read_config
 from mt_editflow_nb.training.source import session_source
-from mt_editflow_nb.training.train import experiment
+from mt_editflow_nb.training.train import experiment, keep_best, opened
 
 def refused(f, *args, **kw):
     "The one line with which something is refused."
@@ -188,6 +189,28 @@ def test_a_finished_run_mends_what_can_be_made_again(tmp_path, capsys):
     (run/'timings.jsonl').write_text('{"iterat\n{}\n')
     assert experiment(c, run, progress=False) == results
     assert picture.read_bytes() == drawn and json.loads((run/'results.json').read_text()) == results
+
+def test_an_edited_configuration_is_noticed(tmp_path):
+    "Half a run with one seed and half with another is neither; what the checkpoint does not know is not compared."
+    run, c = tmp_path/'run', make_config({})
+    file = open_run(c, run)/'config.json'
+    write_checkpoint(run, 1, {'param.0': torch.ones(2)}, c=c)
+    def go_on():
+        with opened(read_config(run), run, {}): return True
+    assert go_on()
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | dict(config=written['config'] | dict(seed=3, iterations=999))))
+    said = refused(go_on)
+    assert 'checkpoints/000001' in said and 'seed is 0 there and 3 here' in said and '999' in said
+    write_checkpoint(run, 1, {'param.0': torch.ones(2)})             # as older versions wrote it
+    assert go_on()
+
+def test_an_evaluation_without_a_score_is_not_the_best(tmp_path):
+    c, editor = make_config(dict(eval_every=1, keep_best=1, iterations=3)), load_editor(lora_rank=2)
+    rows = [dict(iteration=n, heldout_O=score) for n, score in ((1, float('nan')), (2, None), (3, 5.))]
+    for n in (1, 3):
+        keep_best(c, tmp_path, rows[:n], SimpleNamespace(iteration=n, policy=SimpleNamespace(editor=editor)))
+    assert [p.name for p in (tmp_path/'best').iterdir()] == ['000003']
 
 # --- answers in the forms that models give
 

@@ -66,7 +66,7 @@ def check_scores(
     scores,                    # what a judge returned
     sessions: list,            # the P sessions that it was shown
     images_PGTHWC: np.ndarray  # their rollout
-) -> Scores:                   # the same scores; a `success_PGT` of booleans has become float32
+) -> Scores:                   # the same scores, as float32 in host memory
     "The contract of a judge: `Scores` of the rollout's shape, floats in [0, 1] or NaN. Raises `InputError` otherwise."
     expect(isinstance(scores, Scores), 'judge', 'a judge that returns `Scores`', type(scores).__name__)
     return _check_shape(scores, (len(sessions), *images_PGTHWC.shape[1:3]))
@@ -80,21 +80,34 @@ def _check_shape(scores, shape_PGT):
         scores = replace(scores, success_PGT=scores.success_PGT.float())
     shapes = dict(rewards_PGTM=(*shape_PGT, len(names)), success_PGT=shape_PGT, object_cc_PGT=shape_PGT,
                   background_cc_PGT=shape_PGT)
+    values = {}
     for name, shape in shapes.items():
         lowest = -1 if name.endswith('cc_PGT') else 0                # consistency is a cosine
-        _check_values(f'judge: {name}', getattr(scores, name), shape, lowest)
-    success = scores.success_PGT
+        values[name] = _checked_values(f'judge: {name}', getattr(scores, name), shape, lowest)
+    success = values['success_PGT']
     graded = success[(success != 0) & (success != 1) & ~success.isnan()]
     expect(not len(graded), 'judge: success_PGT', '1, 0 or NaN', graded[:1].tolist())
-    return scores
+    _check_calls(scores.calls)
+    changed = {name: x for name, x in values.items() if x is not getattr(scores, name)}
+    return replace(scores, **changed) if changed else scores
 
-def _check_values(field, x, shape, lowest=0):
-    "A tensor of floats of this shape, each in [lowest, 1] or NaN."
+def _checked_values(field, x, shape, lowest=0):
+    "A tensor of floats of this shape, each in [lowest, 1] or NaN; as float32 in host memory, without a gradient."
     expect(isinstance(x, torch.Tensor), field, 'a torch tensor', type(x).__name__)
     expect(x.is_floating_point(), field, 'a tensor of floats', str(x.dtype))
+    expect(x.layout == torch.strided, field, 'a dense tensor', str(x.layout))
     expect(tuple(x.shape) == tuple(shape), field, f'the shape of the rollout, {list(shape)}', list(x.shape))
+    x = (x.detach() if x.requires_grad else x).to('cpu', torch.float32)
     wrong = x[(x < lowest - 1e-6) | (x > 1 + 1e-6)]
     expect(not len(wrong), field, f'values in [{lowest}, 1] or NaN', wrong[:1].tolist())
+    return x
+
+def _check_calls(calls):
+    "What `judge_usage` reads of the calls of a judge."
+    expect(isinstance(calls, (tuple, list)), 'judge: calls', 'a tuple of dicts, one a call', type(calls).__name__)
+    for call in calls:
+        known = isinstance(call, dict) and {'error', 'tokens', 'seconds'} <= call.keys()
+        expect(known, 'judge: calls', 'dicts with error, tokens and seconds', call)
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0002
 def judge_items(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['live_tensors', 'state_tensors', 'restore_tensors', 'write_checkpoint', 'save_checkpoint', 'checkpoint_damage',
-           'last_checkpoint', 'read_checkpoint', 'restore_checkpoint', 'load_checkpoint', 'write_shared_checkpoint',
-           'restore_shared_checkpoint', 'RunState', 'retry_with_half_the_rows']
+           'last_checkpoint', 'read_checkpoint', 'restore_checkpoint', 'load_checkpoint', 'check_configuration',
+           'write_shared_checkpoint', 'restore_shared_checkpoint', 'RunState', 'retry_with_half_the_rows']
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #0ffe1f6d
 import gc, hashlib, json, os, shutil, sys, warnings
@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError                             # what a full disk raises in its save_file
 from ..data.files import InputError, atomic_write, expect, one_line, to_json
 from ..editing.lora import save_lora
-from ..algorithm.config import Config
+from ..algorithm.config import Config, make_config
 from ..algorithm.policy import Policy
 from ..algorithm.processes import exchange, from_first, host_group, processes
 from ..algorithm.sharding import local, shard_like
+from .runs import config_differences
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #240701c3
 def live_tensors(
@@ -78,12 +79,13 @@ def _drop_older(folder: Path, keep: int):
     for p in sorted(folder.glob('[0-9]*'))[:-keep]: shutil.rmtree(p, ignore_errors=True)
 
 def write_checkpoint(
-    run,            # a run folder
-    iteration: int, # iterations done
-    tensors: dict,  # from `state_tensors`
-    editor=None,    # save its adapter, as it is now, in `lora/`
-    keep: int = 2,  # checkpoints that stay
-) -> Path:          # the checkpoint's folder
+    run,              # a run folder
+    iteration: int,   # iterations done
+    tensors: dict,    # from `state_tensors`
+    editor=None,      # save its adapter, as it is now, in `lora/`
+    keep: int = 2,    # checkpoints that stay
+    c: Config = None, # of the run
+) -> Path:            # the checkpoint's folder
     "Write `checkpoints/NNNNNN` whole or not at all. Raises `InputError`, naming the last good one, where that fails."
     from safetensors.torch import save_file
     folder = Path(run)/'checkpoints'
@@ -93,7 +95,8 @@ def write_checkpoint(
         tmp.mkdir(parents=True)
         save_file(tensors, tmp/'state.safetensors', dict(iteration=str(iteration)))
         parameters = sum(name.startswith('param.') for name in tensors)
-        state = dict(iteration=iteration, parameters=parameters, sha256=_sha256(tmp/'state.safetensors'))
+        state = dict(iteration=iteration, parameters=parameters, sha256=_sha256(tmp/'state.safetensors'),
+                     **_trained_with(c))
         (tmp/'state.json').write_text(to_json(state))
         shutil.copymode(tmp/'state.json', tmp/'state.safetensors')  # save_file gives 0600, whatever the umask
         if editor is not None: save_lora(editor, tmp/'lora')
@@ -195,6 +198,27 @@ def load_checkpoint(
     "Read a checkpoint and restore it in place. Raises `InputError` for one that is damaged, or of another adapter."
     return restore_checkpoint(folder, read_checkpoint(folder), params, old, optimizer, ema)
 
+# %% ../../nbs/training/03a_checkpoints.ipynb #b43e15b3
+def _trained_with(c):
+    "What `check_configuration` compares; `batch` may be lowered where memory runs out."
+    return dict(config=c.model_dump(exclude={'batch'})) if c else {}
+
+def check_configuration(
+    run,       # a run folder
+    c: Config, # with which it is to resume
+):
+    """Raises `InputError` where the newest checkpoint was trained with other settings: `config.json` was edited.
+
+    Checkpoints of older versions do not know theirs, and pass; damaged ones are left to `last_checkpoint`."""
+    for folder in sorted((Path(run)/'checkpoints').glob('[0-9]*'), reverse=True):
+        try: settings = json.loads((folder/'state.json').read_text()).get('config')
+        except (OSError, ValueError, AttributeError): continue
+        if not isinstance(settings, dict): continue
+        differ = config_differences(make_config(settings | dict(batch=c.batch), strict=False), c)
+        if not differ: return
+        raise InputError(f'run: {Path(run)/"config.json"}: expected the settings of checkpoints/{folder.name}, '
+                         f'received others ({"; ".join(differ[:3])}); put them back, or choose another folder')
+
 # %% ../../nbs/training/03a_checkpoints.ipynb #b8698a2d
 def _group():
     "How `torch.distributed.checkpoint` is to talk."
@@ -215,10 +239,11 @@ def _in_one_line(what: str):
         raise InputError(f'checkpoint: {what}: {one_line(e)[:200]}') from e
 
 def write_shared_checkpoint(
-    run,            # a run folder, which all processes see
-    iteration: int, # iterations done
-    tensors: dict,  # from `live_tensors`
-    keep: int = 2,  # checkpoints that stay
+    run,              # a run folder, which all processes see
+    iteration: int,   # iterations done
+    tensors: dict,    # from `live_tensors`
+    keep: int = 2,    # checkpoints that stay
+    c: Config = None, # of the run
 ):
     "As `write_checkpoint`, called in all processes: each writes its pieces, the first one what says that it is whole."
     from torch.distributed import checkpoint as dcp
@@ -231,7 +256,8 @@ def write_shared_checkpoint(
         files = {name: digest for part in digests for name, digest in part.items()}
         files |= {'.metadata': _sha256(tmp/'state'/'.metadata')}
         parameters = sum(name.startswith('param.') for name in tensors)
-        (tmp/'state.json').write_text(to_json(dict(iteration=iteration, parameters=parameters, files=files)))
+        state = dict(iteration=iteration, parameters=parameters, files=files, **_trained_with(c))
+        (tmp/'state.json').write_text(to_json(state))
         _sync(tmp/'state.json')
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
@@ -272,7 +298,7 @@ class RunState:
         run,            # its folder
         policy: Policy, # that is trained
     ):
-        self.run, self.policy, self.decay = Path(run), policy, c.ema
+        self.c, self.run, self.policy, self.decay = c, Path(run), policy, c.ema
         self.average = [p.detach().clone() for p in policy.params] if c.ema else []
         self.iteration = self.saved = 0
     def parts(self): return self.policy.params, self.policy.old, self.policy.optimizer, self.average
@@ -301,8 +327,9 @@ class RunState:
         "Write a checkpoint, if this iteration has none yet; all processes call this."
         if self.saved == self.iteration: return
         def write():
-            with self.evaluated(): write_checkpoint(self.run, self.iteration, self.tensors, self.policy.editor)
-        if self.policy.whole: write_shared_checkpoint(self.run, self.iteration, live_tensors(*self.parts()))
+            with self.evaluated():
+                write_checkpoint(self.run, self.iteration, self.tensors, self.policy.editor, c=self.c)
+        if self.policy.whole: write_shared_checkpoint(self.run, self.iteration, live_tensors(*self.parts()), c=self.c)
         else: from_first(write)
         self.saved = self.iteration
     def save_before_stop(self):

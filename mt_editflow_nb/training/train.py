@@ -46,7 +46,7 @@ from ..evaluation.running import (collect_sessions, evaluate_sessions, read_outc
                                                training_mismatches, unscored_note, write_outcomes)
 from ..evaluation.scores import (Outcomes, compare_scores, count_unscored, edival_scores, score_intervals)
 from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
-from .checkpoints import RunState, last_checkpoint, retry_with_half_the_rows
+from .checkpoints import RunState, check_configuration, last_checkpoint, retry_with_half_the_rows
 from .monitor import find_hacking, hacking_signals
 from .progress import clocked, estimate_seconds, estimate_text, note_progress
 from .runs import (cut_log, environment, log_gaps, metrics_rows, note_environment, open_run,
@@ -111,6 +111,7 @@ def opened(c: Config, run, identity: dict): # yields the folder
             open_things.enter_context(locked(run))
             open_run(c, run, identity)
             if went_on:
+                check_configuration(run, c)
                 for text in note_environment(run): print(text, file=sys.stderr)
         from_first(lock_and_open)
         if FOLLOWED_BY in os.environ: stop_with(int(os.environ[FOLLOWED_BY]))
@@ -232,7 +233,8 @@ def heldout_row(iteration: int, outcomes: Outcomes, turns_I=None) -> dict: # a l
 
 def keep_best(c, run, rows: list, state: RunState):
     "Save the adapter if it is among the best, and drop those that no longer are."
-    best = sorted((r for r in rows if r['heldout_O'] is not None), key=lambda r: -r['heldout_O'])[:c.keep_best]
+    scored = [r for r in rows if r['heldout_O'] is not None and np.isfinite(r['heldout_O'])]
+    best = sorted(scored, key=lambda r: -r['heldout_O'])[:c.keep_best]
     names = {f'{r["iteration"]:06d}' for r in best}
     if f'{state.iteration:06d}' in names: save_lora(state.policy.editor, Path(run)/'best'/f'{state.iteration:06d}')
     for folder in (Path(run)/'best').glob('[0-9]*'):
