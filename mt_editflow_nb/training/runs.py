@@ -121,10 +121,10 @@ def _check_identity(run, stored: dict, new: dict):
                      'put it back, or choose another folder')
 
 # %% ../../nbs/training/03_runs.ipynb #f38ed17b
-_MAY_BE_THERE = ('train.ipynb', 'papermill.log', 'parameters.yaml')      # what is written before `config.json`
+_MAY_BE_THERE = ('config.json', 'judge.sqlite', 'train.ipynb', 'papermill.log', 'parameters.yaml')
 
 def _holds_something(folder: Path) -> bool:
-    "Whether a folder holds anything besides what a run writes before its `config.json`."
+    "Whether a folder holds anything besides what a run writes before its first result."
     for p in folder.rglob('*'):
         if p.is_dir() or p.name.startswith('.'): continue
         if p.name not in _MAY_BE_THERE and p.stem != 'job': return True
@@ -137,16 +137,17 @@ def open_run(
 ) -> Path:                 # the folder
     """Create a run folder, or check that an existing one was begun with the same configuration and content.
 
-    Raises `InputError` where it was not, or where the folder holds something else."""
+    One without a result is begun anew. Raises `InputError` where it was begun otherwise, or holds something else."""
     run = Path(run)
     file = run/'config.json'
-    if file.is_file():
-        if differ := config_differences(read_config(run), c):
+    stored = read_config(run) if file.is_file() else None
+    if stored and _holds_something(run):
+        if differ := config_differences(stored, c):
             raise InputError(f'run: {run}: expected the configuration that it holds, received another '
                              f'({"; ".join(differ[:3])}); choose another folder')
         _check_identity(run, read_json(file).get('identity') or {}, identity or {})
         return run
-    occupied = run.is_dir() and _holds_something(run)
+    occupied = not stored and run.is_dir() and _holds_something(run)
     expect(not occupied, f'run: {run}', 'a run folder, or none', 'a folder with other files')
     atomic_write(file, to_json(dict(config=c.model_dump(), environment=environment(), identity=identity,
                                     started_in=os.getcwd()), indent=1))
