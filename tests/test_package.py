@@ -71,3 +71,11 @@ def test_names_to_start_with():
             "print(*(name in sys.modules for name in ('diffusers', 'torch')))")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ['False', 'True']
+
+@pytest.mark.parametrize('option', [['-m', 'mt_editflow_nb.card'], ['-m', 'mt_editflow_nb.evaluation.card'],
+                                    ['-mmt_editflow_nb.ablation.sweeps'], ['-Bm', 'mt_editflow_nb']], ids=' '.join)
+def test_a_module_that_is_no_command_says_so(option):
+    "It would do nothing, and report success."
+    done = subprocess.run([sys.executable, *option, '--help'], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.count('\n') == 1 and 'expected a command, mt_editflow_nb.cli.X' in done.stderr

@@ -1,6 +1,6 @@
 """The commands. Their libraries take seconds to load: a signal in that time is answered with one line."""
-import sys
 from importlib import import_module
+from mt_editflow_nb import _module_to_run
 from mt_editflow_nb.data.signals import stop_at_once
 
 def _command(name):
@@ -14,6 +14,5 @@ run_init, run_train, run_eval = map(_command, ('init', 'train', 'eval'))
 run_sweep, run_report, run_data = map(_command, ('sweep', 'report', 'data'))
 run_push, run_tools = map(_command, ('push', 'tools'))
 
-if sys.argv[0] == '-m':                                               # python -m mt_editflow_nb.cli.eval
-    module = sys.orig_argv[sys.orig_argv.index('-m') + 1]
-    if module in (f'{__name__}.train', f'{__name__}.eval'): stop_at_once(f'mtef_{module.rpartition(".")[2]}')
+module = _module_to_run()                                             # python -m mt_editflow_nb.cli.eval
+if module in (f'{__name__}.train', f'{__name__}.eval'): stop_at_once(f'mtef_{module.rpartition(".")[2]}')

@@ -214,7 +214,9 @@ def check_configuration(
         try: settings = json.loads((folder/'state.json').read_text()).get('config')
         except (OSError, ValueError, AttributeError): continue
         if not isinstance(settings, dict): continue
-        differ = config_differences(make_config(settings | dict(batch=c.batch), strict=False), c)
+        try: there = make_config(settings | dict(batch=c.batch), strict=False)
+        except InputError as e: raise InputError(f'checkpoint: {folder/"state.json"}: {e}') from None
+        differ = config_differences(there, c)
         if not differ: return
         raise InputError(f'run: {Path(run)/"config.json"}: expected the settings of checkpoints/{folder.name}, '
                          f'received others ({"; ".join(differ[:3])}); put them back, or choose another folder')
