@@ -53,7 +53,9 @@ def test_gedit_in_shards_by_a_served_judge_and_replayed(gedit, tmp_path, capsys)
         assert len(server.requests) == n + 3            # what could not be read is asked again, nothing else
     results = json.loads((tmp_path/'out/results.json').read_text())
     assert (results['unreadable'], results['asked']) == (1, 8)
-    assert any('4 first pictures were cut' in text for text in results['differences'])
+    assert any('4 of the first pictures lost more than 5 %' in text for text in results['differences'])
+    made = Image.open(tmp_path/'out/fullset/color_alter/en/k0.png')
+    assert made.size == (72, 32)                        # 1504 x 688 is nearest to 2:1, and a token has 8 pixels here
     items = pd.read_csv(tmp_path/'out/items.csv')
     assert items.O.isna().sum() == 1 and sorted(items.intersection) == [False, True, True, True]
     assert (tmp_path/'out/fullset/style_change/en/k3_SRCIMG.png').is_file()

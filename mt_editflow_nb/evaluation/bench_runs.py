@@ -40,7 +40,7 @@ def benchmark_differences(
     published |= {key: getattr(facts, key) for key in ('steps', 'size') if getattr(facts, key) is not None}
     differences = protocol_differences(used, published)
     if items: differences.append(items)
-    if cut: differences.append(f'{cut} first pictures lost more than 5 % at their edges (published: they are whole)')
+    if cut: differences.append(f'{cut} of the first pictures lost more than 5 % at their edges (published: none)')
     if judge is None: return differences
     if model_of(judge) != model_of(facts.judge): differences.append(f'judge {judge} (published: {facts.judge})')
     if own_questions(judge): differences.append("the judge's own questions, its scores put on the benchmark's scale")

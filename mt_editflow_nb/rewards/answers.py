@@ -105,6 +105,7 @@ _quote = '["\'\u2018\u2019\u201c\u201d]'
 
 def _stated(text, name, end):
     "Values of a key in what is not quite JSON, such as a reasoning with bare quotes in it; `end`: what follows them."
+    if text.count('{') != text.count('}'): return []                     # cut off: this may be a draft inside
     value = rf'{_quote}?(\d+(?:\.\d+)?(?:\s*/\s*\d+)?){_quote}?'
     return re.findall(rf'(?:{_quote}|{{\s*){name}{_quote}?\s*:\s*{value}\s*[{end}]', text, re.I)
 
