@@ -10,11 +10,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from mt_editflow_nb.ablation.passes import count_passes
-from mt_editflow_nb.algorithm.config import RL, make_config
-from mt_editflow_nb.algorithm.distill import distill
-from mt_editflow_nb.algorithm.iterate import iterate
+from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.algorithm.policy import Policy
-from mt_editflow_nb.algorithm.supervised import supervise
 from mt_editflow_nb.cli.train import parse_overrides
 from mt_editflow_nb.data.files import append_json_line, read_json_lines
 from mt_editflow_nb.data.shapeworld import shape_sessions
@@ -22,6 +19,7 @@ from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.evaluation.running import evaluate
 from mt_editflow_nb.evaluation.scores import edival_scores
 from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.training.train import STEPS
 
 FIRST_TESTED, TESTED = 400_000, 384       # sessions of the training split that no run here is trained on
 
@@ -37,11 +35,11 @@ def try_settings(values, look_every):
     policy = Policy(config, load_editor(lora_rank=config.lora_rank))
     T, P = config.turns or 3, config.sessions_per_iteration
     tested = shape_sessions(TESTED, 3, start=FIRST_TESTED)
-    step = iterate if config.algorithm in RL else dict(sft=supervise, distill=distill)[config.algorithm]
     passes, curve = 0, [dict(iteration=0, passes=0) | look(policy, tested, judge, config.num_steps)]
     for i in tqdm(range(config.iterations), desc='training'):
         sessions = shape_sessions(P, T, start=50_000*config.seed % FIRST_TESTED + P*i)
-        passes += count_passes(step(config, policy, sessions, judge, i).metrics, config.model_dump(), T)
+        step = STEPS[config.algorithm](config, policy, sessions, judge, i)
+        passes += count_passes(step.metrics, config.model_dump(), T)
         if (i + 1) % look_every == 0 or i + 1 == config.iterations:
             curve.append(dict(iteration=i + 1, passes=passes) | look(policy, tested, judge, config.num_steps))
             tqdm.write(str(curve[-1]))

@@ -10,7 +10,7 @@ import numpy as np, torch
 from ..editing.noise import torch_generator
 from ..editing.rollout import Rollout, rollout, share_pictures
 from .config import Config
-from .iterate import (Batch, Iteration, fresh_noise, iteration_metrics, make_batch,
+from .iterate import (Batch, Iteration, iteration_metrics, make_batch, noised_rows,
                                               sampling_options, share_scores)
 from .policy import Policy
 from .processes import failing_together
@@ -41,18 +41,12 @@ def distillation_terms(
     teacher_T: list, # from `teacher_inputs`
 ):
     "Towards the teacher's velocity on the student's latents: yields (loss, statistics, rows) a micro-batch."
-    sampled = batch.rollout
-    G = len(sampled.shard.members)
-    for t in range(1, len(sampled.texts_T)):
+    for t in range(1, len(batch.rollout.texts_T)):
         right_text, right_NLC = teacher_T[t]
-        for sigma_P, noise_PLC in fresh_noise(config, sampled, t):
-            for n, counted, text, image in batch.micro(t, config.batch):
-                x0 = sampled.clean_TNLC[t, n]
-                s, noise = (x[n//G].to(x0.device) for x in (sigma_P, noise_PLC))
-                xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
-                v = policy.velocity(xt, s, text, image)
-                v_teacher = policy.base_velocity(xt, s, right_text[n], right_NLC[n])
-                yield ((v - v_teacher)**2).mean(), {}, counted
+        for n, counted, text, image, _, xt, s in noised_rows(config, batch, t):
+            v = policy.velocity(xt, s, text, image)
+            v_teacher = policy.base_velocity(xt, s, right_text[n], right_NLC[n])
+            yield ((v - v_teacher)**2).mean(), {}, counted
 
 # %% ../../nbs/algorithm/09_distill.ipynb #d000000e
 def distill(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['turn_advantages', 'choose_rows', 'stochastic_steps', 'sampling_options', 'turn_scorer', 'continuation', 'Batch',
-           'make_batch', 'fresh_noise', 'nft_terms', 'score_step', 'guarded_logp', 'grpo_terms', 'Iteration',
-           'success_so_far', 'score_metrics', 'iteration_metrics', 'share_scores', 'count_losses', 'iterate']
+           'make_batch', 'fresh_noise', 'noised_rows', 'nft_terms', 'score_step', 'guarded_logp', 'grpo_terms',
+           'Iteration', 'success_so_far', 'score_metrics', 'iteration_metrics', 'share_scores', 'count_losses',
+           'iterate']
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #bffe2463
 import math
@@ -154,26 +155,36 @@ def fresh_noise(
         noise_PLC = normal_noise([(*key, k) for key in keys], tuple(sampled.clean_TNLC.shape[2:]))
         yield sampled.sigmas[level_P], noise_PLC
 
+def noised_rows(
+    config: Config, # `batch`, `train_timesteps` and `train_levels` are read
+    batch: Batch,   # rows to learn from
+    t: int,         # turn
+):
+    "A turn at fresh noise: yields (rows, how many count, text, input tokens, x0, x_s, s) a micro-batch."
+    sampled = batch.rollout
+    G = len(sampled.shard.members)
+    for sigma_P, noise_PLC in fresh_noise(config, sampled, t):
+        for n, counted, text, image in batch.micro(t, config.batch):
+            x0 = sampled.clean_TNLC[t, n]
+            s, noise = (x[n//G].to(x0.device) for x in (sigma_P, noise_PLC))
+            xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
+            yield n, counted, text, image, x0, xt, s
+
 def nft_terms(
     config: Config, # of the run
     policy: Policy, # in training
     batch: Batch,   # rows to learn from
 ):
     "DiffusionNFT at fresh noise levels on each turn's clean latents: yields (loss, statistics, rows) a micro-batch."
-    sampled, on_policy = batch.rollout, policy.is_old()
-    G = len(sampled.shard.members)
-    for t in range(len(sampled.texts_T)):
-        for sigma_P, noise_PLC in fresh_noise(config, sampled, t):
-            for n, counted, text, image in batch.micro(t, config.batch):
-                x0 = sampled.clean_TNLC[t, n]
-                s, noise = (x[n//G].to(x0.device) for x in (sigma_P, noise_PLC))
-                xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
-                v = policy.velocity(xt, s, text, image)
-                v_old = v.detach() if on_policy else policy.old_velocity(xt, s, text, image)
-                v_ref = policy.base_velocity(xt, s, text, image) if config.kl_weight else None
-                loss, statistics = nft_loss(x0, xt, s, v, v_old, batch.adv_NT[n, t], beta=config.beta,
-                                            adv_max=config.adv_max, v_ref=v_ref, kl_weight=config.kl_weight)
-                yield loss, statistics, counted
+    on_policy = policy.is_old()
+    for t in range(len(batch.rollout.texts_T)):
+        for n, counted, text, image, x0, xt, s in noised_rows(config, batch, t):
+            v = policy.velocity(xt, s, text, image)
+            v_old = v.detach() if on_policy else policy.old_velocity(xt, s, text, image)
+            v_ref = policy.base_velocity(xt, s, text, image) if config.kl_weight else None
+            loss, statistics = nft_loss(x0, xt, s, v, v_old, batch.adv_NT[n, t], beta=config.beta,
+                                        adv_max=config.adv_max, v_ref=v_ref, kl_weight=config.kl_weight)
+            yield loss, statistics, counted
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #fd16c3bf
 def score_step(

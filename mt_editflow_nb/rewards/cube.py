@@ -302,13 +302,7 @@ class EdivalJudge:
     ):
         self.engine, self.max_failed = engine, max_failed
 
-    def check(
-        self,
-        scores: Scores, # of this judge
-        of: int = None, # scores that there will be; None: these
-    ):
-        "Raises `InputError` when more than `max_failed` of them failed."
-        check_failures(scores, of, self.max_failed, _place(self.engine))
+    check, cancel = Judge.check, Judge.cancel       # the same words about another engine
 
     def check_sessions(
         self,
@@ -324,10 +318,6 @@ class EdivalJudge:
         "Find out by one question to each tool, before anything expensive, whether it answers."
         self.check_sessions(sessions)
         check_tools(self.engine.tools)
-
-    def cancel(self):
-        "Stop waiting for a server, from another thread."
-        getattr(self.engine, 'cancel', lambda: None)()
 
     def __call__(self, sessions, images_PGTHWC, seed=0) -> Scores:
         "Score all turns, and `check`."
