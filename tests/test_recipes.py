@@ -349,7 +349,7 @@ def test_a_run_halves_its_batch_and_remembers(tmp_path, capsys):
         seen.append((args[-1], c.batch))
         if args[-1] == 1 and c.batch > 2: raise torch.OutOfMemoryError
         return iterate(c, *args)
-    with patch.object(training, 'iterate', card): training.train(c, tmp_path/'a', judge, progress=False)
+    with patch.dict(training.STEPS, nft=card): training.train(c, tmp_path/'a', judge, progress=False)
     assert seen == [(0, 4), (1, 4), (1, 2), (2, 2)]
     assert 'out of memory in iteration 1 with 4 rows a transformer call: going on with 2' in capsys.readouterr().err
     lines = (tmp_path/'a'/'metrics.jsonl').read_text().splitlines()
@@ -358,12 +358,12 @@ def test_a_run_halves_its_batch_and_remembers(tmp_path, capsys):
     (tmp_path/'a'/'checkpoints'/'000003').rename(tmp_path/'gone')      # killed after iteration 1, and resumed
     adapter = load_file(tmp_path/'a'/'lora'/'pytorch_lora_weights.safetensors')
     seen.clear()
-    with patch.object(training, 'iterate', card): training.train(c, tmp_path/'a', judge, progress=False)
+    with patch.dict(training.STEPS, nft=card): training.train(c, tmp_path/'a', judge, progress=False)
     assert seen == [(2, 2)]
     again = load_file(tmp_path/'a'/'lora'/'pytorch_lora_weights.safetensors')
     assert all(torch.equal(adapter[k], again[k]) for k in adapter)
     def none(*args): raise torch.OutOfMemoryError
-    with patch.object(training, 'iterate', none), pytest.raises(torch.OutOfMemoryError):
+    with patch.dict(training.STEPS, nft=none), pytest.raises(torch.OutOfMemoryError):
         training.train(c, tmp_path/'b', judge, progress=False)
     assert json.loads((tmp_path/'b'/'batch.json').read_text()) == dict(batch=1)
 
