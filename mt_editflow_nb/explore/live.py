@@ -58,7 +58,11 @@ def read_training(
 _PANELS = ('all_right', 'if', 'cc', 'heldout_O')     # metrics that are drawn, where a run has them
 
 _MONITOR = template('''
+{% if curves %}
 <img style="max-width: 100%" src="{{ curves }}" alt="learning curves of {{ runs|join(', ', attribute='name') }}">
+{% else %}
+<p>No iteration yet.</p>
+{% endif %}
 <table><thead><tr><th>run</th><th>state</th><th>iterations</th><th>time left</th><th>hacking monitor</th></tr></thead>
 <tbody>
 {% for run in runs %}
@@ -90,12 +94,11 @@ def named_runs(
 def plot_training(
     runs,             # as for `named_runs`
     window: int = 10, # iterations that are averaged
-):                    # matplotlib figure
+):                    # matplotlib figure; None before the first iteration of any run
     "Learning curves of several runs."
     rows = {name: read_training(run)['rows'] for name, run in named_runs(runs).items()}
-    figure = plot_learning_curves(rows, _PANELS, window=window, transparent=True)
-    if not any(rows.values()): figure.axes[0].set(title='no iteration yet', xticks=[], yticks=[])
-    return figure
+    if not any(rows.values()): return None
+    return plot_learning_curves(rows, _PANELS, window=window, transparent=True)
 
 # %% ../../nbs/explore/05_live.ipynb #2c18824f
 def training_monitor(
@@ -111,7 +114,8 @@ def training_monitor(
         shown.append(log | dict(name=name, left=left))
     file = logs[strips]['strip'] if strips in logs else None
     latest = dict(strips=strips, iteration=int(file.stem), strip=as_url(file.read_bytes())) if file else {}
-    curves = as_url(figure_png(plot_training(runs, window)))
+    figure = plot_training(runs, window)
+    curves = as_url(figure_png(figure)) if figure else None
     return page(_MONITOR.render(curves=curves, runs=shown, **latest))
 
 # %% ../../nbs/explore/05_live.ipynb #154e0a42

@@ -132,7 +132,7 @@ class View(widgets.VBox):
         self,
         draw,           # (**values) -> HTML; an `InputError` becomes a page
         controls: dict, # name -> widget
-        figure=None,    # (**values) -> matplotlib figure, for readers without widgets; None: the page
+        figure=None,    # (**values) -> matplotlib figure, for readers without widgets; if it is or gives None: the page
         below=(),       # further widgets
     ):
         self.draw = draw
@@ -156,8 +156,9 @@ class View(widgets.VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
-        if not self.figure: return bundle | {'text/html': self.page.value}
-        return bundle | {'image/png': base64.b64encode(figure_png(self.figure(**self.values))).decode()}
+        figure = self.figure(**self.values) if self.figure else None
+        if figure is None: return bundle | {'text/html': self.page.value}
+        return bundle | {'image/png': base64.b64encode(figure_png(figure)).decode()}
 
 # %% ../../nbs/explore/00_pages.ipynb #27b7b908
 def dropdown(
