@@ -36,8 +36,8 @@ from mt_editflow_nb.rewards.cube import Scores
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.algorithm.iterate import iterate
 from mt_editflow_nb.algorithm.policy import Policy, make_optimizer
-from mt_editflow_nb.training.budget import (PEAK, PUBLISHED, count_rows, editor_configs, plan, profile_row,
-                                            weightless_editor, weightless_encoder, weightless_text)
+from mt_editflow_nb.training.budget import (PEAK_FLOPS, PUBLISHED_EDITORS, count_rows, editor_configs, plan,
+                                            profile_row, weightless_editor, weightless_encoder, weightless_text)
 from mt_editflow_nb.cli.train import parse_overrides, read_recipe
 
 def fill(module, device):
@@ -163,7 +163,7 @@ def measure(c, configs, nf4, option, device, dtype, repeat, exact=None):
 def peak(device):
     "Published operations a second of the card, or None."
     if device.type != 'cuda': return None
-    return next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
+    return next((v for k, v in PEAK_FLOPS.items() if k in torch.cuda.get_device_name()), None)
 
 def flops_of_a_row(c, configs):
     "Operations of one forward row, counted on the meta device."
@@ -257,7 +257,7 @@ def autoencoder_of(editor_name, family):
     if 'Flux2' in family: name = 'AutoencoderKLFlux2'
     if 'Qwen' in family: name = 'AutoencoderKLQwenImage'
     cls = getattr(diffusers, name)
-    if editor_name in PUBLISHED: config = FLUX_AUTOENCODER if name == 'AutoencoderKL' else {}
+    if editor_name in PUBLISHED_EDITORS: config = FLUX_AUTOENCODER if name == 'AutoencoderKL' else {}
     else: config = cls.load_config(find_editor(editor_name)[0], subfolder='vae')
     with torch.device('meta'): return cls.from_config(config)
 

@@ -7,7 +7,7 @@ training, bfloat16, the plan's share of an H100's peak, no time for judges, auto
 of the adapter in float32 go round a ring (each card sends twice their size) at 50 GB/s. A judge sees the first picture,
 the one before and the result of every turn as PNG, 1.5 bytes a pixel."""
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.training.budget import PEAK, UTILISATION, plan
+from mt_editflow_nb.training.budget import PEAK_FLOPS, UTILISATION, plan
 
 CARDS = (8, 64)
 EDITORS = ('black-forest-labs/FLUX.1-Kontext-dev', 'black-forest-labs/FLUX.2-klein-base-9B')
@@ -20,7 +20,7 @@ def on_paper(editor, cards):
                          num_steps=6, lora_rank=32, judge=judge, eval_judge=judge))
     p = plan(c, 'H100')
     gradients, pictures = 4*p['adapter'], SESSIONS*GROUP*TURNS*3*PNG*SIZE**2
-    return dict(computing=p['flops']/(PEAK['H100']*UTILISATION[None]*cards), gradients=gradients,
+    return dict(computing=p['flops']/(PEAK_FLOPS['H100']*UTILISATION[None]*cards), gradients=gradients,
                 ring=2*gradients*(cards - 1)/cards/RING, pictures=pictures)
 
 if __name__ == '__main__':

@@ -15,9 +15,9 @@ from mt_editflow_nb.editing.loading import find_editor, load_editor
 from mt_editflow_nb.editing.lora import add_lora, lora_parameters, save_lora
 from mt_editflow_nb.editing.flux2 import tiny_klein
 from mt_editflow_nb.editing.editor import Text
-from mt_editflow_nb.training.budget import (DECODER_NUMBERS, PEAK, PUBLISHED, TRANSFORMERS, advice, count_rows,
-                                            editor_configs, find_batch, judge_bytes, plan, plan_text, profile_row,
-                                            weightless_editor, weightless_encoder, weightless_text)
+from mt_editflow_nb.training.budget import (DECODER_NUMBERS, PEAK_FLOPS, PUBLISHED_EDITORS, TRANSFORMER_CLASSES, advice,
+                                            count_rows, editor_configs, find_batch, judge_bytes, plan, plan_text,
+                                            profile_row, weightless_editor, weightless_encoder, weightless_text)
 from mt_editflow_nb.editing.qwen import tiny_qwen
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import Session
@@ -60,11 +60,11 @@ def test_recipe(path, twins):
         comment = line.partition('  # ')[2]
         assert line.startswith(('#', 'editor:')) or any(x in comment for x in SOURCES), line
     published = make_config(read_recipe(path))
-    assert published.editor in PUBLISHED
+    assert published.editor in PUBLISHED_EDITORS
     assert published.size == (384 if '384' in path.stem else 512)
     assert published.quantize == (None if 'bf16' in path.stem else 'nf4')
     assert ('@http' in published.judge) == ('vllm serve' in path.read_text()) == ('one_card' not in path.stem)
-    twin = str(twins[PUBLISHED[published.editor]['pipeline']])
+    twin = str(twins[PUBLISHED_EDITORS[published.editor]['pipeline']])
     small = dict(editor=twin, size=64, sessions_per_iteration=2, group=2, num_steps=min(published.num_steps, 4),
                  turns=2, window=min(published.window, 2), min_std=0., iterations=2, judge='verifier')   # see below
     c = make_config(read_recipe(path) | small)
@@ -144,7 +144,7 @@ def qwen_parameters(config, h, d):
     ('Qwen/Qwen-Image-Edit', qwen_parameters, 20.4)])
 def test_parameters_of_the_published_models(name, closed_form, billions):
     "Parameters of a transformer against those counted layer by layer on paper."
-    t = weightless_editor(PUBLISHED[name], size=512, guidance=1.).transformer
+    t = weightless_editor(PUBLISHED_EDITORS[name], size=512, guidance=1.).transformer
     n, d = sum(p.numel() for p in t.parameters()), t.config['attention_head_dim']
     if closed_form is flux_parameters: assert t.config.guidance_embeds
     assert n == closed_form(t.config, t.config['num_attention_heads']*d, d) and round(n/1e9, 1) == billions
@@ -159,10 +159,11 @@ def test_parameters_of_the_other_parts():
         cls = getattr(transformers, name)
         return cls(cls.config_class(**config))
     with torch.device('meta'):
-        found = {name: [size(encoder(*e)) for e in PUBLISHED[name]['text']] for name in names}
+        found = {name: [size(encoder(*e)) for e in PUBLISHED_EDITORS[name]['text']] for name in names}
         vaes = size(diffusers.AutoencoderKLFlux2()), size(diffusers.AutoencoderKLQwenImage())
     assert [*found.values()] == [[123_060_480, 4_762_310_656], [4_022_468_096], [8_190_735_360], [8_292_166_656]]
-    published = [PUBLISHED[n]['vae'] for n in ('black-forest-labs/FLUX.2-klein-base-4B', 'Qwen/Qwen-Image-Edit')]
+    others = 'black-forest-labs/FLUX.2-klein-base-4B', 'Qwen/Qwen-Image-Edit'
+    published = [PUBLISHED_EDITORS[name]['vae'] for name in others]
     assert list(vaes) == published
 
 @pytest.mark.parametrize('recipe,targets,limit', [('kontext_grpo', 'all', 24e9), ('klein_9b_nft', 'all', 20e9),
@@ -193,9 +194,9 @@ thin = {
 def test_activations_against_what_the_allocator_sees(name):
     "A thin transformer of each family trains a row: the planned bytes are within 10 % of those really held."
     import diffusers
-    about = dict(PUBLISHED[name], transformer=tiny_axes | thin[name])
+    about = dict(PUBLISHED_EDITORS[name], transformer=tiny_axes | thin[name])
     meta, real = (weightless_editor(about, size=256, guidance=1., dtype=torch.float32) for _ in range(2))
-    cls = getattr(diffusers, TRANSFORMERS[about['pipeline']])
+    cls = getattr(diffusers, TRANSFORMER_CLASSES[about['pipeline']])
     real.transformer, real.device = cls.from_config(about['transformer']).requires_grad_(False), torch.device('cpu')
     for e in (meta, real): add_lora(e, 8, targets='attention')
     shapes = weightless_text(meta, 128)
@@ -219,7 +220,7 @@ def test_what_decoding_holds():
                    up_block_types=('UpDecoderBlock2D',)*4, layers_per_block=2, latent_channels=16, use_quant_conv=False,
                    use_post_quant_conv=False)
     flux, qwen = diffusers.AutoencoderKL(**kontext), diffusers.AutoencoderKLQwenImage()
-    assert sum(p.numel() for p in flux.parameters()) == PUBLISHED['black-forest-labs/FLUX.1-Kontext-dev']['vae']
+    assert sum(p.numel() for p in flux.parameters()) == PUBLISHED_EDITORS['black-forest-labs/FLUX.1-Kontext-dev']['vae']
     @torch.no_grad()
     def held(vae, shape): return most_held(partial(vae.decode, torch.randn(shape)))
     assert abs(DECODER_NUMBERS[False]*96**2*4/held(flux, (1, 16, 12, 12)) - 1) < .05
@@ -322,7 +323,7 @@ def test_the_card_that_is_found(monkeypatch):
     monkeypatch.setattr('torch.cuda.get_device_name', lambda: name[0])
     monkeypatch.setattr('torch.cuda.get_device_properties', lambda i: SimpleNamespace(total_memory=size[0]))
     p = plan(c)
-    assert p['minutes'] == pytest.approx(here['minutes']*PEAK['H100']/PEAK['RTX 4090'])
+    assert p['minutes'] == pytest.approx(here['minutes']*PEAK_FLOPS['H100']/PEAK_FLOPS['RTX 4090'])
     assert 'estimate on NVIDIA GeForce RTX 4090' in plan_text(p)
     assert 'no GPU' not in plan_text(p) and 'too much' not in plan_text(p)
     size[0] = 1e8
@@ -434,8 +435,8 @@ def test_bench_builds_the_published_autoencoders(name, monkeypatch):
     "As many parameters as the plan has, which are those of the published files."
     monkeypatch.syspath_prepend(str(root/'experiments'))
     import bench_gpu
-    autoencoder = bench_gpu.autoencoder_of(name, PUBLISHED[name]['pipeline'])
-    assert sum(p.numel() for p in autoencoder.parameters()) == PUBLISHED[name]['vae']
+    autoencoder = bench_gpu.autoencoder_of(name, PUBLISHED_EDITORS[name]['pipeline'])
+    assert sum(p.numel() for p in autoencoder.parameters()) == PUBLISHED_EDITORS[name]['vae']
 
 def test_bench_command(tmp_path, monkeypatch, capsys):
     "The whole script at toy size: a table and a file; a compiler that fails spoils no other row."

@@ -10,7 +10,7 @@ import argparse, sys
 from os.path import expanduser
 from ..data.files import InputError, expect
 from ..data.signals import stop_at_once
-from ..rewards.edival_models import DETECTOR, FEATURES, VLM, weights_of
+from ..rewards.edival_models import EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, weights_of
 from ..rewards.edival_tools import LocalTools, check_tools, tools_app
 
 # %% ../../nbs/cli/07_tools.ipynb #eee3a13b
@@ -20,10 +20,10 @@ def tools_parser() -> argparse.ArgumentParser:
     ap = argparse.ArgumentParser('mtef_tools', description=about)
     ap.add_argument('--host', default='127.0.0.1', help='address to listen on (default: this machine alone)')
     ap.add_argument('--port', type=int, default=8100, help='port (default: 8100)')
-    ap.add_argument('--detector', default=DETECTOR, help=f'Grounding DINO (default: {DETECTOR})')
-    ap.add_argument('--vlm', default=VLM, help='vision-language model: MODEL or MODEL@URL, with :direct, :logit or '
-                                               f':think@k behind (default: {VLM})')
-    ap.add_argument('--features', default=FEATURES, help=f'DINOv3 or DINOv2 (default: {FEATURES})')
+    ap.add_argument('--detector', default=EDIVAL_DETECTOR, help=f'Grounding DINO (default: {EDIVAL_DETECTOR})')
+    ap.add_argument('--vlm', default=EDIVAL_VLM, help='vision-language model: MODEL or MODEL@URL, with :direct, '
+                                                      f':logit or :think@k behind (default: {EDIVAL_VLM})')
+    ap.add_argument('--features', default=EDIVAL_FEATURES, help=f'DINOv3 or DINOv2 (default: {EDIVAL_FEATURES})')
     ap.add_argument('--questions', metavar='CHECKOUT', help="ask the benchmark's very questions, from a checkout of it")
     ap.add_argument('--device', default='auto', help="'auto' (default) is the GPU where there is one")
     ap.add_argument('--batch', type=int, default=8, help='pictures at a time, of the detector (default: 8)')

@@ -18,11 +18,11 @@ from ..algorithm.config import Config, make_config
 from ..algorithm.fusion import PRESETS
 from ..algorithm.processes import ProcessError, broadcast_path, processes
 from ..ablation.sweeps import read_notebook, read_resources
-from ..training.budget import PUBLISHED, advice, plan, plan_text, savings_text
+from ..training.budget import PUBLISHED_EDITORS, advice, plan, plan_text, savings_text
 from ..training.progress import read_progress
 from ..training.runs import new_run_folder, read_config, results_table
 from ..training.source import session_source
-from ..training.train import FOLLOWED_BY, experiment, prepare
+from ..training.train import STOP_WITH_VARIABLE, experiment, prepare
 
 # %% ../../nbs/cli/00_train.ipynb #931aa22d
 def _number(value):
@@ -69,7 +69,7 @@ def start_notebook(
     parameters = atomic_write(run/'parameters.yaml', yaml.safe_dump(values))
     command = [sys.executable, '-m', 'papermill', str(notebook), str(run/'train.ipynb'), '-f', str(parameters),
                '--no-progress-bar']
-    env = dict(os.environ, PYDEVD_DISABLE_FILE_VALIDATION='1', **{FOLLOWED_BY: str(os.getpid())})
+    env = dict(os.environ, PYDEVD_DISABLE_FILE_VALIDATION='1', **{STOP_WITH_VARIABLE: str(os.getpid())})
     with open(run/'papermill.log', 'w') as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
@@ -213,7 +213,7 @@ def _plan(c):
     here = c.sessions != 'shapeworld' and not c.streaming and Path(c.sessions).exists()
     kinds = session_source(c).kinds if here else None
     print(plan_text(plan(c, kinds=kinds)))
-    if str(c.editor) in PUBLISHED or torch.cuda.is_available():
+    if str(c.editor) in PUBLISHED_EDITORS or torch.cuda.is_available():
         print(f'\nwhat a change would save, all else equal\n{savings_text(c, kinds=kinds)}')
 
 def _run(c, run, notebook):

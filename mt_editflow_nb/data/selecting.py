@@ -19,14 +19,14 @@ from .importers import RowWriter
 from .sessions import DECODED_AT_LOAD, Session, Sessions, load_sessions
 
 # %% ../../nbs/data/07_selecting.ipynb #7d8d1ee3
-_EDGE = 1 << 14    # bytes at each end of a file
+_EDGE_BYTES = 1 << 14    # bytes at each end of a file
 
 @lru_cache(1 << 18)
 def _key_of_file(path, modified, size):
     "`modified` is only there so that a changed file is read again."
     with open(path, 'rb') as f:
-        first = f.read(_EDGE)
-        f.seek(max(0, size - _EDGE))
+        first = f.read(_EDGE_BYTES)
+        f.seek(max(0, size - _EDGE_BYTES))
         return content_hash(size, first, f.read())
 
 def file_key(

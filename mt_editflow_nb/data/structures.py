@@ -16,7 +16,8 @@ from .sessions import Session
 from .shapeworld import (BACKGROUNDS, OBJECTS, POSITIONS, SPLITS, Edit, Reading, apply_edit,
                                             closeness, edit_text, parse_edit, random_chain, read_scene, recognise,
                                             render, with_article)
-from .verifier import VERIFIED, consistency_reference, content_consistency, instruction_followed
+from .verifier import (VERIFIED_DTYPES, consistency_reference, content_consistency,
+                                          instruction_followed)
 
 # %% ../../nbs/data/04_structures.ipynb #4b70d11d
 STRUCTURES = ('undo', 'referring', 'conditional')
@@ -83,7 +84,7 @@ def _undo_background(edits, first):
     return Edit('background_change', background=(before or [list(BACKGROUNDS)[first.background]])[-1])
 
 def _verify_member(instructions, first_image, first, images, now):
-    "The five verdicts of each turn of one member, in the order of `VERIFIED`. `first` and `now` are readings."
+    "The five verdicts of each turn of one member, in the order of `VERIFIED_DTYPES`. `first` and `now` are readings."
     readings, edits, so_far = [first], [], []      # `so_far`: edits meant, an undone background as one more change
     for text, image, after in zip(instructions, images, now):
         e = plain_edit(text, readings[-1].codes, edits)
@@ -108,12 +109,12 @@ def verify_structured(
     P, G, T, H, W, C = images_PGTHWC.shape
     first = np.stack([np.asarray(s.image) for s in sessions])
     seen, now = recognise(first), recognise(images_PGTHWC.reshape(-1, H, W, C))
-    out = {name: np.zeros((P, G, T), kind) for name, kind in VERIFIED.items()}
+    out = {name: np.zeros((P, G, T), kind) for name, kind in VERIFIED_DTYPES.items()}
     for p, session in enumerate(sessions):
         for g in range(G):
             turns = [now[(p*G + g)*T + t] for t in range(T)]
             verdicts = _verify_member(session.instructions, first[p], seen[p], images_PGTHWC[p, g], turns)
-            for name, values in zip(VERIFIED, zip(*verdicts)): out[name][p, g] = values
+            for name, values in zip(VERIFIED_DTYPES, zip(*verdicts)): out[name][p, g] = values
     return out
 
 # %% ../../nbs/data/04_structures.ipynb #f6f5bf24

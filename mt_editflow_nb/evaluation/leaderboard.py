@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from jinja2 import Environment
 from ..data.files import atomic_write, expect, read_json, shipped
 from .bench_items import BENCHMARKS
-from ..rewards.edival_models import VLM
+from ..rewards.edival_models import EDIVAL_VLM
 
 # %% ../../nbs/evaluation/10_leaderboard.ipynb #5e9ca728
 HEADLINES = dict(edival=('IF', 'CC', 'O'), gedit=('SC', 'PQ', 'O'), imgedit=('score',), lme=('SR', 'CR'), mse=('SR',),
@@ -29,7 +29,7 @@ def _footnotes(results): # what is different about a run, and what its card says
     notes = list(results.get('differences', [])) + list(results.get('notes', []))
     generation = protocol.get('generation', 'as published')
     if generation != 'as published': notes += generation.split('; ')
-    if protocol.get('vlm', VLM) != VLM: notes.append(f'judge {protocol["vlm"]} (published: {VLM})')
+    if protocol.get('vlm', EDIVAL_VLM) != EDIVAL_VLM: notes.append(f'judge {protocol["vlm"]} (published: {EDIVAL_VLM})')
     own_wording = protocol.get('questions') == 'own wording' and 'differences' not in results
     if own_wording: notes.append('our wording of the questions')
     if _benchmark_of(results) == 'sessions': notes.append(f'sessions: {results["facts"]["Data"]["sessions"]}')

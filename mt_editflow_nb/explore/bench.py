@@ -14,8 +14,8 @@ from ..data.files import InputError, expect
 from ..data.plots import PALETTE
 from ..rewards.judges import MODES, PROMPTS, load_mode
 from ..rewards.cube import Judge, verifier
-from .pages import (NATURAL, WRAPPED, Task, View, button, checkbox, dropdown, page, picture,
-                                          template)
+from .pages import (WHOLE_LABEL, WRAPPING_ROW, Task, View, button, checkbox, dropdown, page,
+                                          picture, template)
 from .strips import Strips
 
 # %% ../../nbs/explore/02_bench.ipynb #8d3ffa64
@@ -111,7 +111,7 @@ def bench_figure(
 def _text_area(name):
     "A box for text, which takes effect once the focus has left it."
     wide = dict(width='420px')
-    return widgets.Textarea(description=name, rows=2, continuous_update=False, style=NATURAL, layout=wide)
+    return widgets.Textarea(description=name, rows=2, continuous_update=False, style=WHOLE_LABEL, layout=wide)
 
 def _bench_controls(strips, judge):
     "Controls for the turn to show, and for the two texts that can be changed; choosing a turn resets them."
@@ -146,7 +146,7 @@ class RewardBench(View):
         self.modes = {mode: checkbox(mode, mode in ('direct', 'logit')) for mode in (*MODES, 'think@4')}
         self.score = button('score', button_style='primary')
         self.score.on_click(self.start)
-        row = widgets.HBox([*self.modes.values(), self.score], layout=WRAPPED)
+        row = widgets.HBox([*self.modes.values(), self.score], layout=WRAPPING_ROW)
         super().__init__(self._page, _bench_controls(strips, judge), self._figure, below=[row, self.task])
 
     def _selected(self, text, **where):

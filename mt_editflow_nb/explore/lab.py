@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from ..rewards.cube import Scores
 from ..algorithm.aggregation import AGGREGATIONS
 from ..algorithm.fusion import CREDITS, FUSIONS, PRESETS, STDS, advantages
-from .pages import NATURAL, View, checkbox, dropdown, page, template
+from .pages import WHOLE_LABEL, View, checkbox, dropdown, page, template
 
 # %% ../../nbs/explore/03_lab.ipynb #e9ae1af3
 _AGGREGATE = dict(
@@ -177,7 +177,7 @@ class AdvantageLab(View):
 
     @staticmethod
     def _slider(name, value):
-        return widgets.FloatSlider(description=name, value=value, min=0, max=1, step=.05, style=NATURAL,
+        return widgets.FloatSlider(description=name, value=value, min=0, max=1, step=.05, style=WHOLE_LABEL,
                                    layout=dict(width='230px'))
 
     def _apply(self, _=None):

@@ -15,7 +15,7 @@ from ..data.files import duration_text, read_json, read_json_lines
 from ..data.plots import figure_png, plot_learning_curves
 from ..training.monitor import find_hacking
 from ..training.runs import metrics_rows
-from .pages import NATURAL, View, as_url, checkbox, dropdown, page, template
+from .pages import WHOLE_LABEL, View, as_url, checkbox, dropdown, page, template
 
 # %% ../../nbs/explore/05_live.ipynb #457619dc
 def _stamp(path):
@@ -133,7 +133,7 @@ class TrainingMonitor(View):
         self.follow = checkbox('follow', True)
         rows = min(6, max(2, len(names)))
         chosen = widgets.SelectMultiple(description='runs', options=names, value=names, rows=rows)
-        average = widgets.IntSlider(description='average over', value=window, min=1, max=50, style=NATURAL,
+        average = widgets.IntSlider(description='average over', value=window, min=1, max=50, style=WHOLE_LABEL,
                                     continuous_update=False)
         controls = dict(runs=chosen, window=average, strips=dropdown('sessions of', [*names, 'none']))
         super().__init__(self._page, controls, self._figure, below=[self.follow])

@@ -21,8 +21,8 @@ from ..editing.editor import as_square, picture_size
 from ..editing.lora import base_only
 from ..editing.rollout import rollout
 from ..rewards.cube import verifier
-from .pages import (NATURAL, WRAPPED, Cancelled, Task, View, before_velocity, button, error_page,
-                                          dropdown, page, picture, template)
+from .pages import (WHOLE_LABEL, WRAPPING_ROW, Cancelled, Task, View, before_velocity, button,
+                                          dropdown, error_page, page, picture, template)
 from .strips import Strips, session_strip, strip_figure
 
 # %% ../../nbs/explore/04_playground.ipynb #490339fc
@@ -189,7 +189,8 @@ class Playground(View):
         self.random = np.random.default_rng(seed)
         self.task = Task()
         wide = dict(width='420px')
-        self.text = widgets.Combobox(placeholder='what to do', description='instruction', style=NATURAL, layout=wide)
+        self.text = widgets.Combobox(placeholder='what to do', description='instruction', style=WHOLE_LABEL,
+                                     layout=wide)
         self.buttons = {'edit': button('edit', button_style='primary')}
         self.buttons |= {name: button(name) for name in ('suggest', 'undo', 'start again')}
         self.boxes = SceneBoxes(self.random, self.begin, self._problem)
@@ -197,7 +198,7 @@ class Playground(View):
         steps = widgets.IntSlider(description='steps', value=num_steps, min=1, max=24, continuous_update=False)
         super().__init__(lambda steps: game_page(self.game), dict(steps=steps),
                          lambda steps: strip_figure(game_strips(self.game)), below=[self.task])
-        row = widgets.HBox([self.text, *self.buttons.values()], layout=WRAPPED)
+        row = widgets.HBox([self.text, *self.buttons.values()], layout=WRAPPING_ROW)
         self.children = [self.boxes, row, *self.children]
         for name, action in zip(self.buttons, (self.edit, self.suggest, self.undo, self.start_again)):
             self.buttons[name].on_click(action)

@@ -18,12 +18,12 @@ import numpy as np, torch
 from PIL import Image
 from ..data.files import InputError, expect, one_of
 from ..data import verifier as exact
-from ..data.sessions import MAX_INSTRUCTIONS
+from ..data.sessions import MAX_INSTRUCTIONS_LENGTH
 from .cache import Cached
 from .edival_rules import EDIVAL_SIDE, check_edival_session, run_together, to_square, turn_steps
 from .edival_tools import LocalTools, RemoteTools, check_tools, rule_rewards
 from .engines import Local, TINY_JUDGE
-from .judges import Item, JOINT, PROMPTS, TINY_PROMPTS
+from .judges import Item, JOINT_REWARDS, PROMPTS, TINY_PROMPTS
 from .judges import is_joint, load_mode, logit
 from .loading import JUDGE_EXAMPLES, check_settings_of, load_engine
 from .reward_models import HEAD_MODELS, RewardHeads, regress
@@ -140,8 +140,8 @@ def check_instruction_length(
 ):
     "Refuse instructions that no judge can read, by session and turn, before anything is sampled."
     for s in sessions:
-        if sum(map(len, s.instructions)) <= MAX_INSTRUCTIONS: continue
-        share = MAX_INSTRUCTIONS//len(s.instructions)
+        if sum(map(len, s.instructions)) <= MAX_INSTRUCTIONS_LENGTH: continue
+        share = MAX_INSTRUCTIONS_LENGTH//len(s.instructions)
         for t, text in enumerate(s.instructions, 1):
             wanted = f'an instruction of at most {share} characters for a judge'
             expect(len(text) <= share, f'session {s.id}, turn {t}', wanted, f'{len(text)} characters')
@@ -186,7 +186,7 @@ class Judge:
         self.coarse, self.success_at, self.max_failed, self.joint = coarse, success_at, max_failed, is_joint(mode)
         if self.joint:
             wanted = "('if', 'cc'), turn by turn, of a joint mode"
-            expect(self.rewards == JOINT and not coarse, 'rewards', wanted, rewards)
+            expect(self.rewards == JOINT_REWARDS and not coarse, 'rewards', wanted, rewards)
             expect(bool(prompts.joint), 'mode', 'one of the modes that the tiny judge knows', 'a joint one')
 
     def items(
@@ -281,12 +281,12 @@ def scores_of(
     values = np.array([v.score for v in verdict_of.values()], np.float32).reshape(*shape_PGT, len(judge.rewards))
     rewards = torch.from_numpy(values.repeat(repeats, 2))
     nan = torch.full(rewards.shape[:3], torch.nan)
-    follow, kept = (rewards[..., judge.rewards.index(n)] if n in judge.rewards else nan for n in JOINT)
+    follow, kept = (rewards[..., judge.rewards.index(n)] if n in judge.rewards else nan for n in JOINT_REWARDS)
     success = (follow >= judge.success_at).float().where(~follow.isnan(), torch.nan)
     calls = []
     for (p, g, t, name), v in verdict_of.items():
         for n, call in enumerate(v.calls):
-            seen = judge.joint and name != JOINT[0]          # the same call once more, for the other reward
+            seen = judge.joint and name != JOINT_REWARDS[0]          # the same call once more, for the other reward
             where = dict(session=sessions[p].id, member=g, turn=t + 1, reward=name)
             calls.append(where | dict(score=v.score, again=seen) | call)
     return Scores(judge.rewards, rewards, success, kept, kept, tuple(calls))
@@ -294,7 +294,7 @@ def scores_of(
 # %% ../../nbs/rewards/02_cube.ipynb #9a3010e2
 class EdivalJudge:
     "EdiVal's rules, with their tools in this process or behind a server."
-    by_turn, rewards = True, JOINT
+    by_turn, rewards = True, JOINT_REWARDS
     def __init__(
         self,
         engine,                 # `LocalTools` or `RemoteTools`
@@ -366,7 +366,7 @@ def _rule_scores(sessions, rows, shape_PGT, seconds):
         calls.append(about | dict(reward='if', score=r.follow, answer=row['why'] or 'followed', parsed=row['success']))
         terms = f"object {row['object_cc']}, background {row['background_cc']}"
         calls.append(about | dict(reward='cc', score=r.kept, answer=terms, parsed=None, again=True))
-    return Scores(JOINT, rewards, rewards[..., 0], term('object_cc'), term('background_cc'), tuple(calls))
+    return Scores(JOINT_REWARDS, rewards, rewards[..., 0], term('object_cc'), term('background_cc'), tuple(calls))
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0024
 def judge_usage(
@@ -399,7 +399,7 @@ def _heads_judge(kind, model, cache, offline, rewards, max_failed, options):
     expect('@http' not in model, 'judge', f'{kind}:CHECKPOINT, which is loaded in this process', f'{kind}:{model}')
     check_settings_of(RewardHeads, options)
     possible = tuple(HEAD_MODELS[kind].rewards)
-    rewards = possible if tuple(rewards) == JOINT else rewards
+    rewards = possible if tuple(rewards) == JOINT_REWARDS else rewards
     for name in rewards: one_of(f'rewards of {kind}', name, possible)
     heads = RewardHeads(kind, model, **options)
     engine = Cached(heads, cache, offline=offline) if cache or offline else heads
@@ -408,7 +408,7 @@ def _heads_judge(kind, model, cache, offline, rewards, max_failed, options):
 def _edival_judge(name, cache, offline, rewards, max_failed, options):
     "EdiVal's rules, with tools in this process or behind a server."
     _, at, url = name.partition('@')
-    expect(tuple(rewards) == JOINT, 'rewards of edival', JOINT, rewards)
+    expect(tuple(rewards) == JOINT_REWARDS, 'rewards of edival', JOINT_REWARDS, rewards)
     expect(0 <= max_failed <= 1, 'max_failed', 'a share from 0 to 1', max_failed)
     check_settings_of(RemoteTools if at else LocalTools, options)
     if not at: return EdivalJudge(LocalTools(cache, offline, **options), max_failed)

@@ -18,8 +18,8 @@ import numpy as np, torch
 from PIL import Image
 from pydantic import BaseModel
 from ..data.files import InputError, content_hash, expect, one_line, one_of, open_image
-from .edival_models import (DETECTOR, FEATURES, VLM, load_detector, load_edival_vlm,
-                                                  load_features, read_edival_questions, weights_of)
+from .edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, load_detector,
+                                                  load_edival_vlm, load_features, read_edival_questions, weights_of)
 from .edival_rules import (EDIVAL_SIDE, QUESTIONS, Describe, Detect, EdivalTools, Found,
                                                  NoAnswer, Question, answer_all)
 from .servers import EncodedPictures, connection_cause
@@ -250,12 +250,12 @@ class LocalTools:
         cache: str|Path = None,     # SQLite file that keeps what the vision-language model answers
         offline: bool = False,      # replay the file: a question that it does not hold is an error
         *,
-        detector: str = DETECTOR,   # a Grounding DINO folder or hub name
-        vlm: str = VLM,             # MODEL or MODEL@URL, perhaps with :logit or :think@k behind
-        features: str = FEATURES,   # a DINOv3 or DINOv2 folder or hub name
-        questions: str = None,      # a checkout of the benchmark, whose questions are asked; None: our wording
-        device: str = 'auto',       # 'auto' is the GPU where there is one
-        batch: int = 8,             # pictures at a time, of the detector
+        detector: str = EDIVAL_DETECTOR, # a Grounding DINO folder or hub name
+        vlm: str = EDIVAL_VLM,           # MODEL or MODEL@URL, perhaps with :logit or :think@k behind
+        features: str = EDIVAL_FEATURES, # a DINOv3 or DINOv2 folder or hub name
+        questions: str = None,           # a checkout of the benchmark, whose questions are asked; None: our wording
+        device: str = 'auto',            # 'auto' is the GPU where there is one
+        batch: int = 8,                  # pictures at a time, of the detector
     ):
         words = read_edival_questions(questions) if questions else QUESTIONS
         self.asker = load_edival_vlm(vlm, questions=words, cache=cache, offline=offline)
