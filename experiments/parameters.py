@@ -3,8 +3,7 @@
 So every field has its type, default and explanation in one place."""
 import json, types, typing
 from pathlib import Path
-from mt_editflow_nb.algorithm.config import Config
-from mt_editflow_nb.algorithm.fusion import PRESETS
+from mt_editflow_nb.algorithm.config import CONFIG_PRESETS, Config
 
 path = Path(__file__).resolve().parent/'ablation.ipynb'
 
@@ -21,7 +20,7 @@ def kind(t):
 
 def source():
     lines = [("run: str = ''", 'folder of the run; empty: one in runs/ablation/ that is named by the configuration')]
-    about = f'settings by name ({", ".join(PRESETS)}); what differs from the defaults overrides them'
+    about = f'settings by name ({", ".join(CONFIG_PRESETS)}); what differs from the defaults overrides them'
     lines.append(('preset: Optional[str] = None', about))
     for name, f in Config.model_fields.items():
         kinds = (f.annotation, *typing.get_args(f.annotation))

@@ -8,8 +8,7 @@ __all__ = ['notebook_config', 'config_content']
 # %% ../../nbs/ablation/00b_notebook.ipynb #1634039d
 import functools
 from pathlib import Path
-from ..algorithm.config import Config, make_config
-from ..algorithm.fusion import PRESETS
+from ..algorithm.config import CONFIG_PRESETS, Config, make_config
 from ..data.files import content_hash, one_of, read_json_lines
 from ..data.selecting import sessions_hash
 from ..data.tables import is_table, open_sessions
@@ -26,9 +25,9 @@ def notebook_config(
     fields = {name: value for name, value in variables.items() if name in Config.model_fields}
     preset = variables.get('preset')
     if preset is None: return make_config(fields)
-    one_of('preset', preset, PRESETS)
+    one_of('preset', preset, CONFIG_PRESETS)
     changed = {name: value for name, value in fields.items() if value != Config.model_fields[name].default}
-    return make_config(PRESETS[preset] | changed)
+    return make_config(CONFIG_PRESETS[preset] | changed)
 
 # %% ../../nbs/ablation/00b_notebook.ipynb #c1dff2ca
 def _stamps(files):

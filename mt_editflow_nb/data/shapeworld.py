@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'BACKGROUNDS', 'POSITIONS', 'CELL_SIDE', 'WORLD_SIDE', 'OBJECTS', 'PATTERNS', 'EDIT_TYPES',
-           'RECOGNISED_RMS', 'FAR_RMS', 'SPLITS', 'DEPENDENT_TYPES', 'Scene', 'templates', 'cells_of', 'render',
-           'enlarge', 'Edit', 'with_article', 'edit_text', 'parse_edit', 'apply_edit', 'Reading', 'closeness',
+           'RECOGNISED_RMS', 'FAR_RMS', 'SPLITS', 'DEPENDENT_TYPES', 'WORLDS', 'Scene', 'templates', 'cells_of',
+           'render', 'enlarge', 'Edit', 'with_article', 'edit_text', 'parse_edit', 'apply_edit', 'Reading', 'closeness',
            'recognise', 'read_scene', 'split_of', 'random_edit', 'random_chain', 'shape_sessions', 'dependent_chain',
            'dependent_sessions', 'teacher_images']
 
@@ -344,6 +344,8 @@ def dependent_sessions(
         rng = np.random.default_rng((seed, i, list(SPLITS).index(split), 100))
         sessions.append(_session_of(f'dependent-{split}-{seed}-{i}', *dependent_chain(rng, turns, split)))
     return sessions
+
+WORLDS = {'shapeworld': shape_sessions, 'shapeworld:dependent': dependent_sessions}    # as a run names them
 
 # %% ../../nbs/data/02_shapeworld.ipynb #48655b99
 def teacher_images(

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from safetensors.numpy import load_file
 from ..data.files import InputError, expect, one_of
 from ..data.plots import session_figure
-from ..data.shapeworld import teacher_images
+from ..data.shapeworld import WORLDS, teacher_images
 from ..data.sizes import fit_picture
 from ..rewards.cube import Scores
 from ..evaluation.running import unpack_pictures
@@ -206,7 +206,7 @@ def read_strips(
     P = len(images_PGTHWC)
 
     config = read_config(run)
-    if config.sessions == 'shapeworld': config = config.model_copy(update=dict(eval_sessions=P))
+    if config.sessions in WORLDS: config = config.model_copy(update=dict(eval_sessions=P))
     heldout = session_source(config).heldout
     both = zip(outcomes_from(before), outcomes_from(after))
     success_PGT, objects_PGT, background_PGT = (torch.from_numpy(np.stack([x[:P], y[:P]], 1)) for x, y in both)
