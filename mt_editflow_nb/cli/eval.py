@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..data.files import (InputError, atomic_write, check_writable, content_hash, expect, one_line,
                                        open_image, read_json, to_json)
 from ..data.sessions import MAX_TURNS, load_edival
-from ..data.shapeworld import shape_sessions
+from ..data.shapeworld import WORLDS
 from ..data.signals import stop_at_once, stop_requests
 from ..data.structures import STRUCTURES, plain_form, structured_sessions
 from ..data.tables import open_sessions
@@ -68,7 +68,8 @@ def _editor_options(ap):
     ap.add_argument('--steps', type=int, help='denoising steps (default: 3; on EdiVal-Bench the published number)')
 
 def _session_options(ap):
-    ap.add_argument('--sessions', help="'shapeworld' (default: its held-out sessions), 'edival', or a JSON Lines file")
+    ap.add_argument('--sessions', help="'shapeworld' (default: its held-out sessions), 'shapeworld:dependent', "
+                                       "'edival', or a JSON Lines file")
     ap.add_argument('--n', type=int, help='sessions, the first ones (default: 512 of the shape world, else all)')
     ap.add_argument('--turns', type=int, help=f'turns of the shape world, 1 to {MAX_TURNS} (default: 3)')
     ap.add_argument('--structure', choices=STRUCTURES,
@@ -149,7 +150,7 @@ def _given(a, names): return [name for name in names if getattr(a, name) not in 
 
 def _kind(a):
     "Which of the three kinds of sessions is asked for."
-    if a.sessions in (None, 'shapeworld'): return 'shapeworld'
+    if a.sessions in (None, *WORLDS): return 'shapeworld'
     return 'edival' if a.sessions == 'edival' else 'a file'
 
 def judge_options(
@@ -263,7 +264,7 @@ def check_names(
 def _load_editor(a, sessions): # raises `InputError` where instructions of a file are longer than its text encoder takes
     editor = load_editor(a.editor, quantize=a.quantize, size=a.size, guidance=a.guidance)
     if a.lora: load_trained(editor, a.lora)
-    if not a.bench and a.sessions not in ('shapeworld', 'edival'): check_instructions(editor, sessions)
+    if not a.bench and a.sessions not in (*WORLDS, 'edival'): check_instructions(editor, sessions)
     elif cut := long_instructions(editor, sessions):
         _say(f'warning: {len(cut)} instructions are longer than the {editor.max_text_tokens} tokens that the editor '
              'reads, and are cut')
@@ -374,8 +375,8 @@ def chosen_sessions(
     if a.structure:
         sessions = structured_sessions(a.n or 512, a.structure, a.turns)
         return plain_form(sessions) if a.plain else sessions
-    if a.sessions == 'shapeworld':
-        sessions = shape_sessions(a.n or 512, a.turns, 'heldout')
+    if a.sessions in WORLDS:
+        sessions = WORLDS[a.sessions](a.n or 512, a.turns, 'heldout')
         check_for_judge(a.judge, sessions[:1])
         return sessions
     sessions = open_sessions(a.sessions, allow_outside=a.allow_outside, same_turns=False)
@@ -408,7 +409,7 @@ def notes_about(
     "What to know beside the scores of these sessions."
     config = training_of(a.lora)
     data, shared = config.get('sessions', 'shapeworld'), []
-    if data != 'shapeworld':
+    if data not in WORLDS:
         try: shared = shared_pictures(sessions, open_sessions(data, same_turns=False))
         except InputError: shared = None
     trained_by = config.get('judge') and judge_of_rules(config['judge'], config.get('judge_options') or {})
@@ -463,20 +464,20 @@ def evaluate_free(
 
 def _finish_free(a, out, chosen, sessions, outcomes, images, seconds):
     "Pictures, scores and card of a run that is over."
-    keep = a.keep or (32 if a.sessions == 'shapeworld' else len(sessions))
+    keep = a.keep or (32 if a.sessions in WORLDS else len(sessions))
     for i, s in enumerate(sessions[:keep]): save_session_images(out, s, images(i))
     save_run_images(out, sessions[:keep])
     success_IT, why = outcomes.success_IT, plain_failures(outcomes.success_IT)
     if is_shape_world(sessions):
         why = shape_failures(sessions, [images(i) for i in range(len(sessions))], success_IT)
     structure, split = a.structure or 'chain', 'held out'
-    if a.sessions != 'shapeworld': split = f'its first {a.n}' if a.n else 'the whole file'
+    if a.sessions not in WORLDS: split = f'its first {a.n}' if a.n else 'the whole file'
     lengths = ' to '.join(map(str, sorted({min(turn_counts(chosen)), max(turn_counts(chosen))})))
     data = dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {lengths} turns',
                 structure=f'{structure}, in plain words' if a.plain else structure, split=split)
     protocol = dict(judge=a.judge, **_generation_facts(a), seed=1234, input='every turn edits the last output',
                     seconds_a_turn=f'{seconds:.3f}')
-    if a.sessions != 'shapeworld': protocol |= dict(pictures='cut to squares' if a.crop else 'in their own ratio')
+    if a.sessions not in WORLDS: protocol |= dict(pictures='cut to squares' if a.crop else 'in their own ratio')
     facts = dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
     notes = notes_about(a, chosen, success_IT, a.judge)
     return finish_run(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, notes=notes,

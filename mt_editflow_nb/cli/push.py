@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment
 from ..data.files import InputError, atomic_write, content_hash, expect, one_line, read_json, to_json
 from ..data.plots import save_figure
+from ..data.shapeworld import WORLDS
 from ..editing.loading import TINY_EDITOR
 from ..editing.lora import ADAPTER_FILE
 from ..evaluation.card import blind_spots, markdown_table
@@ -174,8 +175,8 @@ def hub_card(run, published, repo: str, base: str, licence: dict, strips: list) 
     "The model card of an adapter, from `published_adapter`. What it says is what the run folder holds."
     held, results = public_config(run), published.results
     config, content = held['config'], held['identity'].get('sessions')
-    data = 'the shape world of mt_editflow_nb' if config['sessions'] == 'shapeworld' else f"{config['sessions']}"
-    if content and content != 'shapeworld': data += f' (hash of the content: {content[:16]})'
+    data = 'the shape world of mt_editflow_nb' if config['sessions'] in WORLDS else f"{config['sessions']}"
+    if content and content not in WORLDS: data += f' (hash of the content: {content[:16]})'
     environment = Environment(keep_trailing_newline=True)
     return environment.from_string(HUB_CARD).render(
         head=card_head(base, licence), title=repo.rpartition('/')[2], base=base, results=results, config=config,

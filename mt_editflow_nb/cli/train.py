@@ -13,9 +13,9 @@ from safetensors import SafetensorError                             # what a ful
 from tqdm.auto import tqdm
 from ..data.files import (InputError, atomic_write, check_writable, expect, one_line, read_json,
                                        read_text)
+from ..data.shapeworld import WORLDS
 from ..data.signals import Stopped, stop_at_once, stop_requests
-from ..algorithm.config import Config, make_config
-from ..algorithm.fusion import PRESETS
+from ..algorithm.config import CONFIG_PRESETS, Config, make_config
 from ..algorithm.processes import ProcessError, broadcast_path, processes
 from ..ablation.sweeps import read_notebook, read_resources
 from ..training.budget import PUBLISHED_EDITORS, advice, plan, plan_text, savings_text
@@ -156,7 +156,7 @@ def run_notebook(
 # %% ../../nbs/cli/00_train.ipynb #5526c3bd
 def _parser():
     fields = '\n'.join(f'  {k:24}{f.description} (default {f.default})' for k, f in Config.model_fields.items())
-    presets = f'  {"preset":24}settings of a published recipe: {", ".join(PRESETS)}\n'
+    presets = f'  {"preset":24}settings by name: {", ".join(CONFIG_PRESETS)}\n'
     about = 'Train a multi-turn image editor with MT-EditFlow and evaluate it before and after.'
     parser = argparse.ArgumentParser('mtef_train', description=about, epilog='fields:\n' + presets + fields,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -210,7 +210,7 @@ def _chosen(a) -> tuple: # (`Config`, run folder)
 
 # %% ../../nbs/cli/00_train.ipynb #5526c3be
 def _plan(c):
-    here = c.sessions != 'shapeworld' and not c.streaming and Path(c.sessions).exists()
+    here = c.sessions not in WORLDS and not c.streaming and Path(c.sessions).exists()
     kinds = session_source(c).kinds if here else None
     print(plan_text(plan(c, kinds=kinds)))
     if str(c.editor) in PUBLISHED_EDITORS or torch.cuda.is_available():

@@ -16,6 +16,7 @@ from .. import __version__
 from ..data.files import (InputError, atomic_write, content_hash, expect, one_of, read_json,
                                        read_json_lines, to_json)
 from ..data.plots import plot_learning_curves
+from ..data.shapeworld import WORLDS
 from ..editing.loading import find_editor
 from ..editing.lora import find_adapter
 from ..rewards.cube import load_judge
@@ -96,9 +97,9 @@ def read_config(
         if isinstance(e, InputError): raise
         raise InputError(f'run: {file}: expected the config.json of a run, received other JSON') from None
     older = 'identity' not in stored
-    if older and fields.get('sessions', 'shapeworld') != 'shapeworld':
+    if older and fields.get('sessions', 'shapeworld') not in WORLDS:
         fields |= dict(heldout=fields.get('heldout') or 'training', eval_sessions=10**9, eval_turns=None)
-    if 'crop' not in fields and fields.get('sessions', 'shapeworld') != 'shapeworld': fields |= dict(crop='square')
+    if 'crop' not in fields and fields.get('sessions', 'shapeworld') not in WORLDS: fields |= dict(crop='square')
     try: return make_config(fields, strict=False)
     except InputError as e: raise InputError(f'run: {file}: {e}') from None
 

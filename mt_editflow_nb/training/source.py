@@ -24,7 +24,7 @@ from ..data.files import InputError, content_hash, expect
 from ..data.overview import NEAR_COPY_RMS
 from ..data.selecting import are_many, picture_keys, sessions_hash, split_by_picture
 from ..data.sessions import Sessions
-from ..data.shapeworld import parse_edit, shape_sessions
+from ..data.shapeworld import WORLDS, parse_edit
 from ..data.sizes import PREFERRED_SIZES, bucket_sizes, fit_picture, nearest_bucket
 from ..data.tables import StreamedBatches, is_table, open_sessions
 from ..editing.editor import at_size, check_instructions, picture_size
@@ -131,13 +131,12 @@ class PrefetchedBatches:
 
 # %% ../../nbs/training/02_source.ipynb #2aceb8a1
 def _shape_world(c):
-    turns = c.turns or 3
+    turns, make = c.turns or 3, WORLDS[c.sessions]
     def batch(iteration):
-        return shape_sessions(c.sessions_per_iteration, turns, 'train', seed=c.seed,
-                              start=iteration*c.sessions_per_iteration)
-    heldout = shape_sessions(c.eval_sessions, c.eval_turns or turns, 'heldout', seed=0)
+        return make(c.sessions_per_iteration, turns, 'train', seed=c.seed, start=iteration*c.sessions_per_iteration)
+    heldout = make(c.eval_sessions, c.eval_turns or turns, 'heldout', seed=c.eval_seed)
     for judge in (c.judge, c.eval_judge): check_for_judge(judge, heldout[:1])
-    return SessionSource(batch, heldout, 'held-out sessions of the shape world', 'shapeworld', content_hash(heldout))
+    return SessionSource(batch, heldout, 'held-out sessions of the shape world', c.sessions, content_hash(heldout))
 
 # %% ../../nbs/training/02_source.ipynb #f86e115a
 _DRAWN_AT_ONCE = 1024   # iterations
@@ -287,7 +286,7 @@ def _batches(train, c, skipped):
 # %% ../../nbs/training/02_source.ipynb #1b3325cf
 def _check_fields(c):
     "Raises `InputError` for a setting without effect."
-    shape_world = c.sessions == 'shapeworld'
+    shape_world = c.sessions in WORLDS
     for name in ('heldout', 'turn_weights', 'crop', 'on_bad'):
         unset = getattr(c, name) in (None, 'stop')
         expect(not shape_world or unset, name, 'sessions=FILE, without which it has no effect', getattr(c, name))
@@ -299,7 +298,7 @@ def _check_fields(c):
 
 def _check_there(field, name):
     "Raises `InputError` for the name of a file that is not there."
-    words = ('shapeworld',) if field == 'sessions' else ('training',)
+    words = (*WORLDS,) if field == 'sessions' else ('training',)
     if not isinstance(name, str) or name in words or is_table(name) or Path(name).is_file(): return
     near = difflib.get_close_matches(name, words, 1)
     hint = f' (did you mean {near[0]!r}?)' if near else ''
@@ -359,7 +358,7 @@ def session_source(
 ) -> SessionSource:
     "Find the sessions of a run. Raises `InputError` for files that do not fit its configuration."
     _check_fields(c)
-    if c.sessions == 'shapeworld': return _shape_world(c)
+    if c.sessions in WORLDS: return _shape_world(c)
     for field in ('sessions', 'heldout'): _check_there(field, getattr(c, field))
     if c.streaming: return _streamed(c)
     with warnings.catch_warnings():

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..data.files import (InputError, append_json_line, atomic_write, content_hash, expect, locked,
                                        open_image, read_json, read_json_lines, to_json)
 from ..data.plots import save_figure, session_figure
-from ..data.shapeworld import WORLD_SIDE
+from ..data.shapeworld import WORLD_SIDE, WORLDS
 from ..data.sizes import fit_picture
 from ..data.signals import Stopped, stop_requests, stop_with
 from ..editing.editor import at_size, set_shape
@@ -148,7 +148,7 @@ def exact_scores(sessions, images_PGTHWC, goes_on_PT):
 
 def iteration_signals(c: Config, editor, sessions, rolled, scores, adv_PGT) -> dict:
     "What the hacking monitor needs of an iteration; a judge of the shape world is compared with the exact verifier."
-    shape_world = c.sessions == 'shapeworld' and editor.size == WORLD_SIDE
+    shape_world = c.sessions in WORLDS and editor.size == WORLD_SIDE
     compare = processes()[1] == 1 and shape_world and not c.judge.startswith('verifier')
     shown = [sessions[p] for p in rolled.shard.sessions]           # those that this process has made members of
     with torch.no_grad():
