@@ -6,6 +6,7 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from helpers import PATIENCE, Command, run_notebook, wait_for
 from mt_editflow_nb.cli import run_eval
+from mt_editflow_nb.cli import eval as cli_eval
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.evaluation.card import load_run
 from mt_editflow_nb.data.sessions import save_sessions
@@ -13,6 +14,7 @@ from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import save_lora
 from mt_editflow_nb.evaluation.edival import made_from, turn_file
+from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.rewards.edival_models import tiny_edival_models
 from mt_editflow_nb.evaluation.scores import load_outcomes
 
@@ -121,6 +123,25 @@ def test_options_of_a_judge_and_pictures_elsewhere(tmp_path, capsys):
     results = json.loads((tmp_path/'out'/'results.json').read_text())
     assert results['unscored'] == 1                                # two tokens hold no score
     assert main([*command, '--allow-outside']) == 2 and 'judge_options' in capsys.readouterr().err
+
+def test_consistency_that_nobody_scored_is_counted(tmp_path, monkeypatch, capsys):
+    "IF has its answer, CC has none: as of a judge whose second question fails. Table, card and results say so."
+    def half_a_judge(sessions, images):
+        scores = load_judge('verifier')(sessions, images)
+        scores.rewards_PGTM[:, :, 1, 1] = np.nan
+        scores.object_cc_PGT[:, :, 1] = scores.background_cc_PGT[:, :, 1] = np.nan
+        return scores
+    monkeypatch.setattr(cli_eval, 'load_judge', lambda *_, **__: half_a_judge)
+    command = ['--n', '3', '--turns', '2', '--steps', '1', '--out', str(tmp_path/'out')]
+    for _ in range(2):                                             # the second time from what is on disk
+        assert main(command) == 0
+        said = capsys.readouterr()
+        results = json.loads((tmp_path/'out'/'results.json').read_text())
+        assert (results['unscored'], results['unscored_by_reward']) == (0, {'if': [0, 0], 'cc': [0, 3]})
+        unscored = {(row['turn'], row['metric']): row['unscored'] for row in results['table']}
+        assert [unscored[2, m] for m in ('IF', 'marginal', 'CC', 'O')] == [0, 0, 3, 3] and unscored[1, 'CC'] == 0
+        assert 'CC of 3 of 6 turns could not be scored' in said.out + said.err
+    assert 'CC unscored' in (tmp_path/'out'/'card.md').read_text()
 
 def test_a_changed_first_picture_is_generated_and_scored_again(bench, tmp_path, capsys):
     "What was made of the old picture is not taken for the new one; the other session is left alone."

@@ -1,5 +1,5 @@
 "Judges behind servers that restart, refuse, and answer in many forms; every right value is written by hand."
-import json, math, os, socket, threading, time
+import json, math, os, socket, sqlite3, threading, time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest, torch
@@ -16,7 +16,7 @@ class Scripted(ThreadingHTTPServer):
     "A chat server on loopback. `script(request)` gives the fields of a choice, or a status and an error's message."
     daemon_threads, allow_reuse_address = True, True
     def __init__(self, script, port=0, models=200):
-        self.script, self.models, self.requests = script, models, []
+        self.script, self.models, self.listed, self.requests = script, models, [], []
         super().__init__(('127.0.0.1', port), Handler)
         self.url = f'http://127.0.0.1:{self.server_port}/v1'
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -28,7 +28,7 @@ class Scripted(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
-    def do_GET(self): self.answer(self.server.models, dict(data=[]))
+    def do_GET(self): self.answer(self.server.models, dict(data=self.server.listed))
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
         self.server.requests.append(request)
@@ -279,6 +279,38 @@ def test_another_address_is_another_judge(tmp_path):
         assert (score(a), score(b), score(a)) == (6/9, 1, 6/9) and len(a.requests) == len(b.requests) == 1
         score(a, picture='jpeg')
         assert len(a.requests) == 2 and 'data:image/jpeg' in json.dumps(a.requests[1])
+
+def test_another_model_under_the_same_name_is_asked_anew(tmp_path, capfd):
+    "What vLLM lists: `root` is the checkpoint, `created` the start of the server, which is no other model."
+    ask = Ask((), 'how many?')
+    def listing(root, created): return dict(id='m', object='model', owned_by='vllm', root=root, created=created)
+    with Scripted(lambda request: server.answer) as server:
+        def answered_by(root, created, answer):
+            server.listed, server.answer = [listing('elsewhere', 0) | dict(id='other'), listing(root, created)], answer
+            engine = Cached(Server('m', server.url), tmp_path/'c.sqlite')
+            said = [r.text for r in engine([ask, Ask((), f'at {created}')])]     # the second one is always new
+            return said[0], 'another model' in capfd.readouterr().err
+        assert answered_by('/models/old', 1, 'one') == ('one', False)
+        assert answered_by('/models/old', 2, 'two') == ('one', False)            # a restart
+        assert answered_by('/models/new', 3, 'three') == ('three', True)
+        assert answered_by('/models/new', 4, 'four') == ('three', False)         # said once
+        offline = Cached(Server('m', server.url), tmp_path/'c.sqlite', offline=True)
+        assert [r.text for r in offline([ask])] == ['three']
+        assert answered_by('/models/old', 5, 'five') == ('one', True)
+        server.listed = []                                                       # a server that says nothing
+        assert Cached(Server('m', server.url), tmp_path/'c.sqlite')([ask])[0].text == 'one'
+
+def test_a_cache_of_an_earlier_version_is_gone_on_with(tmp_path):
+    "It has no table of what was served: whoever answers first is taken for who answered then."
+    with Scripted(lambda request: 'new') as server:
+        engine, ask = Server('m', server.url), Ask((), 'how many?')
+        older = Cached(engine, tmp_path/'c.sqlite')
+        older([ask])
+        with sqlite3.connect(tmp_path/'c.sqlite') as db: db.execute('drop table serving')
+        server.listed = [dict(id='m', root='/models/judge')]
+        again = Cached(engine, tmp_path/'c.sqlite')
+        again([ask, Ask((), 'another question')])
+        assert again.hits == 1 and len(server.requests) == 2
 
 def test_pictures_are_encoded_once(monkeypatch):
     with Scripted(lambda request: good) as server:

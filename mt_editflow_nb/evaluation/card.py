@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARKDOWN_CARD', 'HTML_CARD', 'is_shape_world', 'shape_failures', 'plain_failures', 'taxonomy', 'session_scores',
-           'best_median_worst', 'model_of', 'shared_pictures', 'blind_spots', 'markdown_table', 'card_strip',
-           'card_results', 'write_pages', 'write_card', 'save_session_images', 'load_session_images', 'save_run_images',
-           'load_run']
+           'best_median_worst', 'model_of', 'shared_pictures', 'unscored_sentences', 'same_judge_sentences',
+           'blind_spots', 'markdown_table', 'card_strip', 'card_results', 'write_pages', 'write_card',
+           'save_session_images', 'load_session_images', 'save_run_images', 'load_run']
 
 # %% ../../nbs/evaluation/06_card.ipynb #33905ab5
 import base64
@@ -21,7 +21,8 @@ from ..data.sessions import load_sessions
 from ..data.shapeworld import WORLD_SIDE, parse_edit, recognise
 from .edival import turn_file
 from .running import pack_pictures
-from .scores import EDIVAL_METRICS, Outcomes, all_right_so_far, count_unscored, score_intervals
+from .scores import (EDIVAL_METRICS, Outcomes, all_right_so_far, score_intervals,
+                                              unscored_by_reward)
 from .statistics import divide, format_intervals, wilson
 
 # %% ../../nbs/evaluation/06_card.ipynb #185f2476
@@ -120,20 +121,36 @@ def shared_pictures(
     known = set(map(small, training))
     return [s.id for s in sessions if small(s) in known]
 
+def unscored_sentences(
+    unscored: dict, # from `unscored_by_reward`
+    turns: int,     # of all sessions together
+) -> list:          # of sentences, none where every turn was scored
+    "How much is missing."
+    follow, kept = sum(unscored['if']), sum(unscored['cc'])
+    notes = [f'{follow} of {turns} turns could not be scored; every score leaves them out.'] if follow else []
+    if kept: notes.append(f'CC of {kept} of {turns} turns could not be scored; CC and O leave out what is missing.')
+    return notes
+
+def same_judge_sentences(
+    judge: str,      # that scores
+    trained_by: str, # the judge that trained; None: not known, or nothing was trained
+) -> list:           # of one sentence, or none
+    "Whether the scores come from the judge that rewarded."
+    if not trained_by or model_of(trained_by) != model_of(judge): return []
+    return [f'The judge that scores, {judge}, is the judge that trained: what it overlooks was rewarded.']
+
 def blind_spots(
     success_IT,             # NaN: unscored
     judge: str,             # that scores
     trained_by: str = None, # the judge that trained; None: not known, or nothing was trained
     shared: list = (),      # from `shared_pictures`; None: the training data could not be read
     turns_I=None,           # how many turns each session has; None: T
+    cc_unscored_IT=None,    # bool, where a question about consistency got no answer; None: nowhere
 ) -> list:                  # of sentences
     "What a reader has to know to interpret the scores."
-    notes, unscored = [], int(count_unscored(success_IT, turns_I).sum())
-    if unscored:
-        turns = np.size(success_IT) if turns_I is None else sum(turns_I)
-        notes.append(f'{unscored} of {turns} turns could not be scored; every score leaves them out.')
-    if trained_by and model_of(trained_by) == model_of(judge):
-        notes.append(f'The judge that scores, {judge}, is the judge that trained: what it overlooks was rewarded.')
+    turns = np.size(success_IT) if turns_I is None else sum(turns_I)
+    notes = unscored_sentences(unscored_by_reward(success_IT, cc_unscored_IT, turns_I), turns)
+    notes += same_judge_sentences(judge, trained_by)
     if shared: notes.append(f'{len(shared)} first pictures were in the training data, the first in {shared[0]}.')
     if shared is None: notes.append('Whether these pictures were in the training data could not be checked.')
     return notes
@@ -254,14 +271,16 @@ def card_results(
     table: pd.DataFrame, # from `score_intervals`
     success_IT=None,     # NaN: unscored; a column counts these where there are some
     turns_I=None,        # how many turns each session has, a column where they differ; None: T
+    cc_unscored_IT=None, # bool; a column counts these where there are some
 ) -> pd.DataFrame:       # index turn; a column of texts for each metric
     "Scores as texts, every number with its interval."
     wide = format_intervals(table).unstack('metric')[list(EDIVAL_METRICS)]
     if turns_I is not None and len(set(turns_I)) > 1:
         wide = wide.assign(sessions=[sum(n >= turn for n in turns_I) for turn in wide.index])
     if success_IT is None: return wide
-    unscored_T = count_unscored(success_IT, turns_I)
-    return wide.assign(unscored=unscored_T) if unscored_T.any() else wide
+    counts = unscored_by_reward(success_IT, cc_unscored_IT, turns_I)
+    if any(counts['if']): wide = wide.assign(unscored=counts['if'])
+    return wide.assign(**{'CC unscored': counts['cc']}) if any(counts['cc']) else wide
 
 def write_pages(
     folder: str|Path, # gets card.md and card.html
@@ -283,12 +302,13 @@ def write_card(
     why_IT: list,       # reasons of failure
     extra: dict = None, # further tables, heading -> DataFrame
     notes: list = (),   # from `blind_spots`
+    cc_unscored_IT=None,# bool, where a question about consistency got no answer; None: nowhere
 ) -> Path:              # of card.md
     "Write the card as Markdown with pictures beside it, and as one self-contained HTML page."
     folder, turns_I = Path(folder), [len(s.instructions) for s in sessions]
     types = [s.task_types or ['(no type)'] * n for s, n in zip(sessions, turns_I)]
     success, why = ([row[:n] for row, n in zip(x, turns_I)] for x in (outcomes.success_IT, why_IT))
-    results = card_results(score_intervals(outcomes, turns_I=turns_I), outcomes.success_IT, turns_I)
+    results = card_results(score_intervals(outcomes, turns_I=turns_I), outcomes.success_IT, turns_I, cc_unscored_IT)
     sections = [dict(head='Results', text=_about_results, table=results)]
     sections += [dict(head=head, text='', table=table) for head, table in (extra or {}).items()]
     sections.append(dict(head='Failures by instruction type', text=_about_failures,

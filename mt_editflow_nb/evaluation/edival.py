@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED_STEPS', 'EDIVAL_SEED', 'published_protocol', 'protocol_differences', 'turn_file', 'save_made', 'made_from',
            'is_made', 'check_settings', 'edit_images', 'in_batches', 'generate_edival', 'pictures_to_make',
-           'pictures_of_others', 'score_edival', 'sessions_to_score', 'outcomes_of', 'load_published']
+           'pictures_of_others', 'score_edival', 'sessions_to_score', 'outcomes_of', 'cc_unscored_of', 'load_published']
 
 # %% ../../nbs/evaluation/04_edival.ipynb #d028a901
 from pathlib import Path
@@ -273,6 +273,12 @@ def outcomes_of(
     def value(x): return np.nan if x is None else x
     def array(key): return np.array([[value(row[key]) for row in rows] for rows in scored], float)
     return Outcomes(array('success'), array('object_cc'), array('background_cc'))
+
+def cc_unscored_of(
+    scored: list, # I results of `score_session`
+) -> np.ndarray:  # bool [I, T]
+    "Where a detector or the features gave no answer, so that a term of consistency is missing and not void."
+    return np.array([[bool(row.get('unscored')) for row in rows] for rows in scored])
 
 # %% ../../nbs/evaluation/04_edival.ipynb #4d494ed5
 _term_keys = dict(object_cc='object_dinov3_consistency_mean', background_cc='background_dinov3_consistency')

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['equal_length_batches', 'make_pictures', 'run_batch', 'EvaluatedSession', 'evaluation_protocol', 'check_protocol',
-           'pack_pictures', 'unpack_pictures', 'write_outcomes', 'read_outcomes', 'write_session', 'read_sessions',
-           'open_evaluation', 'evaluate_round', 'share_out', 'evaluation_rounds', 'evaluate_sessions',
-           'collect_sessions', 'unscored_note', 'evaluate', 'solver_of', 'trained_with', 'training_mismatches']
+           'pack_pictures', 'unpack_pictures', 'write_outcomes', 'read_outcomes', 'read_cc_unscored', 'write_session',
+           'read_sessions', 'open_evaluation', 'evaluate_round', 'share_out', 'evaluation_rounds', 'evaluate_sessions',
+           'collect_sessions', 'collect_cc_unscored', 'unscored_note', 'evaluate', 'evaluated_sessions', 'solver_of',
+           'trained_with', 'training_mismatches']
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3c5a6b08
 import math, sys
@@ -22,7 +23,7 @@ from ..algorithm.sharding import is_sharded
 from ..editing.lora import lora_parameters
 from ..editing.rollout import Shard, rollout
 from ..rewards.cube import check_scores
-from .scores import Outcomes, count_unscored, outcomes_from
+from .scores import Outcomes, outcomes_from, unscored_by_reward
 
 # %% ../../nbs/evaluation/01a_running.ipynb #57266fb2
 def equal_length_batches(
@@ -51,12 +52,15 @@ def run_batch(
     num_steps: int,  # denoising steps
     seed: int,       # of the noise
     kind: str,       # 'ode', or 'dpm2' for DPM-Solver++ 2M
-) -> tuple:          # (`Outcomes` of these sessions, images uint8 [I, T, H, W, 3])
+) -> tuple:          # (`Outcomes` of these sessions, images uint8 [I, T, H, W, 3], bool [I, T]: CC got no answer)
     "Let an editor run freely, and judge the results. Raises `InputError` for scores that break a judge's contract."
     images_PGTHWC, run = make_pictures(editor, sessions, indices, num_steps, seed, kind), [sessions[i] for i in indices]
     scores = check_scores(judge(run, images_PGTHWC), run, images_PGTHWC)
     fields = scores.success_PGT, scores.object_cc_PGT, scores.background_cc_PGT
-    return Outcomes(*(x[:, 0].float().cpu().numpy() for x in fields)), images_PGTHWC[:, 0]
+    outcomes = Outcomes(*(x[:, 0].float().cpu().numpy() for x in fields))
+    no_cc_IT = np.zeros(outcomes.success_IT.shape, bool)
+    if 'cc' in scores.names: no_cc_IT = scores.rewards_PGTM[:, 0, :, scores.names.index('cc')].isnan().numpy()
+    return outcomes, images_PGTHWC[:, 0], no_cc_IT
 
 # %% ../../nbs/evaluation/01a_running.ipynb #cb8321db
 class EvaluatedSession(NamedTuple):
@@ -64,6 +68,7 @@ class EvaluatedSession(NamedTuple):
     index: int              # its place in the list of sessions
     outcomes: Outcomes      # `[1, T]`, of its own T turns
     images_THWC: np.ndarray # uint8, every turn's result; None where this session's are not kept
+    cc_unscored_1T: np.ndarray = None # bool, where a question about consistency got no answer; None: nowhere
 
 def evaluation_protocol(
     editor,         # from `load_editor`
@@ -112,24 +117,38 @@ def write_outcomes(
     file,               # of safetensors
     outcomes: Outcomes, # [I, T]
     images,             # of the first sessions, as `pack_pictures` takes them
+    cc_unscored_IT=None,# bool, where a question about consistency got no answer; None: nowhere
 ):
     "Write outcomes and pictures whole or not at all, with a hash of their content."
     from safetensors.numpy import save
-    arrays = {k: np.ascontiguousarray(x) for k, x in (outcomes._asdict() | pack_pictures(images)).items()}
+    arrays = outcomes._asdict() | pack_pictures(images)
+    if np.any(cc_unscored_IT): arrays |= dict(cc_unscored_IT=cc_unscored_IT)
+    arrays = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     atomic_write(file, save(arrays, dict(content=content_hash(arrays))))
 
-def read_outcomes(
-    file,        # from `write_outcomes`; older versions wrote no hash
-) -> tuple:      # (`Outcomes` [I, T], pictures); None where the file is missing, damaged, or another one
-    "Outcomes and pictures as they were written."
+def _read_arrays(file):
+    "The arrays of a file; None where it is missing, damaged, or another one."
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(str(file), 'numpy') as f:
             content, arrays = (f.metadata() or {}).get('content'), {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError): return None
-    if content not in (None, content_hash(arrays)): return None
+    return arrays if content in (None, content_hash(arrays)) else None
+
+def read_outcomes(
+    file,        # from `write_outcomes`; older versions wrote no hash
+) -> tuple:      # (`Outcomes` [I, T], pictures); None where the file is missing, damaged, or another one
+    "Outcomes and pictures as they were written."
+    arrays = _read_arrays(file)
+    if arrays is None: return None
     try: return outcomes_from(arrays), unpack_pictures(arrays)
     except (InputError, KeyError): return None
+
+def read_cc_unscored(
+    file, # from `write_outcomes`
+): # bool [I, T], or None: every question about consistency got an answer
+    "Where a question about consistency got no answer. A consistency that is void got one."
+    return (_read_arrays(file) or {}).get('cc_unscored_IT')
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3de
 def write_session(
@@ -139,15 +158,16 @@ def write_session(
     "Write a session's results whole or not at all."
     images = () if evaluated.images_THWC is None else (evaluated.images_THWC,)
     file = Path(folder)/f'session_{evaluated.index:06d}.safetensors'
-    write_outcomes(file, evaluated.outcomes, np.array(images, np.uint8))
+    write_outcomes(file, evaluated.outcomes, np.array(images, np.uint8), evaluated.cc_unscored_1T)
 
 def _read_rows(file, indices):
     "`EvaluatedSession`s of a file, none where there is no file, or a damaged one."
     found = read_outcomes(file)
     if not found or len(found[0].success_IT) != len(indices): return []
     outcomes, images = found
-    return [EvaluatedSession(i, Outcomes(*(x[n:n + 1] for x in outcomes)), images[n] if n < len(images) else None)
-            for n, i in enumerate(indices)]
+    no_cc_IT = read_cc_unscored(file)
+    return [EvaluatedSession(i, Outcomes(*(x[n:n + 1] for x in outcomes)), images[n] if n < len(images) else None,
+                             None if no_cc_IT is None else no_cc_IT[n:n + 1]) for n, i in enumerate(indices)]
 
 def read_sessions(
     folder,         # of an evaluation
@@ -246,10 +266,10 @@ def evaluate_sessions(
         solver = {} if kind == 'ode' else dict(kind=kind)
         return evaluation_protocol(editor, sessions, num_steps=num_steps, seed=seed, **solver, **(settings or {}))
     def run(indices):
-        outcomes, images = run_batch(editor, sessions, indices, judge, num_steps=num_steps, seed=seed, kind=kind)
+        outcomes, images, no_cc = run_batch(editor, sessions, indices, judge, num_steps=num_steps, seed=seed, kind=kind)
         rows = [Outcomes(*(x[n:n + 1] for x in outcomes)) for n in range(len(indices))]
-        return [EvaluatedSession(i, row, image if keep is None or i < keep else None)
-                for i, row, image in zip(indices, rows, images)]
+        return [EvaluatedSession(i, row, image if keep is None or i < keep else None, no_cc[n:n + 1])
+                for n, (i, row, image) in enumerate(zip(indices, rows, images))]
     with ExitStack() as open_things:
         show = progress and process == 0
         bar = open_things.enter_context(tqdm(total=len(sessions), desc=desc, unit='session', disable=not show))
@@ -279,14 +299,26 @@ def collect_sessions(
     same_shape = len({x.shape for x in images}) == 1
     return outcomes, np.stack(images) if same_shape else images
 
+def collect_cc_unscored(
+    evaluated, # `EvaluatedSession`s in any order
+): # bool [I, T], or None: every question about consistency got an answer
+    "Where a question about consistency got no answer, in the order of `collect_sessions`."
+    evaluated = sorted(evaluated, key=lambda e: e.index)
+    T, found = max(e.outcomes.success_IT.shape[1] for e in evaluated), [e.cc_unscored_1T for e in evaluated]
+    if not any(np.any(x) for x in found): return None
+    return np.stack([np.zeros(T, bool) if x is None else np.pad(x[0], (0, T - x.shape[1])) for x in found])
+
 def unscored_note(
-    success_IT,   # NaN: unscored
-    turns_I=None, # how many turns each session has; None: T
-) -> str:         # '' where every turn was scored
+    success_IT,          # NaN: unscored
+    turns_I=None,        # how many turns each session has; None: T
+    cc_unscored_IT=None, # bool, where a question about consistency got no answer; None: nowhere
+) -> str:                # '' where every turn was scored
     "How many turns could not be scored, as a line for a log."
-    missing = int(count_unscored(success_IT, turns_I).sum())
+    follow, kept = (sum(counts) for counts in unscored_by_reward(success_IT, cc_unscored_IT, turns_I).values())
     total = np.size(success_IT) if turns_I is None else int(np.sum(turns_I))
-    return f'{missing} of {total} turns could not be scored; they are left out of every score' if missing else ''
+    texts = [f'{follow} of {total} turns could not be scored; they are left out of every score'] if follow else []
+    if kept: texts.append(f'CC of {kept} of {total} turns could not be scored; CC and O leave them out')
+    return '; '.join(texts)
 
 def evaluate(
     editor,         # from `load_editor`
@@ -295,10 +327,20 @@ def evaluate(
     **kw,           # num_steps, kind, seed, batch, folder, keep, settings, progress and desc of `evaluate_sessions`
 ) -> tuple:         # (`Outcomes` [I, T], images uint8 [I, T, H, W, 3])
     "EdiVal's multi-turn protocol: every turn edits the editor's own last output. Unscored turns are counted on stderr."
-    outcomes, images = collect_sessions(evaluate_sessions(editor, sessions, judge, **kw))
-    note = unscored_note(outcomes.success_IT, [len(s.instructions) for s in sessions])
+    return collect_sessions(evaluated_sessions(editor, sessions, judge, **kw))
+
+def evaluated_sessions(
+    editor,         # from `load_editor`
+    sessions: list, # I `Session`s
+    judge,          # (sessions, images) -> `Scores`
+    **kw,           # as for `evaluate`
+) -> list:          # of `EvaluatedSession`s
+    "What `evaluate` collects. Unscored turns are counted on stderr."
+    evaluated = list(evaluate_sessions(editor, sessions, judge, **kw))
+    success_IT, turns_I = collect_sessions(evaluated)[0].success_IT, [len(s.instructions) for s in sessions]
+    note = unscored_note(success_IT, turns_I, collect_cc_unscored(evaluated))
     if note and processes()[0] == 0: print(f'{kw.get("desc", "evaluating")}: {note}', file=sys.stderr)
-    return outcomes, images
+    return evaluated
 
 # %% ../../nbs/evaluation/01a_running.ipynb #ee1a7f26
 def solver_of(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EDIVAL_METRICS', 'Outcomes', 'outcomes_from', 'all_right_so_far', 'metric_arrays', 'weighted_scores', 'edival_scores',
-           'count_unscored', 'score_intervals', 'compare_scores', 'plot_comparison', 'save_outcomes', 'load_outcomes',
-           'compare', 'seed_summary']
+           'count_unscored', 'unscored_by_reward', 'score_intervals', 'compare_scores', 'plot_comparison',
+           'save_outcomes', 'load_outcomes', 'compare', 'seed_summary']
 
 # %% ../../nbs/evaluation/01_scores.ipynb #6aad773e
 import json
@@ -123,6 +123,23 @@ def count_unscored(
     if turns_I is not None: missing = missing & (np.arange(missing.shape[-1]) < np.asarray(turns_I)[:, None])
     return missing.reshape(-1, missing.shape[-1]).sum(0)
 
+def unscored_by_reward(
+    success_IT,          # [I, T]; NaN: unscored
+    cc_unscored_IT=None, # bool [I, T], where a question about consistency got no answer; None: nowhere
+    turns_I=None,        # how many turns each session has; None: T
+) -> dict:               # 'if' and 'cc' -> a list of T counts
+    "How many turns nobody could score, for each reward. A consistency that is void, as nothing is left, is scored."
+    cc_IT = np.zeros(np.shape(success_IT)) if cc_unscored_IT is None else np.asarray(cc_unscored_IT)
+    arrays = {'if': success_IT, 'cc': np.where(cc_IT, np.nan, 0.)}
+    return {name: count_unscored(x, turns_I).tolist() for name, x in arrays.items()}
+
+def _unscored_rows(success_SIT, cc_unscored_IT, turns_I):
+    "Turns that each number leaves out, in the order of `_index`: CC and O want both answers."
+    follow_T = count_unscored(success_SIT, turns_I)
+    if cc_unscored_IT is None: return follow_T.repeat(len(EDIVAL_METRICS))
+    both_T = count_unscored(np.where(cc_unscored_IT, np.nan, success_SIT), turns_I)
+    return np.stack([follow_T, follow_T, both_T, both_T], -1).ravel()
+
 def _parts(outcomes, prefix='', turns_I=None):
     "`metric_arrays` of checked outcomes, with an axis of seeds."
     if isinstance(outcomes, dict):
@@ -155,6 +172,7 @@ def score_intervals(
     n_boot: int = 2000, # draws
     seed: int = 0,      # of the draws
     turns_I=None,       # how many turns each session has; None: T
+    cc_unscored_IT=None,# bool, where a question about consistency got no answer; None: nowhere
 ) -> pd.DataFrame:      # index (turn, metric); value, low, high in percent; `sessions` it is over, turns `unscored`
     """EdiVal's scores of one editor with 95 % intervals: a percentile bootstrap over sessions, and over several seeds.
 
@@ -170,7 +188,7 @@ def score_intervals(
         if table.value[t, 'IF'] in (0, 100) and not np.isnan(table.low[t, 'CC']):
             for end in ('low', 'high'):
                 table.loc[(t, 'O'), end] = (table.loc[(t, 'IF'), end] * table.loc[(t, 'CC'), end])**.5
-    return table.assign(unscored=count_unscored(parts[0], turns_I).repeat(len(EDIVAL_METRICS)))
+    return table.assign(unscored=_unscored_rows(parts[0], cc_unscored_IT, turns_I))
 
 # %% ../../nbs/evaluation/01_scores.ipynb #e2f8b586
 def compare_scores(
@@ -181,6 +199,7 @@ def compare_scores(
     seed: int = 0,           # of the draws
     over_seeds: bool = True, # whether the interval covers training with other seeds too; False: these very editors
     turns_I=None,            # how many turns each session has; None: T
+    cc_unscored: tuple = (None, None), # of either editor bool [I, T], where a question about consistency got no answer
 ) -> pd.DataFrame: # index (turn, metric); before, after, difference, low, high, superiority, unscored turns
     """EdiVal's scores of two editors in percent, with a paired percentile bootstrap of their difference over sessions.
 
@@ -199,8 +218,8 @@ def compare_scores(
     columns = dict(before=b_boot.value_X, after=a_boot.value_X, difference=gain.value_X, low=low, high=high,
                    superiority=superiority(draws_BX))
     table = pd.DataFrame(columns, _index(T))
-    for name, parts in (('before', b), ('after', a)):
-        table[f'{name}_unscored'] = count_unscored(parts[0], turns_I).repeat(len(EDIVAL_METRICS))
+    for name, parts, cc_unscored_IT in (('before', b, cc_unscored[0]), ('after', a, cc_unscored[1])):
+        table[f'{name}_unscored'] = _unscored_rows(parts[0], cc_unscored_IT, turns_I)
     return table
 
 # %% ../../nbs/evaluation/01_scores.ipynb #66337cc6

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
-from ..data.files import InputError, expect, one_line, one_of
+from ..data.files import InputError, expect, first_line, one_line, one_of
 
 # %% ../../nbs/rewards/00_engines.ipynb #748b303d
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def load_vlm(
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device, **kw)
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as e:
-        raise InputError(f'judge: {path} cannot be loaded: {str(e).splitlines()[0]}') from e
+        raise InputError(f'judge: {path} cannot be loaded: {first_line(e)}') from e
     processor.tokenizer.padding_side = 'left'
     return model.eval(), processor
 
