@@ -11,7 +11,8 @@ from mt_editflow_nb.cli.push import main
 from mt_editflow_nb.data.files import content_hash
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
-from mt_editflow_nb.editing.loading import find_editor
+from mt_editflow_nb.editing.loading import find_editor, load_editor
+from mt_editflow_nb.editing.whole import read_transformer
 from mt_editflow_nb.training.train import experiment
 
 ADDRESS = 'http://gpu7.intern:8000/v1'
@@ -128,6 +129,42 @@ def test_the_best_adapter_is_published_with_its_own_numbers(tmp_path, capsys):
     assert main([str(run), 'ada/edits']) == 0
     after = {r['metric']: r['after'] for r in json.loads((run/'hub'/'results.json').read_text())['table']}
     assert after['CC'] == pytest.approx(held['heldout_CC'], abs=1e-3) and after['CC'] != whole['CC']['after']
+    strips = {n: (run/'hub'/f'heldout_{n}.png').read_bytes() for n in range(2)}
+    assert strips == {n: (best.parent/f'heldout_{n}.png').read_bytes() for n in range(2)}          # of this adapter
+    assert strips[0] != (run/'rollouts'/'heldout_0.png').read_bytes()
+    card = (run/'hub'/'README.md').read_text()
+    assert 'below after 1 iterations](heldout_0.png)' in card and 'pictures are its own' in card
+    for file in best.parent.glob('*.png'): file.unlink()                            # of an earlier version
+    assert main([str(run), 'ada/edits']) == 0
+    card = (run/'hub'/'README.md').read_text()
+    assert 'kept no pictures of it' in card and 'heldout_' not in card
     shutil.rmtree(run/'evaluations')
     assert main([str(run), 'ada/edits']) == 2
     assert 'mtef_push: --adapter: expected' in capsys.readouterr().err
+
+def test_a_whole_transformer_is_published_in_pieces(tmp_path, monkeypatch, capsys):
+    "`lora_rank: none`: the pieces load in plain diffusers, as the card says, and are what was trained."
+    monkeypatch.setattr('mt_editflow_nb.editing.whole.SHARD_SIZE', '200KB')
+    run, folder = tmp_path/'run', tmp_path/'hub'
+    experiment(make_config(small | dict(lora_rank=None, iterations=1, turns=1, lr=1e-4)), run, progress=False)
+    assert main([str(run), 'ada/edits', '--to', str(folder)]) == 0, capsys.readouterr().err
+    pieces = {p.name for p in (folder/'transformer').iterdir()}
+    assert pieces == {p.name for p in (run/'transformer').iterdir()} and len(pieces) > 3
+    assert not (folder/'pytorch_lora_weights.safetensors').exists()
+    card = ModelCard.load(folder/'README.md')
+    assert 'lora' not in card.data.tags and 'A transformer for tiny' in card.text and 'load_lora' not in card.text
+    assert "AutoModel.from_pretrained('ada/edits', subfolder='transformer'" in card.text
+    import diffusers
+    transformer = diffusers.AutoModel.from_pretrained(folder, subfolder='transformer')
+    pipe = diffusers.FluxKontextPipeline.from_pretrained(find_editor('tiny')[0], transformer=transformer)
+    trained, base = read_transformer(run/'transformer'), load_editor().transformer.state_dict()
+    assert all(torch.equal(x, trained[name]) for name, x in pipe.transformer.state_dict().items())
+    assert any(not torch.equal(x, trained[name]) for name, x in base.items())
+    with fake_hub(monkeypatch) as asked: assert main([str(run), 'ada/edits', '--to', str(folder), '--yes']) == 0
+    commit = next(body for _, path, body in asked if '/commit/' in path)
+    sent = {row['value']['path'] for row in map(json.loads, commit.splitlines()) if row['key'] == 'file'}
+    assert {f'transformer/{name}' for name in pieces} <= sent
+    piece = sorted((run/'transformer').glob('*.safetensors'))[0]
+    piece.write_bytes(piece.read_bytes()[:-4] + b'\0\0\0\1')
+    assert main([str(run), 'ada/edits']) == 2
+    assert 'the transformer that results.json is about' in capsys.readouterr().err
