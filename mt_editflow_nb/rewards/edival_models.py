@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image
-from ..data.files import InputError, content_hash, expect, read_text
+from ..data.files import InputError, content_hash, expect, first_line, read_text
 from .engines import Ask, fingerprint
 from .judges import MODES, ask_and_parse, load_mode
 from .loading import load_engine
@@ -111,16 +111,13 @@ EDIVAL_QUALITY = 'MizzenAI/HPSv3'
 def _load(cls, name, what, device):
     try: model = cls.from_pretrained(str(name))
     except (OSError, ValueError) as e:
-        raise InputError(f'{what}: expected a model that can be loaded, received {name}: {_first_line(e)}') from e
+        raise InputError(f'{what}: expected a model that can be loaded, received {name}: {first_line(e)}') from e
     return model.requires_grad_(False).eval().to(_device(device))
 
 def _processor(cls, name, what):
     try: return cls.from_pretrained(str(name))
     except (OSError, ValueError, ImportError) as e:  # Qwen2-VL's processor needs torchvision for videos, and says so
-        raise InputError(f'{what}: expected a model with its processor, received {name}: {_first_line(e)}') from e
-
-def _first_line(e):
-    return str(e).strip().splitlines()[0]
+        raise InputError(f'{what}: expected a model with its processor, received {name}: {first_line(e)}') from e
 
 def _device(device):
     if device != 'auto': return device
@@ -422,7 +419,7 @@ def _hpsv3(name, device):
     "HPSv3 through the class of its base model, which transformers has."
     try: heads = RewardHeads('hpsv3', name, device=device)
     except (OSError, ValueError) as e:
-        raise InputError(f'quality: expected a model that can be loaded, received {name}: {_first_line(e)}') from None
+        raise InputError(f'quality: expected a model that can be loaded, received {name}: {first_line(e)}') from None
     try: heads.loaded                                                   # now, not at the first picture
     except InputError as e: raise InputError(f'quality: {e}') from None
     question = heads.question('quality', '')
