@@ -44,13 +44,15 @@ from ..evaluation.bench_scores import (Answers, ask_benchmark, benchmark_scores,
 from ..evaluation.card import (blind_spots, is_shape_world, load_session_images,
                                             plain_failures, save_run_images, save_session_images, shape_failures,
                                             shared_pictures, write_card)
-from ..evaluation.edival import (EDIVAL_SEED, check_settings, generate_edival, load_published, outcomes_of,
-                                              pictures_of_others, pictures_to_make, protocol_differences,
-                                              published_protocol, score_edival, sessions_to_score)
+from ..evaluation.edival import (EDIVAL_SEED, cc_unscored_of, check_settings, generate_edival,
+                                              load_published, outcomes_of, pictures_of_others, pictures_to_make,
+                                              protocol_differences, published_protocol, score_edival,
+                                              sessions_to_score)
 from ..evaluation.exposure import decay_table, half_life, structured_judge
-from ..evaluation.running import evaluate, share_out, trained_with, training_mismatches
-from ..evaluation.scores import (Outcomes, compare, count_unscored, load_outcomes, save_outcomes,
-                                              score_intervals)
+from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, share_out,
+                                               trained_with, training_mismatches)
+from ..evaluation.scores import (Outcomes, compare, load_outcomes, save_outcomes, score_intervals,
+                                              unscored_by_reward)
 from ..evaluation.statistics import format_intervals
 from ..training.source import check_for_judge
 
@@ -344,22 +346,24 @@ def finish_run(
     notes: list = (),   # what to know beside the scores
     against=None,       # another run
     extra: dict = None, # further tables
+    cc_unscored_IT=None,# bool, where a question about consistency got no answer; None: nowhere
     **card,             # title, images and why_IT of `write_card`
 ) -> pd.DataFrame:      # of `score_intervals`
     "Write scores, then draw the card; one that cannot be drawn is a warning."
     save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions])
     turns_I = turn_counts(sessions)
-    table = score_intervals(outcomes, turns_I=turns_I)
+    table = score_intervals(outcomes, turns_I=turns_I, cc_unscored_IT=cc_unscored_IT)
     atomic_write(out/'scores.csv', table.to_csv())
-    unscored = int(count_unscored(outcomes.success_IT, turns_I).sum())
+    unscored = unscored_by_reward(outcomes.success_IT, cc_unscored_IT, turns_I)
     rows = table.reset_index().to_dict('records')
-    results = dict(sessions=len(sessions), turns=outcomes.success_IT.shape[1], unscored=unscored, notes=list(notes),
-                   facts=facts, table=rows)
+    results = dict(sessions=len(sessions), turns=outcomes.success_IT.shape[1], unscored=sum(unscored['if']),
+                   unscored_by_reward=unscored, notes=list(notes), facts=facts, table=rows)
     atomic_write(out/'results.json', to_json(results, indent=1))
     try:
         facts, tables = _further_tables(out, sessions, outcomes, facts, against)
         tables |= extra or {}
-        write_card(out, facts=facts, sessions=sessions, outcomes=outcomes, notes=notes, extra=tables, **card)
+        write_card(out, facts=facts, sessions=sessions, outcomes=outcomes, notes=notes, extra=tables,
+                   cc_unscored_IT=cc_unscored_IT, **card)
     except InputError: raise
     except Exception as e:  # matplotlib and Pillow raise all kinds: the scores are there, and stay
         _say(f'warning: the card could not be drawn ({type(e).__name__}: {one_line(e)}); the scores are in {out}')
@@ -405,6 +409,7 @@ def notes_about(
     sessions: list, # I `Session`s
     success_IT,     # NaN: unscored
     judge: str,     # its name
+    cc_unscored_IT=None, # bool, where a question about consistency got no answer; None: nowhere
 ) -> list:          # of sentences
     "What to know beside the scores of these sessions."
     config = training_of(a.lora)
@@ -413,7 +418,8 @@ def notes_about(
         try: shared = shared_pictures(sessions, open_sessions(data, same_turns=False))
         except InputError: shared = None
     trained_by = config.get('judge') and judge_of_rules(config['judge'], config.get('judge_options') or {})
-    return blind_spots(success_IT, judge_of_rules(judge, judge_options(a)), trained_by, shared, turn_counts(sessions))
+    judge = judge_of_rules(judge, judge_options(a))
+    return blind_spots(success_IT, judge, trained_by, shared, turn_counts(sessions), cc_unscored_IT)
 
 # %% ../../nbs/cli/01_eval.ipynb #bff30cde
 def _keeping(judge, out): # a judge that writes the pictures that it is shown, before it answers
@@ -428,7 +434,7 @@ def run_free(
     sessions: list, # I `Session`s
     judge,          # from `load_judge`
     out: Path,      # keeps pictures and outcomes as they come
-) -> tuple:         # (outcomes, i -> pictures of session i)
+) -> tuple:         # (outcomes, i -> pictures of session i, bool [I, T] or None: CC got no answer)
     "Evaluate session by session; pictures and outcomes are on disk as they come."
     model = getattr(getattr(judge, 'engine', None), 'model', a.judge)
     settings = dict(judge=model) | {'model' if k == 'editor' else k: v for k, v in made_with(a).items()}
@@ -437,10 +443,12 @@ def run_free(
               settings=settings)
     size = sum(len(s.instructions) for s in sessions) * editor.size**2 * 3
     if size > MAX_BYTES_IN_MEMORY:
-        outcomes, _ = evaluate(editor, sessions, _keeping(judge, out), keep=0, **kw)
-        return outcomes, lambda i: load_session_images(out, sessions[i])
-    outcomes, images = evaluate(editor, sessions, judge, **kw)
-    return outcomes, lambda i: images[i]
+        evaluated = evaluated_sessions(editor, sessions, _keeping(judge, out), keep=0, **kw)
+        outcomes, _ = collect_sessions(evaluated)
+        return outcomes, lambda i: load_session_images(out, sessions[i]), collect_cc_unscored(evaluated)
+    evaluated = evaluated_sessions(editor, sessions, judge, **kw)
+    outcomes, images = collect_sessions(evaluated)
+    return outcomes, lambda i: images[i], collect_cc_unscored(evaluated)
 
 # %% ../../nbs/cli/01_eval.ipynb #b1e3a084
 def evaluate_free(
@@ -458,11 +466,11 @@ def evaluate_free(
         editor = _load_editor(a, chosen)
         sessions = resize_sessions(editor, chosen, a.crop)
     began = time.monotonic()
-    outcomes, images = run_free(a, editor, sessions, judge, out)
+    found = run_free(a, editor, sessions, judge, out)
     seconds = (time.monotonic() - began) / sum(turn_counts(chosen))
-    return from_first(lambda: _finish_free(a, out, chosen, sessions, outcomes, images, seconds)), sessions
+    return from_first(lambda: _finish_free(a, out, chosen, sessions, *found, seconds)), sessions
 
-def _finish_free(a, out, chosen, sessions, outcomes, images, seconds):
+def _finish_free(a, out, chosen, sessions, outcomes, images, cc_unscored_IT, seconds):
     "Pictures, scores and card of a run that is over."
     keep = a.keep or (32 if a.sessions in WORLDS else len(sessions))
     for i, s in enumerate(sessions[:keep]): save_session_images(out, s, images(i))
@@ -479,9 +487,9 @@ def _finish_free(a, out, chosen, sessions, outcomes, images, seconds):
                     seconds_a_turn=f'{seconds:.3f}')
     if a.sessions not in WORLDS: protocol |= dict(pictures='cut to squares' if a.crop else 'in their own ratio')
     facts = dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
-    notes = notes_about(a, chosen, success_IT, a.judge)
+    notes = notes_about(a, chosen, success_IT, a.judge, cc_unscored_IT)
     return finish_run(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, notes=notes,
-                      outcomes=outcomes, images=images, why_IT=why, against=a.against)
+                      outcomes=outcomes, images=images, why_IT=why, against=a.against, cc_unscored_IT=cc_unscored_IT)
 
 # %% ../../nbs/cli/01_eval.ipynb #14438df7
 def edival_sessions(
@@ -595,13 +603,13 @@ def evaluate_edival(
 def _finish_edival(a, out, sessions, scored):
     "Scores and card of EdiVal-Bench."
     save_run_images(out, sessions)
-    outcomes = outcomes_of(scored)
+    outcomes, no_cc_IT = outcomes_of(scored), cc_unscored_of(scored)
     return finish_run(
         out, title='EdiVal-Bench evaluation of a multi-turn editor', facts=_edival_facts(a, sessions, out),
         sessions=sessions, outcomes=outcomes, images=lambda i: load_session_images(out, sessions[i]),
         why_IT=[[row['why'] for row in rows] for rows in scored], against=a.against,
         extra={'Quality': quality_table(scored)} if 'quality' in scored[0][0] else None,
-        notes=notes_about(a, sessions, outcomes.success_IT, a.vlm))
+        notes=notes_about(a, sessions, outcomes.success_IT, a.vlm, no_cc_IT), cc_unscored_IT=no_cc_IT)
 
 # %% ../../nbs/cli/01_eval.ipynb #cee223e6
 def import_published(

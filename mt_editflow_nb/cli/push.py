@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LICENCES', 'HUB_CARD', 'STRIPS_ON_CARD', 'without_address', 'without_folder', 'public_config', 'licence_of',
            'base_of', 'numbers_table', 'card_head', 'hub_card', 'check_finished', 'Published', 'after_O',
-           'best_iteration', 'evaluated_at', 'published_adapter', 'hub_folder', 'check_repo', 'upload', 'main']
+           'best_iteration', 'evaluated_at', 'turns_scored', 'last_weights', 'best_weights', 'copy_file', 'hub_folder',
+           'check_repo', 'upload', 'main']
 
 # %% ../../nbs/cli/05_push.ipynb #9712e323
-import argparse, re, sys
+import argparse, os, re, shutil, sys
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
@@ -21,11 +22,12 @@ from ..data.plots import save_figure
 from ..data.shapeworld import WORLDS
 from ..editing.loading import TINY_EDITOR
 from ..editing.lora import ADAPTER_FILE
-from ..evaluation.card import blind_spots, markdown_table
+from ..evaluation.card import markdown_table, same_judge_sentences, unscored_sentences
 from ..training.runs import plot_run, read_config
-from ..evaluation.running import EvaluatedSession, collect_sessions, read_outcomes
-from ..evaluation.scores import Outcomes
-from ..training.train import before_after_table, log_rows
+from ..evaluation.running import (EvaluatedSession, collect_cc_unscored, collect_sessions,
+                                               read_cc_unscored, read_outcomes)
+from ..evaluation.scores import unscored_by_reward
+from ..training.train import before_after_table, log_rows, trained_content
 
 # %% ../../nbs/cli/05_push.ipynb #a5a95780
 def without_address(
@@ -96,7 +98,7 @@ HUB_CARD = '''\
 
 # {{ title }}
 
-A LoRA for {{ base }}, trained with reinforcement learning on sessions of {{ results.turns }} turns:
+{{ what }} for {{ base }}, trained with reinforcement learning on sessions of {{ results.turns }} turns:
 every turn edits the result of the one before.
 Made with [mt_editflow_nb](https://mt-editflow-nb.github.io/mt_editflow_nb).
 
@@ -116,7 +118,7 @@ O: geometric mean of IF and CC. Scored by {{ config.eval_judge }}.
 - {{ note }}
 {%- endfor %}
 {% for file in strips %}
-![A held-out session, above before and below after {{ trained }} iterations]({{ file }})
+![A held-out session, above before and below after {{ results.iterations }} iterations]({{ file }})
 {% endfor %}
 ![Learning curves](curves.png)
 
@@ -130,7 +132,11 @@ O: geometric mean of IF and CC. Scored by {{ config.eval_judge }}.
 | judge that scored | {{ config.eval_judge }} |
 | algorithm | {{ config.algorithm }} |
 | an iteration | {{ config.sessions_per_iteration }} sessions times {{ config.group }} members |
+{% if whole -%}
+| trained | every weight of the transformer |
+{% else -%}
 | adapter | rank {{ config.lora_rank }}, layers: {{ config.lora_targets }} |
+{% endif -%}
 | seed | {{ config.seed }} |
 
 Everything else stands in `config.json`; `metrics.jsonl` is the log of the run.
@@ -139,9 +145,15 @@ Everything else stands in `config.json`; `metrics.jsonl` is the log of the run.
 
 ```python
 import torch
+{% if whole -%}
+from diffusers import AutoModel, DiffusionPipeline
+transformer = AutoModel.from_pretrained('{{ repo }}', subfolder='transformer', torch_dtype=torch.bfloat16)
+pipe = DiffusionPipeline.from_pretrained('{{ base }}', transformer=transformer, torch_dtype=torch.bfloat16).to('cuda')
+{%- else -%}
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained('{{ base }}', torch_dtype=torch.bfloat16).to('cuda')
 pipe.load_lora_weights('{{ repo }}')
+{%- endif %}
 ```
 
 It was trained with {{ config.num_steps }} denoising steps
@@ -164,25 +176,27 @@ def numbers_table(
 def card_head(
     base: str,     # from `base_of`
     licence: dict, # from `licence_of`
+    whole: bool = False, # a transformer, not an adapter
 ) -> str:          # YAML
     "What the hub reads of a card."
     known = {} if base == TINY_EDITOR else dict(base_model=base)
-    tags = ['lora', 'image-editing', 'multi-turn', 'reinforcement-learning', 'mt_editflow_nb']
+    tags = ['image-editing', 'multi-turn', 'reinforcement-learning', 'mt_editflow_nb']
+    if not whole: tags.insert(0, 'lora')
     fields = dict(library_name='diffusers', pipeline_tag='image-to-image', tags=tags)
     return ModelCardData(**fields, **known, **licence).to_yaml()
 
-def hub_card(run, published, repo: str, base: str, licence: dict, strips: list) -> str: # Markdown
-    "The model card of an adapter, from `published_adapter`. What it says is what the run folder holds."
+def hub_card(run, published, repo: str, base: str, licence: dict) -> str: # Markdown
+    "The model card of what `published_weights` gives. What it says is what the run folder holds."
     held, results = public_config(run), published.results
     config, content = held['config'], held['identity'].get('sessions')
     data = 'the shape world of mt_editflow_nb' if config['sessions'] in WORLDS else f"{config['sessions']}"
     if content and content not in WORLDS: data += f' (hash of the content: {content[:16]})'
-    environment = Environment(keep_trailing_newline=True)
+    environment, whole = Environment(keep_trailing_newline=True), config['lora_rank'] is None
     return environment.from_string(HUB_CARD).render(
-        head=card_head(base, licence), title=repo.rpartition('/')[2], base=base, results=results, config=config,
-        repo=repo, data=data, chosen=published.chosen, trained=results.get('trained', results['iterations']),
-        table=markdown_table(numbers_table(results)), strips=strips,
-        notes=blind_spots(published.after.success_IT, config['eval_judge'], config['judge']))
+        head=card_head(base, licence, whole), title=repo.rpartition('/')[2], base=base, results=results, config=config,
+        repo=repo, data=data, chosen=published.chosen, whole=whole, strips=[file.name for file in published.strips],
+        what='A transformer' if whole else 'A LoRA', table=markdown_table(numbers_table(results)),
+        notes=published.missing + same_judge_sentences(config['eval_judge'], config['judge']))
 
 # %% ../../nbs/cli/05_push.ipynb #0c413855
 STRIPS_ON_CARD = 3    # sessions that the card shows
@@ -192,21 +206,23 @@ def check_finished(
 ):
     "Raises `InputError` unless a run has its results and the adapter that they are about."
     run = Path(run)
-    read_config(run)
-    adapter, results = run/'lora'/ADAPTER_FILE, run/'results.json'
-    finished = results.is_file() and adapter.is_file() and read_outcomes(run/'after.safetensors')
-    expect(finished, 'RUN', 'a finished run, with results.json and lora/', str(run))
-    expected = read_json(results).get('adapter')
-    expect(expected in (None, content_hash(adapter)), f'RUN: {adapter}', 'the adapter that results.json is about',
-           'another one')
+    what = 'transformer' if read_config(run).lora_rank is None else 'lora'
+    file, there = run/'results.json', trained_content(run)
+    finished = file.is_file() and there and read_outcomes(run/'after.safetensors')
+    expect(finished, 'RUN', f'a finished run, with results.json and {what}/', str(run))
+    results = read_json(file)
+    for name, content in there.items():
+        expect(results.get(name) in (None, content), f'RUN: {run/what}', f'the {name} that results.json is about',
+               'another one')
 
 # %% ../../nbs/cli/05_push.ipynb #0c413857
 class Published(NamedTuple):
-    "The adapter of a run that is published."
-    adapter: Path   # its file
-    results: dict   # as `results.json`, about this adapter
-    after: Outcomes # [I, T], of its evaluation
-    chosen: str     # how it was chosen; '' for the last one of a run that kept no other
+    "What a run publishes: an adapter, or a whole transformer."
+    weights: dict # name in the repository -> file
+    results: dict # as `results.json`, about these weights
+    missing: list # sentences about what could not be scored
+    strips: list  # pictures of held-out sessions, made with these weights
+    chosen: str   # how they were chosen; '' for the last ones of a run that kept no others
 
 def after_O(
     results: dict, # `results.json`
@@ -224,60 +240,97 @@ def best_iteration(
     best = max(rows, key=lambda row: row['heldout_O'], default=dict(heldout_O=-1))
     return best['iteration'] if best['heldout_O'] > after_O(read_json(Path(run)/'results.json')) else None
 
+# %% ../../nbs/cli/05_push.ipynb #db688dfc
 def evaluated_at(
     run,            # a run folder
     iteration: int, # at which the adapter was evaluated
-) -> tuple:         # (`Outcomes` [I, T], turns of each session)
+) -> tuple:         # (`Outcomes` [I, T], turns of each session, bool [I, T] or None: CC got no answer)
     "What the evaluation of a kept adapter has left. Raises `InputError` where that is not there."
     folder = Path(run)/'evaluations'/f'iteration {iteration}'
-    found = [read_outcomes(file) for file in sorted(folder.glob('session_*.safetensors'))]
+    files = sorted(folder.glob('session_*.safetensors'))
+    found = [read_outcomes(file) for file in files]
     whole = found and all(found)
     expect(whole, '--adapter', f'{folder}, which the numbers of the best adapter come from, or last', 'none')
-    outcomes, _ = collect_sessions([EvaluatedSession(i, scored, None) for i, (scored, _) in enumerate(found)])
-    return outcomes, np.array([scored.success_IT.shape[1] for scored, _ in found])
+    evaluated = [EvaluatedSession(i, scored, None, read_cc_unscored(file))
+                 for i, (file, (scored, _)) in enumerate(zip(files, found))]
+    outcomes, _ = collect_sessions(evaluated)
+    turns_I = np.array([scored.success_IT.shape[1] for scored, _ in found])
+    return outcomes, turns_I, collect_cc_unscored(evaluated)
 
-def published_adapter(
-    run,                   # a finished run
-    adapter: str = 'best', # 'best' of those that `keep_best` has kept and the last one, or 'last'
+def turns_scored(
+    results: dict, # `results.json`
+) -> int:
+    "How many turns all held-out sessions have together."
+    sessions = {row['turn']: row.get('sessions', results['sessions']) for row in results['table']}
+    return sum(sessions.values())
+
+def last_weights(
+    run, # a finished run
 ) -> Published:
-    "Which adapter is published, with its own numbers. Raises `InputError`."
+    "What training ended with."
     run, results = Path(run), read_json(Path(run)/'results.json')
-    after, _ = read_outcomes(run/'after.safetensors')
-    iteration = best_iteration(run) if adapter == 'best' else None
-    if iteration is None:
-        kept = (run/'best').is_dir()
-        chosen = f"The adapter is the last one, of iteration {results['iterations']}." if kept else ''
-        return Published(run/'lora'/ADAPTER_FILE, results, after, chosen)
-    file = run/'best'/f'{iteration:06d}'/ADAPTER_FILE
-    before, _ = read_outcomes(run/'before.safetensors')
-    outcomes, turns_I = evaluated_at(run, iteration)
-    table = before_after_table(before, outcomes, turns_I)
+    chosen = f"The adapter is the last one, of iteration {results['iterations']}." if (run/'best').is_dir() else ''
+    transformer = sorted((run/'transformer').glob('*'))
+    weights = {f'transformer/{file.name}': file for file in transformer} or {ADAPTER_FILE: run/'lora'/ADAPTER_FILE}
+    counts = {'if': [results.get('unscored', {}).get('after', 0)], 'cc': []}       # of an older run
+    counts = results.get('unscored_by_reward', {}).get('after', counts)
+    strips = sorted((run/'rollouts').glob('heldout_*.png'))[:STRIPS_ON_CARD]
+    return Published(weights, results, unscored_sentences(counts, turns_scored(results)), strips, chosen)
+
+# %% ../../nbs/cli/05_push.ipynb #1fe27b6b
+def best_weights(
+    run,            # a finished run
+    iteration: int, # from `best_iteration`
+) -> Published:
+    "An adapter that `keep_best` has kept, with its own numbers and pictures. Raises `InputError`."
+    run, results = Path(run), read_json(Path(run)/'results.json')
+    folder = run/'best'/f'{iteration:06d}'
+    file, strips = folder/ADAPTER_FILE, sorted(folder.glob('heldout_*.png'))[:STRIPS_ON_CARD]
+    before, no_cc_before = read_outcomes(run/'before.safetensors')[0], read_cc_unscored(run/'before.safetensors')
+    outcomes, turns_I, no_cc = evaluated_at(run, iteration)
+    table = before_after_table(before, outcomes, turns_I, (no_cc_before, no_cc))
     chosen = (f"The adapter is that of iteration {iteration} of {results['iterations']}, the best on these very "
               f"sessions (the last one has O {after_O(results):.1f} at the last turn), so its numbers are a little too "
-              'good. The numbers and intervals below are its own; the pictures are the last one\'s.')
+              f"good. {'Numbers and pictures are its own.' if strips else 'The run kept no pictures of it.'}")
+    counts = {'before': unscored_by_reward(before.success_IT, no_cc_before, turns_I),
+              'after': unscored_by_reward(outcomes.success_IT, no_cc, turns_I)}
+    last = table.loc[(results['turns'], 'O')]
     numbers = dict(table=table.reset_index().to_dict('records'), adapter=content_hash(file), iterations=iteration,
-                   trained=results['iterations'])
-    return Published(file, results | numbers, outcomes, chosen)
+                   trained=results['iterations'], unscored={name: sum(x['if']) for name, x in counts.items()},
+                   unscored_by_reward=counts, final_turn_O_gain=last.difference,
+                   final_turn_O_gain_ci=[last.low, last.high])
+    missing = unscored_sentences(counts['after'], int(turns_I.sum()))
+    return Published({ADAPTER_FILE: file}, results | numbers, missing, strips, chosen)
 
 # %% ../../nbs/cli/05_push.ipynb #0c413858
+def copy_file(
+    source: Path, # of any size
+    target: Path, # takes the place of what is there
+):
+    "Copy a file whole or not at all, without holding it in memory."
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f'.{target.name}.new')
+    shutil.copyfile(source, new)
+    os.replace(new, target)
+
 def hub_folder(
     run,                    # a finished run
     folder,                 # created when missing
     repo: str,              # name of the repository, for the card
     base_model: str = None, # needed where the editor lay in a folder
     licence: str = None,    # needed where the base model's is not known
-    adapter: str = 'best',  # or 'last', see `published_adapter`
+    adapter: str = 'best',  # of those that `keep_best` has kept and the last one, or 'last'
 ) -> list:                  # names of the files
     "Write the files of a model repository. Raises `InputError` for a run that cannot be published as it is."
     run, folder = Path(run), Path(folder)
     check_finished(run)
     base = base_of(read_config(run).model_dump(), base_model)
-    strips = [file.name for file in sorted((run/'rollouts').glob('heldout_*.png'))[:STRIPS_ON_CARD]]
-    published = published_adapter(run, adapter)
-    card = hub_card(run, published, repo, base, licence_of(base, licence), strips)
-    copied = {'metrics.jsonl': run/'metrics.jsonl', ADAPTER_FILE: published.adapter}
-    copied |= {name: run/'rollouts'/name for name in strips}
-    for name, source in copied.items(): atomic_write(folder/name, source.read_bytes())
+    iteration = best_iteration(run) if adapter == 'best' else None
+    published = last_weights(run) if iteration is None else best_weights(run, iteration)
+    card = hub_card(run, published, repo, base, licence_of(base, licence))
+    copied = {'metrics.jsonl': run/'metrics.jsonl'} | published.weights
+    copied |= {file.name: file for file in published.strips}
+    for name, source in copied.items(): copy_file(source, folder/name)
     atomic_write(folder/'README.md', card)
     atomic_write(folder/'results.json', to_json(published.results, indent=1))
     atomic_write(folder/'config.json', to_json(public_config(run), indent=1))
@@ -304,7 +357,7 @@ def upload(
     try:
         url = api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names,
-                          commit_message='Adapter, card, settings')
+                          commit_message='Weights, card, settings')
     except (OSError, hub.HfHubHTTPError, hub.HTTPError) as e:
         raise InputError(f'REPO: {repo} cannot be written: {one_line(e)[:300]}') from e
     return str(url)

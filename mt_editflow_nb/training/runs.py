@@ -268,4 +268,7 @@ def results_table(
     if different: turns = sum({r['turn']: r['sessions'] for r in results['table']}.values())
     for name, n in results.get('unscored', {}).items():
         if n: lines.append(f'{name}: {n} of {turns} turns could not be scored and are left out')
+    for name, counts in results.get('unscored_by_reward', {}).items():
+        n = sum(counts['cc'])
+        if n: lines.append(f'{name}: CC of {n} of {turns} turns could not be scored; CC and O leave them out')
     return '\n'.join(lines)
