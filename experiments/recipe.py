@@ -1,15 +1,20 @@
-"""Write experiments/results/recipe.json, every method's gain at equal passes, from finished sweeps:
+"""What every method gains at equal passes, from finished sweeps:
 
-    python experiments/recipe.py runs/sweeps/recipe.json [MORE.json ...] --ours LABEL
+    python experiments/recipe.py runs/sweeps/recipe.json [MORE.json ...] --ours turn-branching
+    python experiments/recipe.py --show mt-editflow      # print a method of the committed results, run nothing
 
-Seeds of one label are put together. `tuning_runs` are the lines of experiments/results/tuning.jsonl with that label."""
+Writes experiments/results/recipe.json and recipe.png. Seeds of one label are put together. `tuning_runs` are the lines
+of experiments/results/tuning.jsonl with that label."""
 import argparse, shlex, sys
 from collections import Counter
 from pathlib import Path
+import matplotlib.pyplot as plt
 import numpy as np
 from mt_editflow_nb.ablation.passes import passes_so_far
-from mt_editflow_nb.ablation.results import compare_points, load_results
-from mt_editflow_nb.data.files import atomic_write, expect, one_of, read_json_lines, to_json
+from mt_editflow_nb.ablation.results import METRICS, compare_points, load_results, seed_scores
+from mt_editflow_nb.algorithm.config import RL
+from mt_editflow_nb.data.files import InputError, atomic_write, expect, one_of, read_json, read_json_lines, to_json
+from mt_editflow_nb.data.plots import save_figure
 from mt_editflow_nb.evaluation.scores import Outcomes
 from mt_editflow_nb.training.runs import environment
 
@@ -23,36 +28,87 @@ def together(points):
     expect(len(set(seeds)) == len(seeds), first.label, 'each seed once', seeds)
     return first._replace(seeds=seeds, before=joined('before'), after=joined('after'), curves=curves, configs=configs)
 
+def overall(outcomes): # [S, I, T] -> O at each turn
+    "The overall score at each turn, a mean over seeds; None where consistency is void."
+    mean_TM = seed_scores(outcomes).mean(0)
+    return [None if np.isnan(x) else round(float(x), 2) for x in mean_TM[:, METRICS.index('O')]]
+
 def summary(point, tuning_runs):
-    "What is known of a setting at turn 3."
+    "What is known of a setting, at turn 3 if nothing else is said."
     table = compare_points(point.before, point.after).loc[3]
     passes = float(np.mean([passes_so_far(*run)[-1] for run in zip(point.curves, point.configs)]))
     O, CC = table.loc['O'], table.loc['CC']
     gain = [float(O[name]) for name in ('difference', 'low', 'high')]
     per_1000 = [1000*x/passes for x in gain]
-    return dict(seeds=len(point.seeds), passes=passes, turn3_O_gain=gain[0], turn3_O_gain_ci=gain[1:],
+    learns_from = 'scores' if point.configs[0].get('algorithm', 'nft') in RL else 'targets'
+    return dict(seeds=len(point.seeds), learns_from=learns_from, passes=passes,
+                turn3_O_gain=gain[0], turn3_O_gain_ci=gain[1:],
                 turn3_CC_change=float(CC.difference), turn3_CC_change_ci=[float(CC.low), float(CC.high)],
-                gain_per_1000_passes=per_1000[0], gain_per_1000_passes_ci=per_1000[1:], tuning_runs=tuning_runs)
+                gain_per_1000_passes=per_1000[0], gain_per_1000_passes_ci=per_1000[1:],
+                O_before=overall(point.before), O_after=overall(point.after), tuning_runs=tuning_runs)
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('sweeps', nargs='+', type=Path)
-    parser.add_argument('--ours', required=True)
-    a = parser.parse_args()
+def plot(report):
+    "Left: the gain at turn 3 with its interval. Right: how the overall score decays over turns."
+    figure, (gains, decay) = plt.subplots(1, 2, figsize=(11, 3.6), layout='constrained')
+    for y, (label, m) in enumerate(report['methods'].items()):
+        style = dict(color='C0' if label == report['ours'] else 'C7' if m['learns_from'] == 'scores' else 'C1')
+        gains.plot(m['turn3_O_gain_ci'], [y, y], **style)
+        gains.plot(m['turn3_O_gain'], y, 'o', **style)
+        O = [x for x in m['O_after'] if x is not None]
+        decay.plot(range(1, len(O) + 1), O, label=label, ls='-' if m['learns_from'] == 'scores' else '--',
+                   lw=2.5 if label == report['ours'] else 1)
+    O = [x for x in m['O_before'] if x is not None]
+    decay.plot(range(1, len(O) + 1), O, 'k:', label='before training')
+    gains.axvline(0, color='k', lw=.5)
+    gains.set(yticks=range(len(report['methods'])), yticklabels=report['methods'],
+              xlabel=f'gain in O at turn 3, points, after {report["passes"]:,.0f} passes')
+    gains.invert_yaxis()
+    decay.set(xlabel='turn', ylabel='O, percent', xticks=range(1, len(O) + 1))
+    decay.legend(fontsize='small')
+    return figure
+
+def line(label, m):
+    "A method in one line."
+    low, high = m['turn3_O_gain_ci']
+    gain = f"O at turn 3 {m['turn3_O_gain']:+.1f} [{low:+.1f}, {high:+.1f}], CC {m['turn3_CC_change']:+.1f}"
+    return f"{label:16} {gain}, {m['seeds']} seeds, {m['passes']:,.0f} passes"
+
+def make_report(sweeps, ours, results):
+    "The contents of recipe.json. Raises `InputError` where `ours` is not one of the settings."
     points = {}
-    for sweep in a.sweeps:
+    for sweep in sweeps:
         for label, point in load_results(sweep).points.items(): points.setdefault(label, []).append(point)
-    one_of('--ours', a.ours, points)
-    results = Path('experiments/results')
+    one_of('--ours', ours, points)
     tuned = Counter(row['method'] for row in read_json_lines(results/'tuning.jsonl'))
     methods = {label: summary(together(each), tuned[label]) for label, each in points.items()}
     command = shlex.join(['python', 'experiments/recipe.py', *sys.argv[1:]])
-    report = dict(command=command, commit=environment()['commit'],
-                  passes=max(m['passes'] for m in methods.values()),
-                  sessions=points[a.ours][0].after.success_IT.shape[1], ours=a.ours, methods=methods)
-    atomic_write(results/'recipe.json', to_json(report, indent=1))
-    for label, m in methods.items():
-        low, high = m['turn3_O_gain_ci']
-        print(f"{label:24} {m['turn3_O_gain']:+.1f} [{low:+.1f}, {high:+.1f}] in {m['passes']:,.0f} passes")
+    return dict(command=command, commit=environment()['commit'], passes=max(m['passes'] for m in methods.values()),
+                sessions=points[ours][0].after.success_IT.shape[1], ours=ours, methods=methods)
 
-if __name__ == '__main__': main()
+def run(a):
+    "What the options ask for. Raises `InputError` for what is not there."
+    if a.show:
+        methods = read_json(a.results/'recipe.json')['methods']
+        one_of('--show', a.show, methods)
+        print('committed results:', line(a.show, methods[a.show]))
+        return
+    expect(a.sweeps and a.ours, 'recipe.py', 'SWEEP.json and --ours, or --show', 'neither')
+    report = make_report(a.sweeps, a.ours, a.results)
+    atomic_write(a.results/'recipe.json', to_json(report, indent=1))
+    save_figure(a.results/'recipe.png', plot(report))
+    for label, m in report['methods'].items(): print(line(label, m))
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('sweeps', nargs='*', type=Path)
+    parser.add_argument('--ours', help="the label that is this project's own")
+    parser.add_argument('--show', metavar='METHOD', help='a label of the committed results')
+    parser.add_argument('--results', type=Path, default=Path(__file__).resolve().parent/'results')
+    a = parser.parse_args()
+    try: run(a)
+    except InputError as e:
+        print(f'recipe.py: {e}', file=sys.stderr)
+        return 2
+    return 0
+
+if __name__ == '__main__': sys.exit(main())

@@ -118,6 +118,33 @@ def test_module_returns_its_status(tmp_path, capsys):
         said = capsys.readouterr().err
         assert said.startswith(f'mtef_{name}: ') and said.count('\n') == 1
 
+def test_the_recipe_is_the_gain_per_pass_of_finished_sweeps(tmp_path, capsys):
+    """Seeds of two sweeps are put together. All turns right with CC .81 from none right: O rises from 0 to 90, in 3
+    iterations of 100 rows sampled and 100 trained, 400 passes each."""
+    def draw(p): return dict(zip(Outcomes._fields, np.stack([np.full((4, 3), x) for x in (p, .81, .81)])))
+    metrics = [dict(iteration=i, passes=dict(sampled=100, trained=100)) for i in range(3)]
+    for seed in (0, 1):
+        points = [dict(label=label, values={}, jobs=[dict(seed=seed, folder=f'{label}{seed}')]) for label in 'ab']
+        for label, after in zip('ab', (1., 0.)): write_job(tmp_path/f'{label}{seed}', draw, (0., after), metrics)
+        plan = dict(sweep=f's{seed}', baseline='b', points=points)
+        (tmp_path/f's{seed}.json').write_text(json.dumps(plan))
+    (tmp_path/'tuning.jsonl').write_text('{"method": "a"}\n{"method": "a"}\n')
+    recipe, results = root/'experiments/recipe.py', ['--results', str(tmp_path)]
+    sweeps = [str(tmp_path/f's{seed}.json') for seed in (0, 1)]
+    assert run_script(recipe, *sweeps, '--ours', 'a', *results) == 0
+    report = json.loads((tmp_path/'recipe.json').read_text())
+    a, b = report['methods']['a'], report['methods']['b']
+    assert (report['ours'], report['passes'], report['sessions']) == ('a', 1200, 4)
+    assert (a['seeds'], a['tuning_runs'], a['learns_from'], b['tuning_runs']) == (2, 2, 'scores', 0)
+    assert a['O_before'] == [0]*3 and a['O_after'] == [90]*3
+    assert [a['turn3_O_gain'], a['gain_per_1000_passes'], a['turn3_CC_change'], b['turn3_O_gain']] == pytest.approx(
+        [90, 75, 0, 0])
+    assert a['turn3_O_gain_ci'] == pytest.approx([90, 90]) and (tmp_path/'recipe.png').is_file()
+    capsys.readouterr()
+    assert run_script(recipe, '--show', 'a', *results) == 0
+    assert 'O at turn 3 +90.0 [+90.0, +90.0]' in capsys.readouterr().out
+    assert run_script(recipe, *sweeps, '--ours', 'c', *results) != 0
+
 def test_findings_are_those_of_the_files():
     "The tables of FINDINGS.md are made from the committed results."
     assert run_script(root/'experiments/findings.py', '--check') == 0, 'run python experiments/findings.py'
