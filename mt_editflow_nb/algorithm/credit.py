@@ -17,7 +17,7 @@ def continuation_chances(
     score_PG: torch.Tensor,   # of the members at a turn; NaN: could not be scored
     success_PG: torch.Tensor, # 1 where the turn succeeded, 0 where not, NaN: unknown
 ) -> torch.Tensor:            # [P, G], float64; each row adds up to 1
-    "The probability of each member to be the one whose picture all members edit next."
+    "For each member, the probability that its picture is the one that all members edit next."
     one_of('branching', rule, BRANCHINGS[1:])
     if rule == 'best': chosen_PG = score_PG == score_PG.nan_to_num(-torch.inf).amax(1, keepdim=True)
     elif rule == 'worst': chosen_PG = score_PG == score_PG.nan_to_num(torch.inf).amin(1, keepdim=True)
@@ -47,7 +47,7 @@ def add_what_follows(
     r_PGTM: torch.Tensor,      # rewards under branching
     goes_on_PT: torch.Tensor,  # the member that went on from each turn but the last, [P, T - 1]
     value_PTM: torch.Tensor,   # of what followed it, from `values_to_come`
-    expected_TM: torch.Tensor, # the same of the members that did not go on: a mean over sessions
+    expected_TM: torch.Tensor, # the same for the members that did not go on: a mean over sessions
 ) -> torch.Tensor:             # [P, G, T, M], to be compared turn by turn
     "Add to each reward the value of what follows, as far as it is known."
     paid_PGTM = r_PGTM + expected_TM

@@ -23,7 +23,7 @@ def teacher_inputs(
     sessions: list,   # P `Session`s of the shard, with targets or of the shape world
     sampled: Rollout, # of the shard
 ) -> list:            # for each of T turns (`Text` of N rows, tokens [N, L, C])
-    "Every turn as a perfect editor would meet it."
+    "What a perfect editor would be given at every turn."
     G = len(sampled.shard.members)
     input_PTHWC = starting_pictures(sessions, np.stack([right_results(s) for s in sessions]))
     turns = []
@@ -40,7 +40,7 @@ def distillation_terms(
     batch: Batch,    # rows to learn from
     teacher_T: list, # from `teacher_inputs`
 ):
-    "Towards the teacher's velocity on the student's latents: yields (loss, statistics, rows) a micro-batch."
+    "Regression to the teacher's velocity on the student's latents: yields (loss, statistics, rows) per micro-batch."
     for t in range(1, len(batch.rollout.texts_T)):
         right_text, right_NLC = teacher_T[t]
         for n, counted, text, image, _, xt, s in noised_rows(config, batch, t):

@@ -32,7 +32,7 @@ def turn_advantages(
     scores: Scores,  # of all sessions
     goes_on_PT=None, # [P, T - 1], of turn branching: the members that went on
 ) -> torch.Tensor:   # [P, G, T]
-    "One advantage a turn. What says how is in the configuration."
+    "One advantage per turn, computed as the configuration says."
     rewards_PGTM, credit = scores.rewards_PGTM, config.credit
     if goes_on_PT is not None and credit == 'to_go':
         value_PTM = values_to_come(rewards_PGTM)
@@ -112,12 +112,12 @@ class Batch:
     rollout: Rollout      # of this process's shard
     adv_NT: torch.Tensor  # advantages of all rows of the rollout
     rows: torch.Tensor    # which of them to learn from
-    passes_for: int = 0   # as many rows as this any process learns from, where all pass the transformer together
+    passes_for: int = 0   # the most rows of any process, where all must make equally many passes; 0: they need not
 
     def micro(
         self,
         t: int,    # turn
-        size: int, # rows a transformer call
+        size: int, # rows per transformer call
     ):
         "Yield the micro-batches of a turn: rows, how many count, their texts, and the tokens of their inputs."
         pieces = [(n, len(n)) for n in micro_batches(self.rows, size)]
@@ -129,7 +129,7 @@ def make_batch(
     sampled: Rollout,      # of this process's shard
     adv_PGT: torch.Tensor, # of all sessions and members
     rows: torch.Tensor,    # row numbers p G + g of all of them
-    together=False,        # every process passes the transformer as often as the others: its weights are shared
+    together=False,        # whether all processes must make equally many passes, since they share the weights
 ) -> Batch:
     "What this process contributes to an optimiser step: its part of the rows, counted within its shard."
     P, G, _ = adv_PGT.shape
@@ -148,7 +148,7 @@ def fresh_noise(
     sampled: Rollout, # of P sessions
     t: int,           # turn
 ):
-    "New noise for a turn, `train_timesteps` times: yields (its level sigma of each session [P], noise [P, L, C])."
+    "New noise for a turn, `train_timesteps` times: yields (noise level sigma of each session [P], noise [P, L, C])."
     keys = [(*key, 'train', t) for key in sampled.keys]
     levels = config.train_levels or len(sampled.sigmas) - 1                           # from the highest
     for k, level_P in enumerate(choose_levels(keys, levels, config.train_timesteps)):
@@ -160,7 +160,7 @@ def noised_rows(
     batch: Batch,   # rows to learn from
     t: int,         # turn
 ):
-    "A turn at fresh noise: yields (rows, how many count, text, input tokens, x0, x_s, s) a micro-batch."
+    "A turn at fresh noise: yields (rows, how many count, text, input tokens, x0, x_s, s) per micro-batch."
     sampled = batch.rollout
     G = len(sampled.shard.members)
     for sigma_P, noise_PLC in fresh_noise(config, sampled, t):
@@ -175,7 +175,7 @@ def nft_terms(
     policy: Policy, # in training
     batch: Batch,   # rows to learn from
 ):
-    "DiffusionNFT at fresh noise levels on each turn's clean latents: yields (loss, statistics, rows) a micro-batch."
+    "DiffusionNFT at fresh noise levels on each turn's clean latents: yields (loss, statistics, rows) per micro-batch."
     on_policy = policy.is_old()
     for t in range(len(batch.rollout.texts_T)):
         for n, counted, text, image, x0, xt, s in noised_rows(config, batch, t):
@@ -210,7 +210,7 @@ def guarded_logp(
     mean_old,           # the old policy's mean
     logp_old,           # and log-probability
 ) -> torch.Tensor:      # [rows]
-    "The log-probability whose ratio to the old one is GRPO-Guard's: centred, and as wide at every step."
+    "The log-probability whose ratio to the old one is GRPO-Guard's: centred, and on one scale at all steps."
     scale = 1/(2*std**2) if config.sampler == 'cps' else 1.      # cps leaves this factor out of its logp
     return logp_old + guard_log_ratio(logp*scale, logp_old*scale, mean, mean_old, std)
 
@@ -220,7 +220,7 @@ def grpo_terms(
     policy: Policy, # in training
     batch: Batch,   # rows to learn from
 ):
-    "GRPO on every stochastic step of each turn: yields (loss, statistics, rows) a micro-batch."
+    "GRPO on every stochastic step of each turn: yields (loss, statistics, rows) per micro-batch."
     sampled, device = batch.rollout, batch.adv_NT.device
     step_weights = guard_weights(sampled.sigmas)
     for t, (k, step) in product(range(len(sampled.texts_T)), enumerate(sampled.steps)):
@@ -249,7 +249,7 @@ def success_so_far(
     success_PGT: torch.Tensor, # 1, 0, or NaN where unknown
     goes_on_PT=None,           # of turn branching
 ) -> torch.Tensor:             # [P, G, T]
-    "Whether all turns that led to a member's picture went right, and its own."
+    "Whether a member's turn went right, and all turns that led to its picture."
     if goes_on_PT is None: return success_PGT.cumprod(-1)
     shared_P1T = success_PGT[..., :-1].gather(1, goes_on_PT[:, None])
     before_P1T = torch.cat([torch.ones_like(shared_P1T[..., :1]), shared_P1T.cumprod(-1)], -1)
@@ -292,7 +292,7 @@ def count_losses(
     config: Config,   # `train_timesteps` is read
     sampled: Rollout, # that is trained on
 ) -> int:
-    "Over how many turns and denoising steps a row is trained."
+    "The number of losses per row: turns times stochastic steps (GRPO) or noise levels (NFT)."
     return len(sampled.texts_T)*(len(sampled.steps) or config.train_timesteps)
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #9be55bf0

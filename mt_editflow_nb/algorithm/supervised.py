@@ -43,9 +43,9 @@ def own_results(
     sessions: list, # P `Session`s
     input_PTHWC,    # uint8: what each turn edits
     iteration: int, # from 0
-    round: int,     # which of the own turns this is: each has noise of its own
+    round: int,     # which of the editor's own turns this is; each has its own noise
 ) -> tuple:         # (uint8 [P, T - 1, H, W, 3]: results of all turns but the last, `Text` of the rows)
-    "Let the editor make one turn itself, for every turn but the last."
+    "What the editor itself makes of each turn's picture, for every turn but the last."
     edits = [Session(f'{s.id}, turn {t + 1}, own {round}', Image.fromarray(input_PTHWC[p, t]), [s.instructions[t]])
              for p, s in enumerate(sessions) for t in range(input_PTHWC.shape[1] - 1)]
     made = rollout(editor, edits, group=1, num_steps=config.num_steps, seed=config.seed, iteration=iteration,
@@ -104,7 +104,7 @@ def supervised_terms(
     policy: Policy, # in training
     batch: Batch,   # of a `perfect_rollout`; row r is copy r // N of edit r % N
 ):
-    "Flow matching on given results: yields (loss, statistics, rows) a micro-batch."
+    "Flow matching on given results: yields (loss, statistics, rows) per micro-batch."
     sampled = batch.rollout
     N, *shape = sampled.clean_TNLC.shape[1:]
     T = N//len(sampled.keys)

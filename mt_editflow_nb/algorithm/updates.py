@@ -16,16 +16,16 @@ from .sharding import is_sharded, of_all
 # %% ../../nbs/algorithm/06_updates.ipynb #6b11ca49
 def micro_batches(
     rows: torch.Tensor, # row numbers
-    size: int,          # rows a transformer call
+    size: int,          # rows per transformer call
 ):
-    "The rows in pieces of at most `size`; none where there are no rows."
+    "Yield the rows in pieces of at most `size`; nothing where there are no rows."
     if len(rows): yield from rows.split(size)
 
 def learning_rate(
     config: Config, # `lr` and `iterations` are read
     iteration: int, # from 0
 ) -> float:
-    "Falls linearly towards 0, so that the noise of single steps averages out."
+    "The learning rate of an iteration; it falls linearly towards 0, so that the noise of single steps averages out."
     return config.lr*(1 - iteration/config.iterations)
 
 # %% ../../nbs/algorithm/06_updates.ipynb #252095dd
@@ -39,11 +39,11 @@ def require_finite(
     raise InputError(f'iteration {iteration}: {name} is not finite (nan or inf); the last checkpoint is kept')
 
 class Statistics:
-    "Means over all terms of an iteration, added up a micro-batch at a time, and the largest gradient norm."
+    "Means over all terms of an iteration, added up micro-batch by micro-batch, and the largest gradient norm."
     def __init__(
         self,
         iteration: int, # for messages
-        terms: int,     # that there will be, over all processes and updates
+        terms: int,     # how many there will be, over all processes and updates
     ):
         self.iteration = iteration
         self.terms = terms
@@ -70,7 +70,7 @@ class Statistics:
 def gradient_step(
     config: Config,         # `max_grad_norm` is read
     policy,                 # the `Policy`, changed in place
-    terms,                  # yields (mean loss, statistics, rows) a micro-batch
+    terms,                  # yields (mean loss, statistics, rows) per micro-batch
     count: int,             # rows of all terms and processes together
     statistics: Statistics, # of the iteration, changed in place
 ):

@@ -209,7 +209,7 @@ def sample_slices(
     rows: list,               # of each of N rows (key of its session, number of its member)
     turn: int,                # from 0
     sigmas: torch.Tensor,     # the schedule, [steps + 1]
-    batch: int,               # rows a transformer call
+    batch: int,               # rows per transformer call
     **options,                # `kind`, `noise_level` and `window` of `sample`
 ): # yields (slice of rows, its `Trajectory`)
     "Denoise N rows, some at a time. Raises `InputError` where latents are not finite."
@@ -234,14 +234,14 @@ def rollout(
     editor,                  # from `load_editor`
     sessions: list,          # all `Session`s of a batch, with T instructions each
     *,
-    group: int,              # members a session
+    group: int,              # members per session
     num_steps: int,          # denoising steps
     seed: int,               # with `iteration` it determines all noise
     iteration: int = None,   # of training; None: an evaluation
     kind: str = 'ode',       # 'ode', 'flow', 'cps' or 'dpm2'
     noise_level: float = 0., # of the stochastic steps
     window=(),               # indices of the stochastic steps
-    batch: int = 64,         # rows a transformer call
+    batch: int = 64,         # rows per transformer call
     shard: Shard = None,     # which sessions and members to make; None: all
     on_turn=None,            # see `hand_out`; called as soon as sessions are through a turn
     choose=None,             # turn branching: (turn from 0, keys of P sessions) -> the members that go on, [P]

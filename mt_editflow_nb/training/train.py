@@ -299,7 +299,7 @@ def evaluate_heldout(c, run, state: RunState, source, judge, progress: bool, set
           f"CC {row['heldout_CC']:.1f}", file=sys.stderr)
 
 # %% ../../nbs/training/04_train.ipynb #cbf78280
-def fit_batch(c, run, policy: Policy, source) -> Config: # with the rows a transformer call that fit
+def fit_batch(c, run, policy: Policy, source) -> Config: # with the rows per transformer call that fit
     "On a card, the batch that a trial finds; elsewhere the one that the run remembers, or the one asked for."
     file, editor = Path(run)/'batch.json', policy.editor
     longest = max((turns for (turns, _), share in source.kinds.items() if share), default=c.turns or 3)
@@ -373,7 +373,7 @@ def save_trained(run, policy: Policy):
 
 def train_from_checkpoint(c, run, source, judge, eval_judge, progress: bool, stop, trackers: Trackers, at: dict,
                           batch: int):
-    "Train from the last checkpoint to the end with at most `batch` rows a transformer call; returns the editor."
+    "Train from the last checkpoint to the end with at most `batch` rows per transformer call; returns the editor."
     policy = load_policy(c)
     c = fit_batch(c.model_copy(update=dict(batch=batch)), run, policy, source)
     state = RunState(c, run, policy)
