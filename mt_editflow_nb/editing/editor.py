@@ -32,7 +32,7 @@ class Text:
     def __len__(self): return len(self.embeds)
 
 class RepeatedText:
-    "A `Text` of N rows of which many are the same: the different ones are in memory once, and rows are put together."
+    "A `Text` of N rows, many of them equal: the distinct ones are in memory once, and rows are assembled on demand."
     def __init__(
         self,
         once: Text,          # the different rows
@@ -98,7 +98,7 @@ def adopt_pipeline(
     size: int,             # pixels a side
     guidance: float = None,# embedded or classifier-free; None: the one that the family's class holds
 ):
-    "Give an editor what every family has: the pipeline's parts, its measures, and its guidance."
+    "Give an editor what every family has: the pipeline's parts, its sizes, and its guidance."
     editor.pipe = pipe
     editor.transformer = pipe.transformer
     editor.vae = pipe.vae
@@ -244,7 +244,7 @@ def hub_errors(
     name: str,    # on the hub
     missing: str, # what to say when the repository is there and the file is not
 ):
-    "Turn what the hub can answer into an `InputError` of one line."
+    "Turn the errors of the hub into an `InputError` of one line."
     from huggingface_hub import errors as hub
     try: yield
     except hub.GatedRepoError:

@@ -13,7 +13,7 @@ from .editor import (RepeatedText, Text, adopt_pipeline, deduplicate, guide, pre
 
 # %% ../../nbs/editing/02_flux2.ipynb #e2b74beb
 class Flux2Editor:
-    "A `Flux2KleinPipeline` as an editor: classifier-free guidance, two passes a step unless the guidance is 1."
+    "A `Flux2KleinPipeline` as an editor: classifier-free guidance, two passes per step unless the guidance is 1."
     text_encoders = ('text_encoder',)
     guidance = 4.                       # as the model cards of klein-base have it; distilled models take none
 

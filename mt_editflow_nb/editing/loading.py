@@ -117,7 +117,7 @@ def quantize_nf4(
 def offload_encoders(
     editor, # of any family
 ):
-    "Let the text encoders rest in host memory; they are on the editor's device for the length of a call."
+    "Let the text encoders rest in host memory; they are on the editor's device during a call."
     encode, encoders = editor.encode_text, [getattr(editor.pipe, n) for n in editor.text_encoders]
     def move(device):
         for m in encoders: m.to(device)
@@ -236,25 +236,25 @@ def load_pipeline(
 
 # %% ../../nbs/editing/05_loading.ipynb #27da0922
 def load_editor(
-    name_or_path: str = TINY_EDITOR,       # 'tiny', a pipeline directory, or a hub name
+    name_or_path: str = TINY_EDITOR, # 'tiny', a pipeline directory, or a hub name
     *,
-    quantize: str = None,           # 'nf4' stores the transformer blocks in 4 bits
-    lora_rank: int = None,          # add a trainable LoRA of this rank
-    device: str = 'auto',           # 'auto' is the GPU where there is one
-    dtype: str = 'auto',            # 'auto' is bfloat16 on a GPU, float32 elsewhere
-    size: int = None,               # pixels a side, if not the model's own
-    guidance: float = None,         # embedded or classifier-free; None: the family's published one
-    seed: int = 0,                  # of the LoRA's first factor
-    lora_alpha: float = None,       # None: the rank
-    lora_targets: str|list = 'all', # a name of `LORA_TARGETS`, or the ends of layers' names
-    init_lora: str = None,          # start the LoRA from this adapter: a file, a folder or a hub name
-    checkpointing: bool = False,    # gradient checkpointing: less memory, a third more computing
-    offload: bool = False,          # text encoders rest in host memory
-    compile: str = None,            # compile the transformer's blocks with this backend, such as 'inductor'
-    attention_backend: str = None,  # kernel of the transformer's attention; None: torch's own
-    autocast: bool = False,         # the LoRA's matrix products in bfloat16
-    tf32: bool = False,             # float32 matrix products in TF32, on a GPU
-): # an editor of its family
+    quantize: str = None,            # 'nf4' stores the transformer blocks in 4 bits
+    lora_rank: int = None,           # add a trainable LoRA of this rank
+    device: str = 'auto',            # 'auto' is the GPU where there is one
+    dtype: str = 'auto',             # 'auto' is bfloat16 on a GPU, float32 elsewhere
+    size: int = None,                # pixels a side, if not the model's own
+    guidance: float = None,          # embedded or classifier-free; None: the family's published one
+    seed: int = 0,                   # of the LoRA's first factor
+    lora_alpha: float = None,        # None: the rank
+    lora_targets: str|list = 'all',  # a name of `LORA_TARGETS`, or the ends of layers' names
+    init_lora: str = None,           # start the LoRA from this adapter: a file, a folder or a hub name
+    checkpointing: bool = False,     # gradient checkpointing: less memory, a third more computing
+    offload: bool = False,           # text encoders rest in host memory
+    compile: str = None,             # compile the transformer's blocks with this backend, such as 'inductor'
+    attention_backend: str = None,   # kernel of the transformer's attention; None: torch's own
+    autocast: bool = False,          # the LoRA's matrix products in bfloat16
+    tf32: bool = False,              # float32 matrix products in TF32, on a GPU
+):                                   # an editor of its family
     "Load an editor, frozen but for its LoRA. Raises `InputError` for what cannot be loaded."
     one_of('quantize', quantize, (None, 'nf4'))
     installed = not quantize or find_spec('bitsandbytes')

@@ -46,7 +46,7 @@ def check_lora(
     rank: int,        # of the adapter
     targets: str|list,# layers, see `LORA_TARGETS`
 ) -> list: # names of the layers
-    "Raises `InputError` for a rank that the layers cannot have, and for layers that there are not."
+    "Raises `InputError` for a rank that the layers cannot have, and for layers that do not exist."
     layers = target_layers(transformer, targets)
     widths = [min(m.in_features, m.out_features) for m in map(transformer.get_submodule, layers)]
     whole = isinstance(rank, int) and not isinstance(rank, bool)
@@ -111,7 +111,7 @@ def find_adapter(
     source: str|Path,    # a file, a folder, or a hub name such as 'owner/name' or 'owner/name/file.safetensors'
     field: str = 'lora', # the setting that names it, for messages
 ) -> Path: # of a safetensors file
-    "Where an adapter's file is; one on the hub is fetched. Raises `InputError` when there is none, or several."
+    "The path of an adapter's file; one on the hub is fetched. Raises `InputError` when there is none, or several."
     def choose(names):
         known = [n for n in (ADAPTER_FILE, 'adapter_model.safetensors') if n in names]
         found = known[:1] or sorted(n for n in names if n.endswith('.safetensors'))
@@ -280,7 +280,7 @@ def check_magnitude(
     alpha: float,  # of the adapter
     file,          # for messages
 ):
-    "Raises `InputError` for factors that are finite, and whose product is out of all proportion."
+    "Raises `InputError` for finite factors whose product is out of all proportion."
     for name, a in tensors.items():
         if not name.endswith('lora_A.weight'): continue
         b = tensors[name.replace('lora_A', 'lora_B')]

@@ -33,7 +33,7 @@ def random_generator(
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], 'little')))
 
 def torch_generator(
-    *key, # as of `random_generator`
+    *key, # as for `random_generator`
 ) -> torch.Generator: # on the CPU
     "A generator of torch that belongs to a key, for the few draws that a whole batch shares."
     return torch.Generator().manual_seed(int(random_generator(*key).integers(2**63)))

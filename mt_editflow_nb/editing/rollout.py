@@ -19,7 +19,7 @@ from .samplers import SAMPLER_KINDS, dpm_step, sde_step
 
 # %% ../../nbs/editing/07_rollout.ipynb #9ed207a7
 class Trajectory(NamedTuple):
-    "What became of N rows of noise: the clean latents, and the K stochastic steps as lists of one entry a step."
+    "What became of N rows of noise: the clean latents, and the K stochastic steps as lists of one entry per step."
     clean_NLC: torch.Tensor
     path_KNLC: list  # latents before each stochastic step
     next_KNLC: list  # and after it
@@ -108,7 +108,7 @@ class Rollout:
     logp_TKN: torch.Tensor        # log-probability of each stochastic step
     steps: list                   # which steps of the schedule those are
     sigmas: torch.Tensor          # the schedule, [steps + 1]
-    keys: list                    # of P tuples: random numbers of a session have keys that begin so
+    keys: list                    # of P tuples, with which the keys of a session's random numbers begin
     shard: Shard                  # which sessions and members of the whole batch these are
     goes_on_PT: torch.Tensor = None # turn branching, [P, T - 1]: the member whose picture all members edited next
 
@@ -135,7 +135,7 @@ def first_pictures(
 
 def row_slices(
     rows: int, # N
-    size: int, # rows a slice, 1 or more
+    size: int, # rows per slice, 1 or more
 ) -> list: # of slices
     "N rows in slices of a transformer call."
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
@@ -221,9 +221,9 @@ def sample_slices(
 
 def share_pictures(
     editor,                    # from `load_editor`
-    pictures_PHWC: np.ndarray, # uint8, a picture a session
+    pictures_PHWC: np.ndarray, # uint8, one picture per session
     group: int,                # G
-) -> tuple: # (pictures uint8 [N, H, W, 3], their tokens [N, L, C]), encoded once a session
+) -> tuple: # (pictures uint8 [N, H, W, 3], their tokens [N, L, C]), encoded once per session
     "Give all members of a group the same input picture, encoded once."
     each = torch.arange(len(pictures_PHWC)).repeat_interleave(group)
     return pictures_PHWC.repeat(group, 0), editor.encode_image(pictures_PHWC)[each]

@@ -188,7 +188,7 @@ def _without_pictures(evaluated): return [e._replace(images_THWC=None) for e in 
 def open_evaluation(
     folder,         # of an evaluation; None: there is none
     sessions: list, # I `Session`s
-    protocol,       # called for what results depend on
+    protocol,       # () -> dict of what the results depend on
     open_things,    # an `ExitStack` that the folder stays locked in
 ) -> list:          # `EvaluatedSession`s, with pictures in the first process alone
     "Lock a folder, check it, and read what it holds. Raises `InputError` where it holds other results."
@@ -225,7 +225,7 @@ def share_out(
     batches: list, # of whatever is to be done
     work,          # batch -> what came of it, anything that can be pickled
 ):                 # yields (batch, what came of it), in order and in every process
-    "Every process works on one batch a round, so that none is more than a batch ahead of another."
+    "Every process works on one batch per round, so that none is more than a batch ahead of another."
     process, count = processes()
     for k in range(0, len(batches), count):
         here, done = batches[k:k + count], None
@@ -239,7 +239,7 @@ def evaluation_rounds(
     count: int,       # processes
     together: bool,   # all processes pass the transformer equally often: its weights are shared among them
 ) -> list:            # of lists of at most `count` batches
-    "What the processes do side by side."
+    "The batches of each round, one for each process that has something to do."
     by_turns = {}
     for batch in batches: by_turns.setdefault(len(sessions[batch[0]].instructions) if together else 0, []).append(batch)
     return [several[k:k + count] for several in by_turns.values() for k in range(0, len(several), count)]
@@ -258,7 +258,7 @@ def evaluate_sessions(
     keep: int = None,       # how many sessions' pictures are kept, from the first on; None: all
     settings: dict = None,  # what else results depend on, such as the names of editor and judge
     progress: bool = False, # a progress bar
-    desc: str = 'evaluating', # in front of it
+    desc: str = 'evaluating', # label of the progress bar
 ):                          # yields `EvaluatedSession`s
     "Run and judge sessions, batch after batch. Raises `InputError` where the folder holds other results."
     process, count = processes()
@@ -335,7 +335,7 @@ def evaluated_sessions(
     judge,          # (sessions, images) -> `Scores`
     **kw,           # as for `evaluate`
 ) -> list:          # of `EvaluatedSession`s
-    "What `evaluate` collects. Unscored turns are counted on stderr."
+    "The evaluated sessions that `evaluate` makes arrays of. Unscored turns are counted on stderr."
     evaluated = list(evaluate_sessions(editor, sessions, judge, **kw))
     success_IT, turns_I = collect_sessions(evaluated)[0].success_IT, [len(s.instructions) for s in sessions]
     note = unscored_note(success_IT, turns_I, collect_cc_unscored(evaluated))

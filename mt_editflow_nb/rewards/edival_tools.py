@@ -247,8 +247,8 @@ class LocalTools:
     "Tools in this process. Weights are loaded at the first call."
     def __init__(
         self,
-        cache: str|Path = None,     # SQLite file that keeps what the vision-language model answers
-        offline: bool = False,      # replay the file: a question that it does not hold is an error
+        cache: str|Path = None,          # SQLite file that keeps what the vision-language model answers
+        offline: bool = False,           # replay the file: a question that it does not hold is an error
         *,
         detector: str = EDIVAL_DETECTOR, # a Grounding DINO folder or hub name
         vlm: str = EDIVAL_VLM,           # MODEL or MODEL@URL, perhaps with :logit or :think@k behind

@@ -37,7 +37,7 @@ def live_tensors(
 
 def state_tensors(
     *parts,  # as `live_tensors` takes them
-) -> dict:   # name -> a copy in host memory, of the piece that is here where tensors are shared among processes
+) -> dict:   # name -> a copy in host memory; of a tensor that processes share, this one's piece
     "A copy of everything that the next iteration depends on."
     # a clone, because 8-bit states share a table, which a file cannot
     return {k: local(x).cpu().clone(memory_format=torch.contiguous_format) for k, x in live_tensors(*parts).items()}
@@ -55,7 +55,7 @@ def restore_tensors(
     optimizer,     # AdamW, of 32 or 8 bits
     ema=(),        # those of the moving average; may be empty
 ):
-    "Put a saved state back in place. Raises `InputError` where it is that of another adapter."
+    "Put a saved state back in place. Raises `InputError` for the state of another adapter."
     for kind, xs in (('param', params), ('old', old), ('ema', ema)):
         for i, x in enumerate(xs): _restore(x, tensors.get(f'{kind}.{i}'), f'{kind}.{i}')
     for i, p in enumerate(params):
@@ -120,7 +120,7 @@ def save_checkpoint(
     editor=None, # save its adapter, as it is now, in `lora/`
     ema=(),      # those of the moving average; may be empty
 ):               # the checkpoint's folder
-    "Write where a run stands: `state_tensors`, then `write_checkpoint`."
+    "Save the state of a run: `state_tensors`, then `write_checkpoint`."
     return write_checkpoint(run, iteration, state_tensors(params, old, optimizer, ema), editor)
 
 def checkpoint_damage(
@@ -223,7 +223,7 @@ def check_configuration(
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #b8698a2d
 def _group():
-    "How `torch.distributed.checkpoint` is to talk."
+    "The options of `torch.distributed.checkpoint`: the group it talks through, if there are several processes."
     return dict(no_dist=True) if processes()[1] == 1 else dict(process_group=host_group())
 
 @contextmanager
@@ -247,7 +247,7 @@ def write_shared_checkpoint(
     keep: int = 2,    # checkpoints that stay
     c: Config = None, # of the run
 ):
-    "As `write_checkpoint`, called in all processes: each writes its pieces, the first one what says that it is whole."
+    "As `write_checkpoint`, in all processes: each writes its pieces; the first then marks the checkpoint as whole."
     from torch.distributed import checkpoint as dcp
     folder = Path(run)/'checkpoints'
     tmp, final = folder/f'.{iteration:06d}', folder/f'{iteration:06d}'
@@ -317,13 +317,13 @@ class RunState:
         self.remember()
     def remember(self): self.tensors = state_tensors(*self.parts())
     def advance(self):
-        "Count an iteration as done, and remember what it left."
+        "Count an iteration as done, and remember the state it left."
         with torch.no_grad():
             for a, p in zip(self.average, self.policy.params): a.lerp_(p, 1 - self.decay)
         self.iteration += 1
         self.remember()
     def evaluated(self):
-        "A context in which the editor is as it is evaluated: with the averaged weights, if there are any."
+        "A context in which the editor has the weights that are evaluated: the averaged ones, if there are any."
         return self.policy.acting(self.average) if self.average else nullcontext()
     def save(self):
         "Write a checkpoint, if this iteration has none yet; all processes call this."

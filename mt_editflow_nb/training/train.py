@@ -106,7 +106,7 @@ STOP_WITH_VARIABLE = 'MTEF_FOLLOWED_BY'    # environment variable: the process t
 
 @contextmanager
 def opened(c: Config, run, identity: dict): # yields the folder
-    "A run folder, locked while we work in it; of several processes only the first needs to see it."
+    "A context in which a run folder is locked; of several processes only the first needs to see it."
     with ExitStack() as open_things:
         def lock_and_open():
             went_on = (Path(run)/'config.json').is_file()
@@ -121,7 +121,7 @@ def opened(c: Config, run, identity: dict): # yields the folder
 
 @contextmanager
 def stop_together(): # yields `StopRequests`
-    "`stop_requests`; of several processes all stop, whichever is asked."
+    "As `stop_requests`; of several processes all stop, whichever of them is asked."
     with stop_requests() as stop:
         if processes()[1] > 1: stop.deliver = interrupt
         yield stop
@@ -142,7 +142,7 @@ def hint_at_resume(run):
 
 # %% ../../nbs/training/04_train.ipynb #e78d73bd
 def exact_scores(sessions, images_PGTHWC, goes_on_PT):
-    "What the exact verifier says of a rollout, chains or branching."
+    "Scores of a rollout, chains or branching, by the exact verifier."
     turns = range(images_PGTHWC.shape[2])
     with TurnScorer(load_judge('verifier'), sessions, images_PGTHWC.shape[1], every_turn=True) as scorer:
         for t in turns: scorer(t, slice(0, len(sessions)), turn_histories(images_PGTHWC, t, goes_on_PT))
@@ -171,7 +171,7 @@ def save_group_figure(run, iteration: int, sessions, rolled, scores, adv_PGT) ->
     return save_figure(Path(run)/'rollouts'/f'{iteration:06d}.png', figure)
 
 def peak_memory() -> float: # gigabytes
-    "The most that this process has held so far: on the card, or without one in host memory."
+    "The most memory that this process has held so far: on the card, or without one in host memory."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e9
@@ -230,8 +230,8 @@ def run_evaluation(c, run, name: str, editor, heldout: list, judge, progress: bo
                    on_session=None) -> tuple:
     """(`Outcomes`, pictures of the first eight sessions, where CC got no answer) of an evaluation that can be killed.
 
-    Results are on disk batch by batch, in a folder that `name` names, and gone on with. Processes share the sessions,
-    and the pictures are in the first one."""
+    Results are on disk batch by batch, in a folder called `name`, from which a later call continues. Processes share
+    the sessions; only the first one has the pictures."""
     batch, folder, evaluated = c.batch, Path(run)/'evaluations'/name, []
     first, count = processes()[0] == 0, processes()[1]
     with at_size(editor, c.eval_size):
@@ -253,7 +253,7 @@ def run_evaluation(c, run, name: str, editor, heldout: list, judge, progress: bo
     return outcomes, images, cc_unscored_IT
 
 def heldout_row(iteration: int, outcomes: Outcomes, turns_I=None, cc_unscored_IT=None) -> dict: # of `heldout.jsonl`
-    "EdiVal's scores at the last turn, over the sessions that have it, and how many turns had none."
+    "EdiVal's scores at the last turn, over the sessions that have it, and how many turns have no score."
     last = edival_scores(*outcomes, turns_I).iloc[-1]
     unscored = unscored_by_reward(outcomes.success_IT, cc_unscored_IT, turns_I)
     row = dict(iteration=iteration, **{f'heldout_{k}': round(float(last[k]), 4) for k in ('IF', 'CC', 'O')},
@@ -315,13 +315,13 @@ def say_log_gaps(run, iteration: int):
     for text in log_gaps(run, iteration): print(text, file=sys.stderr)
 
 def say_findings(c, run, iteration: int):
-    "What the monitor has seen since the last checkpoint."
+    "Print what the hacking monitor has seen since the last checkpoint."
     for f in find_hacking(metrics_rows(run)):
         if iteration - c.save_every < f.iteration <= iteration:
             tqdm.write(f'monitor: iteration {f.iteration}: {f.name}: {f.text}', file=sys.stderr)
 
 def note_skipped(run, source):
-    "Keep a list of the sessions that are left out, those that an interrupted run had found included."
+    "Keep a list of the sessions that are left out, including those that an interrupted run had found."
     if not source.skipped: return
     file = Path(run)/'skipped.txt'
     known = file.read_text(encoding='utf-8').splitlines() if file.is_file() else []
@@ -332,7 +332,7 @@ STEPS = dict(nft=iterate, grpo=iterate, sft=supervise, distill=distill)     # an
 
 def one_iteration(c, run, state: RunState, source, judge, stop, evaluation: float,
                   trackers: Trackers) -> dict: # metrics
-    "Train on the next sessions; log, save and draw what is due. The writing is not interrupted."
+    "Train on the next sessions; log, save and draw what is due. Writing is not interrupted."
     i = state.iteration
     sessions = source.batch(i)
     step = STEPS[c.algorithm]
@@ -356,7 +356,7 @@ def one_iteration(c, run, state: RunState, source, judge, stop, evaluation: floa
 
 @contextmanager
 def saving_before_stop(stop, state: RunState):
-    "A request to stop leaves a checkpoint: of one process at once, of several when all have heard of it."
+    "A context in which a request to stop leaves a checkpoint: at once, or when all of several processes know of it."
     stop.before_stop = state.save_before_stop
     try: yield
     except Stopped:
@@ -401,7 +401,7 @@ def train_from_checkpoint(c, run, source, judge, eval_judge, progress: bool, sto
     return policy.editor
 
 def train_in(c, run, source, judge, eval_judge, progress: bool, stop, trackers: Trackers): # the trained editor
-    "Train, whatever memory does."
+    "Train, with fewer rows per transformer call where memory runs out."
     at = {}
     def where(): return f" in iteration {at['iteration']}" if at else ''
     attempt = partial(train_from_checkpoint, c, run, source, judge, eval_judge, progress, stop, trackers, at)
@@ -409,13 +409,13 @@ def train_in(c, run, source, judge, eval_judge, progress: bool, stop, trackers: 
     batch = min(c.batch, from_first(lambda: remembered_batch(file)) or c.batch)
     return retry_with_half_the_rows(attempt, batch, file, where)
 
-def answers_file(c: Config, run, judge=None) -> Path: # None: nobody is asked whose answers are kept
-    "Where the first process keeps what judges answer."
+def answers_file(c: Config, run, judge=None) -> Path: # None: there is no judge whose answers are kept
+    "The file in which the first process keeps what judges answer."
     asked = judge is None and {c.judge, c.eval_judge} - set(JUDGES)
     return Path(run)/'judge.sqlite' if asked else None
 
 def collect_answers(file: Path):
-    "Bring what the judges of all processes have said into the first one's file; no disk needs to be shared."
+    "Collect the judges' answers of all processes in the file of the first; no disk needs to be shared."
     process, count = processes()
     if count == 1 or file is None: return
     with failing_together(): new = new_replies(rank_file(file)) if process else []
@@ -426,7 +426,7 @@ def collect_answers(file: Path):
     from_first(keep)
 
 def share_answers(file: Path):
-    "Let every process begin with what all of them have been told before."
+    "Let every process begin with the answers that all of them have received before."
     process, count = processes()
     if count == 1 or file is None: return
     from_first(lambda: merge_caches(file, rank_caches(file)))          # of a run with more processes
@@ -441,13 +441,13 @@ def share_answers(file: Path):
         for _ in pieces(): pass
 
 def read_piece(file: Path, start: int, size: int = 1 << 26) -> bytes:
-    "Bytes of a file from a place on."
+    "Up to `size` bytes of a file, beginning at `start`."
     with open(file, 'rb') as f:
         f.seek(start)
         return f.read(size)
 
 def load_judges(c, judge=None, cache=None) -> tuple: # (the judge that trains, the judge that evaluates)
-    "The judges of a configuration, or the given one for both; one that does both is loaded once."
+    "The judges of a configuration, or `judge` for both purposes; a judge that serves both is loaded once."
     if judge: return judge, judge
     judge = load_judge(c.judge, cache=cache, **c.judge_options)
     if (c.eval_judge, c.eval_judge_options) == (c.judge, c.judge_options): return judge, judge
@@ -483,8 +483,8 @@ _BASE_DEPENDS_ON = ('editor', 'quantize', 'size', 'guidance', 'turns', 'eval_tur
                     'num_steps', 'eval_steps', 'eval_size', 'crop', 'batch', 'eval_sessions', 'attention_backend',
                     'compile', 'autocast', 'tf32')
 
-def base_file(run, c: Config, identity: dict) -> Path: # None: what is found is not shared
-    "Where runs of one folder share what they found of the base editor, named by all that it depends on."
+def base_file(run, c: Config, identity: dict) -> Path: # None: the evaluation is not shared
+    "The file in which runs of one folder share the base editor's evaluation, named by all that it depends on."
     if c.init_lora: return None                                        # begins with an adapter of its own
     versions = environment()
     changed = (versions['commit'] or '').endswith('-dirty')
@@ -509,7 +509,7 @@ class FirstBatch:
         note_progress(self.run, self.name, done, total, text)
 
 def saved_evaluation(c, run, name: str, editor, heldout, judge, progress: bool, shared=None):
-    "Evaluate once a run, or once for all runs that share a file; `before.safetensors` or `after.safetensors` keeps it."
+    "Evaluate once per run, or once for all runs that share a file, into `before.safetensors` or `after.safetensors`."
     file, first = Path(run)/f'{name}.safetensors', processes()[0] == 0
     def has_all(file):
         found = read_outcomes(file)
@@ -571,7 +571,7 @@ def results_of(c, run, source) -> dict: # for `results.json`
                 table=table.reset_index().to_dict('records')), table
 
 def draw_heldout(run, source):
-    "The first held-out sessions before and after, those whose picture is missing."
+    "Draw the first held-out sessions before and after training, those whose picture is missing."
     before, after = (read_outcomes(Path(run)/f'{name}.safetensors') for name in ('before', 'after'))
     draw_sessions(Path(run)/'rollouts', source.heldout, before, after, 'above: before training, below: after')
 
@@ -585,7 +585,7 @@ def track_results(c, run, source, trackers: Trackers):
     for file in sorted((Path(run)/'rollouts').glob('heldout_*.png')): trackers.show(file.stem, file, c.iterations)
 
 def is_finished(run) -> bool:
-    "Whether a run has its results, and its adapter is the one that they are about; says so where it is not."
+    "Whether a run has its results and still has the adapter that they are about; prints it where it has another."
     run = Path(run)
     if not all(read_outcomes(run/f'{name}.safetensors') for name in ('before', 'after')): return False
     found = trained_content(run)
