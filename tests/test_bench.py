@@ -90,6 +90,60 @@ def test_mice_joins_edivals_rules_with_the_walk_through_the_session(tmp_path, ca
     assert table[1].to_dict() == pytest.approx(dict(IF=100, CC=100, GA=100, weighted=100))
     assert table[2].to_dict() == pytest.approx(dict(IF=0, CC=100, GA=0, weighted=30))  # the cat is still found
 
+def turns_so_far(request):
+    "How many results the judge is shown beside the source."
+    return said(request)[1] - 1
+
+def test_lme_runs_ten_turns_and_counts_what_holds_and_what_collapses(tmp_path, capsys):
+    "Session a holds to the end, session b fails at its fourth turn; its frames of turns 7 and 8 are destroyed."
+    world, instructions = shape_sessions(2, 1, 'heldout'), [f'add ring {t}' for t in range(10)]
+    (tmp_path/'lme/images').mkdir(parents=True)
+    for name, s in zip('ab', world): s.image.save(tmp_path/f'lme/images/{name}.png')
+    items = [dict(id=name, turns=[f'{name}: {text}' for text in instructions], labels=['local']*10) for name in 'ab']
+    (tmp_path/'lme/lme_bench.json').write_text(json.dumps(dict(items=items)))
+    def answer(request):
+        text, pictures = said(request)
+        if 'content_loss' in text:
+            lost = 2 if 'b: add ring 6' in text and 'b: add ring 8' not in text else 0
+            return json.dumps(dict(reason='', content_loss=lost, surface_corruption=0, appearance_violation=0))
+        follows = 6 if 'b: add ring 3' in text else 7                     # both scores must exceed 6
+        return json.dumps(dict(reason='', prompt_following=follows, consistency=9))
+    with Scripted(answer) as server:
+        judge = ['--judge', f'm@{server.url}']
+        assert main(command('lme', tmp_path/'lme', tmp_path/'out', *judge)) == 0, capsys.readouterr().err
+        asked = [said(request)[0] for request in server.requests]
+    assert len(asked) == 10 + 4 + 2*10                                   # b is not asked about after its failure
+    results = json.loads((tmp_path/'out/results.json').read_text())
+    rates = {(row['metric'], row['turn']): row['value'] for row in results['table']}
+    assert [rates['SR', t] for t in (3, 4, 5, 10)] == [100, 50, 50, 50]
+    assert [rates['CR', t] for t in (6, 7, 8, 10)] == [0, 50, 50, 50]      # from the first of the two frames on
+    assert (results['unreadable'], results['asked']) == (0, 34)
+    assert len(list((tmp_path/'out/samples/a').glob('turn*.png'))) == 10
+    card = (tmp_path/'out/card.md').read_text()
+    assert 'half-life' in card and 'Pictures without a judge' in card and '2 of 10 turns' in card
+
+def test_mse_stops_at_the_first_failure_and_counts_the_unreadable(tmp_path, capsys):
+    "Sessions of five turns: one right to the end, one failing at turn 2, one whose third answer cannot be read."
+    world = shape_sessions(3, 1, 'heldout')
+    rows = [dict(index=i, image=png(s.image), context=[f'{name}{t}' for t in range(5)])
+            for i, (name, s) in enumerate(zip('abc', world))]
+    (tmp_path/'mse').mkdir()
+    pd.DataFrame(rows).to_parquet(tmp_path/'mse/test.parquet')
+    def answer(request):
+        text, _ = said(request)
+        if "'c2'" in text: return 'I cannot say.'
+        return json.dumps(dict(reason='', prompt_following=8, consistency=5 if "'b1'" in text else 8))
+    with Scripted(answer) as server:
+        judge = ['--judge', f'm@{server.url}']
+        assert main(command('mse', tmp_path/'mse', tmp_path/'out', *judge)) == 0, capsys.readouterr().err
+        asked = [turns_so_far(request) for request in server.requests]
+    assert sorted(asked) == sorted([1, 2, 3, 4, 5] + [1, 2] + [1, 2, 3, 3, 3])       # the last is asked three times
+    results = json.loads((tmp_path/'out/results.json').read_text())
+    rates = {row['turn']: row['value'] for row in results['table'] if row['metric'] == 'SR'}
+    assert rates[1] == 100 and rates[2] == pytest.approx(200/3) and [rates[t] for t in (3, 4, 5)] == [50, 50, 50]
+    assert results['unreadable'] == 1 and (tmp_path/'out/images/1_turn0_rep0_seed1.png').is_file()
+    assert re.search(r'\| 1 \| 100\.00 \|', (tmp_path/'out/card.md').read_text())
+
 def test_imgedit_leaves_the_answers_where_the_published_steps_read_them(tmp_path, capsys):
     a, b = shape_sessions(2, 1, 'heldout')
     (tmp_path/'imgedit/animal').mkdir(parents=True)

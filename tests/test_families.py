@@ -402,6 +402,17 @@ def test_other_bad_input(tmp_path, folder):
          pytest.raises(InputError, match='pip install bitsandbytes'): load_editor(folder, quantize='nf4')
     with pytest.raises(InputError, match='expected a multiple of'): load_editor(folder, size=SIZE + 1)
 
+def test_klein_takes_a_megapixel(tmp_path):
+    "Its pipeline shrinks larger pictures; 1024 is the largest size here, for training and for evaluation."
+    folder = tiny_klein(tmp_path/'klein')
+    assert load_editor(folder, size=1024).size == 1024
+    with pytest.raises(InputError, match='size: expected a multiple of 8 up to 1024, received 1032'):
+        load_editor(folder, size=1032)
+    with pytest.raises(InputError, match='up to 1024'), at_size(load_editor(folder), 2048): pass
+    pipe = diffusers.Flux2KleinPipeline.from_pretrained(folder)
+    shrunk = pipe.image_processor._resize_to_target_area(Image.new('RGB', (1032,)*2))
+    assert shrunk.size == (1024, 1024)
+
 def test_damaged_weights_name_the_file(tmp_path):
     import shutil
     shutil.copytree(find_editor('tiny')[0], tmp_path/'damaged')

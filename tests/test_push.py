@@ -155,7 +155,7 @@ def test_a_whole_transformer_is_published_in_pieces(tmp_path, monkeypatch, capsy
     assert 'lora' not in card.data.tags and 'A transformer for tiny' in card.text and 'load_lora' not in card.text
     assert "AutoModel.from_pretrained('ada/edits', subfolder='transformer'" in card.text
     import diffusers
-    transformer = diffusers.AutoModel.from_pretrained(folder, subfolder='transformer')
+    transformer = diffusers.AutoModel.from_pretrained(str(folder), subfolder='transformer')
     pipe = diffusers.FluxKontextPipeline.from_pretrained(find_editor('tiny')[0], transformer=transformer)
     trained, base = read_transformer(run/'transformer'), load_editor().transformer.state_dict()
     assert all(torch.equal(x, trained[name]) for name, x in pipe.transformer.state_dict().items())

@@ -79,7 +79,7 @@ def test_guard_makes_the_steps_weigh_alike():
 
 # --- the monitor's measure of edits that do nothing
 
-def decoded(picture, quality=40):
+def decoded(picture, quality=75):
     "A stand-in for what an autoencoder does to a photograph: a little is lost everywhere."
     f = io.BytesIO()
     Image.fromarray(picture).save(f, 'JPEG', quality=quality)
@@ -87,11 +87,11 @@ def decoded(picture, quality=40):
 
 @pytest.mark.parametrize('name', ['china.jpg', 'flower.jpg'])
 def test_a_local_edit_of_a_photograph_is_an_edit(name):
-    "One per cent of the pixels in another colour: the root mean square is below 8, the old threshold."
+    "One per cent of the pixels paler: the root mean square of the whole picture is below 8, the old threshold."
     photo = np.asarray(Image.fromarray(load_sample_image(name)).resize((512, 512)))
     again = decoded(photo)
     recoloured = photo.copy()
-    recoloured[230:281, 200:251] = recoloured[230:281, 200:251][..., ::-1]//2 + 60        # 51 x 51 of 512 x 512
+    recoloured[230:281, 200:251] = recoloured[230:281, 200:251]//2 + 40       # 51 x 51 of 512 x 512
     recoloured = decoded(recoloured)
     assert np.sqrt(((recoloured.astype(float) - again)**2).mean()) < 8
     noisy = (again + np.random.default_rng(0).normal(0, 1, again.shape)).clip(0, 255).astype(np.uint8)

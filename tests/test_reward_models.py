@@ -100,3 +100,38 @@ def test_agreement_takes_reward_models(checkpoint):
     judge = load_judge(f'editreward:{checkpoint}', device='cpu')
     items = session_labels(sessions, images, 'if').items
     assert not np.isnan(ask_repeatedly(judge.mode, judge.engine, items, judge.prompts, 1).scores_RN).any()
+
+# --- UnifiedReward-Edit: one answer, a list of success and of how little else was changed, from 0 to 25 each
+
+template = '{{\n\n"reasoning" : "{0}",\n"score" : {1},\n}}'          # its authors' own, with the comma at the end
+unified = [
+    (template.format('The ring is red now, and the rest is as it was.', '[25, 20]'), [1, .8]),
+    ('```json\n' + template.format('A line\nbreak, and 3 of 4 objects kept.', '[5.0, 0]') + '\n```', [.2, 0]),
+    ('{"reasoning": "He said: [1, 2]?", "score": ["20", "10"]}', [.8, .4]), ('[15, 25]', [.6, 1]),
+    ('{"reasoning": "too much", "score": [26, 5]}', [None, .2]), ('{"reasoning": "no", "score": [25]}', [None, None]),
+    ('{"reasoning": "cut off in the mid', [None, None])]
+
+@pytest.mark.parametrize('answer, expected', unified, ids=range(len(unified)))
+def test_unifiedreward_gives_both_rewards_in_one_answer(answer, expected):
+    "What cannot be read is missing by itself: no zero, and no more than that one."
+    with Scripted(lambda request: answer) as server:
+        judge = load_judge(f'unifiedreward:m@{server.url}', max_failed=1)
+        scores = judge(sessions, images)
+    assert scores.names == ('if', 'cc') and judge.joint
+    want = torch.tensor([np.nan if x is None else x for x in expected], dtype=torch.float32)
+    torch.testing.assert_close(scores.rewards_PGTM, want.expand(1, 2, 2, 2), equal_nan=True)
+    right = np.nan if expected[0] is None else float(expected[0] >= .75)
+    torch.testing.assert_close(scores.success_PGT, torch.full((1, 2, 2), right), equal_nan=True)
+    torch.testing.assert_close(scores.object_cc_PGT, want[1].expand(1, 2, 2), equal_nan=True)
+    if expected[1] is not None: assert len(server.requests) == 4                      # members x turns, not twice that
+
+def test_unifiedreward_is_shown_the_turns_input_and_its_result():
+    "Two pictures and this turn's instruction; the scale that its authors ask for stands in the words."
+    with Scripted(lambda request: '{"reasoning": "", "score": [25, 25]}') as server:
+        load_judge(f'unifiedreward:m@{server.url}', concurrency=1)(sessions, images[:, :1])
+        requests = server.requests
+    assert [request['model'] for request in requests] == ['m', 'm']
+    shown = [[part['image_url']['url'] for part in request['messages'][0]['content'][:-1]] for request in requests]
+    assert shown[0][1] == shown[1][0] and len(shown[0]) == len(shown[1]) == 2        # turn 2 begins where turn 1 ended
+    for text, instruction in zip((r['messages'][0]['content'][-1]['text'] for r in requests), sessions[0].instructions):
+        assert instruction in text and '0 to 25' in text

@@ -1,10 +1,13 @@
 "Lines of a sessions file that cannot be used: each gives one line that names the file, the line and the field."
-import json, warnings
+import importlib, json, warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import load_edival, load_sessions, save_sessions, Session
+from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.rewards.agreement import load_labels
 
 good = dict(id='b', image='ok.png', instructions=['x', 'y'])
@@ -223,3 +226,35 @@ def test_a_run_reads_pictures_outside_only_when_asked(tmp_path):
     source = session_source(make_config(dict(sessions=str(elsewhere), allow_outside=True)))
     assert len(source.batch(0)) == 8 and len(source.heldout) == 1
     with pytest.raises(InputError, match='allow_outside'): session_source(make_config(dict(allow_outside=True)))
+
+def test_keys_of_files_are_kept_beside_the_index(tmp_path, monkeypatch):
+    "The next process reads no file; one that has changed is read again; a record that is none is written anew."
+    selecting = importlib.import_module('mt_editflow_nb.data.selecting')
+    read, compute = [], selecting._key_of_file.__wrapped__
+    def noted(path, *stamp):
+        read.append(Path(path).name)
+        return compute(path, *stamp)
+    monkeypatch.setattr(selecting, '_key_of_file', noted)
+    world = shape_sessions(5, 1, seed=2)
+    file = save_sessions(world, tmp_path/'set')
+    def keys():
+        read.clear()
+        sessions = load_sessions(file)
+        assert sessions[1:3].folder == file.parent
+        return selecting.picture_keys(sessions, many=True), len(read)
+    first, n = keys()
+    assert n == 5 and len(set(first)) == 5 and keys() == (first, 0)
+    changed = load_sessions(file)[3].image_path
+    changed.write_bytes(changed.read_bytes() + b'x')
+    now, n = keys()
+    assert n == 1 and [a == b for a, b in zip(first, now)] == [True, True, True, False, True]
+    (tmp_path/'set').rename(tmp_path/'moved')
+    file = tmp_path/'moved'/file.name
+    assert keys() == (now, 0)
+    (tmp_path/'moved'/selecting.RECORD_FILE).write_bytes(b'this is no database, and long enough to be taken for one'*20)
+    assert keys() == (now, 5) and keys() == (now, 0)
+    (tmp_path/'moved'/selecting.RECORD_FILE).unlink()
+    read.clear()
+    with ThreadPoolExecutor(4) as pool:                            # processes that begin at once: one of them reads
+        found = [*pool.map(lambda _: selecting.picture_keys(load_sessions(file), many=True), range(4))]
+    assert found == [now]*4 and len(read) == 5

@@ -1,14 +1,17 @@
 "Pictures of different ratios in one file: buckets, batches, a run from start to end, and what the commands say of it."
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 import numpy as np, pytest
 from PIL import Image
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.eval import main as evaluate_command
-from mt_editflow_nb.data.files import InputError, read_json, read_json_lines
+from mt_editflow_nb.data.files import InputError, content_hash, read_json, read_json_lines
 from mt_editflow_nb.data.sessions import Session, load_sessions, save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
-from mt_editflow_nb.data.sizes import bucket_sizes, nearest_bucket
+from mt_editflow_nb.data.sizes import bucket_sizes, fit_picture, nearest_bucket
 from mt_editflow_nb.data.tables import StreamedBatches, save_table
+from mt_editflow_nb.editing.rollout import resize_sessions
 from mt_editflow_nb.explore.strips import read_strips, session_strip
 from mt_editflow_nb.training.runs import read_config, results_table
 from mt_editflow_nb.training.source import kind_weights, session_source
@@ -145,6 +148,48 @@ def test_a_run_lists_what_it_has_left_out(file, tmp_path):
     file.write_text(file.read_text() + 'no json\n')
     experiment(config(file, on_bad='skip', iterations=1), tmp_path/'run', right_where_asked, progress=False)
     assert (tmp_path/'run'/'skipped.txt').read_text().startswith(f'{file}:10: not valid JSON')
+
+def test_the_command_leaves_out_what_cannot_be_used_and_lists_it(file, tmp_path, capsys):
+    "A line that is no JSON, and a picture with a good head and no end; three of nine sessions are asked for with --n."
+    sessions = load_sessions(file, same_turns=False)
+    broken = sessions[1].image_path
+    broken.write_bytes(broken.read_bytes()[:-60])
+    file.write_text(file.read_text() + 'no json\n')
+    out = tmp_path/'out'
+    argv = ['--sessions', str(file), '--judge', 'tiny:logit', '--steps', '1', '--n', '3', '--out', str(out)]
+    assert evaluate_command(argv) == 2 and capsys.readouterr().err.count('\n') == 1 and not out.exists()
+    assert evaluate_command([*argv, '--on-bad', 'skip']) == 0
+    said = capsys.readouterr()
+    assert f'2 sessions left out, the first: {file}:10: not valid JSON' in said.err
+    listed = (out/'skipped.txt').read_text().splitlines()
+    assert len(listed) == 2 and broken.name in listed[1]
+    assert '2 sessions of the file could not be used' in said.out and 'skipped.txt' in (out/'card.md').read_text()
+    assert [json.loads(row)['id'] for row in (out/'sessions.jsonl').read_text().splitlines()] == \
+        ['60x60-0', '60x60-2', '60x60-3']
+    assert evaluate_command(['--on-bad', 'skip', '--out', str(out)]) == 2          # the shape world has no bad ones
+
+def test_an_evaluation_holds_few_pictures(tmp_path):
+    "Pictures of a file are opened and resized when they are asked for, and are the ones that were made at once before."
+    world = [Session(str(i), picture((24, 16), i), ['add a ring']) for i in range(100)]
+    sessions = load_sessions(save_sessions(world, tmp_path), same_turns=False)
+    editor = SimpleNamespace(size=48, token_pixels=8)
+    resized = resize_sessions(editor, sessions)
+    assert not any(s.is_decoded for s in resized) and {s.image_size for s in resized} == {(56, 40)}
+    at_once = [replace(s, image=fit_picture(s.image, 56, 40)) for s in world]
+    assert content_hash(resized) == content_hash(at_once)
+    again = resize_sessions(editor, resized)
+    assert all(a is b for a, b in zip(again, resized))                  # nothing is opened twice over
+    assert resized[7].image is resized[7].image
+    in_memory = resize_sessions(editor, world)
+    assert all(s.is_decoded for s in in_memory) and content_hash(in_memory) == content_hash(at_once)
+
+def test_kinds_with_few_sessions_are_named(file):
+    "Four squares of one turn, three wide ones of two turns, two tall ones of two turns, in batches of three."
+    said = session_source(config(file, sessions_per_iteration=3)).warnings
+    text = ('sessions: 1 of 3 kinds have fewer than the 3 sessions of an iteration, which then repeats some '
+            '(the first: 2 of 2 turns, pictures of about 832:1248); together they are 22% of the iterations')
+    assert said == (text,)
+    assert session_source(config(file)).warnings == ()
 
 def test_the_command_evaluates_mixed_lengths_and_shapes(file, tmp_path, capsys):
     out = tmp_path/'out'

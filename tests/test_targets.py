@@ -1,7 +1,7 @@
 "Supervised training on the targets of a public set: from its files to a trained adapter."
-import io
+import io, textwrap
 from dataclasses import replace
-import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
+import datasets, numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.algorithm.distill import distill
@@ -11,7 +11,7 @@ from mt_editflow_nb.data.files import InputError, read_json_lines
 from mt_editflow_nb.data.importers import import_set
 from mt_editflow_nb.data.sessions import load_sessions, save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
-from mt_editflow_nb.data.tables import save_table
+from mt_editflow_nb.data.tables import open_sessions, save_table
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.training.source import session_source
@@ -20,7 +20,6 @@ from mt_editflow_nb.training.train import train
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
     "No hub, a cache of one's own, and no pause of five seconds at the end of a stream."
-    import datasets
     monkeypatch.setattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', 0)
     monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path/'cache')
@@ -103,3 +102,59 @@ def test_a_streamed_table_has_an_order_of_its_own_and_another_set_held_out(tmp_p
     for kw, part in ((dict(heldout=None), 'heldout: expected a file'), (dict(turn_weights={2: 1}), 'turn_weights'),
                      (dict(sessions=str(file)), 'streaming: expected parquet'), (dict(algorithm='sft'), 'targets')):
         with pytest.raises(InputError, match=part): source(**kw)
+
+def test_a_streamed_table_leaves_out_what_cannot_be_read(tmp_path):
+    "A picture without its end and a row without instructions: counted, listed once, and never in a batch."
+    world = [replace(s, id=str(i)) for i, s in enumerate(shape_sessions(6, 1, seed=3))]
+    save_table(world, tmp_path/'good.parquet')
+    rows = datasets.load_dataset('parquet', data_files=str(tmp_path/'good.parquet'), split='train').to_list()
+    rows[2]['image']['bytes'] = rows[2]['image']['bytes'][:-40]
+    rows[4]['instructions'] = []
+    (tmp_path/'table').mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path/'table'/'a.parquet')
+    file = save_sessions(shape_sessions(3, 1, seed=7), tmp_path/'heldout')
+    file.write_text(file.read_text() + 'no json\n')
+    fields = dict(sessions=str(tmp_path/'table'), heldout=str(file), sessions_per_iteration=2, seed=1, streaming=True)
+    with pytest.raises(InputError, match='not valid JSON'): session_source(make_config(fields))
+    source = session_source(make_config(fields | dict(on_bad='skip')))
+    ids = [s.id for i in range(6) for s in source.batch(i)]
+    assert sorted(ids) == sorted(['0', '1', '3', '5']*3)                              # three epochs
+    told = [*source.skipped.values()]
+    assert len(told) == 3 and sum("session '2'" in text for text in told) == 1
+    assert sum("session '4'" in text and 'instructions' in text for text in told) == 1
+    again = session_source(make_config(fields | dict(on_bad='skip')))
+    assert [s.id for s in again.batch(4)] == ids[8:10]                                # a resumed run
+    stopping = session_source(make_config(fields | dict(heldout=str(save_sessions(world[:1], tmp_path/'whole')))))
+    with pytest.raises(InputError, match='row . of epoch 0'): [stopping.batch(i) for i in range(3)]
+
+def test_a_folder_as_the_hub_has_them_is_read_offline(tmp_path, monkeypatch):
+    "hf:FOLDER and hf:FOLDER:SPLIT: a card that names the files of each split, shards of parquet, no connection."
+    monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path/'cache')
+    world = [replace(s, id=str(i)) for i, s in enumerate(shape_sessions(7, 2, seed=3))]
+    hub = tmp_path/'owner'/'edits'
+    parts = {'train-00000-of-00002': world[:3], 'train-00001-of-00002': world[3:5], 'test-00000-of-00001': world[5:]}
+    for name, part in parts.items(): save_table(part, hub/'data'/f'{name}.parquet')
+    (hub/'README.md').write_text(textwrap.dedent("""\
+        ---
+        configs:
+        - config_name: default
+          data_files:
+          - {split: train, path: data/train-*}
+          - {split: test, path: data/test-*}
+        ---
+        # Edits
+        """))
+    train, test = (open_sessions(f'hf:{hub}{split}') for split in ('', ':test'))
+    assert [s.id for s in train] == ['0', '1', '2', '3', '4'] and [s.id for s in test] == ['5', '6']
+    assert [s.image.tobytes() for s in train] == [s.image.tobytes() for s in world[:5]]
+    assert [s.instructions for s in test] == [s.instructions for s in world[5:]]
+    fields = dict(sessions=f'hf:{hub}', heldout=f'hf:{hub}:test', sessions_per_iteration=1, seed=1)
+    for streaming in (False, True):
+        source = session_source(make_config(fields | dict(streaming=streaming)))
+        assert sorted(s.id for i in range(5) for s in source.batch(i)) == ['0', '1', '2', '3', '4']
+        assert [s.id for s in source.heldout] == ['5', '6']
+    for name in (f'hf:{hub}:valid', 'hf:owner/none'):
+        with pytest.raises(InputError, match='cannot be read as a data set') as e: open_sessions(name)
+        assert '\n' not in str(e.value)

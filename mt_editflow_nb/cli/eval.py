@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MAX_SESSIONS', 'MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_options', 'check_options',
            'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared', 'check_against',
-           'finish_run', 'chosen_sessions', 'training_of', 'judge_of_rules', 'notes_about', 'run_free', 'evaluate_free',
-           'edival_sessions', 'edival_judges', 'load_edival_tools', 'quality_table', 'evaluate_edival',
-           'import_published', 'fill_bench_settings', 'bench_items', 'evaluate_bench', 'main']
+           'finish_run', 'sessions_of_file', 'note_skipped', 'chosen_sessions', 'training_of', 'judge_of_rules',
+           'notes_about', 'run_free', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges',
+           'load_edival_tools', 'quality_table', 'evaluate_edival', 'import_published', 'fill_bench_settings',
+           'bench_items', 'evaluate_bench', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
-import argparse, math, os, sys, time
+import argparse, math, os, sys, time, warnings
 from dataclasses import replace
 from importlib.metadata import version
 from os.path import expanduser
@@ -78,6 +79,9 @@ def _session_options(ap):
                     help='sessions of the shape world in which every second turn looks back (default: a chain)')
     ap.add_argument('--plain', action='store_true', help='with --structure: every turn says plainly what is meant')
     ap.add_argument('--allow-outside', action='store_true', help='pictures of a file may lie outside its folder')
+    ap.add_argument('--on-bad', choices=['stop', 'skip'],
+                    help='sessions of a file that cannot be used stop the command (default), or are left out, counted '
+                         'and listed')
     ap.add_argument('--crop', choices=['square'],
                     help="cut the pictures of a file to squares (default: as in the adapter's training, else not)")
     ap.add_argument('--judge', help="'verifier' (default, for the shape world's words), or MODEL:MODE as in training")
@@ -106,8 +110,8 @@ def check_bench_options(
     a, # the parsed options, with --bench
 ):
     "Raises `InputError` for options that `--bench` does not know, or lacks."
-    unknown = ['sessions', 'turns', 'structure', 'plain', 'keep', 'allow_outside', 'crop', 'csv', 'quality']
-    unknown += ['imported']
+    unknown = ['sessions', 'turns', 'structure', 'plain', 'keep', 'allow_outside', 'crop', 'on_bad', 'csv']
+    unknown += ['quality', 'imported']
     if a.bench != 'mice': unknown += ['detector', 'vlm', 'features']
     if a.bench != 'gedit': unknown += ['language']
     for name in unknown:
@@ -143,7 +147,7 @@ def eval_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/cli/01_eval.ipynb #ce3a2154
 _needs = dict(
     turns=['shapeworld'], structure=['shapeworld'], plain=['shapeworld'], keep=['shapeworld', 'a file'],
-    allow_outside=['a file'], crop=['a file'], judge=['shapeworld', 'a file'],
+    allow_outside=['a file'], crop=['a file'], on_bad=['a file'], judge=['shapeworld', 'a file'],
     judge_options=['shapeworld', 'a file'], images=['edival'],
     csv=['edival'], questions=['edival'], generate_only=['edival'], shard=['edival'], detector=['edival'],
     vlm=['edival'], features=['edival'], quality=['edival'])
@@ -372,6 +376,28 @@ def finish_run(
 # %% ../../nbs/cli/01_eval.ipynb #cf7c19e7
 MAX_BYTES_IN_MEMORY = 1 << 30  # bytes of pictures that are held in memory at most
 
+def sessions_of_file(
+    a,     # the options, filled
+) -> list: # `Sessions`
+    "The sessions of a file; with `--on-bad skip` every picture is decoded once, to find those that cannot be."
+    skip = a.on_bad == 'skip'
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                # what is skipped is said below
+        sessions = open_sessions(a.sessions, allow_outside=a.allow_outside, same_turns=False,
+                                 on_bad='skip' if skip else 'stop', decode=True if skip else None)
+    if sessions.skipped: _say(f'{len(sessions.skipped)} sessions left out, the first: {sessions.skipped[0]}')
+    return sessions
+
+def note_skipped(
+    out: Path,       # gets skipped.txt where something is left out
+    sessions,        # from `chosen_sessions`
+) -> list:           # of one sentence, or none
+    "List the sessions that are left out."
+    skipped = getattr(sessions, 'skipped', ())
+    if not skipped: return []
+    atomic_write(out/'skipped.txt', ''.join(f'{message}\n' for message in skipped))
+    return [f'{len(skipped)} sessions of the file could not be used and are left out; skipped.txt lists them.']
+
 def chosen_sessions(
     a,     # the options, filled
 ) -> list: # of `Session`
@@ -383,7 +409,7 @@ def chosen_sessions(
         sessions = WORLDS[a.sessions](a.n or 512, a.turns, 'heldout')
         check_for_judge(a.judge, sessions[:1])
         return sessions
-    sessions = open_sessions(a.sessions, allow_outside=a.allow_outside, same_turns=False)
+    sessions = sessions_of_file(a)
     expect(a.n is None or a.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {a.sessions}', a.n)
     check_for_judge(a.judge, sessions[:a.n], a.crop)
     return sessions[:a.n]
@@ -487,11 +513,19 @@ def _finish_free(a, out, chosen, sessions, outcomes, images, cc_unscored_IT, sec
                     seconds_a_turn=f'{seconds:.3f}')
     if a.sessions not in WORLDS: protocol |= dict(pictures='cut to squares' if a.crop else 'in their own ratio')
     facts = dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
-    notes = notes_about(a, chosen, success_IT, a.judge, cc_unscored_IT)
+    notes = note_skipped(out, chosen) + notes_about(a, chosen, success_IT, a.judge, cc_unscored_IT)
     return finish_run(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, notes=notes,
                       outcomes=outcomes, images=images, why_IT=why, against=a.against, cc_unscored_IT=cc_unscored_IT)
 
 # %% ../../nbs/cli/01_eval.ipynb #14438df7
+def with_picture(
+    session,    # a `Session`
+    file: Path, # of its first picture
+):              # a `Session` that opens it when it is asked for
+    "A session with its picture. Raises `InputError` where there is none that can be read."
+    open_image(file)
+    return replace(session, image=file)
+
 def edival_sessions(
     a,     # the options, filled
 ) -> list: # of `Session`
@@ -505,7 +539,7 @@ def edival_sessions(
         expect(i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n), '--shard', 'I/N with I from 1 to N', a.shard)
         sessions = sessions[int(i) - 1::int(n)]
         expect(sessions, '--shard', 'at least one session in it', 'none')
-    return [replace(s, image=open_image(Path(a.images)/f'{s.id}_input_raw.jpg')) for s in sessions]
+    return [with_picture(s, Path(a.images)/f'{s.id}_input_raw.jpg') for s in sessions]
 
 def _check_model(flag, name):
     if name is None: return
@@ -659,14 +693,15 @@ def bench_items(
 
 def _mice_arrays(a, items, out, tools): # EdiVal's verdict and consistency of every turn
     questions = read_edival_questions(a.questions) if a.questions else QUESTIONS
-    shown = [replace(s, image=open_image(benchmark_file('mice', out, s, 0))) for s in items]
+    shown = [with_picture(s, benchmark_file('mice', out, s, 0)) for s in items]
     judges = edival_judges(argparse.Namespace(**vars(a)), questions)
     if from_first(lambda: sessions_to_score(shown, out, judges)) and tools is None:
         with failing_together():
             asker = load_edival_vlm(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
             tools = load_edival_tools(a, asker)
     scored = score_edival(shown, out, tools and EdivalTools(*tools), judges=judges, progress=True)
-    return {k.removesuffix('_IT'): x for k, x in outcomes_of(scored)._asdict().items()}
+    arrays = {k.removesuffix('_IT'): x for k, x in outcomes_of(scored)._asdict().items()}
+    return arrays | dict(cc_unscored=cc_unscored_of(scored))
 
 # %% ../../nbs/cli/01_eval.ipynb #fb972c35
 def _bench_facts(a, items):

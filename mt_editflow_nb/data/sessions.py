@@ -20,6 +20,7 @@ from PIL import Image
 from pydantic_core import from_json
 from .files import (ABSENT_IF_EMPTY, InputError, atomic_write, expect, image_size, one_line, one_of,
                                        open_image, read_text)
+from .sizes import FittedPicture, fit_picture
 
 # %% ../../nbs/data/01_sessions.ipynb #7300860f
 MAX_TURNS = 16                   # of a session
@@ -30,8 +31,12 @@ DECODED_IMAGES = 64              # that are kept in memory
 @lru_cache(DECODED_IMAGES)
 def _decoded(path, modified, size): return open_image(path)
 
+@lru_cache(DECODED_IMAGES)
+def _fitted(held): return fit_picture(held.open_picture(), held.width, held.height)
+
 def _open_held(held):
-    "A picture that is held as it is, as a path, or as the bytes of a file."
+    "A picture that is held as it is, as a path, as the bytes of a file, or as something to be opened and resized."
+    if isinstance(held, FittedPicture): return _fitted(held)
     return open_image(held) if isinstance(held, (Path, bytes)) else held
 
 _control = re.compile(r'[\x00-\x1f\x7f-\x9f]')
@@ -57,7 +62,7 @@ def _is_text(x, lines=True):
     except UnicodeEncodeError: return False
 
 _texts = 'a list of non-empty texts in valid Unicode, without control characters'
-_pictures = Image.Image, Path, bytes
+_pictures = Image.Image, Path, bytes, FittedPicture
 
 def _are_texts(x): return isinstance(x, (list, tuple)) and all(map(_is_text, x))
 
@@ -66,7 +71,7 @@ def _are_texts(x): return isinstance(x, (list, tuple)) and all(map(_is_text, x))
 class Session:
     "An image and the T instructions to be applied to it in order."
     id: str            # unique within a set of sessions
-    image: Image.Image|Path|bytes|None = _LazyImage() # the input of turn 1, RGB; None where only the texts are known
+    image: Image.Image|Path|bytes|FittedPicture|None = _LazyImage() # turn 1's input, RGB; None: only texts are known
     instructions: list # T texts, 1 <= T <= 16
     task_types: list = field(default_factory=list) # T names such as 'color_alter', or empty
     meta: dict = field(default_factory=dict) # whatever judges need; what is per turn is a list of T
@@ -115,6 +120,16 @@ class Session:
         return held if isinstance(held, bytes) else None
 
     @property
+    def is_decoded(self) -> bool:
+        "Whether the picture is in memory as pixels."
+        return isinstance(self.__dict__['image'], Image.Image)
+
+    @property
+    def is_fitted(self) -> bool:
+        "Whether the picture is opened and resized when it is asked for."
+        return isinstance(self.__dict__['image'], FittedPicture)
+
+    @property
     def has_image(self) -> bool:
         "Whether there is a picture; nothing is read."
         return self.__dict__['image'] is not None
@@ -123,6 +138,7 @@ class Session:
     def image_size(self) -> tuple:
         "Width and height of the picture, of which only the head is read."
         held = self.__dict__['image']
+        if isinstance(held, FittedPicture): return held.width, held.height
         return held.size if isinstance(held, Image.Image) else image_size(held)
 
     def target_images(self) -> list:
@@ -140,9 +156,10 @@ class Sessions(Sequence):
         index=None, # which items, in which order; None: all
         skipped=(), # messages about those that were left out
         sizes=None, # [len(items), 2] width and height of the first pictures; None: to be looked up
+        folder=None,# of the file that they stand in; None: there is none
     ):
         self.items, self.item_turns, self.parse, self.skipped = items, turns, parse, list(skipped)
-        self.item_sizes = sizes
+        self.item_sizes, self.folder = sizes, folder
         self.index = np.arange(len(items)) if index is None else np.asarray(index, int)
 
     @property
@@ -160,7 +177,8 @@ class Sessions(Sequence):
         if not np.ndim(i) and not isinstance(i, slice):
             item = self.items[self.index[i]]
             return self.parse(item) if self.parse else item
-        return Sessions(self.items, self.item_turns, self.parse, self.index[i], self.skipped, self.item_sizes)
+        return Sessions(self.items, self.item_turns, self.parse, self.index[i], self.skipped, self.item_sizes,
+                        self.folder)
 
     def __eq__(self, other): return len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
@@ -343,7 +361,7 @@ def load_sessions(
     ids, turns, rows = ([values[i] for i in good] for values in (index.ids, index.turns, index.rows))
     _check_agreement(ids, turns, _Places(path, rows), same_turns)
     parse = partial(_parse_row, folder=folder, allow_outside=allow_outside)
-    return Sessions(index.lines, index.turns, parse, good, index.skipped, sizes)
+    return Sessions(index.lines, index.turns, parse, good, index.skipped, sizes, folder)
 
 # %% ../../nbs/data/01_sessions.ipynb #0c749527
 def _save_image(image, folder):

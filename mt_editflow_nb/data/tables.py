@@ -116,12 +116,13 @@ def load_table(
     same_turns: bool = True, # all sessions must have the same number of turns
     on_bad: str = 'stop',    # 'skip': what cannot be used is left out, with a warning, and listed in `.skipped`
     targets: bool = False,   # every session must have the right results
+    decode: bool = None,     # decode every picture once, to find broken ones; None: of up to 2,000 rows
 ) -> Sessions:
     "Sessions of a table. Raises `InputError` with the row that is wrong."
     one_of('on_bad', on_bad, ('stop', 'skip'))
     table = open_table(source)
     skipped, good = [], list(range(len(table)))
-    if len(table) <= DECODED_AT_LOAD:
+    if decode or (decode is None and len(table) <= DECODED_AT_LOAD):
         fault_of = {i: _fault(table, source, i, targets) for i in good}
         skipped = [fault for fault in fault_of.values() if fault]
         good = [i for i in good if not fault_of[i]]
@@ -146,7 +147,7 @@ def open_sessions(
     source: str|Path,            # a JSON Lines file, a parquet file, a folder of those, or hf:NAME[:SPLIT]
     *,
     allow_outside: bool = False, # of a JSON Lines file: pictures may lie outside its folder
-    **kw,                        # same_turns, on_bad and targets, as in `load_sessions`
+    **kw,                        # same_turns, on_bad, decode and targets, as in `load_sessions`
 ) -> Sessions:
     "Sessions from wherever they are."
     if not is_table(str(source)): return load_sessions(source, allow_outside=allow_outside, **kw)
@@ -157,48 +158,59 @@ def open_sessions(
 SHUFFLE_BUFFER = 1000   # rows within which a stream is shuffled
 
 def stream_sessions(
-    source: str, # a parquet file, a folder of them, or hf:NAME[:SPLIT]
-    seed: int,
-    epoch: int,
+    source: str,          # a parquet file, a folder of them, or hf:NAME[:SPLIT]
+    seed: int,            # of the order
+    epoch: int,           # from 0
+    skipped: dict = None, # gains a message for each row that cannot be used; None: such a row is an error
 ): # yields `Session`s, once each
     "One epoch of a table, in an order of its own. Raises `InputError` with the row, counted in that order."
     rows = open_table(source, streaming=True).shuffle(seed=seed*1_000_003 + epoch, buffer_size=SHUFFLE_BUFFER)
     for i, row in enumerate(rows):
-        try: yield row_session(row)
-        except InputError as e: raise InputError(f'{source}: row {i} of epoch {epoch}: {e}') from None
+        place = f'row {i} of epoch {epoch}'
+        try:
+            session = row_session(row)
+            if skipped is not None: open_image(session.image_file)
+        except InputError as e:
+            if skipped is None: raise InputError(f'{source}: {place}: {e}') from None
+            name = f'session {row["id"]!r}' if row.get('id') else place
+            skipped[name] = f'{source}: {name}: {e}'
+            continue
+        yield session
 
 def stream_batches(
-    source: str,      # a parquet file, a folder of them, or hf:NAME[:SPLIT]
-    size: int,        # P, sessions a batch
-    seed: int,
-    crop: str = None, # 'square': pictures of any ratio may be together
+    source: str,          # a parquet file, a folder of them, or hf:NAME[:SPLIT]
+    size: int,            # P, sessions a batch
+    seed: int,            # of the order
+    crop: str = None,     # 'square': pictures of any ratio may be together
+    skipped: dict = None, # as for `stream_sessions`
 ): # yields lists of P `Session`s of one number of turns and one bucket of sizes, without end
-    "Epoch after epoch in batches. Raises `InputError` for an empty table."
+    "Epoch after epoch in batches. Raises `InputError` for a table without a session that can be used."
     def kind(session):
         turns = len(session.instructions)
         return turns if crop == 'square' else (turns, nearest_bucket(*session.image_size))
     waiting = {}
     for epoch in itertools.count():
         read = 0
-        for session in stream_sessions(source, seed, epoch):
+        for session in stream_sessions(source, seed, epoch, skipped):
             read += 1
             same = waiting.setdefault(kind(session), [])
             same.append(session)
             if len(same) < size: continue
             yield same[:]
             same.clear()
-        expect(read, source, 'at least one session', 'none')
+        expect(read, source, 'at least one session', next(iter((skipped or {}).values()), 'none'))
 
 class StreamedBatches:
     "iteration -> P `Session`s of a table that is read as it comes."
     def __init__(
         self,
-        source: str,      # a parquet file, a folder of them, or hf:NAME[:SPLIT]
-        size: int,        # P
-        seed: int,
-        crop: str = None, # as for `stream_batches`
+        source: str,          # a parquet file, a folder of them, or hf:NAME[:SPLIT]
+        size: int,            # P
+        seed: int,            # of the order
+        crop: str = None,     # as for `stream_batches`
+        skipped: dict = None, # as for `stream_sessions`
     ):
-        self.begin = partial(stream_batches, source, size, seed, crop)
+        self.begin = partial(stream_batches, source, size, seed, crop, skipped)
         self.batches, self.next = self.begin(), 0
 
     def __call__(

@@ -342,13 +342,14 @@ def multi_turn_scores(
 
 def mice_scores(
     sessions,           # from `load_mice`
-    arrays: dict,       # awareness, and EdiVal's success, object_cc and background_cc, [I, T] each
+    arrays: dict,       # awareness, and EdiVal's success, object_cc, background_cc and cc_unscored, [I, T] each
     n_boot: int = 2000, # draws of sessions
 ) -> tuple:             # (success_IT, tables, rows)
     "What MICE-Bench reports, for each of its halves."
     keeps = np.array([s.meta['bg_consistency'] for s in sessions])
     half = np.array([s.meta['half'] for s in sessions])
     consistency = mice_consistency(arrays['object_cc'], arrays['background_cc'], keeps)
+    if 'cc_unscored' in arrays: consistency[arrays['cc_unscored']] = np.nan       # missing is neither void nor one half
     parts = arrays['success'], consistency, arrays['awareness']
     table = mice_table(*parts, n_boot=n_boot)
     tables = {'In percent': table}

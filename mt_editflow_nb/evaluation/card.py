@@ -30,7 +30,7 @@ def is_shape_world(
     sessions: list, # `Session`s with images
 ) -> bool:
     "Whether sessions are of the shape world, judged by their size and their instructions."
-    if any(s.image is None or s.image.size != (WORLD_SIDE, WORLD_SIDE) for s in sessions): return False
+    if any(not s.has_image or s.image_size != (WORLD_SIDE, WORLD_SIDE) for s in sessions): return False
     try:
         for text in {text for s in sessions for text in s.instructions}: parse_edit(text)
     except InputError: return False

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT_HELDOUT_SHARE', 'MANY_PICTURES_WARNING', 'STREAMED_WARNING', 'thumbnails', 'copies_of_training',
            'check_apart', 'SessionSource', 'PrefetchedBatches', 'turns_of', 'length_weights', 'shuffled_part',
-           'buckets_of', 'kind_weights', 'kind_batches', 'readable_sessions', 'SkippingBatches', 'check_for_judge',
-           'session_source']
+           'buckets_of', 'kind_weights', 'kind_batches', 'readable_sessions', 'SkippingBatches', 'small_kinds_warning',
+           'check_for_judge', 'session_source']
 
 # %% ../../nbs/training/02_source.ipynb #aa03e291
 import difflib, warnings
@@ -275,13 +275,31 @@ class SkippingBatches:
             taken.append(found)
         return taken
 
+def small_kinds_warning(
+    turns,       # of each session
+    buckets,     # of each session
+    kinds: dict, # from `kind_weights`
+    P: int,      # sessions a batch
+) -> list: # of one sentence, or none
+    "Which kinds have fewer sessions than a batch, so that some stand in it more than once."
+    counts = {(t, b): int(((turns == t) & (buckets == b)).sum()) for (t, b), share in kinds.items() if share}
+    few = {kind: n for kind, n in counts.items() if n < P}
+    if not few: return []
+    (t, b), n = next(iter(few.items()))
+    width, height = PREFERRED_SIZES[b]
+    text = (f'sessions: {len(few)} of {len(counts)} kinds have fewer than the {P} sessions of an iteration, which then '
+            f'repeats some (the first: {n} of {t} turns, pictures of about {width}:{height}); together they are '
+            f'{sum(kinds[kind] for kind in few):.0%} of the iterations')
+    return [text]
+
 def _batches(train, c, skipped):
-    "(iteration -> P sessions of one kind, how often each kind is taken)."
+    "(iteration -> P sessions of one kind, how often each kind is taken, warnings)."
     turns, buckets = turns_of(train), buckets_of(train, c.crop)
     kinds = kind_weights(turns, buckets, c.turn_weights)
+    said = small_kinds_warning(turns, buckets, kinds, c.sessions_per_iteration)
     numbers = kind_batches(train, kinds, buckets, c.sessions_per_iteration, c.seed)
-    if c.on_bad == 'skip': return SkippingBatches(train, numbers, np.stack([turns, buckets], 1), skipped), kinds
-    return lambda i: [train[k] for k in numbers(i)], kinds
+    if c.on_bad == 'skip': return SkippingBatches(train, numbers, np.stack([turns, buckets], 1), skipped), kinds, said
+    return lambda i: [train[k] for k in numbers(i)], kinds, said
 
 # %% ../../nbs/training/02_source.ipynb #1b3325cf
 def _check_fields(c):
@@ -292,7 +310,6 @@ def _check_fields(c):
         expect(not shape_world or unset, name, 'sessions=FILE, without which it has no effect', getattr(c, name))
     expect(not (shape_world and c.allow_outside), 'allow_outside', 'a file of sessions to apply it to', c.sessions)
     expect(not c.streaming or is_table(c.sessions), 'streaming', 'parquet or hf: as sessions', c.sessions)
-    expect(not c.streaming or c.on_bad == 'stop', 'on_bad', "'stop' with streaming", c.on_bad)
     expect(shape_world or c.eval_turns is None, 'eval_turns', 'none for a file, whose sessions have turns of their own',
            c.eval_turns)
 
@@ -343,15 +360,23 @@ def _streamed(c):
     expect(named, 'heldout', 'a file or a table of its own with streaming', c.heldout)
     for name in ('turns', 'turn_weights'):
         expect(getattr(c, name) is None, name, 'none with streaming, whose sessions come as they are', getattr(c, name))
-    heldout = open_sessions(c.heldout, same_turns=False)[:c.eval_sessions]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                # what is skipped is listed in the run
+        whole = open_sessions(c.heldout, same_turns=False, on_bad=c.on_bad)
+    heldout, broken = whole[:c.eval_sessions], {}
+    skipped = {f'held out: {message}': message for message in whole.skipped}
+    if c.on_bad == 'skip':
+        heldout = [*readable_sessions(heldout, broken)]
+        skipped |= {f'held out: {id}': message for id, message in broken.items()}
     check_for_judge(c.eval_judge, heldout, c.crop)
-    batch = StreamedBatches(c.sessions, c.sessions_per_iteration, c.seed, c.crop)
+    may_skip = skipped if c.on_bad == 'skip' else None
+    batch = StreamedBatches(c.sessions, c.sessions_per_iteration, c.seed, c.crop, may_skip)
     first = batch(0)                                                   # a table without the columns is found now
     check_for_judge(c.judge, first, c.crop)
     needs = f'targets, which algorithm={c.algorithm} needs'
     expect(c.algorithm in RL or first[0].targets, 'sessions', needs, 'none')
     return SessionSource(batch, heldout, f'sessions of {Path(c.heldout).name}', content_hash('streamed', c.sessions),
-                         sessions_hash(heldout), (STREAMED_WARNING,), None, c.crop)
+                         sessions_hash(heldout), (STREAMED_WARNING,), None, c.crop, skipped=skipped)
 
 def session_source(
     c: Config, # `sessions`, `heldout`, `turns`, `eval_sessions`, ... are read
@@ -374,8 +399,8 @@ def session_source(
         skipped |= {f'held out: {id}': message for id, message in broken.items()}
     for field, some in (('sessions', train), ('heldout', heldout)): _check_turns(c, field, some)
     check_for_judge(c.eval_judge, heldout, c.crop)
-    said = [*_looks_known(heldout, train)] if c.heldout != 'training' else []
+    batch, kinds, said = _batches(train, c, skipped)
+    if c.heldout != 'training': said += _looks_known(heldout, train)
     if skipped: said.append(f'sessions: {len(skipped)} left out, the first: {next(iter(skipped.values()))}')
-    batch, kinds = _batches(train, c, skipped)
     return SessionSource(batch, heldout, name, sessions_hash(train), sessions_hash(heldout), tuple(said), train, c.crop,
                          kinds, skipped)
