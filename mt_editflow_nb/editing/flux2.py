@@ -16,6 +16,7 @@ class Flux2Editor:
     "A `Flux2KleinPipeline` as an editor: classifier-free guidance, two passes per step unless the guidance is 1."
     text_encoders = ('text_encoder',)
     guidance = 4.                       # as the model cards of klein-base have it; distilled models take none
+    max_size = 1024                     # the pipeline shrinks larger input pictures to this area
 
     def __init__(self, pipe, guidance: float = None):
         adopt_pipeline(self, pipe, pipe.vae.config.sample_size, 1. if pipe.config.is_distilled else guidance)

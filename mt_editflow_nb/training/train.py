@@ -17,6 +17,7 @@ import gc, json, os, resource, shutil, sys, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 import numpy as np, torch
 from tqdm.auto import tqdm
@@ -236,7 +237,7 @@ def run_evaluation(c, run, name: str, editor, heldout: list, judge, progress: bo
     first, count = processes()[0] == 0, processes()[1]
     with at_size(editor, c.eval_size):
         if editor.device.type == 'cuda' and not is_sharded(list(editor.transformer.parameters())):
-            largest = max(heldout, key=lambda s: (s.image.width*s.image.height, len(s.instructions)))
+            largest = max(heldout, key=lambda s: (prod(s.image_size), len(s.instructions)))
             def trial(n):
                 alike = [replace(largest, id=f'{largest.id}, trial {i}') for i in range(min(n*count, len(heldout)))]
                 list(evaluate_sessions(editor, alike, judge, num_steps=2, batch=n))
