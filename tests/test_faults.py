@@ -20,7 +20,7 @@ from mt_editflow_nb.rewards.answers import read_json_score, read_json_scores
 from mt_editflow_nb.training.budget import remembered_batch
 from mt_editflow_nb.training.runs import cut_log, open_run, read_config
 from mt_editflow_nb.training.source import session_source
-from mt_editflow_nb.training.train import experiment, keep_best, opened
+from mt_editflow_nb.training.train import experiment, keep_best, opened_run
 
 def refused(f, *args, **kw):
     "The one line with which something is refused."
@@ -196,7 +196,7 @@ def test_an_edited_configuration_is_noticed(tmp_path):
     file = open_run(c, run)/'config.json'
     write_checkpoint(run, 1, {'param.0': torch.ones(2)}, c=c)
     def go_on():
-        with opened(read_config(run), run, {}): return True
+        with opened_run(read_config(run), run, {}): return True
     assert go_on()
     written = json.loads(file.read_text())
     file.write_text(json.dumps(written | dict(config=written['config'] | dict(seed=3, iterations=999))))

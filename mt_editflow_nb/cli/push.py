@@ -48,14 +48,14 @@ def public_config(
     run,   # a run folder
 ) -> dict: # `config`, `environment`, `identity`
     "What a run was made from, without addresses and folders."
-    held, config = read_json(Path(run)/'config.json'), read_config(run).model_dump()
+    stored, config = read_json(Path(run)/'config.json'), read_config(run).model_dump()
     for name in ('judge', 'eval_judge'): config[name] = without_address(config[name])
     for name in ('editor', 'init_lora'):
         if config[name]: config[name] = without_folder(config[name])
     for name in ('sessions', 'heldout'):
         if isinstance(config[name], str): config[name] = Path(config[name]).name
-    identity = {k: v for k, v in (held.get('identity') or {}).items() if k in ('sessions', 'heldout')}
-    return dict(config=config, environment=held.get('environment', {}), identity=identity)
+    identity = {k: v for k, v in (stored.get('identity') or {}).items() if k in ('sessions', 'heldout')}
+    return dict(config=config, environment=stored.get('environment', {}), identity=identity)
 
 # %% ../../nbs/cli/05_push.ipynb #769ac477
 _flux = dict(license='other', license_name='flux-1-dev-non-commercial-license')
@@ -187,8 +187,8 @@ def card_head(
 
 def hub_card(run, published, repo: str, base: str, licence: dict) -> str: # Markdown
     "The model card of what `published_weights` gives. What it says is what the run folder holds."
-    held, results = public_config(run), published.results
-    config, content = held['config'], held['identity'].get('sessions')
+    public, results = public_config(run), published.results
+    config, content = public['config'], public['identity'].get('sessions')
     data = 'the shape world of mt_editflow_nb' if config['sessions'] in WORLDS else f"{config['sessions']}"
     if content and content not in WORLDS: data += f' (hash of the content: {content[:16]})'
     environment, whole = Environment(keep_trailing_newline=True), config['lora_rank'] is None

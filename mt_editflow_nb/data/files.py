@@ -190,8 +190,8 @@ ABSENT_IF_EMPTY = dict(absent_if_empty=True)   # metadata of a dataclass's field
 
 def _fields(x):
     "What a dataclass holds, without empty fields that an older version did not have."
-    held = {f.name: (getattr(x, f.name), f.metadata.get('absent_if_empty')) for f in dataclasses.fields(x)}
-    return {name: value for name, (value, may_be_absent) in held.items() if not (may_be_absent and not value)}
+    fields = {f.name: (getattr(x, f.name), f.metadata.get('absent_if_empty')) for f in dataclasses.fields(x)}
+    return {name: value for name, (value, may_be_absent) in fields.items() if not (may_be_absent and not value)}
 
 def _kind_and_bytes(x):
     "What to hash of a value: its kind, and its content as bytes; of a container, the hashes of what it holds."
@@ -307,8 +307,8 @@ def image_size(
 ) -> tuple:               # (width, height), as `open_image` returns it
     "Read only the head of an image file. Raises `InputError` with one line where it is missing, broken, or too large."
     with _opened(path) as image:
-        held = image.format != 'PNG' or 'exif' in image.info       # else Pillow looks for it behind the pixels
-        turned = held and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        may_be_turned = image.format != 'PNG' or 'exif' in image.info       # else Pillow looks for it behind the pixels
+        turned = may_be_turned and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size[::-1] if turned else image.size
 
 def open_image(

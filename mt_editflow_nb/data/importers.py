@@ -445,16 +445,16 @@ class RowWriter:
 
     def picture(
         self,
-        held: Path|bytes, # a file, or the bytes of one
+        source: Path|bytes, # a file, or the bytes of one
     ) -> str: # path from the file's folder
         "A path as a row names it; an embedded file is written first. Raises `InputError` for what is not a picture."
-        image_size(held)
-        if isinstance(held, bytes):
-            with Image.open(io.BytesIO(held)) as image: ending = image.format.lower()
-            name = f'images/{content_hash(held)[:16]}.{ending}'
-            if not (self.path.parent/name).exists(): atomic_write(self.path.parent/name, held)
+        image_size(source)
+        if isinstance(source, bytes):
+            with Image.open(io.BytesIO(source)) as image: ending = image.format.lower()
+            name = f'images/{content_hash(source)[:16]}.{ending}'
+            if not (self.path.parent/name).exists(): atomic_write(self.path.parent/name, source)
             return name
-        name = os.path.relpath(held, self.path.parent)
+        name = os.path.relpath(source, self.path.parent)
         self.outside += name.startswith('..')
         return Path(name).as_posix()
 

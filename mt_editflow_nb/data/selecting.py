@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORD_FILE', 'LOCK_FILE', 'LANGUAGES', 'file_key', 'are_many', 'recorded_keys', 'record_keys', 'one_at_a_time',
-           'file_keys', 'folder_of', 'picture_keys', 'sessions_hash', 'take', 'split_by_picture', 'language_of',
-           'read_range', 'matches', 'sample_indices', 'read_for_selection', 'write_selection']
+           'file_keys', 'folder_of', 'picture_keys', 'sessions_hash', 'take_sessions', 'split_by_picture',
+           'language_of', 'read_range', 'matches', 'sample_indices', 'read_for_selection', 'write_selection']
 
 # %% ../../nbs/data/07_selecting.ipynb #004cccf5
 import fcntl, os, sqlite3
@@ -154,7 +154,7 @@ def sessions_hash(
     return content_hash([content_hash(key, *rest(s)) for key, s in zip(keys, sessions)])
 
 # %% ../../nbs/data/07_selecting.ipynb #5baa9b59
-def take(
+def take_sessions(
     sessions, # a list of `Session`s, or `Sessions`
     indices,  # numbers
 ):            # of the same kind
@@ -175,7 +175,7 @@ def split_by_picture(
         heldout.update(of_picture[picture])
     expect(len(heldout) < len(sessions), 'heldout', f'sessions of fewer than all {len(of_picture)} pictures', amount)
     rest = [i for i in range(len(sessions)) if i not in heldout]
-    return take(sessions, rest), take(sessions, sorted(heldout))
+    return take_sessions(sessions, rest), take_sessions(sessions, sorted(heldout))
 
 # %% ../../nbs/data/07_selecting.ipynb #496e87a0
 LANGUAGES = ('ar', 'de', 'en', 'es', 'fr', 'hi', 'it', 'ja', 'ko', 'nl', 'pl', 'pt', 'ru', 'tr', 'vi', 'zh')

@@ -32,12 +32,12 @@ DECODED_IMAGES = 64              # that are kept in memory
 def _decoded(path, modified, size): return open_image(path)
 
 @lru_cache(DECODED_IMAGES)
-def _fitted(held): return fit_picture(held.open_picture(), held.width, held.height)
+def _fitted(stored): return fit_picture(stored.open_picture(), stored.width, stored.height)
 
-def _open_held(held):
-    "A picture that is held as it is, as a path, as the bytes of a file, or as something to be opened and resized."
-    if isinstance(held, FittedPicture): return _fitted(held)
-    return open_image(held) if isinstance(held, (Path, bytes)) else held
+def _open_stored(stored):
+    "A picture that is stored as it is, as a path, as the bytes of a file, or as something to be opened and resized."
+    if isinstance(stored, FittedPicture): return _fitted(stored)
+    return open_image(stored) if isinstance(stored, (Path, bytes)) else stored
 
 _control = re.compile(r'[\x00-\x1f\x7f-\x9f]')
 
@@ -45,11 +45,11 @@ class _LazyImage:
     "A field that holds a picture, or the path of one, which is decoded when it is asked for."
     def __get__(self, session, owner):
         if session is None: raise AttributeError            # so that a dataclass sees no default
-        held = session.__dict__['image']
-        if not isinstance(held, Path): return _open_held(held)
-        try: stat = held.stat()
-        except OSError: return open_image(held)             # which says what is wrong
-        return _decoded(held, stat.st_mtime_ns, stat.st_size)
+        stored = session.__dict__['image']
+        if not isinstance(stored, Path): return _open_stored(stored)
+        try: stat = stored.stat()
+        except OSError: return open_image(stored)             # which says what is wrong
+        return _decoded(stored, stat.st_mtime_ns, stat.st_size)
 
     def __set__(self, session, image): session.__dict__['image'] = image
 
@@ -78,11 +78,11 @@ class Session:
     targets: list = field(default_factory=list, metadata=ABSENT_IF_EMPTY) # T pictures or paths: the right results
 
     def __post_init__(self):
-        held = self.__dict__['image']
+        stored = self.__dict__['image']
         expect(_is_text(self.id, lines=False), '`id`', 'one line of text in valid Unicode', self.id)
-        good = held is None or isinstance(held, _pictures)
-        expect(good, '`image`', 'a PIL image, a path, the bytes of a file, or None', held)
-        if isinstance(held, Image.Image): expect(held.mode == 'RGB', '`image`', 'an RGB image', held.mode)
+        good = stored is None or isinstance(stored, _pictures)
+        expect(good, '`image`', 'a PIL image, a path, the bytes of a file, or None', stored)
+        if isinstance(stored, Image.Image): expect(stored.mode == 'RGB', '`image`', 'an RGB image', stored.mode)
         expect(_are_texts(self.instructions), '`instructions`', _texts, self.instructions)
         expect(_are_texts(self.task_types), '`task_types`', _texts, self.task_types)
         expect(isinstance(self.meta, dict), '`meta`', 'an object with text keys', self.meta)
@@ -110,14 +110,14 @@ class Session:
     @property
     def image_path(self) -> Path:
         "Where the picture is read from; None where it is in memory."
-        held = self.__dict__['image']
-        return held if isinstance(held, Path) else None
+        stored = self.__dict__['image']
+        return stored if isinstance(stored, Path) else None
 
     @property
     def image_file(self) -> bytes:
-        "The file that the picture is held as; None where it is a picture or a path."
-        held = self.__dict__['image']
-        return held if isinstance(held, bytes) else None
+        "The file that the picture is stored as; None where it is a picture or a path."
+        stored = self.__dict__['image']
+        return stored if isinstance(stored, bytes) else None
 
     @property
     def is_decoded(self) -> bool:
@@ -137,13 +137,13 @@ class Session:
     @property
     def image_size(self) -> tuple:
         "Width and height of the picture, of which only the head is read."
-        held = self.__dict__['image']
-        if isinstance(held, FittedPicture): return held.width, held.height
-        return held.size if isinstance(held, Image.Image) else image_size(held)
+        stored = self.__dict__['image']
+        if isinstance(stored, FittedPicture): return stored.width, stored.height
+        return stored.size if isinstance(stored, Image.Image) else image_size(stored)
 
     def target_images(self) -> list:
         "The right results of all turns as pictures, decoded now; empty where they are not known."
-        return [_open_held(x) for x in self.targets]
+        return [_open_stored(x) for x in self.targets]
 
 # %% ../../nbs/data/01_sessions.ipynb #9a3c9a8f
 class Sessions(Sequence):

@@ -23,9 +23,9 @@ def cell_picture(
     name: str, # of the column
 ) -> bytes:
     "The picture of a cell, not decoded. Raises `InputError` where there is none; a path in a table is not followed."
-    held = cell.get('bytes') if isinstance(cell, dict) else cell
-    expect(isinstance(held, bytes) and held, f'`{name}`', 'an embedded picture', cell)
-    return held
+    data = cell.get('bytes') if isinstance(cell, dict) else cell
+    expect(isinstance(data, bytes) and data, f'`{name}`', 'an embedded picture', cell)
+    return data
 
 def row_session(
     row: dict, # column -> value

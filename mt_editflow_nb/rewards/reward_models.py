@@ -93,11 +93,11 @@ def head_layers(
     name: str,   # of one, such as 'rm_heads.head_0'
 ) -> list:       # of (weight, bias or None), in order
     "The linear layers of a head."
-    mine = {key.removeprefix(name + '.'): x.float() for key, x in heads.items() if key.startswith(name + '.')}
-    expect(mine, 'reward model', f'the head {name}', sorted({key.rpartition('.')[0] for key in heads}))
-    places = dict.fromkeys(key.rpartition('.')[0] for key in mine)
+    head_weights = {key.removeprefix(name + '.'): x.float() for key, x in heads.items() if key.startswith(name + '.')}
+    expect(head_weights, 'reward model', f'the head {name}', sorted({key.rpartition('.')[0] for key in heads}))
+    places = dict.fromkeys(key.rpartition('.')[0] for key in head_weights)
     order = sorted(places, key=lambda place: [int(x) if x.isdigit() else 99 for x in place.split('.')])
-    def named(place, kind): return mine.get(f'{place}.{kind}' if place else kind)
+    def named(place, kind): return head_weights.get(f'{place}.{kind}' if place else kind)
     return [(named(place, 'weight'), named(place, 'bias')) for place in order]
 
 def run_head(
