@@ -1,5 +1,5 @@
 "What a long run of a real editor relies on: the averaged adapter, GRPO-Guard's steps, the monitor on local edits."
-import io
+import io, json
 import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -10,6 +10,7 @@ from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.rollout import rollout
+from mt_editflow_nb.evaluation.running import trained_with, training_of
 from mt_editflow_nb.training.monitor import identity_edits
 from mt_editflow_nb.training.train import train
 
@@ -32,6 +33,17 @@ def test_the_moving_average_is_the_one_computed_by_hand(tmp_path, monkeypatch):
     for k, plain in enumerate(lora_of(editors[0])):                # training itself does not see the average
         assert torch.equal(plain, saved(3)[f'param.{k}'])
     assert not any(torch.equal(a, b) for a, b in zip(lora_of(editors[.75])[1::2], lora_of(editors[0])[1::2]))
+
+def test_settings_of_training_are_found_wherever_an_adapter_lies(tmp_path):
+    "RUN/lora, what keep_best has kept, and the adapter of a checkpoint; beside a config.json that is no run's, none."
+    (tmp_path/'config.json').write_text(json.dumps(dict(config=dict(editor='me/editor', num_steps=7, size=64))))
+    for place in ('lora', 'best/000050', 'checkpoints/000050/lora', 'transformer'):
+        (tmp_path/place).mkdir(parents=True)
+        assert [trained_with(tmp_path/place)[name] for name in ('editor', 'steps', 'size')] == ['me/editor', 7, 64]
+    (tmp_path/'transformer'/'config.json').write_text('{"_class_name": "FluxTransformer2DModel"}')
+    assert trained_with(tmp_path/'transformer')['steps'] == 7
+    (tmp_path/'config.json').write_text('{"_class_name": "FluxTransformer2DModel"}')
+    assert trained_with(tmp_path/'lora') == {} and training_of(None) == {}
 
 def lora_of(editor): return [p.detach() for n, p in editor.transformer.named_parameters() if 'lora_' in n]
 

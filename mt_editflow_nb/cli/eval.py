@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_SESSIONS', 'MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_options', 'check_options',
            'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared', 'check_against',
-           'finish_run', 'sessions_of_file', 'note_skipped', 'chosen_sessions', 'training_of', 'judge_of_rules',
-           'notes_about', 'run_free', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges',
-           'load_edival_tools', 'quality_table', 'evaluate_edival', 'import_published', 'fill_bench_settings',
-           'bench_items', 'evaluate_bench', 'main']
+           'finish_run', 'sessions_of_file', 'note_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
+           'run_free', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges', 'load_edival_tools',
+           'quality_table', 'evaluate_edival', 'import_published', 'fill_bench_settings', 'bench_items',
+           'evaluate_bench', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
 import argparse, math, os, sys, time, warnings
@@ -51,7 +51,7 @@ from ..evaluation.edival import (EDIVAL_SEED, cc_unscored_of, check_settings, ge
                                               sessions_to_score)
 from ..evaluation.exposure import decay_table, half_life, structured_judge
 from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, share_out,
-                                               trained_with, training_mismatches)
+                                               trained_with, training_mismatches, training_of)
 from ..evaluation.scores import (Outcomes, compare, load_outcomes, save_outcomes, score_intervals,
                                               unscored_by_reward)
 from ..evaluation.statistics import format_intervals
@@ -413,15 +413,6 @@ def chosen_sessions(
     expect(a.n is None or a.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {a.sessions}', a.n)
     check_for_judge(a.judge, sessions[:a.n], a.crop)
     return sessions[:a.n]
-
-def training_of(
-    lora: str, # folder of an adapter, or None
-) -> dict:     # the configuration of its run; empty where that is not known
-    "How an adapter was trained."
-    if not lora: return {}
-    try: config = read_json(Path(lora).resolve().parent/'config.json')['config']
-    except (InputError, KeyError, TypeError): return {}
-    return config if isinstance(config, dict) else {}
 
 def judge_of_rules(
     judge: str,    # as `load_judge` takes it

@@ -7,7 +7,7 @@ __all__ = ['equal_length_batches', 'make_pictures', 'run_batch', 'EvaluatedSessi
            'pack_pictures', 'unpack_pictures', 'write_outcomes', 'read_outcomes', 'read_cc_unscored', 'write_session',
            'read_sessions', 'open_evaluation', 'evaluate_round', 'share_out', 'evaluation_rounds', 'evaluate_sessions',
            'collect_sessions', 'collect_cc_unscored', 'unscored_note', 'evaluate', 'evaluated_sessions', 'solver_of',
-           'trained_with', 'training_mismatches']
+           'training_of', 'trained_with', 'training_mismatches']
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3c5a6b08
 import math, sys
@@ -349,12 +349,22 @@ def solver_of(
     "The solver that an evaluation samples with: that of training's rollouts, without their noise."
     return 'dpm2' if sampler == 'dpm2' else 'ode'
 
+def training_of(
+    lora,  # folder of an adapter: RUN/lora, RUN/best/000050, RUN/checkpoints/000050/lora; or RUN/transformer; or None
+) -> dict: # the configuration of its run; empty where that is not known
+    "How something was trained, from the run folder that it lies in."
+    for folder in Path(lora).resolve().parents[:3] if lora else []:
+        try: config = read_json(folder/'config.json')['config']
+        except (InputError, KeyError, TypeError): continue
+        if isinstance(config, dict): return config
+    return {}
+
 def trained_with(
-    lora,  # folder of an adapter
+    lora,  # as for `training_of`
 ) -> dict: # `editor`, `size`, `guidance`, `steps`, `quantize`, `sampler`; empty where that is not known
-    "The settings that an adapter was trained with, from the run folder that it lies in."
-    try: config = read_json(Path(lora).resolve().parent/'config.json')['config']
-    except (InputError, KeyError, TypeError): return {}
+    "The settings that an adapter was trained with."
+    config = training_of(lora)
+    if not config: return {}
     names = dict(editor='editor', size='size', guidance='guidance', steps='num_steps', quantize='quantize')
     return {name: config.get(field) for name, field in names.items()} | dict(sampler=solver_of(config.get('sampler')))
 
