@@ -133,7 +133,7 @@ def test_the_best_adapter_is_published_with_its_own_numbers(tmp_path, capsys):
     assert strips == {n: (best.parent/f'heldout_{n}.png').read_bytes() for n in range(2)}          # of this adapter
     assert strips[0] != (run/'rollouts'/'heldout_0.png').read_bytes()
     card = (run/'hub'/'README.md').read_text()
-    assert 'below after 1 iterations](heldout_0.png)' in card and 'pictures are its own' in card
+    assert 'below after iteration 1](heldout_0.png)' in card and 'pictures are its own' in card
     for file in best.parent.glob('*.png'): file.unlink()                            # of an earlier version
     assert main([str(run), 'ada/edits']) == 0
     card = (run/'hub'/'README.md').read_text()
