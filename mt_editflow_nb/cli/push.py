@@ -118,7 +118,7 @@ O: geometric mean of IF and CC. Scored by {{ config.eval_judge }}.
 - {{ note }}
 {%- endfor %}
 {% for file in strips %}
-![A held-out session, above before and below after {{ results.iterations }} iterations]({{ file }})
+![A held-out session, above before and below after iteration {{ results.iterations }}]({{ file }})
 {% endfor %}
 ![Learning curves](curves.png)
 

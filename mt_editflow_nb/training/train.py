@@ -272,7 +272,7 @@ def keep_best(c, run, rows: list, state: RunState, source=None, found=None):
     if folder.name in names:
         save_lora(state.policy.editor, folder)
         before = read_outcomes(Path(run)/'before.safetensors')
-        title = f'above: before training, below: after {state.iteration} iterations'
+        title = f'above: before training, below: after iteration {state.iteration}'
         if before and found: draw_sessions(folder, source.heldout[:BEST_STRIPS], before, found[:2], title)
     for folder in (Path(run)/'best').glob('[0-9]*'):
         if folder.name not in names: shutil.rmtree(folder)
