@@ -14,7 +14,7 @@ from mt_editflow_nb.data.tables import StreamedBatches, save_table
 from mt_editflow_nb.editing.rollout import resize_sessions
 from mt_editflow_nb.explore.strips import read_strips, session_strip
 from mt_editflow_nb.training.runs import read_config, results_table
-from mt_editflow_nb.training.source import kind_weights, session_source
+from mt_editflow_nb.training.source import kind_weights, session_source, trained_part
 from mt_editflow_nb.training.train import experiment, read_outcomes
 from test_lengths import right_where_asked
 
@@ -190,6 +190,15 @@ def test_kinds_with_few_sessions_are_named(file):
             '(the first: 2 of 2 turns, pictures of about 832:1248); together they are 22% of the iterations')
     assert said == (text,)
     assert session_source(config(file)).warnings == ()
+
+@pytest.mark.parametrize('heldout', [None, 2, .4, 'training'])
+def test_what_a_run_has_trained_on_is_found_again(file, heldout):
+    "For the card: held-out sessions of the same file are no training data."
+    asked = config(file, heldout=heldout)
+    found, trained = trained_part(asked.model_dump()), session_source(asked).of_file
+    assert [s.id for s in found] == [s.id for s in trained]
+    assert len(found) == {None: 7, 2: 7, .4: 5, 'training': 9}[heldout]
+    assert trained_part(asked.model_dump() | dict(streaming=True)) is None
 
 def test_the_command_evaluates_mixed_lengths_and_shapes(file, tmp_path, capsys):
     out = tmp_path/'out'

@@ -55,7 +55,7 @@ from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluat
 from ..evaluation.scores import (Outcomes, compare, load_outcomes, save_outcomes, score_intervals,
                                               unscored_by_reward)
 from ..evaluation.statistics import format_intervals
-from ..training.source import check_for_judge
+from ..training.source import check_for_judge, trained_part
 
 # %% ../../nbs/cli/01_eval.ipynb #3ab60b34
 def _editor_options(ap):
@@ -432,8 +432,9 @@ def notes_about(
     config = training_of(a.lora)
     data, shared = config.get('sessions', 'shapeworld'), []
     if data not in WORLDS:
-        try: shared = shared_pictures(sessions, open_sessions(data, same_turns=False))
-        except InputError: shared = None
+        try: training = trained_part(config)
+        except InputError: training = None
+        shared = None if training is None else shared_pictures(sessions, training)
     trained_by = config.get('judge') and judge_of_rules(config['judge'], config.get('judge_options') or {})
     judge = judge_of_rules(judge, judge_options(a))
     return blind_spots(success_IT, judge, trained_by, shared, turn_counts(sessions), cc_unscored_IT)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT_HELDOUT_SHARE', 'MANY_PICTURES_WARNING', 'STREAMED_WARNING', 'thumbnails', 'copies_of_training',
            'check_apart', 'SessionSource', 'PrefetchedBatches', 'turns_of', 'length_weights', 'shuffled_part',
-           'buckets_of', 'kind_weights', 'kind_batches', 'readable_sessions', 'SkippingBatches', 'small_kinds_warning',
-           'check_for_judge', 'session_source']
+           'buckets_of', 'kind_weights', 'kind_batches', 'amount_held_out', 'trained_part', 'readable_sessions',
+           'SkippingBatches', 'small_kinds_warning', 'check_for_judge', 'session_source']
 
 # %% ../../nbs/training/02_source.ipynb #aa03e291
 import difflib, warnings
@@ -226,6 +226,28 @@ def kind_batches(
     return batch
 
 # %% ../../nbs/training/02_source.ipynb #b9855e69
+def amount_held_out(
+    heldout,            # of a configuration: a number of sessions, a share below 1, or None
+    eval_sessions: int, # of a configuration
+    sessions: int,      # of the file
+):                      # for `split_by_picture`
+    "What of a file is held out where no other file is named."
+    return heldout if heldout is not None else min(eval_sessions, max(1, round(DEFAULT_HELDOUT_SHARE*sessions)))
+
+def trained_part(
+    config: dict, # of a run on a file of sessions
+):                # `Sessions` that were trained on; None where that cannot be found out
+    "The sessions that a run has trained on, without those of the file that it held out. Raises `InputError`."
+    if config.get('streaming'): return None
+    data, heldout = config['sessions'], config.get('heldout')
+    allow_outside = bool(config.get('allow_outside')) and not is_table(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                # what a run skips it has listed
+        sessions = open_sessions(data, allow_outside=allow_outside, same_turns=False,
+                                 on_bad=config.get('on_bad', 'stop'))
+    if isinstance(heldout, str): return sessions
+    return split_by_picture(sessions, amount_held_out(heldout, config['eval_sessions'], len(sessions)))[0]
+
 def _held_out_of(sessions, c):
     "(sessions to train on, held-out sessions, their name)."
     file, amount = Path(c.sessions).name, c.heldout
@@ -235,7 +257,7 @@ def _held_out_of(sessions, c):
         heldout = open_sessions(amount, allow_outside=allow_outside, same_turns=False, on_bad=c.on_bad)
         check_apart(heldout, sessions)
         return sessions, heldout, f'sessions of {Path(amount).name}'
-    if amount is None: amount = min(c.eval_sessions, max(1, round(DEFAULT_HELDOUT_SHARE*len(sessions))))
+    amount = amount_held_out(amount, c.eval_sessions, len(sessions))
     return *split_by_picture(sessions, amount), f'held-out sessions of {file} (apart by picture)'
 
 # %% ../../nbs/training/02_source.ipynb #ed1f614e
