@@ -1,10 +1,12 @@
 "mtef_eval --bench: files in the layouts that are published, a scripted judge, numbers counted by hand."
 import io, json, re
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.cli.report import main as report
 from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.evaluation.bench_scores import mice_scores
 from mt_editflow_nb.rewards.edival_rules import Found
 from test_judge_servers import Scripted, impatient  # noqa: F401  (a fixture)
 
@@ -143,6 +145,16 @@ def test_mse_stops_at_the_first_failure_and_counts_the_unreadable(tmp_path, caps
     assert rates[1] == 100 and rates[2] == pytest.approx(200/3) and [rates[t] for t in (3, 4, 5)] == [50, 50, 50]
     assert results['unreadable'] == 1 and (tmp_path/'out/images/1_turn0_rep0_seed1.png').is_file()
     assert re.search(r'\| 1 \| 100\.00 \|', (tmp_path/'out/card.md').read_text())
+
+def test_mice_leaves_out_a_consistency_that_nobody_scored():
+    "Void is one half, as Edit-R2 has it; a detector that gave no answer is missing, and its session with it."
+    sessions = [SimpleNamespace(meta=dict(bg_consistency=[True], half='cm'))]*2
+    right, object_cc, background_cc = [[1.], [1.]], [[np.nan], [.8]], [[np.nan], [.6]]
+    arrays = dict(success=right, object_cc=object_cc, background_cc=background_cc, awareness=right)
+    def cc(**more): return mice_scores(sessions, {k: np.array(x) for k, x in (arrays | more).items()}, n_boot=9)[1]
+    assert cc()['In percent'].value[1, 'CC'] == pytest.approx((50 + 70)/2)
+    missing = cc(cc_unscored=[[True], [False]])['In percent']
+    assert missing.value[1, 'CC'] == pytest.approx(70) and missing.sessions[1, 'CC'] == 1
 
 def test_imgedit_leaves_the_answers_where_the_published_steps_read_them(tmp_path, capsys):
     a, b = shape_sessions(2, 1, 'heldout')
