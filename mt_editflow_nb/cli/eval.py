@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_SESSIONS', 'MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_options', 'check_options',
            'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared', 'check_against',
-           'finish_run', 'sessions_of_file', 'note_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
+           'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
            'run_free', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges', 'load_edival_tools',
            'quality_table', 'evaluate_edival', 'import_published', 'fill_bench_settings', 'bench_items',
            'evaluate_bench', 'main']
@@ -388,7 +388,7 @@ def sessions_of_file(
     if sessions.skipped: _say(f'{len(sessions.skipped)} sessions left out, the first: {sessions.skipped[0]}')
     return sessions
 
-def note_skipped(
+def list_skipped(
     out: Path,       # gets skipped.txt where something is left out
     sessions,        # from `chosen_sessions`
 ) -> list:           # of one sentence, or none
@@ -505,7 +505,7 @@ def _finish_free(a, out, chosen, sessions, outcomes, images, cc_unscored_IT, sec
                     seconds_a_turn=f'{seconds:.3f}')
     if a.sessions not in WORLDS: protocol |= dict(pictures='cut to squares' if a.crop else 'in their own ratio')
     facts = dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
-    notes = note_skipped(out, chosen) + notes_about(a, chosen, success_IT, a.judge, cc_unscored_IT)
+    notes = list_skipped(out, chosen) + notes_about(a, chosen, success_IT, a.judge, cc_unscored_IT)
     return finish_run(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, notes=notes,
                       outcomes=outcomes, images=images, why_IT=why, against=a.against, cc_unscored_IT=cc_unscored_IT)
 
