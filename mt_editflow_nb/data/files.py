@@ -100,7 +100,7 @@ def _json_value(x):
     return x
 
 def to_json(
-    value,             # of JSON's types, or arrays, tensors and paths
+    value,              # of JSON's types, or arrays, tensors and paths
     indent: int = None, # spaces a level; None: one line
 ) -> str:
     "Valid JSON, always: NaN and infinities are null, and text that has no UTF-8 is escaped."

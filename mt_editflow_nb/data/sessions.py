@@ -66,6 +66,22 @@ _pictures = Image.Image, Path, bytes, FittedPicture
 
 def _are_texts(x): return isinstance(x, (list, tuple)) and all(map(_is_text, x))
 
+# %% ../../nbs/data/01_sessions.ipynb #f302f3a3
+def _wrong_number(instructions, task_types, targets):
+    "(field, what is expected, what was received) where something is too long or too short."
+    lengths = [len(text) for text in instructions]
+    n, characters = len(lengths), sum(lengths)
+    if not 1 <= n <= MAX_TURNS: return '`instructions`', f'1 to {MAX_TURNS} turns', f'{n} turns'
+    if max(lengths) > MAX_INSTRUCTION_LENGTH:
+        turn = next(t for t, length in enumerate(lengths) if length > MAX_INSTRUCTION_LENGTH)
+        return (f'`instructions` of turn {turn + 1}', f'at most {MAX_INSTRUCTION_LENGTH} characters',
+                f'{lengths[turn]} characters')
+    if characters > MAX_INSTRUCTIONS_LENGTH:
+        return ('`instructions`', f'at most {MAX_INSTRUCTIONS_LENGTH} characters in all {n} turns together',
+                f'{characters} characters')
+    if len(task_types) not in (0, n): return '`task_types`', f'one for each of the {n} turns', task_types
+    if len(targets) not in (0, n): return '`targets`', f'one for each of the {n} turns', f'{len(targets)}'
+
 # %% ../../nbs/data/01_sessions.ipynb #7300860a
 @dataclass
 class Session:
@@ -89,23 +105,8 @@ class Session:
         pictures = isinstance(self.targets, list) and all(isinstance(x, _pictures) for x in self.targets)
         expect(pictures, '`targets`', 'a list of pictures, paths or bytes of files', self.targets)
         self.instructions, self.task_types = list(self.instructions), list(self.task_types)
-        if problem := self._wrong_number(): expect(False, *problem)        # texts are made only where they are needed
-
-    def _wrong_number(self):
-        "(field, what is expected, what was received) where something is too long or too short."
-        lengths = [len(text) for text in self.instructions]
-        n, characters = len(lengths), sum(lengths)
-        if not 1 <= n <= MAX_TURNS: return '`instructions`', f'1 to {MAX_TURNS} turns', f'{n} turns'
-        if max(lengths) > MAX_INSTRUCTION_LENGTH:
-            turn = next(t for t, length in enumerate(lengths) if length > MAX_INSTRUCTION_LENGTH)
-            return (f'`instructions` of turn {turn + 1}', f'at most {MAX_INSTRUCTION_LENGTH} characters',
-                    f'{lengths[turn]} characters')
-        if characters > MAX_INSTRUCTIONS_LENGTH:
-            return ('`instructions`', f'at most {MAX_INSTRUCTIONS_LENGTH} characters in all {n} turns together',
-                    f'{characters} characters')
-        if len(self.task_types) not in (0, n): return '`task_types`', f'one for each of the {n} turns', self.task_types
-        if len(self.targets) not in (0, n):
-            return '`targets`', f'one for each of the {n} turns', f'{len(self.targets)}'
+        problem = _wrong_number(self.instructions, self.task_types, self.targets)
+        if problem: expect(False, *problem)        # texts are made only where they are needed
 
     @property
     def image_path(self) -> Path:
@@ -150,20 +151,22 @@ class Sessions(Sequence):
     "A set of sessions: `sessions[3]`, `sessions[10:20]`, `sessions[[5, 1]]`. They are made when they are asked for."
     def __init__(
         self,
-        items,      # a sequence of `Session`, or of what `parse` makes one of
-        turns,      # [len(items)] the number of turns of each
-        parse=None, # item -> `Session`
-        index=None, # which items, in which order; None: all
-        skipped=(), # messages about those that were left out
-        sizes=None, # [len(items), 2] width and height of the first pictures; None: to be looked up
-        folder=None,# of the file that they stand in; None: there is none
+        items,       # a sequence of `Session`, or of what `parse` makes one of
+        turns,       # [len(items)] the number of turns of each
+        parse=None,  # item -> `Session`
+        index=None,  # which items, in which order; None: all
+        skipped=(),  # messages about those that were left out
+        sizes=None,  # [len(items), 2] width and height of the first pictures; None: to be looked up
+        folder=None, # of the file that they stand in; None: there is none
     ):
         self.items, self.item_turns, self.parse, self.skipped = items, turns, parse, list(skipped)
         self.item_sizes, self.folder = sizes, folder
         self.index = np.arange(len(items)) if index is None else np.asarray(index, int)
 
     @property
-    def turns(self): return np.asarray(self.item_turns)[self.index]
+    def turns(self) -> np.ndarray:
+        "How many turns each session has, [len(self)]."
+        return np.asarray(self.item_turns)[self.index]
 
     @property
     def sizes(self):
@@ -186,6 +189,7 @@ class Sessions(Sequence):
         numbers = ', '.join(f'{n} of {t} turns' for t, n in zip(*np.unique(self.turns, return_counts=True)))
         return f'Sessions({numbers}{f", {len(self.skipped)} skipped" if self.skipped else ""})'
 
+# %% ../../nbs/data/01_sessions.ipynb #816d302a
 def session_set(
     sessions, # `Session`s
 ) -> Sessions:
@@ -199,7 +203,7 @@ _known = _required + _optional
 
 def stays_inside(
     image: str,       # a path that starts from the folder
-    folder: str|Path,
+    folder: str|Path, # of the session file
 ) -> bool:
     "Does a picture's path stay in its folder? Links are followed: whoever made them has decided."
     path = os.path.normpath(os.path.join(folder, image))

@@ -24,6 +24,7 @@ class Stopped(KeyboardInterrupt):
 
     def __reduce__(self): return Stopped, (self.signum,)
 
+# %% ../../nbs/data/00a_signals.ipynb #6195cce6
 class StopRequests:
     "Turns the first signal into `Stopped`, but not while `deferred`, and only after `before_stop` has been called."
     def __init__(self):
