@@ -32,6 +32,7 @@ class Text:
 
     def __len__(self): return len(self.embeds)
 
+# %% ../../nbs/editing/00_editor.ipynb #dcc1b4b8
 class RepeatedText:
     "A `Text` of N rows, many of them equal: the distinct ones are in memory once, and rows are assembled on demand."
     def __init__(
@@ -45,13 +46,24 @@ class RepeatedText:
     def __len__(self): return len(self.index)
 
     @property
-    def embeds(self): return self.once.embeds[self.index]
+    def embeds(self) -> torch.Tensor:
+        "[N, tokens, channels], put together anew at each use, as are the others."
+        return self.once.embeds[self.index]
+
     @property
-    def pooled(self): return self[:].pooled
+    def pooled(self) -> torch.Tensor:
+        "[N, channels], or None."
+        return self[:].pooled
+
     @property
-    def mask(self): return self[:].mask
+    def mask(self) -> torch.Tensor:
+        "[N, tokens], or None."
+        return self[:].mask
+
     @property
-    def negative(self): return self.once.negative and RepeatedText(self.once.negative, self.index)
+    def negative(self):
+        "The `RepeatedText` that guidance moves away from, or None."
+        return self.once.negative and RepeatedText(self.once.negative, self.index)
 
 # %% ../../nbs/editing/00_editor.ipynb #afd90f3a
 MAX_SIZE = 4096    # pixels a side: 65,536 tokens of 16 x 16 pixels
@@ -68,9 +80,9 @@ def set_size(
     set_shape(editor, size, size)
 
 def set_shape(
-    editor,     # of any family
-    width: int, # pixels of the pictures that come next
-    height: int,
+    editor,      # of any family
+    width: int,  # pixels of the pictures that come next
+    height: int, # of them
 ):
     "Let an editor work on pictures of this shape. Raises `InputError` where its tokens do not fill them."
     pixels = editor.token_pixels
@@ -131,12 +143,13 @@ def working_size(
 
 def picture_size(
     editor,             # as for `working_size`
-    image: Image.Image,
+    image: Image.Image, # to be edited
     crop: str = None,   # as for `working_size`
 ) -> tuple: # (width, height)
     "The size at which an editor works on a picture."
     return working_size(editor, image.size, crop)
 
+# %% ../../nbs/editing/00_editor.ipynb #72e62b99
 def check_finite(
     name: str,       # what `x` is, for the message
     x: torch.Tensor, # of any shape
