@@ -10,7 +10,7 @@ from mt_editflow_nb.rewards.engines import Ask, Local
 from mt_editflow_nb.rewards.servers import Server, data_url
 from mt_editflow_nb.algorithm.fusion import advantages
 from mt_editflow_nb.rewards.judges import Item, PROMPTS, TINY_PROMPTS, load_mode, prompt
-from mt_editflow_nb.rewards.cube import Judge, TurnScorer, load_judge
+from mt_editflow_nb.rewards.cube import Judge, TurnScorer, judge_items, load_judge
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
 
@@ -220,7 +220,7 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
         a, b = (Judge(e, load_mode('logit'), TINY_PROMPTS)(sessions[:1], images[:1, :2, :2]) for e in (near, far))
         assert a.failed == b.failed == 0 and len(a.rewards_PGTM.unique()) > 1
         assert torch.allclose(a.rewards_PGTM, b.rewards_PGTM, atol=1e-3, rtol=0)
-        items = list(Judge(None, None, TINY_PROMPTS).items(sessions[:1], images[:1, :2, :1], [0]).values())
+        items = list(judge_items(sessions[:1], images[:1, :2, :1], [0], ('if', 'cc')).values())
         ways = ('number', 'think', 'questions')
         asks = [Ask(i.images, prompt(TINY_PROMPTS, i, how), max_tokens=24) for i in items for how in ways]
         assert [r.text for r in near(asks)] == [r.text for r in far(asks)]      # word for word where nothing is drawn

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from ..data.files import InputError, expect
 from ..data.plots import PALETTE
 from ..rewards.judges import MODES, PROMPTS, load_mode
-from ..rewards.cube import Judge, verifier
+from ..rewards.cube import check_rewards, judge_items, verifier
 from .pages import (WHOLE_LABEL, WRAPPING_ROW, Task, View, button, checkbox, dropdown, page,
                                           picture, template)
 from .strips import Strips
@@ -34,7 +34,8 @@ def bench_item(
     if instruction is not None:
         changed = [*session.instructions[:t], instruction, *session.instructions[t + 1:]]
         session = replace(session, instructions=changed)
-    item = Judge(None, None, prompts, rewards=(aspect,)).items([session], images, [t])[0, 0, t, 0]
+    check_rewards((aspect,), prompts, joint=False, coarse=False)
+    item = judge_items([session], images, [t], (aspect,))[0, 0, t, 0]
     try: exact = verifier([session], images[:, :, :t + 1])
     except InputError: return item, None                      # not the words of the shape world
     if aspect not in exact.names: return item, None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['open_cache', 'rank_file', 'rank_caches', 'new_replies', 'add_replies', 'copy_cache', 'merge_caches',
-           'serving_identity', 'note_serving', 'Cached']
+           'serving_identity', 'note_serving', 'current_identity', 'recorded', 'begin_cache', 'Cached']
 
 # %% ../../nbs/rewards/00b_cache.ipynb #cac40004
 import json, os, sqlite3, sys
@@ -68,6 +68,7 @@ def rank_caches(
     "The caches of the other processes that are on this disk."
     return sorted(path.parent.glob(f'{path.stem}.rank*{path.suffix}'))
 
+# %% ../../nbs/rewards/00b_cache.ipynb #8af8c38c
 def _new_rows(db):
     "Usable answers that came after `copy_cache`; of a file that is no copy: all."
     known = db.execute("select name from sqlite_master where name = 'unusable'").fetchone()
@@ -94,6 +95,7 @@ def add_replies(
         db.executemany('insert or ignore into replies values (?,?,?,?,?,?,?,?)', rows)
         return db.total_changes - before
 
+# %% ../../nbs/rewards/00b_cache.ipynb #b98b7f6b
 def copy_cache(
     pieces,     # of bytes: a cache file
     path: Path, # of the copy, which takes the place of what is there
@@ -121,7 +123,7 @@ def merge_caches(
 
 # %% ../../nbs/rewards/00b_cache.ipynb #a60d9bce
 def serving_identity(
-    db,       # from `open_cache`
+    db,            # from `open_cache`
     identity: str, # of an engine
 ) -> str:
     "What keys are made of. The model that a server had first has plain keys; another one under its name has others."
@@ -138,6 +140,53 @@ def note_serving(
     db.execute('update serving set now = ? where identity = ?', (now, identity))
     return serving_identity(db, identity)
 
+def current_identity(
+    path: Path,    # of a cache file
+    engine,        # whose server may say what it has, by `served`
+    identity: str, # of the engine
+    before: str,   # what keys have been made of so far
+) -> str:
+    "What keys are made of now; says it where the server has another model than when it was last asked."
+    says = getattr(engine, 'served', dict)()
+    if not says: return before
+    with open_cache(path) as db: now = note_serving(db, identity, to_json(says))
+    if now != before:
+        tqdm.write(f'judge: {engine.model} is another model than before, under the same name and address ({says}); '
+                   'what the earlier one answered is not used', file=sys.stderr)
+    return now
+
+# %% ../../nbs/rewards/00b_cache.ipynb #190ef84c
+def recorded(
+    path: Path,    # of a cache file
+    by_key: dict,  # key -> `Ask`
+    model: str,    # that was asked
+    offline: bool, # replay whatever there is
+) -> dict:         # key -> `Reply`, of those that are on record
+    "The replies that need not be asked for."
+    with open_cache(path) as db:
+        found = _found(db, list(by_key), offline)
+        if not offline: return found
+        older = {a.key(model): key for key, a in by_key.items() if key not in found}
+        return found | {older[k]: r for k, r in _found(db, list(older), True).items()}
+
+# %% ../../nbs/rewards/00b_cache.ipynb #45824832
+def begin_cache(
+    first: Path,   # the cache of the first process
+    offline: bool, # replay it
+) -> Path:         # the cache of this process
+    "The file of this process, joined with those of the others. Raises `InputError` where there is none to replay."
+    path = first if offline else rank_file(first)
+    expect(not offline or first.is_file(), f'cache: {first}', 'a file to replay', 'nothing to replay')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not offline: merge_caches(path, rank_caches(first) if path == first else [first])
+    with open_cache(path) as db:
+        for table in _tables: db.execute(table)
+    return path
+
+def _adapted(engine, asks):
+    "Calls as the engine makes them: what it changes in a call is part of the key."
+    adapt = getattr(engine, 'adapt', None)
+    return [adapt(a) for a in asks] if adapt else list(asks)
 
 # %% ../../nbs/rewards/00b_cache.ipynb #1bc786fc
 class Cached:
@@ -151,15 +200,8 @@ class Cached:
     ):
         self.engine, self.model, self.offline = engine, engine.model, offline
         self.plain = getattr(engine, 'identity', engine.model)
-        first = Path(path)
-        self.path = first if offline else rank_file(first)
-        expect(not offline or first.is_file(), f'cache: {path}', 'a file to replay', 'nothing to replay')
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        ranks = rank_caches(first) if self.path == first else [first]
-        if not offline: merge_caches(self.path, ranks)
-        with open_cache(self.path) as db:
-            for table in _tables: db.execute(table)
-            self.identity = serving_identity(db, self.plain)
+        self.path = begin_cache(Path(path), offline)
+        with open_cache(self.path) as db: self.identity = serving_identity(db, self.plain)
         self.calls = self.hits = 0 # asked, and answered from the file
 
     @property
@@ -171,43 +213,23 @@ class Cached:
         "Stop the calls in progress, where the engine can."
         getattr(self.engine, 'cancel', lambda: None)()
 
-    def _adapted(self, asks):
-        adapt = getattr(self.engine, 'adapt', None)
-        return [adapt(a) for a in asks] if adapt else list(asks)
-
-    def _look_up(self, by_key):
-        "What is on record. A recording made before addresses were part of the key is still replayed."
-        with open_cache(self.path) as db:
-            found = _found(db, list(by_key), self.offline)
-            if not self.offline or self.identity == self.model: return found
-            older = {a.key(self.model): key for key, a in by_key.items() if key not in found}
-            return found | {older[k]: r for k, r in _found(db, list(older), True).items()}
-
     def _on_record(self, asks):
         "(a key for each, `Ask` by key, `Reply` by key of those that are on record)."
         keys = [a.key(self.identity) for a in asks]
         by_key = dict(zip(keys, asks))
-        return keys, by_key, self._look_up(by_key)
-
-    def _serves_another(self):
-        "Whether the server has another model under the same name than when it was last asked: keys change then."
-        says = {} if self.offline else getattr(self.engine, 'served', dict)()
-        if not says: return False
-        before = self.identity
-        with open_cache(self.path) as db: self.identity = note_serving(db, self.plain, to_json(says))
-        if self.identity == before: return False
-        tqdm.write(f'judge: {self.model} is another model than before, under the same name and address ({says}); what '
-                   'the earlier one answered is not used', file=sys.stderr)
-        return True
+        return keys, by_key, recorded(self.path, by_key, self.model, self.offline)
 
     def __call__(
         self,
         asks: list, # of `Ask`
     ) -> list:      # of `Reply`; the same call twice in the list is made once
         "Look up, ask for the rest, keep what came back."
-        asks = self._adapted(asks)
+        asks = _adapted(self.engine, asks)
         keys, by_key, found = self._on_record(asks)
-        if len(found) < len(by_key) and self._serves_another(): keys, by_key, found = self._on_record(asks)
+        if len(found) < len(by_key) and not self.offline:
+            before = self.identity
+            self.identity = current_identity(self.path, self.engine, self.plain, before)
+            if self.identity != before: keys, by_key, found = self._on_record(asks)
         new = [k for k in by_key if k not in found]
         self.hits += len(found)
         if new and self.offline:
@@ -227,6 +249,6 @@ class Cached:
     ) -> bool:      # false where nothing can be asked again: offline
         "Have these calls made again next time. Their answers stay in the file, to be read."
         if self.offline: return False
-        keys = [(a.key(self.identity),) for a in self._adapted(asks)]
+        keys = [(a.key(self.identity),) for a in _adapted(self.engine, asks)]
         with open_cache(self.path) as db: db.executemany('insert or ignore into unusable values (?)', keys)
         return True

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'REWARD_MODELS', 'Scores', 'verifier', 'check_scores', 'judge_items', 'check_instruction_length',
-           'check_failures', 'Judge', 'check_engine', 'scores_of', 'EdivalJudge', 'judge_usage', 'check_judge_options',
-           'load_judge', 'of_last_turn', 'TurnScorer']
+           'check_failures', 'check_rewards', 'Judge', 'check_engine', 'scores_of', 'EdivalJudge', 'judge_usage',
+           'check_judge_options', 'load_judge', 'of_last_turn', 'scores_of_turn', 'TurnScorer']
 
 # %% ../../nbs/rewards/02_cube.ipynb #c09409e5
 import math, time
@@ -38,11 +38,18 @@ class Scores:
     object_cc_PGT: torch.Tensor     # EdiVal's object term, NaN where void
     background_cc_PGT: torch.Tensor # EdiVal's background term, NaN where void
     calls: tuple = ()               # of a VLM: a dict a call, with where it belongs, prompt, answer, parsed, error, ...
-    @property
-    def mask_PGTM(self): return ~self.rewards_PGTM.isnan()        # what could be scored
-    @property
-    def failed(self): return int((~self.mask_PGTM).sum())
 
+    @property
+    def mask_PGTM(self) -> torch.Tensor:
+        "What could be scored."
+        return ~self.rewards_PGTM.isnan()
+
+    @property
+    def failed(self) -> int:
+        "How many scores could not be given."
+        return int((~self.mask_PGTM).sum())
+
+# %% ../../nbs/rewards/02_cube.ipynb #f44377b4
 JUDGES = ('verifier', 'verifier:binary')
 
 def verifier(
@@ -60,6 +67,25 @@ def verifier(
     rewards = np.stack([success if binary else v['graded'], cc], -1)
     objects, background = (np.where(v['cc_valid'], x, np.nan).astype(np.float32) for x in terms)
     return Scores(('if', 'cc'), *map(torch.from_numpy, (rewards, success, objects, background)))
+
+# %% ../../nbs/rewards/02_cube.ipynb #23877df1
+def _checked_values(field, x, shape, lowest=0):
+    "A tensor of floats of this shape, each in [lowest, 1] or NaN; as float32 in host memory, without a gradient."
+    expect(isinstance(x, torch.Tensor), field, 'a torch tensor', type(x).__name__)
+    expect(x.is_floating_point(), field, 'a tensor of floats', str(x.dtype))
+    expect(x.layout == torch.strided, field, 'a dense tensor', str(x.layout))
+    expect(tuple(x.shape) == tuple(shape), field, f'the shape of the rollout, {list(shape)}', list(x.shape))
+    x = (x.detach() if x.requires_grad else x).to('cpu', torch.float32)
+    wrong = x[(x < lowest - 1e-6) | (x > 1 + 1e-6)]
+    expect(not len(wrong), field, f'values in [{lowest}, 1] or NaN', wrong[:1].tolist())
+    return x
+
+def _check_calls(calls):
+    "What `judge_usage` reads of the calls of a judge."
+    expect(isinstance(calls, (tuple, list)), 'judge: calls', 'a tuple of dicts, one a call', type(calls).__name__)
+    for call in calls:
+        known = isinstance(call, dict) and {'error', 'tokens', 'seconds'} <= call.keys()
+        expect(known, 'judge: calls', 'dicts with error, tokens and seconds', call)
 
 # %% ../../nbs/rewards/02_cube.ipynb #c4ec0002
 def check_scores(
@@ -91,24 +117,6 @@ def _check_shape(scores, shape_PGT):
     changed = {name: x for name, x in values.items() if x is not getattr(scores, name)}
     return replace(scores, **changed) if changed else scores
 
-def _checked_values(field, x, shape, lowest=0):
-    "A tensor of floats of this shape, each in [lowest, 1] or NaN; as float32 in host memory, without a gradient."
-    expect(isinstance(x, torch.Tensor), field, 'a torch tensor', type(x).__name__)
-    expect(x.is_floating_point(), field, 'a tensor of floats', str(x.dtype))
-    expect(x.layout == torch.strided, field, 'a dense tensor', str(x.layout))
-    expect(tuple(x.shape) == tuple(shape), field, f'the shape of the rollout, {list(shape)}', list(x.shape))
-    x = (x.detach() if x.requires_grad else x).to('cpu', torch.float32)
-    wrong = x[(x < lowest - 1e-6) | (x > 1 + 1e-6)]
-    expect(not len(wrong), field, f'values in [{lowest}, 1] or NaN', wrong[:1].tolist())
-    return x
-
-def _check_calls(calls):
-    "What `judge_usage` reads of the calls of a judge."
-    expect(isinstance(calls, (tuple, list)), 'judge: calls', 'a tuple of dicts, one a call', type(calls).__name__)
-    for call in calls:
-        known = isinstance(call, dict) and {'error', 'tokens', 'seconds'} <= call.keys()
-        expect(known, 'judge: calls', 'dicts with error, tokens and seconds', call)
-
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0002
 def judge_items(
     sessions: list,            # P `Session`s
@@ -135,6 +143,7 @@ def judge_items(
                     else: items[p, g, t, m] = Item(name, (before, after), instruction)
     return items
 
+# %% ../../nbs/rewards/02_cube.ipynb #b7ee65af
 def check_instruction_length(
     sessions: list, # of `Session`s
 ):
@@ -166,37 +175,37 @@ def check_failures(
     raise InputError(f'judge: {scores.failed} of {of} scores failed, more than the {max_failed:.0%} allowed; '
                      f'most often{place}: {often}. What was done before is kept; go on when this is repaired')
 
+def check_rewards(
+    rewards: tuple, # names of what is to be scored
+    prompts,        # `Prompts`
+    joint: bool,    # one call gives IF and CC
+    coarse: bool,   # one call for all turns
+):
+    "Raises `InputError` for rewards that there are no words for, or that a joint mode does not give."
+    for name in rewards: one_of('rewards', name, [aspect for aspect in prompts.aspects if aspect != 'coarse'])
+    if not joint: return
+    wanted = "('if', 'cc'), turn by turn, of a joint mode"
+    expect(tuple(rewards) == JOINT_REWARDS and not coarse, 'rewards', wanted, rewards)
+    expect(bool(prompts.joint), 'mode', 'one of the modes that the tiny judge knows', 'a joint one')
+
+# %% ../../nbs/rewards/02_cube.ipynb #e70d1373
 class Judge:
     "A vision-language model that scores whole sessions, or one turn of them."
     by_turn = True                    # see `TurnScorer`: it need not wait for the last turn
     def __init__(
         self,
-        engine,                       # (list of `Ask`) -> list of `Reply`
-        mode,                         # from `load_mode`
-        prompts=PROMPTS,              # the words
+        engine,                        # (list of `Ask`) -> list of `Reply`
+        mode,                          # from `load_mode`
+        prompts=PROMPTS,               # the words
         *,
         rewards: tuple = ('if', 'cc'), # names out of 'if', 'cc', 'quality'
-        coarse: bool = False,         # one call for all turns instead of one each
-        success_at: float = .75,      # IF from which a turn counts as carried out
-        max_failed: float = .2,       # share of failed scores above which the run stops
+        coarse: bool = False,          # one call for all turns instead of one each
+        success_at: float = .75,       # IF from which a turn counts as carried out
+        max_failed: float = .2,        # share of failed scores above which the run stops
     ):
-        single = [name for name in prompts.aspects if name != 'coarse']
-        for name in rewards: one_of('rewards', name, single)
+        check_rewards(rewards, prompts, is_joint(mode), coarse)
         self.engine, self.mode, self.prompts, self.rewards = engine, mode, prompts, tuple(rewards)
         self.coarse, self.success_at, self.max_failed, self.joint = coarse, success_at, max_failed, is_joint(mode)
-        if self.joint:
-            wanted = "('if', 'cc'), turn by turn, of a joint mode"
-            expect(self.rewards == JOINT_REWARDS and not coarse, 'rewards', wanted, rewards)
-            expect(bool(prompts.joint), 'mode', 'one of the modes that the tiny judge knows', 'a joint one')
-
-    def items(
-        self,
-        sessions: list,            # P `Session`s
-        images_PGTHWC: np.ndarray, # uint8, results of all turns (so far)
-        turns: list,               # which, from 0
-    ) -> dict:
-        "What to ask: `{(p, g, t, m): Item}`."
-        return judge_items(sessions, images_PGTHWC, turns, self.rewards, self.coarse, self.joint)
 
     def check(
         self,
@@ -218,7 +227,12 @@ class Judge:
         "Stop waiting for the engine, from another thread."
         getattr(self.engine, 'cancel', lambda: None)()
 
-    def __call__(self, sessions, images_PGTHWC, seed=0) -> Scores:
+    def __call__(
+        self,
+        sessions: list,            # P `Session`s
+        images_PGTHWC: np.ndarray, # uint8, every turn's result
+        seed: int = 0,             # of modes that sample
+    ) -> Scores:
         "Score all turns, and `check`."
         scores = self.score(sessions, images_PGTHWC, seed=seed)
         self.check(scores)
@@ -235,7 +249,7 @@ class Judge:
         P, G, T = images_PGTHWC.shape[:3]
         turns = list(range(T)) if turn is None else [turn]
         if self.coarse: turns = [T - 1] if turn in (None, len(sessions[0].instructions) - 1) else []
-        items = self.items(sessions, images_PGTHWC, turns)
+        items = judge_items(sessions, images_PGTHWC, turns, self.rewards, self.coarse, self.joint)
         verdicts = self.mode(self.engine, list(items.values()), self.prompts, seed=seed) if items else []
         away = getattr(self.engine, 'away', '')
         if away: raise InputError(f'judge: {away}. What was done before is kept; go on when it is back')
@@ -319,7 +333,12 @@ class EdivalJudge:
         self.check_sessions(sessions)
         check_tools(self.engine.tools)
 
-    def __call__(self, sessions, images_PGTHWC, seed=0) -> Scores:
+    def __call__(
+        self,
+        sessions: list,            # P `Session`s with EdiVal's lists
+        images_PGTHWC: np.ndarray, # uint8, every turn's result
+        seed: int = 0,             # without effect: rules draw nothing
+    ) -> Scores:
         "Score all turns, and `check`."
         scores = self.score(sessions, images_PGTHWC)
         self.check(scores)
@@ -415,16 +434,17 @@ def _edival_judge(name, cache, offline, rewards, max_failed, options):
     expect(not offline, 'offline', 'tools in this process, whose answers a file keeps', name)
     return EdivalJudge(RemoteTools(url, **options), max_failed)
 
+# %% ../../nbs/rewards/02_cube.ipynb #2f062950
 def load_judge(
-    name: str,               # 'verifier', 'edival', MODEL:MODE, MODEL@URL:MODE, ...; `:coarse` may stand behind a MODE
+    name: str,                     # 'verifier', 'edival', MODEL:MODE, MODEL@URL:MODE, ...; a MODE may end in `:coarse`
     /,
     *,
-    cache: str|Path = None,  # SQLite file that keeps every answer
-    offline: bool = False,   # replay the file: a call that it does not hold is an error
+    cache: str|Path = None,        # SQLite file that keeps every answer
+    offline: bool = False,         # replay the file: a call that it does not hold is an error
     rewards: tuple = ('if', 'cc'), # names of what is scored; of EditReward and HPSv3 it is what their heads give
-    max_failed: float = .2,  # share of failed scores above which a run stops
-    **options,               # settings of `Local` or `Server`, of `LocalTools` or `RemoteTools`
-):                           # (sessions, images_PGTHWC) -> `Scores`
+    max_failed: float = .2,        # share of failed scores above which a run stops
+    **options,                     # settings of `Local` or `Server`, of `LocalTools` or `RemoteTools`
+):                                 # (sessions, images_PGTHWC) -> `Scores`
     """A judge by its name. Raises `InputError` for a name that says nothing.
 
     MODEL is 'tiny' (shipped), a checkpoint folder or a hub name, with `+nf4` behind it for 4 bits; URL is that of an
@@ -458,20 +478,34 @@ def _join(scores, axis=0):
     tensors = [torch.cat([getattr(s, name) for s in scores], axis) for name in names]
     return Scores(scores[0].names, *tensors, tuple(c for s in scores for c in s.calls))
 
-def of_last_turn(scores: Scores) -> Scores:
+def of_last_turn(
+    scores: Scores, # of T turns
+) -> Scores:        # of one
     "The scores of the last turn alone."
     names = ('rewards_PGTM', 'success_PGT', 'object_cc_PGT', 'background_cc_PGT')
     return replace(scores, **{name: getattr(scores, name)[:, :, -1:] for name in names})
 
+def scores_of_turn(
+    judge,                     # of whole sessions, or one that scores single turns (`by_turn`)
+    sessions: list,            # P `Session`s
+    images_PGTHWC: np.ndarray, # uint8, results up to this turn
+    turn: int,                 # from 0
+    **options,                 # of a judge of single turns, such as `seed`
+) -> Scores:                   # of that turn alone
+    "The scores of the turn that has just been made; a judge of whole sessions is shown those before it."
+    if getattr(judge, 'by_turn', False): return judge.score(sessions, images_PGTHWC, turn=turn, **options)
+    return of_last_turn(check_scores(judge(sessions, images_PGTHWC), sessions, images_PGTHWC))
+
+# %% ../../nbs/rewards/02_cube.ipynb #0782feb4
 class TurnScorer:
     "Scores a rollout in a thread, piece after piece: pass it to `rollout` as `on_turn`, then ask for the `scores`."
     def __init__(
         self,
-        judge,          # from `load_judge`; one that cannot score single turns is asked at the end
-        sessions: list, # P `Session`s
-        group: int,     # members of each
+        judge,                    # from `load_judge`; one that cannot score single turns is asked at the end
+        sessions: list,           # P `Session`s
+        group: int,               # members of each
         every_turn: bool = False, # ask turn by turn whatever the judge, as turn branching needs
-        **kw,           # for the judge, such as `seed`
+        **kw,                     # for the judge, such as `seed`
     ):
         self.judge, self.sessions, one_turn = judge, sessions, getattr(judge, 'by_turn', False)
         self.by_turn = one_turn or every_turn
@@ -487,25 +521,25 @@ class TurnScorer:
         if kind and hasattr(self.judge, 'cancel'): self.judge.cancel()       # interrupted: nobody waits for a server
         self.pool.shutdown(cancel_futures=True)
 
-    def __call__(self, t, p, images_PGTHWC):
+    def __call__(
+        self,
+        t: int,                    # the turn, from 0
+        p: slice,                  # which sessions are through it
+        images_PGTHWC: np.ndarray, # uint8, their results of all turns so far
+    ):
+        "Have the thread score what `rollout` hands out."
         if not self.by_turn: return
         self.pieces[t, p.start] = self.pool.submit(self._score, t, p, images_PGTHWC)
 
     def _score(self, t, p, images_PGTHWC):
         if self.with_failures:                                            # is too much lost already? Not one call more
             self.judge.check(_join(self.with_failures), self.total)
-        s = self._ask(t, p, images_PGTHWC)
+        s = scores_of_turn(self.judge, self.sessions[p], images_PGTHWC, t, **self.kw)
         expect(isinstance(s, Scores), 'judge', 'a judge that returns `Scores`', type(s).__name__)
         turns = getattr(s.success_PGT, 'shape', ())[-1:]         # one; of a coarse judge none, and all at the end
         s = _check_shape(s, (*images_PGTHWC.shape[:2], *turns))
         if s.failed and hasattr(self.judge, 'check'): self.with_failures.append(s)
         return s
-
-    def _ask(self, t, p, images_PGTHWC):
-        "The scores of a turn; a judge of whole sessions is shown the turns so far."
-        sessions = self.sessions[p]
-        if getattr(self.judge, 'by_turn', False): return self.judge.score(sessions, images_PGTHWC, turn=t, **self.kw)
-        return of_last_turn(check_scores(self.judge(sessions, images_PGTHWC), sessions, images_PGTHWC))
 
     def of_turn(
         self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDIT_FORMS', 'SLOT_MEANINGS', 'LIST_PROMPT', 'WRITE_PROMPT', 'CHECK_PROMPT', 'MAX_THINGS', 'MAX_CHARACTERS',
            'BACKGROUND_SENTENCE', 'MAX_SIDE_SHOWN', 'EditType', 'update_pool', 'read_things', 'read_instruction',
-           'Draft', 'possible_types', 'list_things', 'draw_type', 'write_turn', 'find_pictures', 'draft_of',
+           'Draft', 'possible_types', 'draw_type', 'list_things', 'write_turn', 'find_pictures', 'draft_of',
            'drafted_session', 'write_sessions']
 
 # %% ../../nbs/rewards/04_instructions.ipynb #4927481b
@@ -79,8 +79,9 @@ CHECK_PROMPT = (
     '<things>\n{things}\n</things>\n<instruction>\n{instruction}\n</instruction>')
 MAX_THINGS, MAX_CHARACTERS = 10, 300   # names listed, characters of an instruction
 
+# %% ../../nbs/rewards/04_instructions.ipynb #626915d5
 def read_things(
-    answer: str,
+    answer: str, # of a model
 ) -> list: # of 1 to 10 different names
     "The things that a model has listed. Raises `ValueError`."
     lists = [x for x in json_values(without_thoughts(answer), list) if x and all(isinstance(n, str) for n in x)]
@@ -89,6 +90,7 @@ def read_things(
     if not names: raise ValueError(f'expected one JSON list of names, received {answer[:60]!r}')
     return names
 
+# %% ../../nbs/rewards/04_instructions.ipynb #5e03a31a
 BACKGROUND_SENTENCE = 'Change the background to {}, remain the {} unchanged'   # EdiVal's sentence, which its rule reads
 
 def _check_readable(kind, slots, instruction, pool):
@@ -102,10 +104,10 @@ def _check_readable(kind, slots, instruction, pool):
     if read != meant: raise ValueError(f'expected names without brackets and commas, received {slots}')
 
 def read_instruction(
-    answer: str,
-    kind: str,  # out of `EDIT_FORMS`
-    pool: list, # names of what is in the picture
-) -> tuple: # (the instruction, name of a slot -> what the model gave)
+    answer: str, # of a model
+    kind: str,   # out of `EDIT_FORMS`
+    pool: list,  # names of what is in the picture
+) -> tuple:      # (the instruction, name of a slot -> what the model gave)
     "An instruction with its slots. Raises `ValueError` for one about something that is not in the picture."
     objects = [x for x in json_values(without_thoughts(answer), dict) if 'instruction' in x]
     if len(objects) != 1: raise ValueError(f'expected one JSON object with an instruction, received {answer[:60]!r}')
@@ -136,12 +138,20 @@ class Draft:
     turns: list = field(default_factory=list)  # dicts: instruction, kind, form, and EdiVal's lists after the turn
     fault: str = ''           # why nothing came of it
 
-    def said(self, **more):
-        "The words for a question."
+    def said(
+        self,
+        **more, # words that this question has besides
+    ) -> dict:  # name of a gap -> text
+        "The words for a question: what has been done, and what is there."
         done = '\n'.join(f'{t}. {turn["instruction"]}' for t, turn in enumerate(self.turns, 1)) or 'nothing yet'
         return dict(done=done, things='\n'.join(self.pool)) | more
 
-    def add(self, kind, instruction, slots):
+    def add(
+        self,
+        kind: str,        # out of `EDIT_FORMS`
+        instruction: str, # as a person would say it
+        slots: dict,      # name of a slot -> what the model gave
+    ):
         "Take an instruction over."
         self.touched |= {slots.get('object')}
         self.pool = update_pool(self.pool, kind, slots)
@@ -152,13 +162,26 @@ class Draft:
                                format_instructions=EDIT_FORMS[kind].form.format(**slots),
                                available_objects=list(self.pool), all_objects=list(self.ever)))
 
+# %% ../../nbs/rewards/04_instructions.ipynb #587851a8
 def possible_types(
-    draft: Draft,
+    draft: Draft,  # whose pool is read
     weights: dict, # name of a type -> how often it is wanted
-) -> dict:
+) -> dict:         # those of the possible types
     "The types that can be written about what is there, with their weights."
     def needs(kind): return len({'object', 'other'} & set(EDIT_FORMS[kind].slots)) + (kind == 'background_change')
     return {kind: w for kind, w in weights.items() if w > 0 and needs(kind) <= len(draft.pool)}
+
+def draw_type(
+    draft: Draft,  # of the picture
+    weights: dict, # name of a type -> how often it is wanted
+    *seed: int,    # what the draw depends on besides the picture
+) -> tuple:        # (name of a type, seed of the question), or None where no type is possible
+    "What to ask for next."
+    types = possible_types(draft, weights)
+    if not types: return None
+    rng = np.random.default_rng([int(content_hash(draft.id)[:8], 16), *seed])
+    p = np.array(list(types.values()), float)
+    return str(rng.choice(list(types), p=p/p.sum())), int(rng.integers(2**31))
 
 # %% ../../nbs/rewards/04_instructions.ipynb #f3a27bb4
 def list_things(
@@ -192,18 +215,6 @@ def _possible(engine, drafts, instructions):
     return [answer for answer, _ in ask_and_parse(engine, asks, lambda reply: read_yes_no(reply.text))]
 
 # %% ../../nbs/rewards/04_instructions.ipynb #fe6a4ace
-def draw_type(
-    draft: Draft,
-    weights: dict, # name of a type -> how often it is wanted
-    *seed: int,    # what the draw depends on besides the picture
-) -> tuple: # (name of a type, seed of the question), or None where no type is possible
-    "What to ask for next."
-    types = possible_types(draft, weights)
-    if not types: return None
-    rng = np.random.default_rng([int(content_hash(draft.id)[:8], 16), *seed])
-    p = np.array(list(types.values()), float)
-    return str(rng.choice(list(types), p=p/p.sum())), int(rng.integers(2**31))
-
 def _attempt(engine, drafts, draws, counts):
     "Ask for an instruction of each draft, have it checked, and take over what is good."
     kinds, seeds = zip(*draws)
@@ -218,11 +229,11 @@ def _attempt(engine, drafts, draws, counts):
         d.add(kind, text, slots)
 
 def write_turn(
-    engine,        # (list of `Ask`) -> list of `Reply`
-    drafts: list,  # of `Draft`s without a fault
-    weights: dict, # name of a type -> how often it is wanted
-    seed: int,
-    tries: int,    # instructions that are asked for until one is good
+    engine,          # (list of `Ask`) -> list of `Reply`
+    drafts: list,    # of `Draft`s without a fault
+    weights: dict,   # name of a type -> how often it is wanted
+    seed: int,       # of the draws
+    tries: int,      # instructions that are asked for until one is good
     counts: Counter, # of instructions 'written', 'refused' and 'unreadable', added to
 ):
     "Write the next instruction of each draft; one for which none is good gets a `fault`."
@@ -241,7 +252,7 @@ def write_turn(
 MAX_SIDE_SHOWN = 1024   # pixels of the longer side, as the model sees a picture
 
 def find_pictures(
-    folder: str|Path,
+    folder: str|Path, # with folders in it, or without
 ) -> list: # of paths, in order
     "The pictures below a folder. Raises `InputError` where there are none."
     folder = Path(folder)
@@ -251,18 +262,19 @@ def find_pictures(
     return found
 
 def draft_of(
-    path: Path,
-    id: str,
+    path: Path, # of the picture
+    id: str,    # of the session to be
 ) -> Draft:
     "A picture of which nothing is known yet, no larger than a model should see it."
     image = open_image(path)
     image.thumbnail((MAX_SIDE_SHOWN, MAX_SIDE_SHOWN), Image.LANCZOS)
     return Draft(id, image)
 
+# %% ../../nbs/rewards/04_instructions.ipynb #08378514
 def drafted_session(
-    draft: Draft,
-    path: Path,  # of the picture
-    model: str,  # who wrote
+    draft: Draft, # with all its turns
+    path: Path,   # of the picture
+    model: str,   # who wrote
 ) -> Session:
     "A session with the lists that EdiVal's scores read."
     lists = ('format_instructions', 'bg_consistency', 'unchanged_objects', 'available_objects', 'all_objects')
@@ -270,15 +282,16 @@ def drafted_session(
     return Session(draft.id, path, [turn['instruction'] for turn in draft.turns],
                    [turn['kind'] for turn in draft.turns], meta)
 
+# %% ../../nbs/rewards/04_instructions.ipynb #fa9f2f26
 def write_sessions(
-    engine,              # (list of `Ask`) -> list of `Reply`
-    pictures: dict,      # id -> path
+    engine,                 # (list of `Ask`) -> list of `Reply`
+    pictures: dict,         # id -> path
     *,
-    turns: int = 3,
-    weights: dict = None,# name of a type -> how often it is wanted; None: all alike
-    seed: int = 0,
-    tries: int = 4,      # instructions that are asked for until one is good
-    batch: int = 64,     # pictures at a time
+    turns: int = 3,         # of each session
+    weights: dict = None,   # name of a type -> how often it is wanted; None: all alike
+    seed: int = 0,          # of the draws of types, and of what the model writes
+    tries: int = 4,         # instructions that are asked for until one is good
+    batch: int = 64,        # pictures at a time
     counts: Counter = None, # gets the numbers of instructions 'written', 'refused' and 'unreadable'
 ): # yields (path, `Session`, or a text that says why there is none)
     "Write instructions for pictures. Raises `InputError` where the server stays away."

@@ -50,9 +50,9 @@ def text_constants(
             if isinstance(name, ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, str)}
 
 def head_questions(
-    kind: str,               # out of `HEAD_MODELS`
+    kind: str,                 # out of `HEAD_MODELS`
     checkout: str|Path = None, # of the authors' repository; None: our wording
-) -> dict:                   # name of a reward -> text with a gap {text_prompt}
+) -> dict:                     # name of a reward -> text with a gap {text_prompt}
     "What is asked of each head. The checkout is read as text, nothing of it is executed."
     rewards = HEAD_MODELS[kind].rewards
     if checkout is None: return {name: question for name, (_, question, _) in rewards.items()}
@@ -121,6 +121,7 @@ def reward_prompt(
     return ('<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'
             f'<|im_start|>user\n{shown}{question}<|im_end|>\n<|im_start|>assistant\n')
 
+# %% ../../nbs/rewards/01b_reward_models.ipynb #53a405c2
 class RewardHeads:
     "A reward model whose heads give numbers, in this process. Weights are loaded at the first call."
     def __init__(
@@ -143,12 +144,14 @@ class RewardHeads:
         self._lock = threading.Lock()
 
     @cached_property
-    def loaded(self): return load_reward_model(self.kind, self.name, self.base, self.device)
+    def loaded(self):
+        "The `LoadedHeads`, loaded at the first call."
+        return load_reward_model(self.kind, self.name, self.base, self.device)
 
     def question(
         self,
         reward: str,      # such as 'if'
-        instruction: str,
+        instruction: str, # of the turn
     ) -> str:
         "What is asked of a head. An instruction cannot hold a special token."
         plain = instruction.replace('<|', '\u2039|')
@@ -178,11 +181,21 @@ class RewardHeads:
 # %% ../../nbs/rewards/01b_reward_models.ipynb #1ebd5276
 class LoadedHeads:
     "A vision-language model with heads, its words and its way to see."
-    def __init__(self, model, heads, tokenizer, images):
+    def __init__(
+        self,
+        model,       # of transformers, with the checkpoint's weights
+        heads: dict, # weights of the heads
+        tokenizer,   # that knows `REWARD_TOKEN`
+        images,      # the base model's image processor
+    ):
         self.model, self.heads, self.tokenizer, self.images = model, heads, tokenizer, images
         self.reward_id, self.image_id = tokenizer.convert_tokens_to_ids([REWARD_TOKEN, '<|image_pad|>'])
 
-    def inputs(self, images, questions):
+    def inputs(
+        self,
+        images: list,    # of tuples of uint8 arrays, those shown with each question
+        questions: list, # of N texts, with `REWARD_TOKEN` once in each
+    ) -> dict: # of tensors, on the model's device
         "A batch as tensors, padded on the right."
         flat = [Image.fromarray(x) for shown in images for x in shown]
         seen = self.images(images=flat, return_tensors='pt')
@@ -194,8 +207,12 @@ class LoadedHeads:
         return {k: x.to(self.model.device) for k, x in {**words, **seen}.items()}
 
     @torch.inference_mode()
-    def __call__(self, inputs, head):
-        "The mean that a head gives to each row."
+    def __call__(
+        self,
+        inputs: dict, # from `inputs`, of N questions
+        head: str,    # its name, such as 'rm_heads.head_0'
+    ) -> list: # of N numbers, without bounds
+        "The mean that a head gives to each row. Raises `InputError` unless each has one `REWARD_TOKEN`."
         ids, mask = inputs['input_ids'], inputs['attention_mask']
         embeds = self.model.get_input_embeddings()(ids)
         grid = inputs['image_grid_thw']
@@ -209,6 +226,11 @@ class LoadedHeads:
         marked = (ids == self.reward_id)
         expect((marked.sum(1) == 1).all(), 'reward model', f'one {REWARD_TOKEN} a question', marked.sum(1).tolist())
         return run_head(out.last_hidden_state[marked], head_layers(self.heads, head))[:, 0].tolist()
+
+# %% ../../nbs/rewards/01b_reward_models.ipynb #f6640866
+def _downloaded(name): # the folder of a hub checkpoint
+    import huggingface_hub
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_names, '*.json', '*.txt']))
 
 def load_reward_model(
     kind: str,   # out of `HEAD_MODELS`
@@ -237,10 +259,6 @@ def load_reward_model(
     missing = [key for key in missing if not key.startswith('lm_head')]
     expect(not missing, f'{name}: weights', f'those of {type(model).__name__}', f'none for {missing[:2]}')
     return LoadedHeads(model.to(device).eval(), {key: x.to(device) for key, x in heads.items()}, tokenizer, images)
-
-def _downloaded(name): # the folder of a hub checkpoint
-    import huggingface_hub
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*_names, '*.json', '*.txt']))
 
 # %% ../../nbs/rewards/01b_reward_models.ipynb #f13ea2d9
 def squash(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PICTURE_FORMATS', 'SERVED_FACTS', 'data_url', 'EncodedPictures', 'proxy_variable', 'check_environment',
-           'connection_cause', 'refusal_text', 'Unreachable', 'token_text', 'read_completion', 'status_text',
-           'server_absence', 'served_facts', 'ask_systemone', 'ask_server', 'Server']
+           'connection_cause', 'refusal_text', 'chat_request', 'Unreachable', 'token_text', 'read_completion',
+           'status_text', 'server_absence', 'served_facts', 'ask_systemone', 'ask_server', 'server_urls',
+           'check_request_settings', 'run_in_thread', 'what_all_say', 'Server']
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0004
 import asyncio, base64, hashlib, io, json, math, os, re, socket, ssl, sys, threading, time
@@ -35,6 +36,7 @@ def data_url(
     Image.fromarray(image).save(f, **PICTURE_FORMATS[format])
     return f'data:image/{format};base64,' + base64.b64encode(f.getvalue()).decode()
 
+# %% ../../nbs/rewards/00a_servers.ipynb #2e618e3c
 class EncodedPictures:
     "Data URLs of pictures, each encoded once; those used last are kept, up to a number of bytes."
     def __init__(
@@ -63,6 +65,14 @@ class EncodedPictures:
             self.urls.move_to_end(k)
         while self.size > self.capacity: self.size -= len(self.urls.popitem(last=False)[1])
         return [known[k] for k in keys]
+
+    def of(
+        self,
+        asks: list, # of `Ask`s
+    ) -> list:      # of lists of URLs
+        "The pictures of each call."
+        urls = iter(self([x for a in asks for x in a.images]))
+        return [[next(urls) for _ in a.images] for a in asks]
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0009
 def proxy_variable(
@@ -126,6 +136,22 @@ def refusal_text(
     "The message in one line, with the setting that may help."
     hint = next((h for word, h in _hints if word in message), '')
     return f'the server refused the call: {message}' + (f' ({hint})' if hint else '')
+
+# %% ../../nbs/rewards/00a_servers.ipynb #a311b98c
+def chat_request(
+    server,         # a `Server`, whose settings are read
+    ask: Ask,       # a call, adapted
+    pictures: list, # its pictures as URLs
+) -> dict:          # fields of the request
+    "What the `openai` client is told to ask."
+    content = [dict(type='image_url', image_url=dict(url=url)) for url in pictures]
+    content.append(dict(type='text', text=ask.text))
+    fields = dict(model=server.model, messages=[dict(role='user', content=content)], temperature=ask.temperature)
+    limit = 'max_completion_tokens' if server.max_completion_tokens else 'max_tokens'
+    fields[limit] = 1 if ask.choices else ask.max_tokens
+    if ask.temperature: fields['seed'] = ask.seed
+    if ask.choices: fields |= dict(logprobs=True, top_logprobs=server.top_logprobs)
+    return fields | dict(extra_body=server.extra_body)
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0013
 class Unreachable(Exception):
@@ -250,7 +276,7 @@ async def ask_server(
     import openai
     try:
         if not (ask.choices and server.has_no_logprobs):
-            reply = read_completion(await http.chat.completions.create(**server.request(ask, pictures)), ask)
+            reply = read_completion(await http.chat.completions.create(**chat_request(server, ask, pictures)), ask)
             if reply is not None: return reply
             server.has_no_logprobs = True
         return await ask_systemone(http, url, server.model, ask, pictures, server.picture)
@@ -395,12 +421,6 @@ async def _ask_all(server, asks, shown):
         for client in dispatcher.clients: await client.http.close()
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0021
-async def _ask_served(server):
-    clients = [_Client(server, url) for url in server.urls if url not in server.absent]
-    try: return await asyncio.gather(*(served_facts(client.http, server.model) for client in clients))
-    finally:
-        for client in clients: await client.http.close()
-
 def _is_address(url):
     "Whether a client could call it: a scheme, a host without blanks, and a port that there is."
     try: parts = urlsplit(url)
@@ -410,6 +430,52 @@ def _is_address(url):
     host = parts.hostname or ''
     return there and parts.scheme in ('http', 'https') and bool(host) and not re.search(r'\s', url)
 
+def server_urls(
+    text: str, # addresses with commas between them
+) -> tuple:    # of them, without a slash at the end
+    "The addresses of a judge. Raises `InputError` for one that no client could call, or that holds a password."
+    urls = tuple(url.rstrip('/') for url in text.split(','))
+    wanted = "an address such as 'http://localhost:8000/v1' (keys come from the environment, OPENAI_API_KEY)"
+    for url in urls: expect(_is_address(url) and '@' not in url, 'judge', wanted, url.split('@')[-1])
+    return urls
+
+def check_request_settings(
+    timeout: float,    # seconds a try
+    top_logprobs: int, # likely tokens to ask for
+    extra_body: dict,  # more fields of the request
+):
+    "Raises `InputError` for settings that no server takes."
+    expect(timeout > 0, 'timeout', 'a number of seconds above 0', timeout)
+    expect(top_logprobs in range(1, 21), 'top_logprobs', 'a whole number from 1 to 20', top_logprobs)
+    expect(isinstance(extra_body, dict), 'extra_body', 'fields with their values', extra_body)
+
+# %% ../../nbs/rewards/00a_servers.ipynb #4b0b456d
+def run_in_thread(
+    coroutine,    # to be run
+    on_interrupt, # called where the wait is cut short, by Ctrl-C for instance
+):                # its result
+    "Run a coroutine in an event loop of its own, also inside a notebook's running one."
+    with ThreadPoolExecutor(1) as thread:
+        job = thread.submit(asyncio.run, coroutine)
+        try: return job.result()
+        except BaseException:                                 # nobody waits any longer
+            on_interrupt()
+            raise
+
+async def _ask_served(server):
+    clients = [_Client(server, url) for url in server.urls if url not in server.absent]
+    try: return await asyncio.gather(*(served_facts(client.http, server.model) for client in clients))
+    finally:
+        for client in clients: await client.http.close()
+
+def what_all_say(
+    told: list, # of dicts, what each address says; empty where it says nothing
+) -> dict:      # empty where nobody says anything, or where they differ
+    "What those agree on that say something."
+    different = [facts for n, facts in enumerate(told) if facts and facts not in told[:n]]
+    return different[0] if len(different) == 1 else {}
+
+# %% ../../nbs/rewards/00a_servers.ipynb #dd2f3b20
 class Server:
     "A server that speaks OpenAI's chat protocol, or several that serve the same model."
     def __init__(
@@ -431,19 +497,13 @@ class Server:
         price: float = None,               # of a million tokens, for the log
         progress: bool = False,            # a progress bar
     ):
-        self.model, self.urls = name, tuple(u.rstrip('/') for u in url.split(','))
-        for u in self.urls:
-            plain = _is_address(u) and '@' not in u
-            wanted = "an address such as 'http://localhost:8000/v1' (keys come from the environment, OPENAI_API_KEY)"
-            expect(plain, 'judge', wanted, u.split('@')[-1])
-        expect(timeout > 0, 'timeout', 'a number of seconds above 0', timeout)
-        expect(top_logprobs in range(1, 21), 'top_logprobs', 'a whole number from 1 to 20', top_logprobs)
-        expect(isinstance(extra_body or {}, dict), 'extra_body', 'fields with their values', extra_body)
+        self.model, self.urls = name, server_urls(url)
+        check_request_settings(timeout, top_logprobs, extra_body or {})
         self.concurrency = max(1, concurrency//int(os.environ.get('WORLD_SIZE') or 1))
         self.timeout, self.retries, self.give_up, self.judge_wait = timeout, retries, give_up, judge_wait
         self.max_tokens, self.max_completion_tokens, self.temperature = max_tokens, max_completion_tokens, temperature
-        self.top_logprobs, self.extra_body, self.progress = top_logprobs, extra_body or {}, progress
-        self.price = price
+        self.top_logprobs, self.extra_body = top_logprobs, extra_body or {}
+        self.progress, self.price = progress, price
         self.picture, self.pictures = picture, EncodedPictures(picture)
         self.has_no_logprobs = False  # probabilities come from /systemone
         self.absent, self.slow = {}, {}  # addresses: why nobody is there; until when one is asked last
@@ -459,9 +519,7 @@ class Server:
     def served(self) -> dict: # empty where it says nothing, or nobody is there
         "What the server says about the model itself. A name and an address can stay while the model changes."
         check_environment()
-        with ThreadPoolExecutor(1) as thread: told = thread.submit(asyncio.run, _ask_served(self)).result()
-        different = [facts for n, facts in enumerate(told) if facts and facts not in told[:n]]
-        return different[0] if len(different) == 1 else {}
+        return what_all_say(run_in_thread(_ask_served(self), on_interrupt=self.cancel))
 
     def adapt(
         self,
@@ -469,21 +527,6 @@ class Server:
     ) -> Ask:
         "A call with the settings of this engine."
         return with_settings(ask, self.max_completion_tokens or self.max_tokens, self.temperature)
-
-    def request(
-        self,
-        ask: Ask,       # a call, adapted
-        pictures: list, # its pictures as URLs
-    ) -> dict:
-        "A chat completion's request."
-        content = [dict(type='image_url', image_url=dict(url=url)) for url in pictures]
-        content.append(dict(type='text', text=ask.text))
-        fields = dict(model=self.model, messages=[dict(role='user', content=content)], temperature=ask.temperature)
-        limit = 'max_completion_tokens' if self.max_completion_tokens else 'max_tokens'
-        fields[limit] = 1 if ask.choices else ask.max_tokens
-        if ask.temperature: fields['seed'] = ask.seed
-        if ask.choices: fields |= dict(logprobs=True, top_logprobs=self.top_logprobs)
-        return fields | dict(extra_body=self.extra_body)
 
     def __call__(
         self,
@@ -493,14 +536,7 @@ class Server:
         check_environment()
         self.stopped.clear()
         asks = [self.adapt(a) for a in asks]
-        urls = iter(self.pictures([x for a in asks for x in a.images]))
-        shown = [[next(urls) for _ in a.images] for a in asks]
-        with ThreadPoolExecutor(1) as thread:
-            job = thread.submit(asyncio.run, _ask_all(self, asks, shown))
-            try: return job.result()
-            except BaseException:                             # Ctrl-C: nobody waits any longer
-                self.cancel()
-                raise
+        return run_in_thread(_ask_all(self, asks, self.pictures.of(asks)), on_interrupt=self.cancel)
 
     def cancel(self):
         "Stop, from any thread: calls that are not through come back with an error."
