@@ -211,6 +211,7 @@ def check_adapter(
     from diffusers.models.attention_dispatch import AttentionBackendName
     one_of('attention_backend', config.attention_backend, [backend.value for backend in AttentionBackendName])
 
+# %% ../../nbs/algorithm/03_config.ipynb #97c03972
 ADAPTER_ONLY = dict(    # fields that lora_rank=none has no use for -> why
     quantize='4-bit weights cannot be trained', lora_alpha='there is no adapter', init_lora='there is no adapter',
     lora_targets='all layers are trained', merge='there is no adapter', autocast='it is that of an adapter',
@@ -226,6 +227,7 @@ def check_whole(
         has_default = getattr(config, name) == Config.model_fields[name].default
         expect(has_default, name, f'none beside lora_rank=none ({why})', getattr(config, name))
 
+# %% ../../nbs/algorithm/03_config.ipynb #e94fd09a
 def check_track(
     config: Config, # to check
 ):
@@ -234,6 +236,7 @@ def check_track(
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     for name in config.track: one_of('track', name, LOGGER_TYPE_TO_CLASS)
 
+# %% ../../nbs/algorithm/03_config.ipynb #0f00c4d2
 def check_rollout(
     config: Config, # to check
 ):
@@ -270,6 +273,7 @@ def check_branching(
     expect(not config.judge.endswith(':coarse'), 'judge', 'one that scores every turn, with branching', config.judge)
     expect(config.turns != 1, 'branching', 'turns above 1, without which it has no effect', f'turns={config.turns}')
 
+# %% ../../nbs/algorithm/03_config.ipynb #32a19ff3
 def check_advantage(
     config: Config, # to check
 ):

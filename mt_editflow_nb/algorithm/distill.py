@@ -61,7 +61,7 @@ def distill(
         sampled = rollout(policy.editor, sessions, **sampling_options(config, sessions, iteration))
         shard = [sessions[p] for p in sampled.shard.sessions]
         teacher_T = teacher_inputs(policy.editor, shard, sampled)
-    policy.count_passes('sampled', *sampled.texts_T, per_row=config.num_steps)
+    policy.passes.count('sampled', *sampled.texts_T, per_row=config.num_steps)
     adv_PGT = torch.zeros(len(sessions), config.group, len(sampled.texts_T))
 
     # every row can teach

@@ -309,7 +309,7 @@ def iterate(
         sampled = rollout(policy.editor, sessions, on_turn=scorer, choose=continuation(config, scorer),
                           **sampling_options(config, sessions, iteration))
         scores = scorer.scores(sampled.images_PGTHWC)
-    policy.count_passes('sampled', *sampled.texts_T, per_row=config.num_steps)
+    policy.passes.count('sampled', *sampled.texts_T, per_row=config.num_steps)
     scores, goes_on_PT = share_scores(config, policy.editor.device, scores, sampled)
 
     # one advantage for every turn, and the rows that can teach, in a part for each update of the weights

@@ -140,7 +140,7 @@ def supervise(
 ) -> Iteration:     # the rollout is the perfect one, advantages are 0
     "One iteration of supervised flow matching on the perfect result of every turn, in place of `iterate`."
     policy.passes.clear()
-    def sampled(text): policy.count_passes('sampled', text, per_row=config.num_steps)
+    def sampled(text): policy.passes.count('sampled', text, per_row=config.num_steps)
     with failing_together(): right = perfect_rollout(config, policy.editor, sessions, iteration, sampled)
     copies = right.clean_TNLC.shape[1]*config.group
     rows = torch.randperm(copies, generator=torch_generator(config.seed, iteration, 'order'))
