@@ -111,6 +111,7 @@ def _file_in(source, name): # a file, or the one of this name in a folder or bel
     expect(found, str(source), f'the file {name} in it', 'none')
     return found[0]
 
+# %% ../../nbs/evaluation/09_bench_items.ipynb #f308a293
 def load_imgedit(
     source: str|Path,        # basic_edit.json, or a folder that holds it
     images: str|Path = None, # root of the original pictures; None: the folder of the JSON file
@@ -129,6 +130,7 @@ def load_imgedit(
         sessions.append(Session(_plain(key, place), image, [item['prompt']], [item['edit_type']]))
     return session_set(sessions)
 
+# %% ../../nbs/evaluation/09_bench_items.ipynb #b9f1f1b7
 def load_lme(
     source: str|Path,        # lme_bench.json, or a folder that holds it
     images: str|Path = None, # folder of {id}.png; None: images/ beside the JSON file

@@ -110,7 +110,7 @@ def _parsed(file):
 def item_question(
     questions: dict,  # of GEdit or ImgEdit
     kind: str,        # which of them; a type of edits that has none falls back on 'any'
-    instruction: str,
+    instruction: str, # of the item
 ) -> str:
     "A question about one edit."
     if 'any' not in questions: one_of('type of edit', kind, questions)
@@ -149,7 +149,7 @@ def session_question(
 def _in_range(x, low, high): return type(x) in (int, float) and low <= x <= high
 
 def read_viescore(
-    answer: str,
+    answer: str, # of a model
 ) -> np.ndarray: # float [2], from 0 to 10
     "The two scores of VIEScore: the list `score` of a JSON object, or a bare list. Raises `ValueError`."
     text = without_thoughts(answer)
@@ -160,7 +160,7 @@ def read_viescore(
     return np.array(lists[0], float)
 
 def read_ratings(
-    answer: str,
+    answer: str, # of a model
 ) -> np.ndarray: # float [3], from 1 to 5
     "ImgEdit's three lines `name: number`. Raises `ValueError`."
     scores = read_scores(without_thoughts(answer).replace('*', ''), 3, 1, 5)
@@ -168,7 +168,7 @@ def read_ratings(
     raise ValueError(f'expected three lines with numbers from 1 to 5, received {answer[:60]!r}')
 
 def read_named(
-    answer: str,
+    answer: str,  # of a model
     limits: dict, # name -> the highest value; the lowest is 0
 ) -> np.ndarray:  # float, in the order of the names
     "Several numbers by name out of one JSON object. Raises `ValueError`."
@@ -181,7 +181,7 @@ read_turn = partial(read_named, limits=dict(prompt_following=10, consistency=10)
 read_damage = partial(read_named, limits=dict(content_loss=2, surface_corruption=2, appearance_violation=1))
 
 def read_walk(
-    answer: str,
+    answer: str, # of a model
 ) -> float: # 1 or 0
     "Whether a whole session was right, of a walk through its turns. Raises `ValueError`."
     found = re.findall(r'<answer_final>\s*(yes|no)\s*</answer_final>', without_thoughts(answer), re.I)

@@ -25,15 +25,15 @@ _of_benchmark = dict(
     mice="instruction following by EdiVal's questions; Edit-R2's server asks shorter ones about colour and material")
 
 def benchmark_differences(
-    name: str,             # of the benchmark
-    used: dict,            # steps, guidance, size, quantize; None: the published value
-    editor: str,           # 'tiny', a pipeline directory, or a hub name
+    name: str,                # of the benchmark
+    used: dict,               # steps, guidance, size, quantize; None: the published value
+    editor: str,              # 'tiny', a pipeline directory, or a hub name
     *,
-    judge: str = None,     # that scores; None: nobody has scored
+    judge: str = None,        # that scores; None: nobody has scored
     own_wording: bool = True, # whether our questions were asked instead of the benchmark's
-    cut: int = 0,          # first pictures that were cut, from `count_cut`
-    items: str = '',       # such as 'its first 20 items'
-) -> list:                 # of texts
+    cut: int = 0,             # first pictures that were cut, from `count_cut`
+    items: str = '',          # such as 'its first 20 items'
+) -> list:                    # of texts
     "Where a run leaves the published protocol."
     facts = BENCHMARKS[name]
     published = published_protocol(editor)
@@ -106,18 +106,19 @@ def _strips(name, folder, sessions, scores): # the first, middle and last item
         strips.append(card_strip(folder, f'item_{i + 1}', shown, np.stack(pictures[1:]), marks))
     return strips
 
+# %% ../../nbs/evaluation/09d_bench_runs.ipynb #9481ef7c
 def write_benchmark_run(
-    name: str,              # of the benchmark
-    folder: str|Path,       # of the run
-    sessions,               # the items
-    scores: BenchmarkScores,
-    answers: Answers,
+    name: str,               # of the benchmark
+    folder: str|Path,        # of the run
+    sessions,                # the items
+    scores: BenchmarkScores, # of the items
+    answers: Answers,        # from `ask_benchmark`
     *,
-    facts: dict,            # heading -> {name: value}
-    notes: list = (),       # what to know beside the scores
-    differences: list = (), # from `benchmark_differences`
-    against=None,           # another run
-) -> pd.DataFrame:          # the published table
+    facts: dict,             # heading -> {name: value}
+    notes: list = (),        # what to know beside the scores
+    differences: list = (),  # from `benchmark_differences`
+    against=None,            # another run
+) -> pd.DataFrame:           # the published table
     "Write everything that a run leaves, and its card."
     folder, title = Path(folder), BENCHMARKS[name].title
     sessions = list(sessions)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDED_REWARDS', 'own_questions', 'load_benchmark_judge', 'Answers', 'ask_values', 'as_judged', 'ask_gedit',
            'ask_imgedit', 'ask_turns', 'ask_collapse', 'ask_awareness', 'judged_scores', 'judged_damage',
-           'scaled_answers', 'ask_items', 'ask_benchmark', 'check_answers', 'BenchmarkScores', 'single_edit_scores',
+           'scaled_answers', 'ask_items', 'check_answers', 'ask_benchmark', 'BenchmarkScores', 'single_edit_scores',
            'multi_turn_scores', 'mice_scores', 'session_tables', 'count_answers', 'benchmark_scores']
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #53baf9d0
@@ -126,12 +126,12 @@ def ask_imgedit(
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #4bb1e3ae
 def ask_turns(
-    engine,          # (list of `Ask`) -> list of `Reply`
-    questions: dict, # `turn`
-    sessions: list,  # I sessions of T turns
-    pictures: list,  # of each: the first picture and every turn's result
+    engine,            # (list of `Ask`) -> list of `Reply`
+    questions: dict,   # `turn`
+    sessions: list,    # I sessions of T turns
+    pictures: list,    # of each: the first picture and every turn's result
     limit: float = 6., # both scores must exceed it
-) -> Answers:        # scores [I, T, 2] and asked [I, T]
+) -> Answers:          # scores [I, T, 2] and asked [I, T]
     "Turn after turn with all pictures so far; a session that has failed, or cannot be read, is not asked about again."
     I, T = len(sessions), len(sessions[0].instructions)
     scores, asked, log, alive = np.full((I, T, 2), np.nan), np.zeros((I, T)), [], list(range(I))
@@ -143,6 +143,7 @@ def ask_turns(
         alive = [i for i in alive if both_exceed(scores[i, t], limit) == 1]
     return Answers(dict(scores=scores, asked=asked), log)
 
+# %% ../../nbs/evaluation/09c_bench_scores.ipynb #fe380565
 def ask_collapse(
     engine,          # (list of `Ask`) -> list of `Reply`
     questions: dict, # `collapse`
@@ -157,6 +158,7 @@ def ask_collapse(
     values, said = ask_values(engine, asks, read_damage, 3)
     return Answers(dict(damage=values.reshape(I, T, 3)), _logged(places, 'collapse', said))
 
+# %% ../../nbs/evaluation/09c_bench_scores.ipynb #84c1ab2a
 def ask_awareness(
     engine,          # (list of `Ask`) -> list of `Reply`
     questions: dict, # of MICE
@@ -231,6 +233,19 @@ def ask_items(
     damage = ask_collapse(judge, questions, sessions, pictures)
     return Answers(answers.arrays | damage.arrays, answers.log + damage.log)
 
+def check_answers(
+    log: list,              # of `Answers`
+    max_failed: float = .2, # share that may be unreadable
+):
+    "Raises `InputError` when more answers than that could not be read."
+    failed = [row['error'] for row in log if row['error']]
+    if len(failed) <= max_failed * max(len(log), 20): return   # of a few answers one may well be lost
+    often = Counter(failed).most_common(1)[0][0]
+    raise InputError(f'judge: expected a readable answer to at least {1 - max_failed:.0%} of the questions, received '
+                     f'none to {len(failed)} of {len(log)}; most often: {often}. What has been answered is kept; the '
+                     'same command goes on')
+
+# %% ../../nbs/evaluation/09c_bench_scores.ipynb #96c85729
 def ask_benchmark(
     name: str,              # of the benchmark
     judge,                  # from `load_benchmark_judge`
@@ -263,18 +278,6 @@ def ask_benchmark(
     arrays = {key: np.concatenate([part.arrays[key] for part in parts]) for key in parts[0].arrays}
     return Answers(arrays, [row for part in parts for row in part.log]), np.stack(statistics)
 
-def check_answers(
-    log: list,              # of `Answers`
-    max_failed: float = .2, # share that may be unreadable
-):
-    "Raises `InputError` when more answers than that could not be read."
-    failed = [row['error'] for row in log if row['error']]
-    if len(failed) <= max_failed * max(len(log), 20): return   # of a few answers one may well be lost
-    often = Counter(failed).most_common(1)[0][0]
-    raise InputError(f'judge: expected a readable answer to at least {1 - max_failed:.0%} of the questions, received '
-                     f'none to {len(failed)} of {len(log)}; most often: {often}. What has been answered is kept; the '
-                     'same command goes on')
-
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #3d395280
 class BenchmarkScores(NamedTuple):
     "A run's results."
@@ -299,11 +302,11 @@ def _single(name, sessions, answers):
     return items.assign(intersection=keep), tables, ['SC', 'PQ', 'O'], 'group'
 
 def single_edit_scores(
-    name: str,     # 'gedit' or 'imgedit'
-    sessions,      # the items
-    arrays: dict,  # of `Answers`
+    name: str,          # 'gedit' or 'imgedit'
+    sessions,           # the items
+    arrays: dict,       # of `Answers`
     n_boot: int = 2000, # draws of items
-) -> tuple:        # (items, tables, rows)
+) -> tuple:             # (items, tables, rows)
     "What GEdit-Bench or ImgEdit-Bench report."
     items, tables, columns, group = _single(name, list(sessions), arrays)
     overall = {c: overall_means(items[c], items[group], n_boot=n_boot) for c in columns}
@@ -340,6 +343,7 @@ def multi_turn_scores(
         rows.append(_rate_rows(turn_rates(state, n_boot=n_boot), 'CR'))
     return success, tables, pd.concat(rows, ignore_index=True)
 
+# %% ../../nbs/evaluation/09c_bench_scores.ipynb #854421c5
 def mice_scores(
     sessions,           # from `load_mice`
     arrays: dict,       # awareness, and EdiVal's success, object_cc, background_cc and cc_unscored, [I, T] each
@@ -359,10 +363,10 @@ def mice_scores(
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #9b19f70c
 def session_tables(
-    success_IT,     # 1, 0, or NaN
-    statistics_ITX, # from `picture_statistics`
+    success_IT,         # 1, 0, or NaN
+    statistics_ITX,     # from `picture_statistics`
     n_boot: int = 2000, # draws of sessions
-) -> dict:          # heading -> table
+) -> dict:              # heading -> table
     "What every benchmark with turns gets besides its own table: half-life, decay, and drift without a judge."
     life, known = half_life(success_IT, n_boot=n_boot), ~np.isnan(success_IT).all(0)
     decay = decay_table(success_IT, n_boot=n_boot).value.unstack()['given_right'][known]
@@ -380,11 +384,12 @@ def count_answers(
     scores = [answers.arrays[name] for name in judged if name in answers.arrays]
     return sum(x.size for x in scores), int(sum(np.isnan(x).sum() for x in scores))
 
+# %% ../../nbs/evaluation/09c_bench_scores.ipynb #6aecf9b9
 def benchmark_scores(
-    name: str,       # of the benchmark
-    sessions,        # the items
-    answers: Answers, # from `ask_benchmark`; for MICE with EdiVal's arrays
-    statistics,      # [I, T, 4]
+    name: str,          # of the benchmark
+    sessions,           # the items
+    answers: Answers,   # from `ask_benchmark`; for MICE with EdiVal's arrays
+    statistics,         # [I, T, 4]
     n_boot: int = 2000, # draws
 ) -> BenchmarkScores:
     "All results of a run."

@@ -121,6 +121,7 @@ def shared_pictures(
     known = set(map(small, training))
     return [s.id for s in sessions if small(s) in known]
 
+# %% ../../nbs/evaluation/06_card.ipynb #fffaa54d
 def unscored_sentences(
     unscored: dict, # from `unscored_by_reward`
     turns: int,     # of all sessions together

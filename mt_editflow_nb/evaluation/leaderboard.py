@@ -35,6 +35,7 @@ def _footnotes(results): # what is different about a run, and what its card says
     if _benchmark_of(results) == 'sessions': notes.append(f'sessions: {results["facts"]["Data"]["sessions"]}')
     return list(dict.fromkeys(notes))
 
+# %% ../../nbs/evaluation/10_leaderboard.ipynb #8e8d6c58
 def run_numbers(
     folder: str|Path, # that holds runs of `mtef_eval`, at any depth
 ) -> pd.DataFrame:    # a row a number. Raises `InputError` where there is no run
@@ -55,6 +56,7 @@ def run_numbers(
     expect(rows, str(folder), 'at least one run of mtef_eval, with results.json', 'none')
     return pd.concat(rows, ignore_index=True).reindex(columns=_columns)
 
+# %% ../../nbs/evaluation/10_leaderboard.ipynb #7e494984
 def published_numbers(
     file: str|Path = None, # CSV: benchmark, system, metric, turn, value, source; None: the shipped one
 ) -> pd.DataFrame:         # as from `run_numbers`
@@ -132,6 +134,8 @@ tr.published td { color: #666 }
 <ol>{% for note in table.footnotes %}<li>{{ note }}</li>{% endfor %}</ol>
 {% endfor %}
 '''
+
+# %% ../../nbs/evaluation/10_leaderboard.ipynb #71456624
 LEADERBOARD_LATEX = r'''((% for table in tables %))
 \begin{table}
 \caption{((( table.title|latex )))}
@@ -157,6 +161,7 @@ def latex_text(
     "A text in which LaTeX sees no commands."
     return ''.join(_latex.get(c, c) for c in str(text))
 
+# %% ../../nbs/evaluation/10_leaderboard.ipynb #535f77a1
 def write_leaderboard(
     runs: str|Path,             # folder that holds runs of `mtef_eval`
     out: str|Path,              # gets leaderboard.html, .csv and .tex

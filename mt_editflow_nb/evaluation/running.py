@@ -6,7 +6,7 @@
 __all__ = ['equal_length_batches', 'make_pictures', 'run_batch', 'EvaluatedSession', 'evaluation_protocol', 'check_protocol',
            'pack_pictures', 'unpack_pictures', 'write_outcomes', 'read_outcomes', 'read_cc_unscored', 'write_session',
            'read_sessions', 'open_evaluation', 'evaluate_round', 'share_out', 'evaluation_rounds', 'evaluate_sessions',
-           'collect_sessions', 'collect_cc_unscored', 'unscored_note', 'evaluate', 'evaluated_sessions', 'solver_of',
+           'collect_sessions', 'collect_cc_unscored', 'unscored_note', 'evaluated_sessions', 'evaluate', 'solver_of',
            'training_of', 'trained_with', 'training_mismatches']
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3c5a6b08
@@ -38,8 +38,15 @@ def equal_length_batches(
         alike.setdefault((len(s.instructions), s.has_image and s.image_size), []).append(i)
     return [indices[k:k + batch] for indices in alike.values() for k in range(0, len(indices), batch)]
 
-def make_pictures(editor, sessions: list, indices: list, num_steps: int, seed: int, kind: str) -> np.ndarray:
-    "Let an editor run freely: uint8 [sessions, 1, T, H, W, 3]; arguments as in `run_batch`."
+def make_pictures(
+    editor,         # from `load_editor`
+    sessions: list, # all `Session`s
+    indices: list,  # which of them to run, of one length
+    num_steps: int, # denoising steps
+    seed: int,      # of the noise
+    kind: str,      # 'ode', or 'dpm2' for DPM-Solver++ 2M
+) -> np.ndarray:    # uint8 [sessions, 1, T, H, W, 3]
+    "Let an editor run freely: every turn edits its own last result."
     return rollout(editor, sessions, group=1, num_steps=num_steps, kind=kind, seed=seed, batch=len(indices),
                    shard=Shard(indices, [0])).images_PGTHWC
 
@@ -246,20 +253,20 @@ def evaluation_rounds(
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3e1
 def evaluate_sessions(
-    editor,                 # from `load_editor`
-    sessions: list,         # I `Session`s
-    judge,                  # (sessions, images) -> `Scores`
+    editor,                   # from `load_editor`
+    sessions: list,           # I `Session`s
+    judge,                    # (sessions, images) -> `Scores`
     *,
-    num_steps: int,         # denoising steps
-    kind: str = 'ode',      # or 'dpm2' for DPM-Solver++ 2M
-    seed: int = 1234,       # of the noise
-    batch: int = 64,        # sessions at a time, of each process
-    folder=None,            # keeps results, and is gone on with if it holds some; None: nothing is written
-    keep: int = None,       # how many sessions' pictures are kept, from the first on; None: all
-    settings: dict = None,  # what else results depend on, such as the names of editor and judge
-    progress: bool = False, # a progress bar
+    num_steps: int,           # denoising steps
+    kind: str = 'ode',        # or 'dpm2' for DPM-Solver++ 2M
+    seed: int = 1234,         # of the noise
+    batch: int = 64,          # sessions at a time, of each process
+    folder=None,              # keeps results, and is gone on with if it holds some; None: nothing is written
+    keep: int = None,         # how many sessions' pictures are kept, from the first on; None: all
+    settings: dict = None,    # what else results depend on, such as the names of editor and judge
+    progress: bool = False,   # a progress bar
     desc: str = 'evaluating', # label of the progress bar
-):                          # yields `EvaluatedSession`s
+):                            # yields `EvaluatedSession`s
     "Run and judge sessions, batch after batch. Raises `InputError` where the folder holds other results."
     process, count = processes()
     def protocol():
@@ -320,15 +327,7 @@ def unscored_note(
     if kept: texts.append(f'CC of {kept} of {total} turns could not be scored; CC and O leave them out')
     return '; '.join(texts)
 
-def evaluate(
-    editor,         # from `load_editor`
-    sessions: list, # I `Session`s
-    judge,          # (sessions, images) -> `Scores`
-    **kw,           # num_steps, kind, seed, batch, folder, keep, settings, progress and desc of `evaluate_sessions`
-) -> tuple:         # (`Outcomes` [I, T], images uint8 [I, T, H, W, 3])
-    "EdiVal's multi-turn protocol: every turn edits the editor's own last output. Unscored turns are counted on stderr."
-    return collect_sessions(evaluated_sessions(editor, sessions, judge, **kw))
-
+# %% ../../nbs/evaluation/01a_running.ipynb #6c5df380
 def evaluated_sessions(
     editor,         # from `load_editor`
     sessions: list, # I `Session`s
@@ -341,6 +340,15 @@ def evaluated_sessions(
     note = unscored_note(success_IT, turns_I, collect_cc_unscored(evaluated))
     if note and processes()[0] == 0: print(f'{kw.get("desc", "evaluating")}: {note}', file=sys.stderr)
     return evaluated
+
+def evaluate(
+    editor,         # from `load_editor`
+    sessions: list, # I `Session`s
+    judge,          # (sessions, images) -> `Scores`
+    **kw,           # num_steps, kind, seed, batch, folder, keep, settings, progress and desc of `evaluate_sessions`
+) -> tuple:         # (`Outcomes` [I, T], images uint8 [I, T, H, W, 3])
+    "EdiVal's multi-turn protocol: every turn edits the editor's own last output. Unscored turns are counted on stderr."
+    return collect_sessions(evaluated_sessions(editor, sessions, judge, **kw))
 
 # %% ../../nbs/evaluation/01a_running.ipynb #ee1a7f26
 def solver_of(

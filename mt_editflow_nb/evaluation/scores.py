@@ -192,13 +192,13 @@ def score_intervals(
 
 # %% ../../nbs/evaluation/01_scores.ipynb #e2f8b586
 def compare_scores(
-    before,                  # `Outcomes` (or a dict) of the base editor, `[I, T]`, or with seeds `[S, I, T]`
-    after,                   # of the trained editor over the same sessions in the same order
+    before,                            # `Outcomes` (or a dict) of the base editor, `[I, T]`, or with seeds `[S, I, T]`
+    after,                             # of the trained editor over the same sessions in the same order
     *,
-    n_boot: int = 2000,      # draws
-    seed: int = 0,           # of the draws
-    over_seeds: bool = True, # whether the interval covers training with other seeds too; False: these very editors
-    turns_I=None,            # how many turns each session has; None: T
+    n_boot: int = 2000,                # draws
+    seed: int = 0,                     # of the draws
+    over_seeds: bool = True,           # the interval covers training with other seeds too; False: these very editors
+    turns_I=None,                      # how many turns each session has; None: T
     cc_unscored: tuple = (None, None), # of either editor bool [I, T], where a question about consistency got no answer
 ) -> pd.DataFrame: # index (turn, metric); before, after, difference, low, high, superiority, unscored turns
     """EdiVal's scores of two editors in percent, with a paired percentile bootstrap of their difference over sessions.
