@@ -78,6 +78,11 @@ def _sync(file: Path):
 def _drop_older(folder: Path, keep: int):
     for p in sorted(folder.glob('[0-9]*'))[:-keep]: shutil.rmtree(p, ignore_errors=True)
 
+def _trained_with(c):
+    "What `check_configuration` compares; `batch` may be lowered where memory runs out."
+    return dict(config=c.model_dump(exclude={'batch'})) if c else {}
+
+# %% ../../nbs/training/03a_checkpoints.ipynb #65a542a5
 def write_checkpoint(
     run,              # a run folder
     iteration: int,   # iterations done
@@ -162,6 +167,7 @@ def last_checkpoint(
         return folder
     if wrong: raise InputError(f'checkpoint: {wrong[0]}' + (f', and {len(wrong) - 1} older' if len(wrong) > 1 else ''))
 
+# %% ../../nbs/training/03a_checkpoints.ipynb #38d2ce20
 def read_checkpoint(
     folder, # a checkpoint
 ) -> tuple: # (iterations done, number of trained tensors, tensors by name)
@@ -199,10 +205,6 @@ def load_checkpoint(
     return restore_checkpoint(folder, read_checkpoint(folder), params, old, optimizer, ema)
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #b43e15b3
-def _trained_with(c):
-    "What `check_configuration` compares; `batch` may be lowered where memory runs out."
-    return dict(config=c.model_dump(exclude={'batch'})) if c else {}
-
 def check_configuration(
     run,       # a run folder
     c: Config, # with which it is to resume
@@ -228,6 +230,7 @@ def _group():
 
 @contextmanager
 def _in_one_line(what: str):
+    "What a process could not write or read, as an `InputError` of one line."
     from torch.distributed.checkpoint.api import CheckpointException
     try:
         with warnings.catch_warnings():
@@ -240,6 +243,7 @@ def _in_one_line(what: str):
         if isinstance(e, InputError): raise
         raise InputError(f'checkpoint: {what}: {one_line(e)[:200]}') from e
 
+# %% ../../nbs/training/03a_checkpoints.ipynb #ef961010
 def write_shared_checkpoint(
     run,              # a run folder, which all processes see
     iteration: int,   # iterations done
@@ -270,6 +274,7 @@ def write_shared_checkpoint(
         digests = exchange({p.name: _sha256(p) for p in (tmp/'state').glob(f'__{processes()[0]}_*')})
         from_first(finish)
 
+# %% ../../nbs/training/03a_checkpoints.ipynb #96a2e702
 def restore_shared_checkpoint(
     folder,     # a checkpoint, which all processes see
     params,     # trained tensors, the pieces that are here
@@ -303,7 +308,11 @@ class RunState:
         self.c, self.run, self.policy, self.decay = c, Path(run), policy, c.ema
         self.average = [p.detach().clone() for p in policy.params] if c.ema else []
         self.iteration = self.saved = 0
-    def parts(self): return self.policy.params, self.policy.old, self.policy.optimizer, self.average
+
+    def parts(self) -> tuple: # (trained tensors, those of the old policy, the optimiser, the moving average)
+        "What a checkpoint holds, as `live_tensors` takes it."
+        return self.policy.params, self.policy.old, self.policy.optimizer, self.average
+
     def resume(self):
         "Go back to the last good checkpoint, if there is one; says so where a newer one is damaged."
         def find(): return last_checkpoint(self.run, lambda text: print(text, file=sys.stderr))
@@ -315,16 +324,22 @@ class RunState:
         elif found: self.iteration = restore_checkpoint(*found, *self.parts())
         self.saved = self.iteration
         self.remember()
-    def remember(self): self.tensors = state_tensors(*self.parts())
+
+    def remember(self):
+        "Keep a copy of the state, which a request to stop goes back to."
+        self.tensors = state_tensors(*self.parts())
+
     def advance(self):
         "Count an iteration as done, and remember the state it left."
         with torch.no_grad():
             for a, p in zip(self.average, self.policy.params): a.lerp_(p, 1 - self.decay)
         self.iteration += 1
         self.remember()
+
     def evaluated(self):
         "A context in which the editor has the weights that are evaluated: the averaged ones, if there are any."
         return self.policy.acting(self.average) if self.average else nullcontext()
+
     def save(self):
         "Write a checkpoint, if this iteration has none yet; all processes call this."
         if self.saved == self.iteration: return
@@ -334,6 +349,7 @@ class RunState:
         if self.policy.whole: write_shared_checkpoint(self.run, self.iteration, live_tensors(*self.parts()), c=self.c)
         else: from_first(write)
         self.saved = self.iteration
+
     def save_before_stop(self):
         "Undo what the iteration in progress has changed, and save."
         restore_tensors(self.tensors, *self.parts())

@@ -110,6 +110,7 @@ class SessionSource(NamedTuple):
         sizes, known = bucket_sizes(size, multiple), {bucket for (_, bucket), share in self.kinds.items() if share}
         return max((sizes[bucket] for bucket in known or range(len(sizes))), key=prod)
 
+# %% ../../nbs/training/02_source.ipynb #b1091e01
 class PrefetchedBatches:
     "Batches of a file. A thread decodes the next one while one is used, so two batches of pictures are in memory."
     def __init__(
@@ -175,6 +176,7 @@ def shuffled_part(
     def order(epoch): return np.random.default_rng((seed[0], epoch, *seed[1:])).permutation(n)
     return [int(order(k//n)[k % n]) for k in range(start, start + size)]
 
+# %% ../../nbs/training/02_source.ipynb #6263c9da
 def buckets_of(
     sessions,         # a list of `Session`s, or `Sessions`
     crop: str = None, # 'square': all pictures are cut to squares
@@ -198,6 +200,7 @@ def kind_weights(
     weights = of_length[row]*(sessions/counts[row])
     return {(int(t), int(b)): float(w) for (t, b), w in zip(kinds, weights)}
 
+# %% ../../nbs/training/02_source.ipynb #818a1a80
 def kind_batches(
     train,        # the sessions that are trained on
     kinds: dict,  # from `kind_weights`
@@ -271,6 +274,7 @@ def readable_sessions(
         try: yield replace(session, image=session.image)
         except InputError as e: skipped[session.id] = f'session {session.id}: {e}'
 
+# %% ../../nbs/training/02_source.ipynb #48f6a273
 class SkippingBatches:
     "Batches in which the next of the same kind stands in for a session whose picture cannot be read."
     def __init__(
@@ -297,6 +301,7 @@ class SkippingBatches:
             taken.append(found)
         return taken
 
+# %% ../../nbs/training/02_source.ipynb #7ffd1576
 def small_kinds_warning(
     turns,       # of each session
     buckets,     # of each session
@@ -350,6 +355,7 @@ def _check_turns(c, name, sessions):
     hint = '' if len(lengths) == 1 else ' (turn_weights={3: 1} trains on those of 3 turns alone)'
     expect(c.turns is None or [c.turns] == lengths, 'turns', f'none, or the {said} of {name}{hint}', c.turns)
 
+# %% ../../nbs/training/02_source.ipynb #8db9fca7
 def check_for_judge(
     judge: str,       # as `load_judge` takes it
     sessions,         # that it will score
@@ -400,6 +406,7 @@ def _streamed(c):
     return SessionSource(batch, heldout, f'sessions of {Path(c.heldout).name}', content_hash('streamed', c.sessions),
                          sessions_hash(heldout), (STREAMED_WARNING,), None, c.crop, skipped=skipped)
 
+# %% ../../nbs/training/02_source.ipynb #4df79e21
 def session_source(
     c: Config, # `sessions`, `heldout`, `turns`, `eval_sessions`, ... are read
 ) -> SessionSource:
