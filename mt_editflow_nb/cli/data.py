@@ -144,6 +144,7 @@ def read_type_weights(
         expect(0 < weights[kind] < 1e6, '--type', 'TYPE, or TYPE=WEIGHT with a weight above 0', text)
     return weights or None
 
+# %% ../../nbs/cli/06_data.ipynb #011eae4e
 def _make(a):
     folder, out = Path(a.pictures), Path(a.out)
     expect(out.suffix == '.jsonl', 'OUT', 'a file that ends in .jsonl', str(out))

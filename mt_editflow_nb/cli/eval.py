@@ -35,6 +35,8 @@ from ..rewards.edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QU
                                                   read_edival_questions, weights_of)
 from ..rewards.edival_rules import EDIVAL_SIDE, QUESTIONS, EdivalTools
 from ..algorithm.processes import failing_together, from_first, interrupt, processes
+
+# %% ../../nbs/cli/01_eval.ipynb #66d1f29f
 from ..evaluation.bench_items import BENCHMARKS, benchmark_file, load_benchmark
 from ..evaluation.bench_pictures import (batches_of, count_cut, generate_benchmark, items_to_make,
                                                   turn_counts)
@@ -414,6 +416,7 @@ def chosen_sessions(
     check_for_judge(a.judge, sessions[:a.n], a.crop)
     return sessions[:a.n]
 
+# %% ../../nbs/cli/01_eval.ipynb #67a71d39
 def judge_of_rules(
     judge: str,    # as `load_judge` takes it
     options: dict, # its settings
@@ -422,12 +425,12 @@ def judge_of_rules(
     return options.get('vlm') or EDIVAL_VLM if judge == 'edival' else judge
 
 def notes_about(
-    a,              # the options, filled
-    sessions: list, # I `Session`s
-    success_IT,     # NaN: unscored
-    judge: str,     # its name
+    a,                   # the options, filled
+    sessions: list,      # I `Session`s
+    success_IT,          # NaN: unscored
+    judge: str,          # its name
     cc_unscored_IT=None, # bool, where a question about consistency got no answer; None: nowhere
-) -> list:          # of sentences
+) -> list:               # of sentences
     "What to know beside the scores of these sessions."
     config = training_of(a.lora)
     data, shared = config.get('sessions', 'shapeworld'), []
@@ -540,6 +543,7 @@ def _check_model(flag, name):
     example = f"a folder that is there, or a hub name such as '{EDIVAL_DETECTOR}'"
     expect(Path(name).is_dir() or not local, flag, example, name)
 
+# %% ../../nbs/cli/01_eval.ipynb #961c410d
 def edival_judges(
     a,         # the options, filled
     questions, # from `read_edival_questions`
@@ -717,9 +721,25 @@ def _generate_items(a, items, out, settings):
     with tqdm(total=len(items), desc='generating', unit='item', disable=process or count == 1) as bar:
         for indices, _ in share_out(batches_of(items, size), generate): bar.update(len(indices))
 
+def _finish_bench(a, out, items, whole, answers, statistics):
+    "Scores and card of a benchmark."
+    scores = benchmark_scores(a.bench, items, answers, statistics)
+    used = dict(steps=a.steps, guidance=a.guidance, size=a.size, quantize=a.quantize)
+    cut = count_cut(a.bench, items, out)
+    differences = benchmark_differences(a.bench, used, a.editor, judge=a.judge, own_wording=not a.questions, cut=cut,
+                                        items=f'its first {a.n} items' if len(items) < whole else '')
+    success = scores.outcomes.success_IT if scores.outcomes else np.zeros((len(items), 1))
+    notes = [text for text in notes_about(a, items, success, a.judge) if 'could not be scored' not in text]
+    facts = _bench_facts(a, items)
+    differs = made_otherwise(facts, a.against) if a.against else {}
+    if differs: facts |= {f'Made otherwise than {a.against}': differs}
+    return write_benchmark_run(a.bench, out, items, scores, answers, facts=facts, notes=notes,
+                               differences=differences, against=a.against)
+
+# %% ../../nbs/cli/01_eval.ipynb #5030a1b5
 def evaluate_bench(
     a,          # the parsed options, with --bench
-    out: Path,
+    out: Path,  # gets pictures, answers, scores and the card
     tools=None, # for MICE: (detect, ask, features, quality) instead of loaded models
 ) -> tuple:     # (the published table or None, items)
     "Another benchmark: make the pictures that are missing, ask what has not been answered, write the card."
@@ -741,21 +761,6 @@ def evaluate_bench(
     if a.bench == 'mice': answers = Answers(answers.arrays | _mice_arrays(a, items, out, tools), answers.log)
     if a.shard: return None, items
     return from_first(lambda: _finish_bench(a, out, items, whole, answers, statistics)), items
-
-def _finish_bench(a, out, items, whole, answers, statistics):
-    "Scores and card of a benchmark."
-    scores = benchmark_scores(a.bench, items, answers, statistics)
-    used = dict(steps=a.steps, guidance=a.guidance, size=a.size, quantize=a.quantize)
-    cut = count_cut(a.bench, items, out)
-    differences = benchmark_differences(a.bench, used, a.editor, judge=a.judge, own_wording=not a.questions, cut=cut,
-                                        items=f'its first {a.n} items' if len(items) < whole else '')
-    success = scores.outcomes.success_IT if scores.outcomes else np.zeros((len(items), 1))
-    notes = [text for text in notes_about(a, items, success, a.judge) if 'could not be scored' not in text]
-    facts = _bench_facts(a, items)
-    differs = made_otherwise(facts, a.against) if a.against else {}
-    if differs: facts |= {f'Made otherwise than {a.against}': differs}
-    return write_benchmark_run(a.bench, out, items, scores, answers, facts=facts, notes=notes,
-                               differences=differences, against=a.against)
 
 # %% ../../nbs/cli/01_eval.ipynb #54285a80
 def _run(a, tools):

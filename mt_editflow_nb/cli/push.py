@@ -91,7 +91,7 @@ def base_of(
     return base_model or editor
 
 # %% ../../nbs/cli/05_push.ipynb #dcfa6430
-HUB_CARD = '''\
+_card_results = '''\
 ---
 {{ head }}
 ---
@@ -121,7 +121,10 @@ O: geometric mean of IF and CC. Scored by {{ config.eval_judge }}.
 ![A held-out session, above before and below after iteration {{ results.iterations }}]({{ file }})
 {% endfor %}
 ![Learning curves](curves.png)
+'''
 
+# %% ../../nbs/cli/05_push.ipynb #6bc70236
+HUB_CARD = _card_results + '''
 ## How it was made
 
 | | |
@@ -161,6 +164,7 @@ It was trained with {{ config.num_steps }} denoising steps
 {%- if config.guidance is not none %} and guidance {{ config.guidance }}{% endif %}; other settings were not tried.
 '''
 
+# %% ../../nbs/cli/05_push.ipynb #b5f958ac
 def numbers_table(
     results: dict, # `results.json`
 ) -> pd.DataFrame: # index (turn, metric); texts
@@ -174,10 +178,10 @@ def numbers_table(
     return pd.DataFrame(rows).set_index(['turn', 'metric'])
 
 def card_head(
-    base: str,     # from `base_of`
-    licence: dict, # from `licence_of`
+    base: str,           # from `base_of`
+    licence: dict,       # from `licence_of`
     whole: bool = False, # a transformer, not an adapter
-) -> str:          # YAML
+) -> str:                # YAML
     "What the hub reads of a card."
     known = {} if base == TINY_EDITOR else dict(base_model=base)
     tags = ['image-editing', 'multi-turn', 'reinforcement-learning', 'mt_editflow_nb']
@@ -185,8 +189,15 @@ def card_head(
     fields = dict(library_name='diffusers', pipeline_tag='image-to-image', tags=tags)
     return ModelCardData(**fields, **known, **licence).to_yaml()
 
-def hub_card(run, published, repo: str, base: str, licence: dict) -> str: # Markdown
-    "The model card of what `published_weights` gives. What it says is what the run folder holds."
+# %% ../../nbs/cli/05_push.ipynb #3fcbeb4b
+def hub_card(
+    run,           # a finished run
+    published,     # its `Published`
+    repo: str,     # OWNER/NAME
+    base: str,     # from `base_of`
+    licence: dict, # from `licence_of`
+) -> str:          # Markdown
+    "The model card of what a run publishes. What it says is what the run folder holds."
     public, results = public_config(run), published.results
     config, content = public['config'], public['identity'].get('sessions')
     data = 'the shape world of mt_editflow_nb' if config['sessions'] in WORLDS else f"{config['sessions']}"
