@@ -277,7 +277,7 @@ def check_branching(
 def check_advantage(
     config: Config, # to check
 ):
-    "Raises `InputError` for rewards that cannot be weighed, or not as was asked."
+    "Raises `InputError` for unusable weights, and for rules of aggregation and credit that do not fit together."
     weights = config.weights
     if weights is not None:
         expect(len(weights) == 2, 'weights', 'two numbers, for if and cc', weights)
@@ -297,7 +297,7 @@ CONFIG_PRESETS = PRESETS | {
 RENAMED = {'times': 'train_timesteps'}     # fields of older runs and recipes
 
 def _explain(error: dict) -> str: # one line
-    "An error of pydantic in the grammar of all other errors."
+    "An error of pydantic, worded like all other errors."
     name = '.'.join(map(str, error['loc'][:1]))
     if error['type'] != 'extra_forbidden':
         expected = error['msg'].removeprefix('Value error, ').removeprefix('Input should be ')

@@ -14,7 +14,7 @@ from ..data.files import expect
 from ..editing.lora import base_only, merged, swapped
 from .config import Config
 from .processes import failing_together
-from .sharding import all_agree, is_sharded, local, values_swapped
+from .sharding import all_agree, is_sharded, local_piece, values_swapped
 
 # %% ../../nbs/algorithm/05_policy.ipynb #c435b29b
 def require_bitsandbytes():
@@ -35,7 +35,7 @@ def make_optimizer(
 def distinct_rows(
     *tensors, # of N rows each; None is skipped
 ) -> tuple:   # (numbers of the rows that differ from the row before [R], which of these each row is like [N])
-    "Where neighbouring rows are the same in all tensors, the first of them."
+    "The first of each run of neighbouring rows that are equal in all tensors."
     x = tensors[0]
     differs_N = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     differs_N[:1] = True
@@ -77,8 +77,8 @@ class Weights:
         return self.acting(self.base) if self.whole else base_only(self.editor)
 
     def is_old(self) -> bool:
-        "Whether the policy in training still is the old one, so that one velocity serves for both."
-        same = all(torch.equal(local(p), local(o)) for p, o in zip(self.params, self.old))
+        "Whether the policy in training is still the old one, so that one velocity serves for both."
+        same = all(torch.equal(local_piece(p), local_piece(o)) for p, o in zip(self.params, self.old))
         return all_agree(same, self.editor.device) if self.sharded else same
 
     @torch.no_grad()
@@ -95,12 +95,12 @@ class Weights:
         values: list, # tensors, one for each in training
     ):
         "Go on with other weights."
-        for p, value in zip(self.params, values): local(p).copy_(local(value))
+        for p, value in zip(self.params, values): local_piece(p).copy_(local_piece(value))
         if self.sharded: self.editor.transformer.reshard()
 
     def broken_tensor(self) -> str: # None: all numbers are finite
         "The name of a trained tensor that holds NaN or an infinity."
-        finite = torch.stack([local(p).isfinite().all() for p in self.params])     # one transfer from the card
+        finite = torch.stack([local_piece(p).isfinite().all() for p in self.params])     # one transfer from the card
         if finite.all(): return None
         return self.names[finite.logical_not().nonzero()[0].item()]
 
@@ -111,7 +111,7 @@ class Passes(Counter):
         self,
         kind: str,        # 'sampled', 'trained', 'old' or 'reference'
         *texts,           # the `Text`s of the rows
-        per_row: int = 1, # passes a row
+        per_row: int = 1, # passes per row
     ):
         "Add rows; where a row is guided, it passes twice."
         for text in texts: self[kind] += len(text)*per_row*(1 if text.negative is None else 2)
@@ -134,7 +134,7 @@ class Policy(Weights):
 
     @contextmanager
     def sampling(self):
-        "A context in which the transformer is the old policy, as fast as it gets; what one process raises, all do."
+        "A context for rollouts of the old policy, merged if `merge` says so; an error in one process is raised in all."
         self.passes.clear()
         adapter_in_weights = merged(self.editor) if self.merge else nullcontext()
         with failing_together(), self.acting_old(), adapter_in_weights: yield
@@ -147,7 +147,7 @@ class Policy(Weights):
         text,      # `Text` of N rows
         image,     # [N, L, C] latents of the pictures to edit
     ) -> torch.Tensor: # [N, L, C]
-        "The velocity of the transformer as it is; rows that are alike go through it once."
+        "The velocity that the transformer predicts with its current weights; equal rows go through it once."
         once, of_N = slice(None), slice(None)
         if self.pure_noise: once, of_N = distinct_rows(x, sigma, image, text.embeds, text.pooled)
         self.passes.count(kind, text[once])

@@ -11,7 +11,7 @@ import torch
 from ..data.files import InputError
 from .config import Config
 from .processes import failing_together, sum_gradients
-from .sharding import is_sharded, of_all
+from .sharding import full_value, is_sharded
 
 # %% ../../nbs/algorithm/06_updates.ipynb #6b11ca49
 def micro_batches(
@@ -83,7 +83,7 @@ def gradient_step(
             statistics.add(values | dict(loss=loss.item()), n)
     if not is_sharded(policy.params): sum_gradients(policy.params)
     with failing_together():
-        norm = of_all(torch.nn.utils.clip_grad_norm_(policy.params, config.max_grad_norm))
+        norm = full_value(torch.nn.utils.clip_grad_norm_(policy.params, config.max_grad_norm))
         require_finite(norm, 'gradient norm', statistics.iteration)
         policy.optimizer.step()
         statistics.largest('grad_norm', float(norm))

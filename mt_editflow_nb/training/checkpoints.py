@@ -18,7 +18,7 @@ from ..editing.lora import save_lora
 from ..algorithm.config import Config, make_config
 from ..algorithm.policy import Policy
 from ..algorithm.processes import exchange, from_first, host_group, processes
-from ..algorithm.sharding import local, shard_like
+from ..algorithm.sharding import local_piece, shard_like
 from .runs import config_differences
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #240701c3
@@ -40,10 +40,11 @@ def state_tensors(
 ) -> dict:   # name -> a copy in host memory; of a tensor that processes share, this one's piece
     "A copy of everything that the next iteration depends on."
     # a clone, because 8-bit states share a table, which a file cannot
-    return {k: local(x).cpu().clone(memory_format=torch.contiguous_format) for k, x in live_tensors(*parts).items()}
+    def copied(x): return local_piece(x).cpu().clone(memory_format=torch.contiguous_format)
+    return {name: copied(x) for name, x in live_tensors(*parts).items()}
 
 def _restore(x, saved, name):
-    x = local(x)
+    x = local_piece(x)
     expect(saved is not None and saved.shape == x.shape, name, f'a tensor of shape {list(x.shape)}',
            'none' if saved is None else list(saved.shape))
     x.copy_(saved)
