@@ -496,3 +496,18 @@ def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch
     assert evaluated('other', '--guidance', '4', '--quantize', 'nf4') == 0
     warned = capsys.readouterr().err
     assert all(x in warned for x in ('guidance 4.0', 'quantize nf4')) and warned.count('the default') == 2
+
+def test_a_plan_for_several_processes(capsys):
+    "48 x 4 rows of one turn and two steps: 384 sampled by all, 96 by each of four."
+    few = ['sessions_per_iteration=48', 'group=4', 'turns=1', 'num_steps=2', 'lora_rank=4']
+    assert main(['--plan', '--processes', '4', *few]) == 0
+    said = capsys.readouterr().out
+    assert 'memory of each of 4 processes, GB' in said and '4 x H100' in said
+    assert 'an iteration: 384 rows sampled' in said and 'of this each process: 96 rows sampled' in said
+    assert main(['--plan', *few]) == 0
+    assert 'each' not in capsys.readouterr().out
+    for wrong, expected in ((['--plan', '--processes', '5'], 'a multiple of the 5 processes'),
+                            (['--plan', '--processes', '0'], 'a number above 0, beside --plan'),
+                            (['--processes', '2'], 'a number above 0, beside --plan')):
+        assert main([*wrong, *few]) == 2
+        assert expected in capsys.readouterr().err

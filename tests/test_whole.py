@@ -26,9 +26,11 @@ script = textwrap.dedent("""
     from unittest.mock import patch
     sys.path.insert(0, sys.argv[1])
     from forked import in_processes
+    import torch
     from torch.distributed import barrier
     from mt_editflow_nb.algorithm import iterate
     from mt_editflow_nb.algorithm.config import make_config
+    from mt_editflow_nb.cli.eval import main as evaluate
     from mt_editflow_nb.cli.train import main, parse_overrides
     from mt_editflow_nb.data.files import InputError
     from mt_editflow_nb.data.signals import Stopped
@@ -37,14 +39,17 @@ script = textwrap.dedent("""
     from mt_editflow_nb.rewards.cache import Cached
     from mt_editflow_nb.rewards.cube import Scores, judge_usage
     from mt_editflow_nb.rewards.engines import Ask, Reply
+    from mt_editflow_nb.rewards import edival_models
+    from mt_editflow_nb.rewards.edival_rules import Question
+    from mt_editflow_nb.rewards.edival_tools import LocalTools
     from mt_editflow_nb.training.train import collect_answers, share_answers, train
 
     folder, settings = Path(sys.argv[2]), sys.argv[3:]
     real = iterate.rollout
 
-    def stopped_at(at):
+    def stopped_at(at, only=False):
         def rollout(*args, iteration, **kw):
-            if iteration == at: os.kill(os.getpid(), signal.SIGTERM)
+            if iteration == at and only: os.kill(os.getpid(), signal.SIGTERM)
             return real(*args, iteration=iteration, **kw)
         return patch.object(iterate, 'rollout', rollout)
 
@@ -63,7 +68,7 @@ script = textwrap.dedent("""
 
     def two(rank):
         run(rank, 'two')
-        with stopped_at(1): only_train(rank, 'stopped')
+        with stopped_at(1, only=rank == 1): only_train(rank, 'stopped')
         if not rank: shutil.copytree(folder/'stopped', folder/'fewer')
         barrier()
         only_train(rank, 'stopped')
@@ -90,10 +95,40 @@ script = textwrap.dedent("""
         asked(rank, ['question 0', 'question 1', 'question 2', f'only {rank}'])
         scores = Scores((), *[None]*4, calls=tuple(dict(error='', tokens=10, seconds=.5) for _ in range(rank + 1)))
         say(rank, 'usage', sum_statistics(judge_usage(scores, price=2e5), largest=()))
+        edival(rank)
+        own = ['--out', str(folder/f'host_{rank}'/'eval')]
+        say(rank, 'eval', evaluate(['--n', '3', '--turns', '1', '--steps', '1', '--judge', 'tiny:direct', *own]))
+
+    def edival(rank):
+        "EdiVal's questions, by tools in each process."
+        file = folder/f'host_{rank}'/'edival.sqlite'
+        def engine(*args, cache, **kw): return Cached(Says(f'yes, process {rank}'), cache)
+        for words in (('cat',), (f'dog {rank}',)):
+            share_answers(file)
+            with patch.object(edival_models, 'load_engine', engine): tools = LocalTools(cache=file)
+            said = tools.asker.many([Question((), 'text', ()), Question((), 'name', words)])
+            collect_answers(file)
+            say(rank, 'edival', f'{said} {tools.asker.engine.calls} calls')
 
     def resumed_in_one(rank): only_train(rank, 'fewer')
 
+    def failing_with(error, who):
+        "Fails in one process after an iteration, while the others pass the transformer, for which they need it."
+        def rollout(*args, iteration, **kw):
+            if iteration and int(os.environ['RANK']) == who: raise error
+            return real(*args, iteration=iteration, **kw)
+        return patch.object(iterate, 'rollout', rollout)
+
+    def bug(rank):
+        with failing_with(KeyError('forgotten'), 1): run(rank, 'bug')
+
+    def memory(rank):
+        with failing_with(torch.OutOfMemoryError('scripted'), 0): run(rank, 'memory')
+
+    def resumed(rank): say(rank, 'resumed', main(['--resume', str(folder/'memory')]))
+
     print(in_processes(1, one), in_processes(2, two), in_processes(1, resumed_in_one))
+    print('bug', in_processes(2, bug), 'memory', in_processes(4, memory), 'resumed', in_processes(2, resumed))
 """)
 
 @pytest.fixture(scope='module')
@@ -135,6 +170,18 @@ def test_resumed(runs):
     assert log(folder/'two') == log(folder/'stopped')
     assert largest_difference(weights(folder/'two'), weights(folder/'fewer')) < 1e-5
 
+def test_what_one_process_raises_ends_all(runs):
+    "At once, though the others wait in an exchange of weights; of a full card, half the rows are remembered."
+    folder, said = runs
+    assert '[bug 1: 2]' in said and '[bug 0:' not in said and 'bug [2, 0]' in said, said[-3000:]
+    assert said.count("process 1: KeyError: 'forgotten'; the last checkpoint is kept") == 1
+    assert 'in rollout' in said                                                               # its own traceback
+    assert said.count('mtef_train: process 0: OutOfMemoryError: scripted; the last checkpoint is kept') == 1
+    assert 'memory [0, 2, 2, 2]' in said and '[memory 0: 2]' in said, said[-3000:]
+    for name in ('bug', 'memory'): assert (folder/name/'checkpoints'/'000001').is_dir()
+    assert json.loads((folder/'memory'/'batch.json').read_text()) == dict(batch=1)
+    assert '[resumed 0: 0]' in said and '[resumed 1: 0]' in said, said[-3000:]
+
 def test_supervised(runs):
     "Three rows a pass for two processes: in the last pass one of them has none."
     folder, said = runs
@@ -157,6 +204,20 @@ def test_answers_are_shared_without_a_shared_disk(runs):
     assert len(new_replies(folder/'host_1'/'judge.rank1.sqlite')) == 1          # the rest is a copy
     usage = "{'calls': 3, 'hits': 0, 'failed': 0, 'tokens': 30, 'seconds': 1.5, 'cost': 6.0}"
     assert f'[usage 0: {usage}]' in said and f'[usage 1: {usage}]' in said
+
+def test_answers_to_edivals_questions_are_shared(runs):
+    "At first both ask the same two; the second time one of them is on record, as process 0 heard it."
+    folder, said = runs
+    for rank in (0, 1): assert f"[edival {rank}: ['yes, process {rank}', 'yes, process {rank}'] 2 calls]" in said, said
+    for rank in (0, 1): assert f"[edival {rank}: ['yes, process 0', 'yes, process {rank}'] 1 calls]" in said, said
+    assert len(new_replies(folder/'host_0'/'edival.sqlite')) == 2 + 2
+
+def test_answers_in_an_evaluation_are_shared(runs):
+    "Three sessions, each with a question for IF and one for CC: the first process ends with the answers of both."
+    folder, said = runs
+    assert '[eval 0: 0]' in said and '[eval 1: 0]' in said, said[-3000:]
+    own = len(new_replies(folder/'host_1'/'eval'/'judge.rank1.sqlite'))
+    assert len(new_replies(folder/'host_0'/'eval'/'judge.sqlite')) == 3*2 and own == 2
 
 def test_what_is_handed_out_is_evaluated(runs, tmp_path, capsys):
     folder = str(runs[0]/'one'/'transformer')

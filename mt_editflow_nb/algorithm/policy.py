@@ -137,7 +137,7 @@ class Policy(Weights):
         "A context for rollouts of the old policy, merged if `merge` says so; an error in one process is raised in all."
         self.passes.clear()
         adapter_in_weights = merged(self.editor) if self.merge else nullcontext()
-        with failing_together(), self.acting_old(), adapter_in_weights: yield
+        with failing_together(self.sharded), self.acting_old(), adapter_in_weights: yield
 
     def predict(
         self,

@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['processes', 'shard_of', 'join_shards', 'gather_scores', 'gather_sessions', 'sum_gradients', 'sum_statistics',
            'merge_statistics', 'process_timeout', 'ProcessError', 'host_group', 'exchange', 'gather_to_first',
-           'interrupt', 'decisive_error', 'failing_together', 'from_first', 'broadcast_path']
+           'interrupt', 'decisive_error', 'ending_together', 'failing_together', 'from_first', 'collect_answers',
+           'share_answers', 'read_piece', 'broadcast_path']
 
 # %% ../../nbs/algorithm/04_processes.ipynb #bffe2463
-import math, os, pickle, re
-from contextlib import contextmanager
+import math, os, pickle, re, sys, threading, time, traceback
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 import torch
 from ..data.files import InputError, expect
 from ..editing.rollout import Shard
+from ..rewards.cache import (add_replies, copy_cache, merge_caches, new_replies, rank_caches,
+                                          rank_file)
 
 # %% ../../nbs/algorithm/04_processes.ipynb #74541e52
 def processes() -> tuple: # (number of this process, how many there are)
@@ -152,6 +156,12 @@ class _Interruptions:
     "Whether this process works where an error of its own reaches the others, and an error that waits for that."
     reach_others, waiting = False, None
 
+    @classmethod
+    def take(cls):
+        "The error that waits, if there is one; it waits no longer."
+        error, cls.waiting = cls.waiting, None
+        return error
+
 def interrupt(
     error: BaseException, # to be raised
 ):
@@ -164,6 +174,10 @@ def _portable(error):
     try: return pickle.loads(pickle.dumps(error))
     except Exception: return RuntimeError(f'{type(error).__name__}, {error}')
 
+def _in_words(process, error):
+    words = error if isinstance(error, InputError) else f'{type(error).__name__}: {error}'
+    return f'process {process}: {words}'
+
 def decisive_error(
     errors: list, # of each process, None where there was none
 ) -> tuple:       # (number of the process, its error); None: there was none
@@ -172,28 +186,72 @@ def decisive_error(
     def order(found): return not isinstance(found[1], KeyboardInterrupt), isinstance(found[1], torch.OutOfMemoryError)
     return min(found, key=order, default=None)
 
+# %% ../../nbs/algorithm/04_processes.ipynb #2f2226c3
+_LOOK_EVERY = 1.    # seconds between two looks at what other processes have written
+
+def _end_with_others(store, over):
+    "The body of a thread: ends this process when another one has failed."
+    while not over.wait(_LOOK_EVERY):
+        try:
+            if not store.check(['failed']): continue
+            said = store.get('failed').decode()
+            store.add('heard', 1)
+        except RuntimeError: return                  # the store is gone, and with it the process that held it
+        if processes()[0] == 0: print(said, file=sys.stderr, flush=True)
+        time.sleep(_LOOK_EVERY)                      # a launcher ends all when one has ended: let the others speak
+        os._exit(2)
+
+def _tell_others(store, error):
+    "Let the others end; returns what is to be raised here. The first that fails is the one that is heard."
+    i, count = processes()
+    mine = f'{_in_words(i, error)}; the last checkpoint is kept'
+    said = store.compare_set('failed', '', mine).decode()
+    store.add('heard', 1)
+    until = time.monotonic() + 10*_LOOK_EVERY
+    while store.add('heard', 0) < count and time.monotonic() < until: time.sleep(_LOOK_EVERY/10)
+    return ProcessError(said)
+
+@contextmanager
+def ending_together():
+    "A context for work in which the processes exchange weights: where one fails, all end, and the first one says it."
+    from torch.distributed import PrefixStore
+    from torch.distributed.distributed_c10d import _get_default_store
+    store, over = PrefixStore('ending', _get_default_store()), threading.Event()
+    thread = threading.Thread(target=_end_with_others, args=(store, over), daemon=True)
+    thread.start()
+    try: yield
+    except Exception as e:
+        over.set()
+        thread.join()
+        if not isinstance(e, (InputError, torch.OutOfMemoryError)): traceback.print_exc()
+        raise _tell_others(store, e) from e
+    finally: over.set()
+
 # %% ../../nbs/algorithm/04_processes.ipynb #b7c10008
 @contextmanager
-def failing_together():
-    "A context for work that each process does alone: an error in one is raised in all. It must hold no exchange."
+def failing_together(
+    exchanging=False, # the processes exchange weights within it, so that all of them end where one fails
+):
+    "A context for work whose errors concern all: what one process raises, all raise. It holds no other exchange."
     i, count = processes()
     if count == 1:
         yield
         return
     error = None
-    _Interruptions.reach_others = True
+    _Interruptions.reach_others = not exchanging
     try:
-        if _Interruptions.waiting: raise _Interruptions.waiting
-        yield
+        if not exchanging and (error := _Interruptions.take()): raise error
+        with ending_together() if exchanging else nullcontext(): yield
+    except ProcessError: raise                                                  # the others have heard of it
     except (Exception, KeyboardInterrupt) as e: error = e
     finally: _Interruptions.reach_others = False
+    if exchanging: error = _Interruptions.take()
     decisive = decisive_error(exchange(error and _portable(error)))
     if not decisive: return
     process, cause = decisive
     if isinstance(cause, (KeyboardInterrupt, torch.OutOfMemoryError)): raise cause from error
     if process == i and not isinstance(cause, InputError): raise error          # with its own traceback
-    words = cause if isinstance(cause, InputError) else f'{type(cause).__name__}: {cause}'
-    raise ProcessError(f'process {process}: {words}') from error
+    raise ProcessError(_in_words(process, cause)) from error
 
 def from_first(
     make, # called in the first process alone
@@ -207,6 +265,47 @@ def from_first(
     box = [made]
     broadcast_object_list(box, 0, group=host_group())
     return box[0]
+
+# %% ../../nbs/algorithm/04_processes.ipynb #1c986c86
+def collect_answers(
+    file: Path, # of the first process; None: nobody is asked whose answers are kept
+):
+    "Collect the judges' answers of all processes in the file of the first; no disk needs to be shared."
+    process, count = processes()
+    if count == 1 or file is None: return
+    with failing_together(): new = new_replies(rank_file(file)) if process else []
+    exchange(None)                                                     # all are there
+    parts = gather_to_first(new)
+    def keep():
+        for rows in parts: add_replies(file, rows)
+    from_first(keep)
+
+def share_answers(
+    file: Path, # of the first process; None: nobody is asked whose answers are kept
+):
+    "Let every process begin with the answers that all of them have received before."
+    process, count = processes()
+    if count == 1 or file is None: return
+    from_first(lambda: merge_caches(file, rank_caches(file)))          # of a run with more processes
+    collect_answers(file)
+    def pieces():
+        start = 0
+        while piece := from_first(partial(read_piece, file, start)):
+            yield piece
+            start += len(piece)
+    if process: copy_cache(pieces(), rank_file(file))
+    else:
+        for _ in pieces(): pass
+
+def read_piece(
+    file: Path,          # to read
+    start: int,          # byte
+    size: int = 1 << 26, # bytes at most
+) -> bytes:              # none at the end
+    "Bytes of a file from a place on."
+    with open(file, 'rb') as f:
+        f.seek(start)
+        return f.read(size)
 
 # %% ../../nbs/algorithm/04_processes.ipynb #eb3b2597
 def broadcast_path(

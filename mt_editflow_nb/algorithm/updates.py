@@ -76,13 +76,14 @@ def gradient_step(
 ):
     "One optimiser step on the mean of `count` losses. Raises `InputError` for what is not finite."
     policy.optimizer.zero_grad()
-    with failing_together():
+    sharded = is_sharded(policy.params)
+    with failing_together(sharded):
         for loss, values, n in terms:
             require_finite(loss, 'loss', statistics.iteration)
             (loss*n/count).backward()
             statistics.add(values | dict(loss=loss.item()), n)
-    if not is_sharded(policy.params): sum_gradients(policy.params)
-    with failing_together():
+    if not sharded: sum_gradients(policy.params)
+    with failing_together(sharded):
         norm = full_value(torch.nn.utils.clip_grad_norm_(policy.params, config.max_grad_norm))
         require_finite(norm, 'gradient norm', statistics.iteration)
         policy.optimizer.step()

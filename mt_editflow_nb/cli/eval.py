@@ -8,7 +8,7 @@ __all__ = ['MAX_SESSIONS', 'MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_p
            'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
            'run_free', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges', 'load_edival_tools',
            'quality_table', 'evaluate_edival', 'import_published', 'fill_bench_settings', 'bench_items',
-           'evaluate_bench', 'main']
+           'evaluate_bench', 'answers_file', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
 import argparse, math, os, sys, time, warnings
@@ -34,7 +34,8 @@ from ..rewards.edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QU
                                                   load_detector, load_edival_vlm, load_features, load_quality,
                                                   read_edival_questions, weights_of)
 from ..rewards.edival_rules import EDIVAL_SIDE, QUESTIONS, EdivalTools
-from ..algorithm.processes import failing_together, from_first, interrupt, processes
+from ..algorithm.processes import (collect_answers, failing_together, from_first, interrupt, processes,
+                                                share_answers)
 
 # %% ../../nbs/cli/01_eval.ipynb #66d1f29f
 from ..evaluation.bench_items import BENCHMARKS, benchmark_file, load_benchmark
@@ -763,6 +764,14 @@ def evaluate_bench(
     return from_first(lambda: _finish_bench(a, out, items, whole, answers, statistics)), items
 
 # %% ../../nbs/cli/01_eval.ipynb #54285a80
+def answers_file(
+    a,         # the options
+    out: Path, # folder of the results
+) -> Path:     # None: nobody is asked whose answers are kept
+    "Where the first process keeps what judges answer."
+    asks = a.sessions == 'edival' or a.bench == 'mice' or a.judge and not a.judge.startswith('verifier')
+    return Path(a.cache or out/'judge.sqlite') if asks and not (a.offline or a.generate_only) else None
+
 def _run(a, tools):
     out = Path(a.out).expanduser()
     with failing_together():
@@ -771,8 +780,12 @@ def _run(a, tools):
         check_options(a)
         if not (a.imported or a.bench): fill_settings(a)
     if a.imported: return from_first(lambda: import_published(a, out))
-    if a.bench: return evaluate_bench(a, out, tools)
-    return evaluate_edival(a, out, tools) if a.sessions == 'edival' else evaluate_free(a, out)
+    answers = answers_file(a, out)
+    share_answers(answers)
+    if a.bench: done = evaluate_bench(a, out, tools)
+    else: done = evaluate_edival(a, out, tools) if a.sessions == 'edival' else evaluate_free(a, out)
+    collect_answers(answers)
+    return done
 
 def _summary(a, table, sessions):
     out = Path(a.out)

@@ -166,6 +166,7 @@ def _parser():
     add('--resume', metavar='RUN', help='go on with a run that was stopped or killed, from what is in its folder')
     add('--plan', action='store_true', help='print what the run will need (memory by part, transformer passes, hours) '
                                             'and what a few changes would save, and load nothing')
+    add('--processes', type=int, metavar='N', help='of --plan: for a launch of N processes (default: those that run)')
     add('--notebook', help='run the job inside this papermill notebook (experiments/train.ipynb)')
     return parser
 
@@ -187,6 +188,8 @@ def _resumed(folder) -> tuple: # (`Config`, run folder)
 
 def _chosen(a) -> tuple: # (`Config`, run folder)
     "The run that the command line asks for."
+    expect(a.processes is None or a.plan and a.processes > 0, '--processes', 'a number above 0, beside --plan',
+           a.processes)
     expect(not a.plan or not (a.run or a.notebook), '--plan', 'no --run and no --notebook beside it',
            a.run or a.notebook)
     if a.notebook:
@@ -209,12 +212,13 @@ def _chosen(a) -> tuple: # (`Config`, run folder)
     return c, Path(broadcast_path(run) if processes()[1] > 1 else run)
 
 # %% ../../nbs/cli/00_train.ipynb #5526c3be
-def _plan(c):
+def _plan(c, count):
+    if processes()[0]: return
     here = c.sessions not in WORLDS and not c.streaming and Path(c.sessions).exists()
     kinds = session_source(c).kinds if here else None
-    print(plan_text(plan(c, kinds=kinds)))
+    print(plan_text(plan(c, kinds=kinds, processes=count)))
     if str(c.editor) in PUBLISHED_EDITORS or torch.cuda.is_available():
-        print(f'\nwhat a change would save, all else equal\n{savings_text(c, kinds=kinds)}')
+        print(f'\nwhat a change would save, all else equal\n{savings_text(c, kinds=kinds, processes=count)}')
 
 def _run(c, run, notebook):
     if notebook:
@@ -257,7 +261,7 @@ def main(
     def work():
         nonlocal c
         c, run = _chosen(a)
-        if a.plan: _plan(c)
+        if a.plan: _plan(c, a.processes or processes()[1])
         else: _run(c, run, a.notebook)
     with stop_requests():                                  # also while a line is written: nobody is interrupted twice
         try: return _exit_status(work)

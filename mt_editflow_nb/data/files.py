@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'first_line', 'expect', 'one_of',
-           'atomic_write', 'read_text', 'to_json', 'read_json', 'read_json_lines', 'append_json_line', 'file_name',
-           'content_hash', 'locked', 'is_locked', 'check_writable', 'image_size', 'open_image', 'save_png', 'shipped',
-           'duration_text']
+           'atomic_write', 'read_text', 'to_json', 'read_json', 'read_json_lines', 'append_json_line', 'GrowingLog',
+           'file_name', 'content_hash', 'locked', 'is_locked', 'check_writable', 'image_size', 'open_image', 'save_png',
+           'shipped', 'duration_text']
 
 # %% ../../nbs/data/00_files.ipynb #fb37697b
 import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, uuid, warnings
@@ -120,22 +120,26 @@ def read_json(
         raise InputError(f'{path}: not valid JSON ({one_line(e)})') from None
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c35
+def _json_rows(lines, path, first=1):
+    "Lines of a log as dicts; the last one may be half."
+    rows = []
+    for n, line in enumerate(lines, first):
+        if not line.strip(): continue
+        try: row = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            if n == first + len(lines) - 1: break
+            raise InputError(f'{path}:{n}: not valid JSON ({one_line(e)})') from None
+        expect(isinstance(row, dict), f'{path}:{n}', 'a JSON object', row)
+        rows.append(row)
+    return rows
+
 def read_json_lines(
     path: str|Path, # JSON Lines: an object a line
 ) -> list:          # of dicts; half a line at the end, which a killed process leaves, is left out
     "The rows of a log. Raises `InputError` with file and row for any other line that is not a JSON object."
     try: lines = Path(path).read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n')
     except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
-    rows = []
-    for n, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            if n == len(lines): break
-            raise InputError(f'{path}:{n}: not valid JSON ({one_line(e)})') from None
-        expect(isinstance(row, dict), f'{path}:{n}', 'a JSON object', row)
-        rows.append(row)
-    return rows
+    return _json_rows(lines, path)
 
 # %% ../../nbs/data/00_files.ipynb #d1b6a7fd
 def _end_last_line(f):
@@ -170,6 +174,37 @@ def append_json_line(
         e.filename = e.filename or str(path)
         raise
     return path
+
+# %% ../../nbs/data/00_files.ipynb #fc198be5
+class GrowingLog:
+    "The rows of a log that others append to; calling it reads what is new."
+    def __init__(
+        self,
+        path: str|Path, # JSON Lines; it need not exist yet
+    ):
+        self.path = Path(path)
+        self._begin()
+
+    def _begin(self): self.rows, self.size, self.last = [], 0, b''
+
+    def _is_the_same(self, f):
+        "Whether the line that was read last stands where it stood."
+        f.seek(self.size - len(self.last))
+        return f.read(len(self.last)) == self.last
+
+    def __call__(self) -> list: # of dicts: the same list as before with more rows, or another one
+        "All whole lines so far; a log that was cut or replaced is read from its beginning. Raises `InputError`."
+        try: f = open(self.path, 'rb')
+        except FileNotFoundError: f = io.BytesIO()
+        with f:
+            if not self._is_the_same(f): self._begin()
+            f.seek(self.size)
+            added = f.read()
+        whole = added[:added.rfind(b'\n') + 1]
+        if not whole: return self.rows
+        self.rows += _json_rows(whole.split(b'\n'), self.path, len(self.rows) + 1)
+        self.size, self.last = self.size + len(whole), whole[whole[:-1].rfind(b'\n') + 1:]
+        return self.rows
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c38
 _plain_name = re.compile(r'[a-z0-9_][a-z0-9._-]{0,79}')

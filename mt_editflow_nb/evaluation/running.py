@@ -217,7 +217,7 @@ def evaluate_round(
 ) -> list:         # `EvaluatedSession`s of all batches, with pictures in the first process alone
     "Every process runs and judges a batch."
     process, done = processes()[0], []
-    with failing_together():
+    with failing_together(bool(idle)):
         if process < len(batches): done = run(batches[process])
         elif idle: idle(batches[0])
     outcomes = exchange(_without_pictures(done))

@@ -331,7 +331,7 @@ class EdivalJudge:
     ):
         "Find out by one question to each tool, before anything expensive, whether it answers."
         self.check_sessions(sessions)
-        check_tools(self.engine.tools)
+        check_tools(getattr(self.engine, 'tools_past_cache', self.engine.tools))
 
     def __call__(
         self,
@@ -432,7 +432,7 @@ def _edival_judge(name, cache, offline, rewards, max_failed, options):
     check_settings_of(RemoteTools if at else LocalTools, options)
     if not at: return EdivalJudge(LocalTools(cache, offline, **options), max_failed)
     expect(not offline, 'offline', 'tools in this process, whose answers a file keeps', name)
-    return EdivalJudge(RemoteTools(url, **options), max_failed)
+    return EdivalJudge(RemoteTools(url, cache, **options), max_failed)
 
 # %% ../../nbs/rewards/02_cube.ipynb #2f062950
 def load_judge(

@@ -8,7 +8,7 @@ __all__ = ['pack_array', 'unpack_array', 'pack_answer', 'unpack_answer', 'Reques
            'rule_rewards']
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #02eafb90
-import base64, time
+import base64, json, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,12 @@ import numpy as np, torch
 from PIL import Image
 from pydantic import BaseModel
 from ..data.files import InputError, content_hash, expect, one_line, one_of, open_image
+from .cache import Cached
 from .edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, load_detector,
                                                   load_edival_vlm, load_features, read_edival_questions, weights_of)
 from .edival_rules import (EDIVAL_SIDE, QUESTIONS, Describe, Detect, EdivalTools, Found,
                                                  NoAnswer, Question, answer_all)
+from .engines import Ask, Reply
 from .servers import EncodedPictures, connection_cause
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #ddafee4f
@@ -165,6 +167,7 @@ class RemoteTools:
     def __init__(
         self,
         url: str,               # such as 'http://localhost:8100'
+        cache: str|Path = None, # SQLite file that keeps what detector and vision-language model answer
         *,
         timeout: float = 120,   # seconds a try
         retries: int = 5,       # after bad luck, with growing pauses
@@ -175,11 +178,17 @@ class RemoteTools:
         expect(fine, 'judge', "edival@URL with an address such as 'http://localhost:8100'", url)
         self.urls, self.timeout, self.retries = (url.rstrip('/'),), timeout, retries
         self.concurrency, self.batch, self.model = concurrency, batch, f'edival@{self.urls[0]}'
-        self.encoded = EncodedPictures('png')
+        self.encoded, self.cache = EncodedPictures('png'), cache
 
     @cached_property
     def tools(self):
-        "The three tools."
+        "The three tools, which ask nothing twice; features are not kept: those of one picture are megabytes."
+        return EdivalTools(*(_RemoteTool(self, kind, self.cache) for kind in ('detect', 'ask')),
+                           _RemoteTool(self, 'describe'))
+
+    @cached_property
+    def tools_past_cache(self):
+        "The three tools, whatever is on record."
         return EdivalTools(*(_RemoteTool(self, kind) for kind in ('detect', 'ask', 'describe')))
 
     @cached_property
@@ -211,36 +220,57 @@ class RemoteTools:
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #feef2b5c
 class _RemoteTool:
-    "One of the tools behind a server."
-    def __init__(self, server, kind): self.server, self.kind = server, kind
+    "One of the tools behind a server; with a file that keeps its answers, it is also the engine that `Cached` asks."
+    def __init__(self, server, kind, cache=None): self.server, self.kind, self.cache = server, kind, cache
 
     @property
     def pixels(self): return int(self.server.about.get('pixels', EDIVAL_SIDE))
+
+    @cached_property
+    def model(self):
+        "The server and what it says it is: other models behind the same address give other answers."
+        return f'{self.server.model} {json.dumps(self.server.about, sort_keys=True)}'
+
+    @cached_property
+    def kept(self): return Cached(self, self.cache)
 
     def many(
         self,
         requests: list, # of the kind that this tool answers
     ) -> list:          # answers in the same order; a `NoAnswer` stands for one that is missing
-        "Ask in pieces, several at a time."
-        self.server.encoded([np.asarray(im) for r in requests for im in pictures_of(r)])  # each picture once
-        size = self.server.batch
-        pieces = [requests[k:k + size] for k in range(0, len(requests), size)]
-        with ThreadPoolExecutor(self.server.concurrency) as pool:
-            return [answer for answers in pool.map(self._ask, pieces) for answer in answers]
+        "Ask what is not on record, in pieces, several at a time."
+        asks = [Ask(tuple(map(np.asarray, pictures_of(r))), json.dumps(pack_request(r, []))) for r in requests]
+        if not self.cache: return [unpack_answer(packed, self.kind) for packed in self._send(asks)]
+        replies = self.kept(asks)
+        return [unpack_answer(dict(error=r.error) if r.error else json.loads(r.text), self.kind) for r in replies]
 
-    def _ask(self, requests):
-        "Answers to one piece."
-        urls = self.server.encoded([np.asarray(im) for r in requests for im in pictures_of(r)])
+    def __call__(self, asks):
+        "`Reply`s with an answer in JSON each; one that is none is an error, and is not kept."
+        found = self._send(asks)
+        answers = [unpack_answer(packed, self.kind) for packed in found]
+        return [Reply(error=str(answer)) if isinstance(answer, NoAnswer) else Reply(json.dumps(packed))
+                for packed, answer in zip(found, answers)]
+
+    def _send(self, asks):
+        "Packed answers, in the same order."
+        self.server.encoded([x for a in asks for x in a.images])                          # each picture once
+        size = self.server.batch
+        pieces = [asks[k:k + size] for k in range(0, len(asks), size)]
+        with ThreadPoolExecutor(self.server.concurrency) as pool:
+            return [packed for several in pool.map(self._send_piece, pieces) for packed in several]
+
+    def _send_piece(self, asks):
+        urls = self.server.encoded([x for a in asks for x in a.images])
         places = {url: i for i, url in enumerate(dict.fromkeys(urls))}
-        shown, packed = iter(urls), []
-        for r in requests: packed.append(pack_request(r, [places[next(shown)] for _ in pictures_of(r)]))
-        body = dict(pictures=[url.partition(',')[2] for url in places], requests=packed)
+        shown, requests = iter(urls), []
+        for a in asks: requests.append(json.loads(a.text) | dict(pictures=[places[next(shown)] for _ in a.images]))
+        body = dict(pictures=[url.partition(',')[2] for url in places], requests=requests)
         said = self.server.call('POST', f'/{self.kind}', body)
-        if isinstance(said, NoAnswer): return [said]*len(requests)
+        if isinstance(said, NoAnswer): return [pack_answer(said)]*len(asks)
         answers = said.get('answers') if isinstance(said, dict) else None
-        if isinstance(answers, list) and len(answers) == len(requests):
-            return [unpack_answer(answer, self.kind) for answer in answers]
-        return [NoAnswer(f'{self.server.urls[0]}: expected {len(requests)} answers, received others')]*len(requests)
+        if isinstance(answers, list) and len(answers) == len(asks): return answers
+        missing = NoAnswer(f'{self.server.urls[0]}: expected {len(asks)} answers, received others')
+        return [pack_answer(missing)]*len(asks)
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #3a45dc0c
 class LocalTools:

@@ -6,9 +6,9 @@
 __all__ = ['PUBLISHED_EDITORS', 'TRANSFORMER_CLASSES', 'PUBLISHED_JUDGES', 'MEASURED_BLOCKS', 'DECODER_NUMBERS', 'PEAK_FLOPS',
            'UTILISATION', 'editor_configs', 'weightless_editor', 'weightless_text', 'SavedTensors', 'profile_row',
            'weight_bytes', 'weightless_encoder', 'judge_bytes', 'count_rows', 'evaluation_steps', 'evaluation_rows',
-           'numbers_of_blocks', 'transformer_profile', 'memory_by_component', 'worst_and_mean', 'plan', 'advice',
-           'plan_text', 'changes_worth_a_look', 'savings_text', 'remembered_batch', 'find_batch', 'allocate_rollouts',
-           'trial_step']
+           'numbers_of_blocks', 'transformer_profile', 'memory_by_component', 'memory_of_each', 'worst_and_mean',
+           'plan', 'advice', 'plan_text', 'changes_worth_a_look', 'savings_text', 'remembered_batch', 'find_batch',
+           'allocate_rollouts', 'trial_step']
 
 # %% ../../nbs/training/01_budget.ipynb #662f3dfd
 from functools import lru_cache, partial
@@ -24,6 +24,7 @@ from ..editing.lora import add_lora, lora_parameters, target_layers
 from ..rewards.engines import Local
 from ..rewards.cube import load_judge
 from ..rewards.edival_tools import LocalTools
+from ..algorithm.processes import shard_of
 
 # %% ../../nbs/training/01_budget.ipynb #0d2bae35
 _klein = dict(in_channels=128, attention_head_dim=128, axes_dims_rope=(32, 32, 32, 32), guidance_embeds=False)
@@ -387,6 +388,16 @@ def memory_by_component(
         'judge': sum(judges),
         'CUDA context': int(.6e9) if real else 0}
 
+def memory_of_each(
+    memory: dict,   # from `memory_by_component`
+    c,              # a run's configuration
+    processes: int, # that share the rows, and with `lora_rank=none` the weights (FSDP)
+) -> dict:          # part -> bytes
+    "Bytes that each process holds: an adapter and its frozen base are on every card."
+    shared = ['rollouts']
+    if c.lora_rank is None: shared += ['transformer', 'adapter, its gradient, old policy', 'optimiser']
+    return {name: b//processes if name in shared else b for name, b in memory.items()}
+
 # %% ../../nbs/training/01_budget.ipynb #975cbc89
 # dense bf16 operations a second, as published
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 5090': 210e12,
@@ -416,12 +427,14 @@ def plan(
     c,                  # a run's configuration, `Config`
     gpu: str = None,    # name of the card; None: the one found, else an H100
     kinds: dict = None, # of its sessions, as `SessionSource` has them; None: squares of `turns` turns, or of 3
+    processes: int = 1, # a card each
 ) -> dict:
     """Plan what a run needs, without loading it.
 
-    `memory`: component -> bytes; `rows` of an iteration; `parameters`; `adapter`; `minutes` an iteration; `hours` of
-    the job with its evaluations; `gpu`; `gpu_bytes` of the card found, or None. Raises `InputError` for a size that
-    does not fit."""
+    `memory` of each process: component -> bytes; `rows` and `flops` of an iteration, those of all processes;
+    `parameters`; `adapter`; `minutes` an iteration; `hours` of the job with its evaluations; `gpu`; `gpu_bytes` of
+    the card found, or None. Raises `InputError` for a size that does not fit, or rows that cannot be shared."""
+    shard_of(c.sessions_per_iteration, c.group, (0, processes))
     configs = editor_configs(c.editor)
     found = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     real = found is not None or str(c.editor) in PUBLISHED_EDITORS
@@ -441,10 +454,11 @@ def plan(
         evaluated = transformer_profile(str(c.editor), c.eval_size, c.guidance, c.lora_rank, targets, real).row
     evaluation = share*evaluation_rows(c, turns)*evaluated['flops_forward']
     card = gpu or found or 'H100'
-    speed = next((v*UTILISATION[c.quantize] for k, v in PEAK_FLOPS.items() if k in card), None)
+    speed = next((processes*v*UTILISATION[c.quantize] for k, v in PEAK_FLOPS.items() if k in card), None)
+    memory = memory_by_component(c, configs, profile, longest, element, real)
     return dict(
         editor=str(c.editor), size=size, parameters=profile.parameters, adapter=profile.adapter, rows=rows, flops=flops,
-        gpu=card, memory=memory_by_component(c, configs, profile, longest, element, real), passes=profile.passes,
+        gpu=card, memory=memory_of_each(memory, c, processes), passes=profile.passes, processes=processes,
         iterations=c.iterations, found=found is not None,
         kinds=_kinds_text(longest, turns, shape, share) if kinds else '',
         minutes=flops/speed/60 if speed else None,
@@ -480,7 +494,8 @@ def _time_lines(p):
     if not p['minutes']:
         yield f"no peak is known for {p['gpu']}: run experiments/bench_gpu.py for a time"
         return
-    yield (f"estimate on {p['gpu']}: {p['minutes']:.2g} minutes an iteration, {p['hours']:.2g} hours for "
+    cards = p['gpu'] if p['processes'] == 1 else f"{p['processes']} x {p['gpu']}"
+    yield (f"estimate on {cards}: {p['minutes']:.2g} minutes an iteration, {p['hours']:.2g} hours for "
            f"{p['iterations']} with the evaluations ({p['evaluation_hours']:.2g} hours of it)")
     yield "(utilisation is assumed; a judge's answers, encoders and autoencoder come on top)"
 
@@ -489,18 +504,24 @@ def plan_text(
     p: dict, # from `plan`
 ) -> str:
     "A plan as text."
-    rows, total = p['rows'], sum(p['memory'].values())
+    rows, total, count = p['rows'], sum(p['memory'].values()), p['processes']
     trained = f"{p['parameters']/1e9:,.3f} billion parameters, {p['adapter']/1e6:,.1f} million trained"
-    lines = [f"{p['editor']} at {p['size']}x{p['size']}: {trained}", '', 'memory, GB']
+    of_each = f' of each of {count} processes' if count > 1 else ''
+    lines = [f"{p['editor']} at {p['size']}x{p['size']}: {trained}", '', f'memory{of_each}, GB']
     lines += [f'  {name:36}{b/1e9:9.3f}' for name, b in p['memory'].items()]
     lines += [f"  {'sum':36}{total/1e9:9.3f}"]
     lines += [f'  (not counted: {j}, whose configuration cannot be read from here)' for j in p['uncounted']]
     whole = p['adapter'] == p['parameters']
-    if whole: lines.append('  (processes share what is trained, its gradient and the optimiser)')
+    if whole and count == 1: lines.append('  (processes share what is trained, its gradient and the optimiser)')
     passes = f"{p['passes']} transformer pass{'es' if p['passes'] > 1 else ''} a row"
     if p['kinds']: lines += ['', p['kinds']]
-    counted = f"{rows['sampled']:,} rows sampled, {rows['trained']:,} trained, {rows['compared']:,} compared"
-    lines += ['', f"an iteration: {counted}; {passes}; {p['flops']/1e12:,.1f} Tera-operations", *_time_lines(p)]
+    def counted(n):
+        sampled, trained, compared = (f'{rows[kind]//n:,}' for kind in ('sampled', 'trained', 'compared'))
+        work = f"{p['flops']/n/1e12:,.1f} Tera-operations"
+        return f'{sampled} rows sampled, {trained} trained, {compared} compared; {passes}; {work}'
+    lines += ['', f'an iteration: {counted(1)}']
+    if count > 1: lines += [f'of this each process: {counted(count)}']
+    lines += _time_lines(p)
     if p['gpu_bytes'] and total > p['gpu_bytes']:
         lines.append(f"too much for this card's {p['gpu_bytes']/1e9:.1f} GB; {advice(p)}")
     return '\n'.join(lines)
@@ -526,10 +547,11 @@ def savings_text(
     c,                  # a run's configuration
     gpu: str = None,    # as in `plan`
     kinds: dict = None, # as in `plan`
+    processes: int = 1, # as in `plan`
 ) -> str:
     "Hours of the whole job, and gigabytes, under each of a few changes, as text."
     def numbers(c):
-        p = plan(c, gpu, kinds)
+        p = plan(c, gpu, kinds, processes)
         return f"{p['hours'] or float('nan'):9.3g}{sum(p['memory'].values())/1e9:10.1f}"
     lines = [f"{'change':28}{'hours':>9}{'GB':>10}", f"{'(as it is)':28}{numbers(c)}"]
     lines += [f'{words:28}{numbers(c.model_copy(update=fields))}' for words, fields in changes_worth_a_look(c).items()]

@@ -17,7 +17,7 @@ from ..data.files import InputError, atomic_write, expect, one_line, to_json
 from ..editing.lora import save_lora
 from ..algorithm.config import Config, make_config
 from ..algorithm.policy import Policy
-from ..algorithm.processes import exchange, from_first, host_group, processes
+from ..algorithm.processes import ProcessError, exchange, from_first, host_group, processes
 from ..algorithm.sharding import local_piece, shard_like
 from .runs import config_differences
 
@@ -368,6 +368,10 @@ def retry_with_half_the_rows(
         try: return attempt(batch)
         except torch.OutOfMemoryError:
             if batch == 1: raise
+        except ProcessError as e:                                   # weights are shared: all end, and a resumed run
+            half = isinstance(e.__cause__, torch.OutOfMemoryError) and batch//2               # begins with half
+            if half: atomic_write(file, to_json(dict(batch=half)))
+            raise
         batch //= 2                                                 # out here the failed attempt's tensors are free
         gc.collect()
         if torch.cuda.is_available(): torch.cuda.empty_cache()

@@ -7,6 +7,8 @@ __all__ = ['RECONSTRUCTION_MARGIN', 'UNCHANGED_SHARE', 'patch_change', 'identity
            'correlation_within_groups', 'hacking_signals', 'judge_gap', 'Finding', 'change', 'find_hacking']
 
 # %% ../../nbs/training/00_monitor.ipynb #29e72149
+import math
+from statistics import fmean
 from typing import NamedTuple
 import numpy as np, torch
 
@@ -111,16 +113,20 @@ class Finding(NamedTuple):
     name: str      # as in the table above
     text: str      # a sentence with numbers
 
+def _mean_with_error(values):
+    "Mean, and square of its standard error; plain Python, since a log has a hundred of such windows for every row."
+    n, mean = len(values), fmean(values)
+    return mean, sum((x - mean)**2 for x in values)/(n - 1)/n if n > 1 else math.nan
+
 def change(
     first,         # numbers of the first window
     last,          # numbers of the last window
     z: float = 4., # standard errors that a change must exceed
 ) -> tuple:        # (mean of the first, mean of the last, direction)
     "Compare two windows. The direction is 1 or -1, or 0 if the change is within z standard errors."
-    a, b = np.asarray(first, float), np.asarray(last, float)
-    difference = b.mean() - a.mean()
-    error = np.sqrt(a.var(ddof=1)/len(a) + b.var(ddof=1)/len(b))
-    return a.mean(), b.mean(), np.sign(difference)*(abs(difference) > z*error + 1e-12)
+    (a, squared_error_a), (b, squared_error_b) = map(_mean_with_error, (first, last))
+    certain = abs(b - a) > z*math.sqrt(squared_error_a + squared_error_b) + 1e-12
+    return a, b, math.copysign(certain, b - a)
 
 def _numbers(rows, signal, name):
     "The signal of one reward in each row; NaN where there is none."
@@ -129,7 +135,7 @@ def _numbers(rows, signal, name):
 def _identity(first, last, smallest):
     "Edits that return their input have become more frequent."
     if not all('identity' in r for r in first + last): return
-    a, b, direction = change([np.mean(r['identity']) for r in first], [np.mean(r['identity']) for r in last])
+    a, b, direction = change([fmean(r['identity']) for r in first], [fmean(r['identity']) for r in last])
     if direction > 0 and b - a > smallest or b > .5:
         yield 'identity edits', '', f'{100*b:.0f} % of the edits return their input ({100*a:.0f} % at the start)'
 
@@ -145,9 +151,9 @@ def _collapse(first, last, smallest):
 def _opposed(first, last, smallest):
     "The advantage pushes a reward down."
     for name in last[-1].get('push', ()):
-        push = np.array(_numbers(last, 'push', name))
-        if push.mean() < -.05 and push.mean() < -4*push.std(ddof=1)/len(push)**.5:
-            yield 'opposed', name, f'the advantage pushes {name} down (correlation {push.mean():+.2f})'
+        mean, squared_error = _mean_with_error(_numbers(last, 'push', name))
+        if mean < -.05 and mean < -4*math.sqrt(squared_error):
+            yield 'opposed', name, f'the advantage pushes {name} down (correlation {mean:+.2f})'
 
 def _gap(first, last, smallest):
     "The judge gives more and more than the exact verifier."
@@ -161,7 +167,7 @@ def _gap(first, last, smallest):
 def _mean(values):
     "Mean over turns; NaN, and None as JSON has it, are left out."
     known = [v for v in values if v is not None and v == v]
-    return np.mean(known) if known else np.nan
+    return fmean(known) if known else math.nan
 
 def _trade(first, last, smallest):
     "One reward has risen while another has fallen."
@@ -186,28 +192,33 @@ def _nothing_to_learn(recent):
 def _held_out(evaluations, smallest):
     "The held-out score has fallen below its best twice in a row."
     if len(evaluations) < 3: return
-    scores = [e['heldout_O'] for e in evaluations]
-    best = int(np.argmax(scores))
-    if scores[-1] < scores[best] - 100*smallest and scores[-2] < scores[best] - 100*smallest:
-        when = evaluations[best]['iteration']
-        yield 'held-out score falls', '', (f'O of the last turn on held-out sessions is {scores[-1]:.1f}, '
-                                           f'its best was {scores[best]:.1f} (iteration {when})')
+    best, before_last, last = (e['heldout_O'] for e in evaluations)
+    if last < best - 100*smallest and before_last < best - 100*smallest:
+        yield 'held-out score falls', '', (f'O of the last turn on held-out sessions is {last:.1f}, '
+                                           f'its best was {best:.1f} (iteration {evaluations[0]["iteration"]})')
+
+def _with_held_out(rows, known=()):
+    "Of rows that have a held-out score: the best, the last but one, and the last; `known` are those of earlier rows."
+    scored = [*known, *(r for r in rows if r.get('heldout_O') is not None)]
+    return [max(scored, key=lambda r: r['heldout_O']), *scored[1:][-2:]] if scored else []
 
 def find_hacking(
     rows: list,            # of `metrics.jsonl`, in order
     window: int = 10,      # iterations that are averaged, at the start and now
     smallest: float = .03, # change of a share or a gap that matters; a third of it for a reward
     patience: int = 5,     # iterations without anything to learn from before that is reported
+    start: int = 0,        # rows that have been looked at before: what begins in them is not reported again
 ) -> list:                 # of `Finding`, each when it begins, not again while it lasts
     "Everything the monitor finds in a log. It depends on the rows alone, so a resumed run gives the same findings."
-    found, active = [], set()
-    for i in range(patience, len(rows) + 1):
-        recent, evaluations = rows[i - patience:i], [r for r in rows[:i] if r.get('heldout_O') is not None]
-        seen = [*_nothing_to_learn(recent), *_held_out(evaluations, smallest)]
+    found, active, looked = [], set(), 0
+    evaluations = []
+    for i in range(max(patience, start), len(rows) + 1):
+        evaluations, looked = _with_held_out(rows[looked:i], evaluations), i
+        seen = [*_nothing_to_learn(rows[i - patience:i]), *_held_out(evaluations, smallest)]
         if i >= 2*window:
             first, last = rows[:window], rows[i - window:i]
             for detect in (_identity, _collapse, _opposed, _gap, _trade): seen += detect(first, last, smallest)
         now = rows[i - 1]['iteration']
-        found += [Finding(now, name, text) for name, key, text in seen if (name, key) not in active]
+        if i > start: found += [Finding(now, name, text) for name, key, text in seen if (name, key) not in active]
         active = {(name, key) for name, key, _ in seen}
     return found

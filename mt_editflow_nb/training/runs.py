@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['EDGE_BYTES', 'RUN_LOGS', 'environment', 'editor_fingerprint', 'judge_fingerprint', 'run_identity', 'read_config',
            'config_differences', 'open_run', 'new_run_folder', 'note_environment', 'cut_log', 'log_gaps',
-           'metrics_rows', 'plot_run', 'check_parameters', 'results_frame', 'results_table']
+           'metrics_rows', 'plot_run', 'FollowedRun', 'followed_run', 'check_parameters', 'results_frame',
+           'results_table']
 
 # %% ../../nbs/training/03_runs.ipynb #c871c474
 import itertools, json, os, platform, subprocess, sys, time
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 import pandas as pd, torch
 from .. import __version__
-from ..data.files import (InputError, atomic_write, content_hash, expect, one_of, read_json,
+from ..data.files import (GrowingLog, InputError, atomic_write, content_hash, expect, one_of, read_json,
                                        read_json_lines, to_json)
 from ..data.plots import plot_learning_curves
 from ..data.shapeworld import WORLDS
@@ -21,6 +24,7 @@ from ..editing.loading import find_editor
 from ..editing.lora import find_adapter
 from ..rewards.cube import load_judge
 from ..algorithm.config import Config, make_config
+from .monitor import find_hacking
 
 # %% ../../nbs/training/03_runs.ipynb #b31f81e9
 def environment() -> dict:
@@ -229,6 +233,56 @@ def plot_run(
     "Learning curves of a run, also while it is training."
     return plot_learning_curves({Path(run).name: metrics_rows(run)},
                                 ('all_right', 'if', 'cc', 'grad_norm', 'heldout_O'))
+
+# %% ../../nbs/training/03_runs.ipynb #6ad39e68
+class FollowedRun:
+    "`metrics_rows` of a run that goes on, and what the monitor finds in them; only what is new is read."
+    def __init__(
+        self,
+        run, # its folder; it need not exist yet
+    ):
+        self.metrics, self.heldout = (GrowingLog(Path(run)/name) for name in ('metrics.jsonl', 'heldout.jsonl'))
+        self.lock = Lock()
+        self._begin([], [])
+
+    def _begin(self, logged, evaluated):
+        self.logged, self.evaluated, self.rows, self.place, self.merged = logged, evaluated, [], {}, 0
+        self._look_again()
+
+    def _look_again(self): self.looked, self.findings = 0, []         # rows that are as they will stay; what is in them
+
+    def _merge(self):
+        "Take over new rows and new held-out scores."
+        for row in self.logged[len(self.rows):]:
+            self.place[row['iteration']] = len(self.rows)
+            self.rows.append(row)
+        for scores in self.evaluated[self.merged:]:
+            n = self.place.get(scores['iteration'] - 1)
+            if n is None: continue
+            self.rows[n] = self.rows[n] | {k: v for k, v in scores.items() if k != 'iteration'}
+            if n < self.looked: self._look_again()
+        self.merged = len(self.evaluated)
+
+    def __call__(self) -> tuple: # (rows, `Finding`s)
+        "The log as it is now."
+        with self.lock:
+            logged, evaluated = self.metrics(), self.heldout()     # in this order: scores are there before the next row
+            if logged is not self.logged or evaluated is not self.evaluated: self._begin(logged, evaluated)
+            self._merge()
+            stay = max(len(self.rows) - 1, 0)
+            if stay > self.looked:
+                self.findings += find_hacking(self.rows[:stay], start=self.looked)
+                self.looked = stay
+            return list(self.rows), self.findings + find_hacking(self.rows, start=stay)
+
+@lru_cache(64)
+def _followed(folder): return FollowedRun(folder)
+
+def followed_run(
+    run, # a run folder; it need not exist yet
+) -> tuple: # (rows, `Finding`s)
+    "`metrics_rows` and the monitor's findings; called again, it reads only what the run has added."
+    return _followed(Path(run).resolve())()
 
 # %% ../../nbs/training/03_runs.ipynb #9e813951
 def check_parameters(

@@ -9,9 +9,9 @@ __all__ = ['STOP_WITH_VARIABLE', 'BEST_STRIPS', 'STEPS', 'prepare', 'opened_run'
            'log_iteration', 'find_common_batch', 'evaluation_batch', 'run_evaluation', 'is_whole_picture',
            'draw_sessions', 'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch', 'say_log_gaps', 'say_findings',
            'note_skipped', 'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'answers_file',
-           'collect_answers', 'read_piece', 'share_answers', 'train', 'base_file', 'FirstBatch', 'warn_of_mismatches',
-           'saved_evaluation', 'before_after_table', 'trained_content', 'results_of', 'draw_heldout', 'track_results',
-           'is_finished', 'run_stages', 'write_results', 'experiment']
+           'train', 'base_file', 'FirstBatch', 'warn_of_mismatches', 'saved_evaluation', 'before_after_table',
+           'trained_content', 'results_of', 'draw_heldout', 'track_results', 'is_finished', 'run_stages',
+           'write_results', 'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
 import gc, json, os, resource, shutil, sys, time
@@ -35,14 +35,13 @@ from ..editing.loading import TILE_ABOVE, autocast_velocity, load_editor
 from ..editing.lora import ADAPTER_FILE, check_lora, save_lora
 from ..editing.whole import gather_transformer, save_transformer, train_whole
 from ..editing.rollout import turn_histories
-from ..rewards.cache import add_replies, copy_cache, merge_caches, new_replies, rank_caches, rank_file
 from ..rewards.cube import JUDGES, TurnScorer, judge_usage, load_judge
 from ..algorithm.config import RL, Config
 from ..algorithm.distill import distill
 from ..algorithm.iterate import iterate
 from ..algorithm.policy import Policy, require_bitsandbytes
-from ..algorithm.processes import (exchange, failing_together, from_first, gather_to_first, interrupt,
-                                                processes, shard_of, sum_statistics)
+from ..algorithm.processes import (collect_answers, exchange, failing_together, from_first, interrupt,
+                                                processes, shard_of, share_answers, sum_statistics)
 from ..algorithm.sharding import check_launch, is_sharded, shard_transformer
 from ..algorithm.supervised import supervise
 from ..algorithm.updates import learning_rate
@@ -55,9 +54,9 @@ from ..evaluation.scores import (Outcomes, compare_scores, edival_scores, score_
                                               unscored_by_reward)
 from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
 from .checkpoints import RunState, check_configuration, last_checkpoint, retry_with_half_the_rows
-from .monitor import find_hacking, hacking_signals
+from .monitor import hacking_signals
 from .progress import clocked, estimate_seconds, estimate_text, note_progress
-from .runs import (cut_log, environment, log_gaps, metrics_rows, note_environment, open_run,
+from .runs import (cut_log, environment, followed_run, log_gaps, note_environment, open_run,
                                           run_identity)
 from .source import SessionSource, session_source, turns_of
 from .tracking import Trackers, check_trackers, tracking
@@ -453,7 +452,7 @@ def say_findings(
     iteration: int, # the last one, from 0
 ):
     "Print what the hacking monitor has seen since the last checkpoint."
-    for f in find_hacking(metrics_rows(run)):
+    for f in followed_run(run)[1]:
         if iteration - c.save_every < f.iteration <= iteration:
             tqdm.write(f'monitor: iteration {f.iteration}: {f.name}: {f.text}', file=sys.stderr)
 
@@ -561,47 +560,6 @@ def answers_file(
     "The file in which the first process keeps what judges answer."
     models = judge is None and {c.judge, c.eval_judge} - set(JUDGES)
     return Path(run)/'judge.sqlite' if models else None
-
-def collect_answers(
-    file: Path, # of the first process; None: there is none
-):
-    "Collect the judges' answers of all processes in the file of the first; no disk needs to be shared."
-    process, count = processes()
-    if count == 1 or file is None: return
-    with failing_together(): new = new_replies(rank_file(file)) if process else []
-    exchange(None)                                                     # all are there
-    parts = gather_to_first(new)
-    def keep():
-        for rows in parts: add_replies(file, rows)
-    from_first(keep)
-
-def read_piece(
-    file: Path,          # to read
-    start: int,          # byte to begin with
-    size: int = 1 << 26, # bytes, at most
-) -> bytes:
-    "Bytes of a file from a place on; none at its end."
-    with open(file, 'rb') as f:
-        f.seek(start)
-        return f.read(size)
-
-# %% ../../nbs/training/04_train.ipynb #d90757cf
-def share_answers(
-    file: Path, # of the first process; None: there is none
-):
-    "Let every process begin with the answers that all of them have received before."
-    process, count = processes()
-    if count == 1 or file is None: return
-    from_first(lambda: merge_caches(file, rank_caches(file)))          # of a run with more processes
-    collect_answers(file)
-    def pieces():
-        start = 0
-        while piece := from_first(partial(read_piece, file, start)):
-            yield piece
-            start += len(piece)
-    if process: copy_cache(pieces(), rank_file(file))
-    else:
-        for _ in pieces(): pass
 
 # %% ../../nbs/training/04_train.ipynb #f8c2e66c
 def train(
