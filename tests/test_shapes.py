@@ -7,7 +7,7 @@ from PIL import Image
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.eval import main as evaluate_command
 from mt_editflow_nb.data.files import InputError, content_hash, read_json, read_json_lines
-from mt_editflow_nb.data.sessions import Session, load_sessions, save_sessions
+from mt_editflow_nb.data.sessions import Session, is_decoded, load_sessions, save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.data.sizes import bucket_sizes, fit_picture, nearest_bucket
 from mt_editflow_nb.data.tables import StreamedBatches, save_table
@@ -174,14 +174,14 @@ def test_an_evaluation_holds_few_pictures(tmp_path):
     sessions = load_sessions(save_sessions(world, tmp_path), same_turns=False)
     editor = SimpleNamespace(size=48, token_pixels=8)
     resized = resize_sessions(editor, sessions)
-    assert not any(s.is_decoded for s in resized) and {s.image_size for s in resized} == {(56, 40)}
+    assert not any(map(is_decoded, resized)) and {s.image_size for s in resized} == {(56, 40)}
     at_once = [replace(s, image=fit_picture(s.image, 56, 40)) for s in world]
     assert content_hash(resized) == content_hash(at_once)
     again = resize_sessions(editor, resized)
     assert all(a is b for a, b in zip(again, resized))                  # nothing is opened twice over
     assert resized[7].image is resized[7].image
     in_memory = resize_sessions(editor, world)
-    assert all(s.is_decoded for s in in_memory) and content_hash(in_memory) == content_hash(at_once)
+    assert all(map(is_decoded, in_memory)) and content_hash(in_memory) == content_hash(at_once)
 
 def test_kinds_with_few_sessions_are_named(file):
     "Four squares of one turn, three wide ones of two turns, two tall ones of two turns, in batches of three."

@@ -58,6 +58,11 @@ class FittedPicture(NamedTuple):
     width: int             # that is wanted, in pixels
     height: int            # that is wanted, in pixels
 
+    @property
+    def size(self) -> tuple:
+        "Width and height."
+        return self.width, self.height
+
 def share_cut(
     old: tuple, # (width, height) of a picture
     new: tuple, # (width, height) that it is fitted to
