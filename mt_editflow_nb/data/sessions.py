@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_TURNS', 'MAX_INSTRUCTION_LENGTH', 'MAX_INSTRUCTIONS_LENGTH', 'DECODED_IMAGES', 'DECODED_AT_LOAD', 'Session',
-           'Sessions', 'session_set', 'stays_inside', 'load_sessions', 'save_sessions', 'load_edival']
+           'is_decoded', 'Sessions', 'session_set', 'stays_inside', 'load_sessions', 'save_sessions', 'load_edival']
 
 # %% ../../nbs/data/01_sessions.ipynb #fb37697b
 import ast, hashlib, io, json, os, re, warnings
@@ -121,16 +121,6 @@ class Session:
         return stored if isinstance(stored, bytes) else None
 
     @property
-    def is_decoded(self) -> bool:
-        "Whether the picture is in memory as pixels."
-        return isinstance(self.__dict__['image'], Image.Image)
-
-    @property
-    def is_fitted(self) -> bool:
-        "Whether the picture is opened and resized when it is asked for."
-        return isinstance(self.__dict__['image'], FittedPicture)
-
-    @property
     def has_image(self) -> bool:
         "Whether there is a picture; nothing is read."
         return self.__dict__['image'] is not None
@@ -139,12 +129,18 @@ class Session:
     def image_size(self) -> tuple:
         "Width and height of the picture, of which only the head is read."
         stored = self.__dict__['image']
-        if isinstance(stored, FittedPicture): return stored.width, stored.height
-        return stored.size if isinstance(stored, Image.Image) else image_size(stored)
+        return stored.size if isinstance(stored, (Image.Image, FittedPicture)) else image_size(stored)
 
     def target_images(self) -> list:
         "The right results of all turns as pictures, decoded now; empty where they are not known."
         return [_open_stored(x) for x in self.targets]
+
+# %% ../../nbs/data/01_sessions.ipynb #c0aff098
+def is_decoded(
+    session: Session, # with a picture
+) -> bool:
+    "Whether its picture is in memory as pixels."
+    return isinstance(session.__dict__['image'], Image.Image)
 
 # %% ../../nbs/data/01_sessions.ipynb #9a3c9a8f
 class Sessions(Sequence):

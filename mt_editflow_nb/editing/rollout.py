@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 import numpy as np, torch
 from ..data.files import InputError, expect, one_of
+from ..data.sessions import is_decoded
 from ..data.sizes import FittedPicture, fit_picture
 from .editor import set_shape, working_size
 from .noise import normal_noise, session_keys
@@ -146,8 +147,8 @@ def resized_session(
 ):               # a `Session`
     "A session with its first picture in another size."
     session = sessions[i]
-    if session.is_decoded: return replace(session, image=fit_picture(session.image, *size))
-    if session.is_fitted and session.image_size == size: return session
+    if session.image_size == size and not (session.image_path or session.image_file): return session
+    if is_decoded(session): return replace(session, image=fit_picture(session.image, *size))
     return replace(session, image=FittedPicture(partial(_image_of, sessions, i), *size))
 
 def _image_of(sessions, i): return sessions[i].image
