@@ -315,6 +315,7 @@ def collect_cc_unscored(
     if not any(np.any(x) for x in found): return None
     return np.stack([np.zeros(T, bool) if x is None else np.pad(x[0], (0, T - x.shape[1])) for x in found])
 
+# %% ../../nbs/evaluation/01a_running.ipynb #fd11e01d
 def unscored_note(
     success_IT,          # NaN: unscored
     turns_I=None,        # how many turns each session has; None: T
