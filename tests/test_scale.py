@@ -8,7 +8,7 @@ measured = pd.read_csv(root/'experiments/results/scale.csv')
 linear = {'sessions of an iteration': 32, 'members of a group': 32, 'turns of a session': 16,
           'processes with sessions of their own': 4, 'sessions of an evaluation': 256, 'answers kept': 10**6,
           'answers taken over': 10**6, 'sessions on disk': 10**6, 'jobs planned and listed': 10**4,
-          'rows read with the monitor': 10**5}     # line -> the largest size
+          'jobs reported': 10**4, 'rows read with the monitor': 10**5}     # line -> the largest size
 constant = {'processes that share the sessions': 4, 'a thousand answers found among': 10**6,
             'hundred rows appended to': 10**5, 'one more row on the live page of': 10**5}
 

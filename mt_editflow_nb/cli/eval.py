@@ -8,7 +8,7 @@ __all__ = ['MAX_SESSIONS', 'MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_p
            'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
            'run_free', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges', 'load_edival_tools',
            'quality_table', 'evaluate_edival', 'import_published', 'fill_bench_settings', 'bench_items',
-           'evaluate_bench', 'answers_file', 'main']
+           'evaluate_bench', 'evaluation_answers', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
 import argparse, math, os, sys, time, warnings
@@ -763,8 +763,8 @@ def evaluate_bench(
     if a.shard: return None, items
     return from_first(lambda: _finish_bench(a, out, items, whole, answers, statistics)), items
 
-# %% ../../nbs/cli/01_eval.ipynb #54285a80
-def answers_file(
+# %% ../../nbs/cli/01_eval.ipynb #92dc8e22
+def evaluation_answers(
     a,         # the options
     out: Path, # folder of the results
 ) -> Path:     # None: nobody is asked whose answers are kept
@@ -772,6 +772,7 @@ def answers_file(
     asks = a.sessions == 'edival' or a.bench == 'mice' or a.judge and not a.judge.startswith('verifier')
     return Path(a.cache or out/'judge.sqlite') if asks and not (a.offline or a.generate_only) else None
 
+# %% ../../nbs/cli/01_eval.ipynb #89372d38
 def _run(a, tools):
     out = Path(a.out).expanduser()
     with failing_together():
@@ -780,7 +781,7 @@ def _run(a, tools):
         check_options(a)
         if not (a.imported or a.bench): fill_settings(a)
     if a.imported: return from_first(lambda: import_published(a, out))
-    answers = answers_file(a, out)
+    answers = evaluation_answers(a, out)
     share_answers(answers)
     if a.bench: done = evaluate_bench(a, out, tools)
     else: done = evaluate_edival(a, out, tools) if a.sessions == 'edival' else evaluate_free(a, out)
@@ -796,6 +797,7 @@ def _summary(a, table, sessions):
     return (f'{what}\n\n{table.round(2).to_string()}{note}\n\n'
             f'card: {out/"card.md"}, {out/"card.html"}')
 
+# %% ../../nbs/cli/01_eval.ipynb #54285a80
 def main(
     argv: list = None, # options; None: of the command line
     tools=None,        # (detect, ask, features, quality) instead of the models of EdiVal-Bench

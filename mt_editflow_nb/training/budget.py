@@ -422,6 +422,11 @@ def _kinds_text(longest, turns, shape, share):
     return (f'memory is that of {longest} turns at {shape[0]}x{shape[1]}, time that of {turns:.3g} turns at '
             f'{share:.0%} of this area, the means of the sessions')
 
+def _flops_of_rows(rows, row, checkpointing):
+    "Operations of an iteration's rows; with checkpointing what is trained passes forward once more."
+    forward = rows['sampled'] + rows['compared'] + rows['trained']*(2 if checkpointing else 1)
+    return forward*row['flops_forward'] + rows['trained']*row['flops_backward']
+
 # %% ../../nbs/training/01_budget.ipynb #122a557e
 def plan(
     c,                  # a run's configuration, `Config`
@@ -445,9 +450,7 @@ def plan(
     longest, turns, shape, share = worst_and_mean(kinds or if_square, size, configs['token'])
     profile = transformer_profile(str(c.editor), size, c.guidance, c.lora_rank, targets, real, shape)
     row, rows = profile.row, {name: round(n) for name, n in count_rows(c, turns).items()}
-    again = row['flops_forward'] if c.checkpointing else 0
-    forward = (rows['sampled'] + rows['compared'] + rows['trained'])*row['flops_forward']
-    flops = share*(forward + rows['trained']*(row['flops_backward'] + again))
+    flops = share*_flops_of_rows(rows, row, c.checkpointing)
     evaluated = row
     if c.eval_size and c.eval_size != size:
         expect(c.eval_size % configs['token'] == 0, 'eval_size', f"a multiple of {configs['token']}", c.eval_size)

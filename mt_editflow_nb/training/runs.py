@@ -275,6 +275,7 @@ class FollowedRun:
                 self.looked = stay
             return list(self.rows), self.findings + find_hacking(self.rows, start=stay)
 
+# %% ../../nbs/training/03_runs.ipynb #18e08a29
 @lru_cache(64)
 def _followed(folder): return FollowedRun(folder)
 
