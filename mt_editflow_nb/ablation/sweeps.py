@@ -226,8 +226,8 @@ def expand_preset(
 ) -> dict:            # parameter -> value
     "Replace a preset by the settings it stands for. Raises `InputError` for an unknown preset."
     if 'preset' not in values: return values
-    from mt_editflow_nb.algorithm.config import CONFIG_PRESETS    # not above: it loads torch, for a job's process too
-    if not all(name in parameters for settings in CONFIG_PRESETS.values() for name in settings): return values
+    from mt_editflow_nb.algorithm.config import CONFIG_PRESETS, PRESETS      # not above: torch, for a job's process too
+    if not all(name in parameters for settings in PRESETS.values() for name in settings): return values
     one_of('preset', values['preset'], CONFIG_PRESETS)
     return CONFIG_PRESETS[values['preset']] | {k: v for k, v in values.items() if k != 'preset'}
 
