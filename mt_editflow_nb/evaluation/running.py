@@ -362,11 +362,13 @@ def training_of(
     lora,  # folder of an adapter: RUN/lora, RUN/best/000050, RUN/checkpoints/000050/lora; or RUN/transformer; or None
 ) -> dict: # the configuration of its run; empty where that is not known
     "How something was trained, from the run folder that it lies in."
-    for folder in Path(lora).resolve().parents[:3] if lora else []:
-        try: config = read_json(folder/'config.json')['config']
-        except (InputError, KeyError, TypeError): continue
-        if isinstance(config, dict): return config
-    return {}
+    if not lora: return {}
+    run = Path(lora).resolve().parent
+    if run.name == 'best': run = run.parent
+    elif run.parent.name == 'checkpoints': run = run.parent.parent
+    try: config = read_json(run/'config.json')['config']
+    except (InputError, KeyError, TypeError): return {}
+    return config if isinstance(config, dict) else {}
 
 def trained_with(
     lora,  # as for `training_of`
