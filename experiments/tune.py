@@ -13,7 +13,7 @@ from mt_editflow_nb.ablation.passes import count_passes
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.cli.train import parse_overrides
-from mt_editflow_nb.data.files import append_json_line, read_json_lines
+from mt_editflow_nb.data.files import append_json_line, log_rows
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.evaluation.running import evaluate
@@ -54,7 +54,7 @@ def main():
     parser.add_argument('--results', type=Path, default=Path('experiments/results/tuning.jsonl'))
     a = parser.parse_intermixed_args()
     values = parse_overrides(a.settings) | dict(seed=a.seed)
-    known = read_json_lines(a.results) if a.results.is_file() else []
+    known = log_rows(a.results)
     if any((row['method'], row['settings']) == (a.method, values) for row in known): return
     torch.set_num_threads(1)
     append_json_line(a.results, dict(method=a.method, settings=values, curve=try_settings(values, a.look_every)))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
-from ..data.files import InputError, expect, one_line, read_json, read_json_lines
+from ..data.files import InputError, expect, log_rows, one_line, read_json
 from ..evaluation.scores import EDIVAL_METRICS, Outcomes, metric_arrays, outcomes_from, weighted_scores
 from ..evaluation.statistics import divide, t_pvalue, t_quantile
 
@@ -40,14 +40,12 @@ def _load_outcomes(path):
     except (OSError, SafetensorError, InputError) as e:
         raise InputError(f'{path}: expected the outcomes of a run, received {one_line(e)[:100]}') from None
 
-def _rows(path): return read_json_lines(path) if path.is_file() else []
-
 def _load_job(folder):
     "The results of a finished job: (before, after, curves, seconds, config)."
     before, after = (_load_outcomes(folder/f'{name}.safetensors') for name in ('before', 'after'))
-    seconds = sum(row['seconds'] for row in _rows(folder/'timings.jsonl'))
+    seconds = sum(row['seconds'] for row in log_rows(folder/'timings.jsonl'))
     config = read_json(folder/'config.json').get('config', {}) if (folder/'config.json').is_file() else {}
-    return before, after, _rows(folder/'metrics.jsonl'), seconds, config
+    return before, after, log_rows(folder/'metrics.jsonl'), seconds, config
 
 # %% ../../nbs/ablation/01b_results.ipynb #446d2def
 def _state(folder):

@@ -17,7 +17,8 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment
-from ..data.files import InputError, atomic_write, content_hash, expect, one_line, read_json, to_json
+from ..data.files import (InputError, atomic_write, content_hash, expect, log_rows, one_line, read_json,
+                                       to_json)
 from ..data.plots import save_figure
 from ..data.shapeworld import WORLDS
 from ..editing.loading import TINY_EDITOR
@@ -27,7 +28,7 @@ from ..training.runs import plot_run, read_config
 from ..evaluation.running import (EvaluatedSession, collect_cc_unscored, collect_sessions,
                                                read_cc_unscored, read_outcomes)
 from ..evaluation.scores import unscored_by_reward
-from ..training.train import before_after_table, log_rows, trained_content
+from ..training.train import before_after_table, trained_content
 
 # %% ../../nbs/cli/05_push.ipynb #a5a95780
 def without_address(

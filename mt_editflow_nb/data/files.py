@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'first_line', 'expect', 'one_of',
-           'atomic_write', 'read_text', 'to_json', 'read_json', 'read_json_lines', 'append_json_line', 'GrowingLog',
-           'file_name', 'content_hash', 'locked', 'is_locked', 'check_writable', 'image_size', 'open_image', 'save_png',
-           'shipped', 'duration_text']
+           'atomic_write', 'read_text', 'to_json', 'read_json', 'read_json_lines', 'log_rows', 'append_json_line',
+           'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked', 'check_writable', 'image_size',
+           'open_image', 'save_png', 'shipped', 'duration_text']
 
 # %% ../../nbs/data/00_files.ipynb #fb37697b
 import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, uuid, warnings
@@ -140,6 +140,12 @@ def read_json_lines(
     try: lines = Path(path).read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n')
     except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
     return _json_rows(lines, path)
+
+def log_rows(
+    file,  # such as `metrics.jsonl`
+) -> list: # of dicts, as from `read_json_lines`
+    "Rows of a log, none where there is no log."
+    return read_json_lines(file) if Path(file).is_file() else []
 
 # %% ../../nbs/data/00_files.ipynb #d1b6a7fd
 def _end_last_line(f):

@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import Lock
 import pandas as pd, torch
 from .. import __version__
-from ..data.files import (GrowingLog, InputError, atomic_write, content_hash, expect, one_of, read_json,
-                                       read_json_lines, to_json)
+from ..data.files import (GrowingLog, InputError, atomic_write, content_hash, expect, one_of, log_rows,
+                                       read_json, to_json)
 from ..data.plots import plot_learning_curves
 from ..data.shapeworld import WORLDS
 from ..editing.loading import find_editor
@@ -223,7 +223,7 @@ def metrics_rows(
 ) -> list: # of dicts, one an iteration
     "The log of a run, for curves and the monitor. Held-out scores are added to the row of the iteration before them."
     files = [Path(run)/'metrics.jsonl', Path(run)/'heldout.jsonl']
-    rows, heldout = (read_json_lines(f) if f.is_file() else [] for f in files)
+    rows, heldout = map(log_rows, files)
     scores = {row['iteration'] - 1: {k: v for k, v in row.items() if k != 'iteration'} for row in heldout}
     return [row | scores.get(row['iteration'], {}) for row in rows]
 

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['STOP_WITH_VARIABLE', 'BEST_STRIPS', 'STEPS', 'prepare', 'opened_run', 'stop_together', 'hint_at_resume',
            'load_judges', 'check_judges', 'check_size', 'load_configured_editor', 'load_policy', 'save_trained',
-           'RunContext', 'log_rows', 'exact_scores', 'iteration_signals', 'save_group_figure', 'peak_memory',
-           'log_iteration', 'find_common_batch', 'evaluation_batch', 'run_evaluation', 'is_whole_picture',
-           'draw_sessions', 'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch', 'say_log_gaps', 'say_findings',
-           'note_skipped', 'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'answers_file',
-           'train', 'base_file', 'FirstBatch', 'warn_of_mismatches', 'saved_evaluation', 'before_after_table',
-           'trained_content', 'results_of', 'draw_heldout', 'track_results', 'is_finished', 'run_stages',
-           'write_results', 'experiment']
+           'RunContext', 'exact_scores', 'iteration_signals', 'save_group_figure', 'peak_memory', 'log_iteration',
+           'find_common_batch', 'evaluation_batch', 'run_evaluation', 'is_whole_picture', 'draw_sessions',
+           'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch', 'say_log_gaps', 'say_findings', 'note_skipped',
+           'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'answers_file', 'train',
+           'base_file', 'FirstBatch', 'warn_of_mismatches', 'saved_evaluation', 'before_after_table', 'trained_content',
+           'results_of', 'draw_heldout', 'track_results', 'is_finished', 'run_stages', 'write_results', 'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
 import gc, json, os, resource, shutil, sys, time
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from tqdm.auto import tqdm
 from ..data.files import (InputError, append_json_line, atomic_write, content_hash, expect, locked,
-                                       open_image, read_json, read_json_lines, to_json)
+                                       log_rows, open_image, read_json, to_json)
 from ..data.plots import save_figure, session_figure
 from ..data.shapeworld import WORLD_SIDE, WORLDS
 from ..data.sizes import fit_picture
@@ -199,12 +198,6 @@ class RunContext(NamedTuple):
     stop: StopRequests    # to stop it
     trackers: Trackers    # that are told of it
     progress: bool        # progress bars
-
-def log_rows(
-    file, # such as `metrics.jsonl`
-) -> list: # of dicts
-    "Rows of a log, none where there is no log."
-    return read_json_lines(file) if Path(file).is_file() else []
 
 # %% ../../nbs/training/04_train.ipynb #e78d73bd
 def exact_scores(
