@@ -14,9 +14,13 @@ small = dict(look=4, iterations=2, eval_sessions=4, seeds=[0], out='tour')     #
 MILLISECONDS = 1000*PATIENCE
 
 def settings(folder, theme):
-    "JupyterLab's settings: a theme, no news, and every cell in the page."
+    """JupyterLab's settings: a theme, no news, and every cell in the page.
+
+    Nothing is saved but by the test's own hand: a save by the clock beside it makes JupyterLab ask which of the two
+    stays, and a slow disk makes the time of writing later than the time it remembers."""
     extensions = {
         'apputils-extension/themes': dict(theme=theme),
+        'docmanager-extension/plugin': dict(autosave=False, lastModifiedCheckMargin=MILLISECONDS),
         'apputils-extension/notification': dict(fetchNews='false'),
         'notebook-extension/tracker': dict(windowingMode='none')}
     for name, values in extensions.items():
@@ -85,7 +89,7 @@ def opened(browser, lab, name):
     page.locator('.jp-Notebook .jp-CodeCell').first.wait_for()
     page.get_by_text('| Idle').wait_for()
 
-    def accept(dialog): dialog.locator('.jp-mod-accept').click()     # which kernel? the one that is offered
+    def accept(dialog): dialog.locator('.jp-mod-accept').last.click()     # which kernel? the one that is offered
 
     page.add_locator_handler(page.locator('.jp-Dialog'), accept)
     page.wait_for_timeout(1000)
