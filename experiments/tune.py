@@ -35,13 +35,14 @@ def try_settings(values, look_every):
     policy = Policy(config, load_editor(lora_rank=config.lora_rank))
     T, P = config.turns or 3, config.sessions_per_iteration
     tested = shape_sessions(TESTED, 3, start=FIRST_TESTED)
-    passes, curve = 0, [dict(iteration=0, passes=0) | look(policy, tested, judge, config.num_steps)]
+    steps = config.eval_steps or config.num_steps
+    passes, curve = 0, [dict(iteration=0, passes=0) | look(policy, tested, judge, steps)]
     for i in tqdm(range(config.iterations), desc='training'):
         sessions = shape_sessions(P, T, start=50_000*config.seed % FIRST_TESTED + P*i)
         step = STEPS[config.algorithm](config, policy, sessions, judge, i)
         passes += count_passes(step.metrics, config.model_dump(), T)
         if (i + 1) % look_every == 0 or i + 1 == config.iterations:
-            curve.append(dict(iteration=i + 1, passes=passes) | look(policy, tested, judge, config.num_steps))
+            curve.append(dict(iteration=i + 1, passes=passes) | look(policy, tested, judge, steps))
             tqdm.write(str(curve[-1]))
     return curve
 
