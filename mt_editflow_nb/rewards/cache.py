@@ -73,11 +73,12 @@ def _new_rows(db):
     """Usable answers that came after `copy_cache`; of a file that is no copy: all.
 
     In the order of their keys, so that those who take them over fill their index from one end to the other: a million
-    in any order would change a page of it for each."""
+    in any order would change a page of it for each. They are sorted (`+key`) and not looked up by the index, which
+    would read a page of the table for each."""
     known = db.execute("select name from sqlite_master where name = 'unusable'").fetchone()
     usable = 'and key not in (select key from unusable)' if known else ''
     copied, = db.execute('pragma user_version').fetchone()
-    return db.execute(f'select * from replies where rowid > {copied} {usable} order by key')
+    return db.execute(f'select * from replies where rowid > {copied} {usable} order by +key')
 
 def new_replies(
     path: Path, # a cache file, which may not be there
