@@ -50,7 +50,7 @@ from ..evaluation.card import (blind_spots, is_shape_world, load_session_images,
                                             shared_pictures, write_card)
 from ..evaluation.edival import (EDIVAL_SEED, cc_unscored_of, check_settings, generate_edival,
                                               load_published, outcomes_of, pictures_of_others, pictures_to_make,
-                                              protocol_differences, published_protocol, score_edival,
+                                              protocol_differences, published_files, published_protocol, score_edival,
                                               sessions_to_score)
 from ..evaluation.exposure import decay_table, half_life, structured_judge
 from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, share_out,
@@ -651,12 +651,14 @@ def import_published(
     sessions, scored = load_published(a.imported)
     check_against(a.against, sessions)
     outcomes, T = outcomes_of(scored), len(scored[0])
+    incomplete = len(published_files(a.imported)) - len(sessions)
+    notes = [f'{incomplete} sessions lack a turn and are left out, as published.'] if incomplete else []
     facts = dict(Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {T} turns', results=a.imported),
                  Protocol=dict(scored="by the benchmark's own script"))
     table = finish_run(
         out, title='EdiVal-Bench results of another editor, as published', facts=facts, sessions=sessions,
         outcomes=outcomes, why_IT=[[row['why'] for row in rows] for rows in scored], against=a.against,
-        notes=blind_spots(outcomes.success_IT, 'published'))
+        notes=notes + blind_spots(outcomes.success_IT, 'published'))
     return table, sessions
 
 # %% ../../nbs/cli/01_eval.ipynb #ebdd114f

@@ -206,11 +206,14 @@ def pico_banana_row(
     "A session of Pico-Banana-400K (arXiv 2510.19808)."
     row = _object(record)
     instructions = _field(row, 'metadata_edit_turn_prompts', list)
-    url_of = {f.get('id'): f.get('url') for f in _field(row, 'files', list) if isinstance(f, dict)}
-    expect(url_of, '`files`', 'the pictures of the session', 'none')
+    files = _field(row, 'files', list)
+    expect(files, '`files`', 'the pictures of the session', 'none')
+    for f in files: expect(isinstance(f, dict), '`files`', 'objects with `id` and `url`', f)
+    ids = [str(f.get('id')) for f in files]
+    url_of = dict(zip(ids, (f.get('url') for f in files)))
     turns = [f'edit_turn{t}' for t in range(1, len(instructions))] + ['final_image']
     wanted = [*turns, 'original_input_image']
-    expect(sorted(map(str, url_of)) == sorted(wanted), '`files`', f'{", ".join(wanted)}', list(url_of))
+    expect(sorted(ids) == sorted(wanted), '`files`', f'{", ".join(wanted)}', ids)
     original = url_of['original_input_image']
     expect(isinstance(original, str), '`files`: original_input_image', 'a link or a path', original)
     name = Path(urlsplit(original).path).name
@@ -241,12 +244,12 @@ def magicbrush_records(
     left = defaultdict(int)
     for path in tables:
         for _, rows in _batches(path, ['img_id']):
-            for row in rows: left[row['img_id']] += 1
+            for row in rows: left[str(row['img_id'])] += 1
     waiting = defaultdict(list)
     for path in tables:
         for first, rows in _batches(path):
             for number, row in enumerate(rows, first):
-                id = row['img_id']
+                id = str(row['img_id'])
                 waiting[id].append(row)
                 left[id] -= 1
                 if not left[id]: yield f'{path}: row {number}', waiting.pop(id)
@@ -264,11 +267,13 @@ def magicbrush_row(
     find,         # without effect: pictures are embedded
 ) -> dict:
     "A session of MagicBrush (arXiv 2306.10012), with its masks in `meta`."
+    id = record[0].get('img_id')
+    expect(isinstance(id, (str, int)), '`img_id`', 'a text or a number', id)
     rows = sorted(record, key=lambda row: _field(row, 'turn_index', int))
     turns = [row['turn_index'] for row in rows]
     expect(turns == list(range(1, len(rows) + 1)), '`turn_index`', f'1 to {len(rows)}', turns)
     masks = [_embedded(row, 'mask_img') for row in rows if row.get('mask_img')]
-    return dict(id=str(rows[0]['img_id']), image=_embedded(rows[0], 'source_img'),
+    return dict(id=str(id), image=_embedded(rows[0], 'source_img'),
                 instructions=[_field(row, 'instruction') for row in rows],
                 targets=[_embedded(row, 'target_img') for row in rows], meta=dict(masks=masks) if masks else {})
 
@@ -282,6 +287,14 @@ def parquet_records(
         for first, rows in _batches(path):
             for number, row in enumerate(rows, first): yield f'{path}: row {number}', row
 
+def _turn_picture(turn, t, name):
+    "The picture that a turn edits or makes: the first of a list."
+    expect(isinstance(turn, dict), f'turn {t}', 'an object', turn)
+    paths = turn.get(name)
+    good = isinstance(paths, list) and paths and isinstance(paths[0], str)
+    expect(good, f'turn {t}: `{name}`', 'a list that begins with the path of a picture', paths)
+    return paths[0]
+
 def imgedit_row(
     record: dict, # a row with the column `data`
     find,         # path of a picture -> its place
@@ -291,16 +304,15 @@ def imgedit_row(
     expect(turns, '`data`', 'at least one turn', turns)
     pictures, input_turn = [], []
     for t, turn in enumerate(turns, 1):
-        for name in ('input_images', 'output_images'):
-            expect(turn.get(name), f'turn {t}: `{name}`', 'a picture', turn.get(name))
-        before, after = turn['input_images'][0], turn['output_images'][0]
+        before, after = (_turn_picture(turn, t, name) for name in ('input_images', 'output_images'))
         if not pictures: pictures.append(before)
         expect(before in pictures, f'turn {t}: `input_images`', 'the first picture or the result of an earlier turn',
                before)
         input_turn.append(len(pictures) - 1 - pictures[::-1].index(before))
         pictures.append(after)
     chained = input_turn == list(range(len(turns)))
-    return dict(id=str(Path(pictures[0]).with_suffix('')), image=find(pictures[0]),
+    image = find(pictures[0])
+    return dict(id=str(Path(pictures[0]).with_suffix('')), image=image,
                 instructions=[turn.get('prompt') for turn in turns], targets=[find(p) for p in pictures[1:]],
                 meta={} if chained else dict(input_turn=input_turn))
 
@@ -321,7 +333,8 @@ def seed_edit_row(
     numbers = sorted(int(k.removeprefix('instruction_')) for k in row if re.fullmatch(r'instruction_\d+', k))
     expect(numbers and numbers == list(range(1, len(numbers) + 1)), '`instruction_1`, `instruction_2`, ...',
            'one a turn, from 1 on', [f'instruction_{n}' for n in numbers])
-    return dict(id=str(Path(source).with_suffix('')), image=find(source),
+    image = find(source)
+    return dict(id=str(Path(source).with_suffix('')), image=image,
                 instructions=[_field(row, f'instruction_{n}') for n in numbers],
                 targets=[find(_field(row, f'edit_image_{n}')) for n in numbers])
 
@@ -339,7 +352,7 @@ def edit_r2_row(
     turns = row.get('turns', len(instructions))
     expect(turns == len(instructions), '`turns`', f'{len(instructions)}, the number of instructions', turns)
     meta = dict(format_instructions=_field(row, 'formatted_instruction', list))
-    meta |= {k: row[k] for k in _EDIVAL_LISTS if k in row}
+    meta |= {k: _field(row, k, list) for k in _EDIVAL_LISTS if k in row}
     for name, values in meta.items():
         expect(len(values) == turns, f'`{name}`', f'one for each of the {turns} turns', values)
     rule, found, _ = str(instructions[0]).partition(RULE_ENDS)

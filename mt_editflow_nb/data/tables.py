@@ -34,7 +34,9 @@ def row_session(
     values = {name: row[name] for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if row.get(name) is not None}
     if type(values.get('id')) is int: values['id'] = str(values['id'])
     values['image'] = cell_picture(row.get('image'), 'image')
-    if 'targets' in values: values['targets'] = [cell_picture(cell, 'targets') for cell in values['targets']]
+    if 'targets' in values:
+        expect(isinstance(values['targets'], list), '`targets`', 'a list of embedded pictures', values['targets'])
+        values['targets'] = [cell_picture(cell, 'targets') for cell in values['targets']]
     if isinstance(values.get('meta'), str):
         try: values['meta'] = json.loads(values['meta'])
         except (ValueError, RecursionError) as e: raise InputError(f'`meta`: not valid JSON: {one_line(e)}') from None

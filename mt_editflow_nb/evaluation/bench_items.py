@@ -8,11 +8,14 @@ __all__ = ['BENCHMARKS', 'MICE_HALVES', 'BenchmarkFacts', 'table_rows', 'stored_
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #d46f7adc
 import io
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from PIL import Image, ImageOps
 from ..data.files import InputError, expect, image_size, one_line, one_of, read_json, read_json_lines
 from ..data.sessions import Session, Sessions, session_set
+from ..data.sizes import FittedPicture
+from ..rewards.edival_rules import check_edival_session
 from .edival import EDIVAL_SEED, turn_file
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #d450b072
@@ -58,17 +61,28 @@ def table_rows(
         rows += [(f'{file}: row {i}', row) for i, row in enumerate(table.select(columns).to_pylist(), 1)]
     return rows
 
-def stored_picture(
-    cell,         # of a table: bytes, or a dict with `bytes`
-    place: str,   # of the row, for the message
-) -> Image.Image: # RGB
-    "A picture that stands in a table."
-    data = cell.get('bytes') if isinstance(cell, dict) else cell
-    expect(isinstance(data, bytes), f'{place}: picture', 'bytes of an image file', data)
+def _decoded(data, place):
+    "The picture of a file, as the benchmarks' scripts open it."
     try:
         with Image.open(io.BytesIO(data)) as image: return ImageOps.exif_transpose(image).convert('RGB')
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow raises either of the first two
         raise InputError(f'{place}: expected an image, could not read it ({one_line(e)})') from None
+
+def stored_picture(
+    cell,           # of a table: bytes, or a dict with `bytes`
+    place: str,     # of the row, for the message of a file that turns out to be damaged
+) -> FittedPicture: # decoded, to RGB, when it is asked for
+    "A picture that stands in a table. Raises `InputError` where there is none."
+    data = cell.get('bytes') if isinstance(cell, dict) else cell
+    expect(isinstance(data, bytes), 'picture', 'bytes of an image file', data)
+    try: size = image_size(data)
+    except InputError as e: raise InputError(str(e).removeprefix('embedded picture: ')) from None
+    return FittedPicture(partial(_decoded, data, place), *size)
+
+def _session_at(place, make, *args):
+    "The session of a row, with its place in messages."
+    try: return make(*args)
+    except InputError as e: raise InputError(f'{place}: {e}') from None
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #d240013b
 def load_gedit(
@@ -80,12 +94,11 @@ def load_gedit(
     columns = ['key', 'task_type', 'instruction', 'instruction_language', 'input_image_raw', 'Intersection_exist']
     rows = [(p, row) for p, row in table_rows(source, columns) if row['instruction_language'] == language]
     expect(rows, str(source), f'items in language {language!r}', 'none')
-    def session(item):
-        place, row = item
-        group, key = (_plain(row[k], f'{place}: `{k}`') for k in ('task_type', 'key'))
+    def session(place, row):
+        group, key = (_plain(row[k], f'`{k}`') for k in ('task_type', 'key'))
         meta = dict(language=language, intersection=bool(row['Intersection_exist']))
         return Session(key, stored_picture(row['input_image_raw'], place), [row['instruction']], [group], meta)
-    return Sessions(rows, [1] * len(rows), session)
+    return session_set(_session_at(place, session, place, row) for place, row in rows)
 
 def load_mse(
     source: str|Path, # the benchmark's parquet file, or a folder of them
@@ -93,15 +106,15 @@ def load_mse(
     "Read MSE-Bench: 100 sessions of 5 turns."
     rows = table_rows(source, ['index', 'image', 'context'])
     expect(rows, str(source), 'at least one session', 'none')
-    def session(item):
-        i, (place, row) = item
-        return Session(str(row['index']), stored_picture(row['image'], place), row['context'], meta=dict(number=i))
-    return Sessions(list(enumerate(rows)), [len(row['context']) for _, row in rows], session)
+    def session(i, place, row):
+        expect(isinstance(row['index'], (int, str)), '`index`', 'a number or a text', row['index'])
+        id = _plain(str(row['index']), '`index`')
+        return Session(id, stored_picture(row['image'], place), row['context'], meta=dict(number=i))
+    return session_set(_session_at(place, session, i, place, row) for i, (place, row) in enumerate(rows))
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #f4534449
-def _there(path, place): # a picture that can be opened
-    try: image_size(path)
-    except InputError as e: raise InputError(f'{place}: {e}') from None
+def _there(path): # a picture that can be opened
+    image_size(path)
     return path
 
 def _file_in(source, name): # a file, or the one of this name in a folder or below
@@ -118,17 +131,17 @@ def load_imgedit(
 ) -> Sessions:               # of one turn; `task_types` holds the type
     "Read ImgEdit-Bench's basic part: 737 edits of 9 types."
     file = _file_in(source, 'basic_edit.json')
-    items, root, sessions = read_json(file), Path(images or file.parent), []
+    items, root = read_json(file), Path(images or file.parent)
     expect(isinstance(items, dict) and items, str(file), 'an object of edits by key', items)
-    for key, item in items.items():
-        place = f'{file}: {key!r}'
+    def session(key, item):
         needed = isinstance(item, dict) and {'id', 'prompt', 'edit_type'} <= item.keys()
-        expect(needed, place, 'an object with `id`, `prompt` and `edit_type`', item)
-        inside = not Path(item['id']).is_absolute() and '..' not in Path(item['id']).parts
-        expect(inside, f'{place}: `id`', 'a path below the root of the pictures', item['id'])
-        image = _there(root/item['id'], place)
-        sessions.append(Session(_plain(key, place), image, [item['prompt']], [item['edit_type']]))
-    return session_set(sessions)
+        expect(needed, 'the item', 'an object with `id`, `prompt` and `edit_type`', item)
+        path = item['id']
+        inside = isinstance(path, str) and not Path(path).is_absolute() and '..' not in Path(path).parts
+        expect(inside, '`id`', 'a path below the root of the pictures', path)
+        return Session(_plain(key, 'the key'), _there(root/path), [item['prompt']], [item['edit_type']])
+    places = [(f'{file}: {key!r}', key, item) for key, item in items.items()]
+    return session_set(_session_at(place, session, key, item) for place, key, item in places)
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #b9f1f1b7
 def load_lme(
@@ -140,13 +153,14 @@ def load_lme(
     items, root = read_json(file), Path(images or file.parent/'images')
     items = items.get('items') if isinstance(items, dict) else None
     expect(isinstance(items, list) and items, str(file), 'an object with a list `items`', items)
-    def session(item, place):
+    def session(item):
         needed = isinstance(item, dict) and {'id', 'turns'} <= item.keys()
-        expect(needed, place, 'an object with `id` and `turns`', item)
-        image = _there(root/f'{_plain(item["id"], place)}.png', place)
+        expect(needed, 'the item', 'an object with `id` and `turns`', item)
+        image = _there(root/f'{_plain(item["id"], "`id`")}.png')
         meta = dict(category=item.get('category'))
         return Session(item['id'], image, item['turns'], item.get('labels') or [], meta)
-    return session_set(session(item, f'{file}: item {i}') for i, item in enumerate(items, 1))
+    places = [(f'{file}: item {i}', item) for i, item in enumerate(items, 1)]
+    return session_set(_session_at(place, session, item) for place, item in places)
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #5367a9d6
 MICE_HALVES = dict(cm='a rule for the whole session', cu='instructions with pronouns')
@@ -163,20 +177,33 @@ def load_mice(
     files = [source] if source.is_file() else [source/h/'test_metadata.jsonl' for h in MICE_HALVES]
     files = [f for f in files if f.is_file()]
     expect(files, str(source), 'test_metadata.jsonl in `cm` or `cu`', 'none')
+    def session(half, i, row):
+        missing = [k for k in ('image', 'instruction', 'task_type', *_of_edival) if k not in row]
+        expect(not missing, 'the row', f'the field `{missing[0] if missing else ""}`', list(row))
+        expect(isinstance(row['image'], str), '`image`', 'a path', row['image'])
+        meta = {ours: row[theirs] for theirs, ours in _of_edival.items()} | dict(half=half)
+        image = _there(Path(images)/Path(row['image']).name)
+        made = Session(f'{half}-{i:04d}', image, row['instruction'], row['task_type'], meta)
+        check_edival_session(made)
+        return made
     sessions = []
     for file in files:
         half = file.parent.name
         one_of(f'{file}: folder', half, MICE_HALVES)
         for i, row in enumerate(read_json_lines(file)):
             place = f'{file}:{i + 1}'
-            missing = [k for k in ('image', 'instruction', 'task_type', *_of_edival) if k not in row]
-            expect(not missing, place, f'the field `{missing[0] if missing else ""}`', list(row))
-            meta = {ours: row[theirs] for theirs, ours in _of_edival.items()} | dict(half=half)
-            image = _there(Path(images)/Path(row['image']).name, place)
-            sessions.append(Session(f'{half}-{i:04d}', image, row['instruction'], row['task_type'], meta))
+            sessions.append(_session_at(place, session, half, i, row))
     return session_set(sessions)
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #62851528
+def _check_apart(name, source, items):
+    "Raises `InputError` for two items whose pictures would go to one file."
+    known = {}
+    for i, s in enumerate(items, 1):
+        for turn in (0, 1):
+            earlier = known.setdefault(benchmark_file(name, '', s, turn), i)
+            expect(earlier == i, f'{source}: item {i}: `id`', f'a new one (item {earlier} has it)', s.id)
+
 def load_benchmark(
     name: str,               # out of `BENCHMARKS`
     source: str|Path,        # its files
@@ -185,10 +212,12 @@ def load_benchmark(
 ) -> Sessions:
     "A benchmark's items as sessions."
     one_of('benchmark', name, BENCHMARKS)
-    if name == 'gedit': return load_gedit(source, language)
-    if name == 'mse': return load_mse(source)
-    if name == 'mice': return load_mice(source, images or source)
-    return (load_imgedit if name == 'imgedit' else load_lme)(source, images)
+    if name == 'gedit': items = load_gedit(source, language)
+    elif name == 'mse': items = load_mse(source)
+    elif name == 'mice': items = load_mice(source, images or source)
+    else: items = (load_imgedit if name == 'imgedit' else load_lme)(source, images)
+    _check_apart(name, source, items)
+    return items
 
 def benchmark_file(
     name: str,        # out of `BENCHMARKS`

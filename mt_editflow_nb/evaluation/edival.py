@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED_STEPS', 'EDIVAL_SEED', 'published_protocol', 'protocol_differences', 'turn_file', 'save_made', 'made_from',
            'is_made', 'check_settings', 'edit_images', 'in_batches', 'generate_edival', 'pictures_to_make',
-           'pictures_of_others', 'score_edival', 'sessions_to_score', 'outcomes_of', 'cc_unscored_of', 'load_published']
+           'pictures_of_others', 'score_edival', 'sessions_to_score', 'outcomes_of', 'cc_unscored_of',
+           'published_files', 'load_published']
 
 # %% ../../nbs/evaluation/04_edival.ipynb #d028a901
 from pathlib import Path
@@ -290,31 +291,42 @@ def _published_turn(file, data, turn):
     success = row.get('instruction_following')
     expect(success in (0, 1, None), f'{file}: turn {turn}: `instruction_following`', '0 or 1', success)
     about = row.get('meta') or {}
+    expect(isinstance(about, dict), f'{file}: turn {turn}: `meta`', 'an object', about)
+    for name in _term_keys.values():
+        number = row.get(name) is None or type(row[name]) in (int, float)
+        expect(number, f'{file}: turn {turn}: `{name}`', 'a number', row.get(name))
     why = '' if success else 'failed, as published'
     if success is None: why = 'not scored: no published verdict'
     score = dict(turn=turn, task_type=about.get('task_type', '(no type)'), success=success, why=why)
     if success is not None: score['success'] = bool(success)
     return score | {ours: row.get(theirs) for ours, theirs in _term_keys.items()}, about
 
-def load_published(
+def published_files(
     folder: str|Path, # evaluate_results/NAME, or its `multipass`
-) -> tuple:           # (I `Session`s without images, I lists of T dicts as `score_sessions` gives them)
-    "Published results of another editor, in the files of the benchmark's script. Raises `InputError` for none."
+) -> list:            # of paths, in the order of their numbers
+    "The files that the benchmark's script wrote, one a session. Raises `InputError` for none."
     folder = Path(folder)
     if (folder/'multipass').is_dir(): folder = folder/'multipass'
     files = sorted(folder.glob('*_input_raw.json'), key=lambda f: (len(f.name), f.name))
     expect(files, str(folder), 'result files {id}_input_raw.json', 'none')
+    return files
+
+def load_published(
+    folder: str|Path, # evaluate_results/NAME, or its `multipass`
+) -> tuple:           # (I `Session`s without images, I lists of T dicts as `score_sessions` gives them)
+    "Published results of another editor, in the files of the benchmark's script. Raises `InputError` for none."
     sessions, scored = [], []
-    for file in files:
+    for file in published_files(folder):
         data = read_json(file)
         expect(isinstance(data, dict), str(file), 'an object', data)
-        turns = [_published_turn(file, data, t) for t in sorted(int(k) for k in data if k.isdigit())]
+        turns = [_published_turn(file, data, t) for t in sorted(int(k) for k in data if k.isdecimal())]
         if not turns: continue
         texts = [about.get('instruction') or '(not published)' for _, about in turns]
         scored.append([row for row, _ in turns])
         types = [row['task_type'] for row in scored[-1]]
-        sessions.append(Session(file.name.removesuffix('_input_raw.json'), None, texts, types))
+        try: sessions.append(Session(file.name.removesuffix('_input_raw.json'), None, texts, types))
+        except InputError as e: raise InputError(f'{file}: {e}') from None
     T = max(map(len, scored), default=0)
-    whole = [i for i, rows in enumerate(scored) if len(rows) == T]
+    whole = [i for i, rows in enumerate(scored) if [row['turn'] for row in rows] == list(range(1, T + 1))]
     expect(T, str(folder), 'results of at least one turn', 'none')
     return [sessions[i] for i in whole], [scored[i] for i in whole]

@@ -493,7 +493,13 @@ def background_term(
     return run_together([background_steps(first, now, names, pixels)], EdivalTools(detect, None, features))[0]
 
 # %% ../../nbs/rewards/01c_edival_rules.ipynb #09dc56ca
+def _is_name(x): return isinstance(x, str)
+def _is_flag(x): return x in (True, False)
+def _are_names(x): return isinstance(x, list) and all(map(_is_name, x))
+
 _needed = ('format_instructions', 'bg_consistency', 'unchanged_objects', 'all_objects')
+_kinds = dict(zip(_needed, ('a text', 'true or false', 'a list of names', 'a list of names')))
+_fits = dict(zip(_needed, (_is_name, _is_flag, _are_names, _are_names)))
 
 def to_square(
     image: Image.Image, # any size and mode
@@ -514,6 +520,7 @@ def check_edival_session(
         values = session.meta[name]
         fits = isinstance(values, list) and len(values) == T
         expect(fits, f'{place}: `{name}`', f'a list of {T}, one a turn', values)
+        expect(all(map(_fits[name], values)), f'{place}: `{name}`', f'{_kinds[name]} a turn', values)
     expect(len(session.task_types) == T, f'{place}: `task_types`', f'a list of {T}, one a turn', session.task_types)
     for kind in session.task_types: one_of(f'{place}: `task_types`', kind, list(SLOT_PATTERNS))
     there = session.image_path or session.image_file or session.image is not None
