@@ -122,6 +122,24 @@ def test_a_server_that_stays_away_is_one_line(told):
     judge = load_judge(f'edival@http://127.0.0.1:{free_port()}', retries=0)
     with pytest.raises(InputError, match='nobody listens there'): judge.check_ready(told)
 
+def test_a_server_of_tools_that_restarts_is_waited_for_with_one_line(told, capfd):
+    "It is gone when the first call is made, and comes half a second later; who interrupts need not wait for it."
+    pictures = np.stack([np.stack([np.asarray(s.image)]*3)[None] for s in told[:1]])
+    port, tools = free_port(), [Counting(lambda r: same_box), Counting(lambda r: 'Yes'), Counting(constant)]
+    judge, began = load_judge(f'edival@http://127.0.0.1:{port}', retries=0, judge_wait=600), []
+    threading.Timer(.5, lambda: began.append(Served(*tools, port=port).__enter__())).start()
+    assert not judge.score(told[:1], pictures).rewards_PGTM[..., 1].isnan().any()
+    began[0].__exit__()
+    said = capfd.readouterr().err
+    assert said.count('waiting up to 10 minutes') == said.count('answers again') == 1 and 'nobody listens' in said
+    threading.Timer(.5, judge.cancel).start()
+    with pytest.raises(InputError, match='What was done before is kept'): judge.score(told[1:2], pictures)
+
+def test_calls_at_once_are_those_of_all_processes(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    assert load_judge('edival@http://127.0.0.1:1', concurrency=6).engine.concurrency == 1
+    assert load_judge('m@http://127.0.0.1:1/v1:think', concurrency=64).engine.concurrency == 16
+
 def test_a_resumed_iteration_asks_the_server_nothing_again(told, tmp_path):
     "What detector and model have answered is on record, by content; the server is asked for what is new alone."
     detector, vlm = Counting(lambda r: same_box), Counting(lambda r: 'Yes')

@@ -331,7 +331,9 @@ class EdivalJudge:
     ):
         "Find out by one question to each tool, before anything expensive, whether it answers."
         self.check_sessions(sessions)
-        check_tools(getattr(self.engine, 'tools_past_cache', self.engine.tools))
+        patience, self.engine.judge_wait = getattr(self.engine, 'judge_wait', 0), 0
+        try: check_tools(getattr(self.engine, 'tools_past_cache', self.engine.tools))
+        finally: self.engine.judge_wait = patience
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ __all__ = ['pack_array', 'unpack_array', 'pack_answer', 'unpack_answer', 'Reques
            'rule_rewards']
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #02eafb90
-import base64, json, time
+import base64, itertools, json, os, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from PIL import Image
 from pydantic import BaseModel
+from tqdm.auto import tqdm
 from ..data.files import InputError, content_hash, expect, one_line, one_of, open_image
 from .cache import Cached
 from .edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, load_detector,
@@ -166,19 +167,22 @@ class RemoteTools:
     "Tools behind a server of `mtef_tools`."
     def __init__(
         self,
-        url: str,               # such as 'http://localhost:8100'
-        cache: str|Path = None, # SQLite file that keeps what detector and vision-language model answer
+        url: str,                  # such as 'http://localhost:8100'
+        cache: str|Path = None,    # SQLite file that keeps what detector and vision-language model answer
         *,
-        timeout: float = 120,   # seconds a try
-        retries: int = 5,       # after bad luck, with growing pauses
-        concurrency: int = 4,   # calls on their way at once
-        batch: int = 64,        # requests a call
+        timeout: float = 120,      # seconds a try
+        retries: int = 5,          # after bad luck, with growing pauses
+        judge_wait: float = 1800,  # seconds that a server that is gone is waited for
+        concurrency: int = 4,      # calls on their way at once, of all processes of a run together
+        batch: int = 64,           # requests a call
     ):
         fine = url.startswith(('http://', 'https://')) and not any(c.isspace() for c in url)
         expect(fine, 'judge', "edival@URL with an address such as 'http://localhost:8100'", url)
-        self.urls, self.timeout, self.retries = (url.rstrip('/'),), timeout, retries
-        self.concurrency, self.batch, self.model = concurrency, batch, f'edival@{self.urls[0]}'
+        self.urls, self.timeout, self.retries, self.judge_wait = (url.rstrip('/'),), timeout, retries, judge_wait
+        self.concurrency = max(1, concurrency//int(os.environ.get('WORLD_SIZE') or 1))
+        self.batch, self.model = batch, f'edival@{self.urls[0]}'
         self.encoded, self.cache = EncodedPictures('png'), cache
+        self.stop, self.waiting = threading.Event(), False
 
     @cached_property
     def tools(self):
@@ -205,18 +209,35 @@ class RemoteTools:
     ):                     # what came back, or a `NoAnswer`
         "One call. Raises `InputError` for a server that stays away, and for what no patience repairs."
         import httpx2
-        error = ''
-        for n in range(self.retries + 1):
-            if n: time.sleep(min(.5*2**(n - 1), 15))
+        began, stop, error = time.monotonic(), self.stop, ''
+        for n in itertools.count():
+            if n and stop.wait(min(.5*2**min(n - 1, 5), 15)): break
             try: response = httpx2.request(method, self.urls[0] + path, json=body, timeout=self.timeout)
             except httpx2.TimeoutException: error = f'no answer within {self.timeout:g} s'
             except httpx2.HTTPError as e: error = connection_cause(e, self.urls[0])
             else:
+                self._tell(False)
                 if response.status_code == 200: return response.json()
                 said = f'{self.urls[0]}{path}: {_refusal(response)}'
                 if response.status_code not in _try_again: raise InputError(f'judge: {said}')
-                if n == self.retries: return NoAnswer(said)
+                if n >= self.retries: return NoAnswer(said)
+                continue
+            if n < self.retries: continue
+            if time.monotonic() - began >= self.judge_wait: break
+            self._tell(True, error)
         raise InputError(f'judge: {self.urls[0]}: {error}. What was done before is kept; go on when it is back')
+
+    def _tell(self, waiting, error=''):
+        "Say in one line that the server is waited for, and in one that it is back."
+        if waiting == self.waiting: return
+        self.waiting = waiting
+        patience = f'{error}; waiting up to {self.judge_wait/60:g} minutes for it'
+        tqdm.write(f'judge: {self.urls[0]}: ' + (patience if waiting else 'answers again'), file=sys.stderr)
+
+    def cancel(self):
+        "Stop waiting for the server, from any thread."
+        self.stop.set()
+        self.stop = threading.Event()            # of the calls that are made from now on
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #feef2b5c
 class _RemoteTool:
