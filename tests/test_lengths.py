@@ -1,15 +1,20 @@
 "Sessions of different length in one file: trained on, evaluated, and reported turn by turn."
+import threading
 from dataclasses import replace
 import numpy as np, pytest, torch
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import read_json
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.data.sizes import FittedPicture
+from mt_editflow_nb.editing.loading import load_editor
+from mt_editflow_nb.evaluation.running import evaluate
 from mt_editflow_nb.explore.strips import read_strips, session_strip
-from mt_editflow_nb.rewards.cube import Scores
+from mt_editflow_nb.rewards.cube import Scores, load_judge
 from mt_editflow_nb.training.runs import results_table
 from mt_editflow_nb.training.source import session_source, shuffled_part
 from mt_editflow_nb.training.train import experiment
+from helpers import wait_for
 
 def right_where_asked(sessions, images_PGTHWC):
     "Turn 1 is right, turn 2 in sessions of three turns alone, turn 3 never; turn 2 of session `x` is unscored."
@@ -61,3 +66,23 @@ def test_the_order_does_not_know_how_many_processes_there_are(tmp_path, monkeypa
     ids = [[s.id for s in session_source(c).batch(i)] for i in range(6)]
     monkeypatch.delenv('WORLD_SIZE')
     assert ids == [[s.id for s in session_source(c).batch(i)] for i in range(6)]
+
+def test_pictures_of_the_next_batch_are_opened_while_one_is_judged():
+    "By another thread, one batch ahead and no further; the results are those of pictures in memory."
+    made = shape_sessions(6, 1, 'heldout')
+    opened, before_judging = [], []
+    def stored(i, s):
+        def open_picture():
+            opened.append((i, threading.current_thread() is threading.main_thread()))
+            return s.image
+        return replace(s, image=FittedPicture(open_picture, 48, 48))
+    judge = load_judge('verifier')
+    def slow(sessions, images_PGTHWC):
+        ahead = min(6, 2*(len(before_judging) + 2))               # those of this batch and of the next
+        wait_for(lambda: len(opened) >= ahead)
+        before_judging.append(len(opened))
+        return judge(sessions, images_PGTHWC)
+    editor, how = load_editor(), dict(num_steps=1, batch=2)
+    outcomes, _ = evaluate(editor, [stored(i, s) for i, s in enumerate(made)], slow, **how)
+    assert before_judging == [4, 6, 6] and opened == [(i, False) for i in range(6)]
+    np.testing.assert_array_equal(outcomes.success_IT, evaluate(editor, made, judge, **how)[0].success_IT)

@@ -5,8 +5,8 @@ from test_families import judge
 from test_training import adapter, small
 from mt_editflow_nb.algorithm import iterate as page
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.cli.eval import eval_parser, fill_settings
-from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.cli.eval import check_options, eval_parser, fill_bench_settings, fill_settings
+from mt_editflow_nb.data.files import InputError, atomic_write, to_json
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.evaluation import running
 from mt_editflow_nb.training.budget import plan
@@ -52,6 +52,28 @@ def test_evaluation_at_another_size(tmp_path, monkeypatch, capsys):
         experiment(make_config(few | dict(eval_size=50)), tmp_path/'other', judge, progress=False)
     with pytest.raises(InputError, match="eval_judge: expected MODEL:MODE .*works at 64.*received 'verifier'"):
         experiment(make_config(few | dict(eval_size=64)), tmp_path/'third', progress=False)
+
+def test_benchmarks_keep_their_protocol_and_say_where_training_was_otherwise(tmp_path, capsys):
+    "An adapter of 64 pixels, guidance 1, 6 steps and 4 bits, where nothing is asked for: what is published applies."
+    def trained_with(**fields):
+        atomic_write(tmp_path/'run/config.json', to_json(dict(config=dict(editor='tiny', sampler='flow') | fields)))
+    def filled(fill, *argv):
+        a = eval_parser().parse_args(['--lora', str(tmp_path/'run/lora'), *argv])
+        fill(a)
+        said = [line.removeprefix('mtef_eval: warning: --') for line in capsys.readouterr().err.splitlines()]
+        return (a.steps, a.size, a.guidance, a.quantize), [line.replace('but the adapter was ', '') for line in said]
+    edival, lme = ['--sessions', 'edival', '--images', 'd'], ['--bench', 'lme', '--data', 'd', '--judge', 'm']
+    trained_with(size=64, guidance=1., num_steps=6, quantize='nf4')
+    otherwise = ['guidance the default, trained with 1.0', 'quantize the default, trained with nf4']
+    assert filled(fill_settings, *edival) == ((28, None, None, None), [
+        'size the default, trained with 64', otherwise[0], 'steps 28, trained with 6', otherwise[1]])
+    assert filled(fill_bench_settings, *lme) == ((30, 512, None, None), [
+        'size 512, trained with 64', otherwise[0], 'steps 30, trained with 6', otherwise[1]])
+    trained_with(size=None, guidance=2.5, num_steps=28, quantize=None)              # Kontext's own guidance
+    assert filled(fill_settings, *edival)[1] == []
+    for argv in (edival, lme):                                                      # both sample by Euler's steps alone
+        with pytest.raises(InputError, match='^--sampler: expected'):
+            check_options(eval_parser().parse_args([*argv, '--out', str(tmp_path), '--sampler', 'dpm2']))
 
 def test_plan_of_an_evaluation_at_another_size():
     "Twice the side costs more than four times the operations in evaluation, and nothing else."

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_SESSIONS', 'MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_options', 'check_options',
-           'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared', 'check_against',
-           'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
-           'run_free', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges', 'load_edival_tools',
-           'quality_table', 'evaluate_edival', 'import_published', 'fill_bench_settings', 'bench_items',
-           'evaluate_bench', 'evaluation_answers', 'main']
+           'warn_of_training', 'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared',
+           'check_against', 'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules',
+           'notes_about', 'run_free', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges',
+           'load_edival_tools', 'quality_table', 'evaluate_edival', 'import_published', 'fill_bench_settings',
+           'bench_items', 'evaluate_bench', 'evaluation_answers', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
 import argparse, math, os, sys, time, warnings
@@ -26,7 +26,7 @@ from ..data.signals import stop_at_once, stop_requests
 from ..data.structures import STRUCTURES, plain_form, structured_sessions
 from ..data.tables import open_sessions
 from ..editing.editor import check_instructions, long_instructions
-from ..editing.loading import find_editor, load_editor
+from ..editing.loading import FAMILIES, find_editor, load_editor
 from ..editing.whole import check_trained, load_trained
 from ..editing.rollout import resize_sessions
 from ..rewards.cube import check_judge_options, load_judge
@@ -54,7 +54,7 @@ from ..evaluation.edival import (EDIVAL_SEED, cc_unscored_of, check_settings, ge
                                               sessions_to_score)
 from ..evaluation.exposure import decay_table, half_life, structured_judge
 from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, share_out,
-                                               trained_with, training_mismatches, training_of)
+                                               trained_with, training_of)
 from ..evaluation.scores import (Outcomes, compare, load_outcomes, save_outcomes, score_intervals,
                                               unscored_by_reward)
 from ..evaluation.statistics import format_intervals
@@ -70,7 +70,7 @@ def _editor_options(ap):
     ap.add_argument('--size', type=int, help="side in pixels at which the editor works (default: the editor's own)")
     ap.add_argument('--guidance', type=float, help="guidance (default: the family's published one)")
     ap.add_argument('--sampler', choices=['ode', 'dpm2'], help="solver: Euler's, or DPM-Solver++ 2M (default: that of "
-                                                               "the adapter's training; ode on EdiVal-Bench)")
+                                                               "the adapter's training; ode on benchmarks)")
     ap.add_argument('--steps', type=int, help='denoising steps (default: 3; on EdiVal-Bench the published number)')
 
 def _session_options(ap):
@@ -114,7 +114,7 @@ def check_bench_options(
 ):
     "Raises `InputError` for options that `--bench` does not know, or lacks."
     unknown = ['sessions', 'turns', 'structure', 'plain', 'keep', 'allow_outside', 'crop', 'on_bad', 'csv']
-    unknown += ['quality', 'imported']
+    unknown += ['quality', 'imported', 'sampler']
     if a.bench != 'mice': unknown += ['detector', 'vlm', 'features']
     if a.bench != 'gedit': unknown += ['language']
     for name in unknown:
@@ -151,7 +151,7 @@ def eval_parser() -> argparse.ArgumentParser:
 _needs = dict(
     turns=['shapeworld'], structure=['shapeworld'], plain=['shapeworld'], keep=['shapeworld', 'a file'],
     allow_outside=['a file'], crop=['a file'], on_bad=['a file'], judge=['shapeworld', 'a file'],
-    judge_options=['shapeworld', 'a file'], images=['edival'],
+    judge_options=['shapeworld', 'a file'], sampler=['shapeworld', 'a file'], images=['edival'],
     csv=['edival'], questions=['edival'], generate_only=['edival'], shard=['edival'], detector=['edival'],
     vlm=['edival'], features=['edival'], quality=['edival'])
 
@@ -218,12 +218,25 @@ def _is_first(): return not int(os.environ.get('RANK') or 0) # of the processes 
 def _say(text):
     if _is_first(): print(f'mtef_eval: {text}', file=sys.stderr)
 
+def warn_of_training(
+    a,             # the options, filled
+    trained: dict, # from `trained_with`
+):
+    "Say where an adapter is used otherwise than it was trained, also where a benchmark's protocol has it so."
+    if not trained: return
+    default = dict(guidance=FAMILIES[find_editor(a.editor)[1]].guidance, sampler='ode')
+    def setting(name, value): return default.get(name) if value is None else value
+    def text(value): return 'the default' if value is None else value
+    for name, value in trained.items():
+        here = getattr(a, name)
+        if setting(name, here) == setting(name, value): continue
+        _say(f'warning: --{name} {text(here)}, but the adapter was trained with {text(value)}')
+
 def fill_settings(
     a, # the parsed options; those that were not given are set
 ):
     "Set what was not given; say where an adapter is used otherwise than it was trained."
     edival, trained = a.sessions == 'edival', trained_with(a.lora) if a.lora else {}
-    asked = {name: getattr(a, name) for name in ('editor', 'size', 'guidance', 'steps', 'quantize', 'sampler')}
     a.editor = a.editor or trained.get('editor') or 'tiny'
     a.sessions = a.sessions or 'shapeworld'
     if edival: a.steps = a.steps or published_protocol(a.editor)['steps']
@@ -231,11 +244,7 @@ def fill_settings(
         for name in ('size', 'guidance', 'steps', 'quantize', 'sampler'):
             if getattr(a, name) is None: setattr(a, name, trained.get(name))
         a.steps = a.steps or 3
-    used = asked if not edival else asked | dict(steps=a.steps)
-    for name, value in trained.items():
-        if used.get(name) in (None, value): continue
-        _say(f'warning: --{name} {used[name]}, but the adapter was trained with '
-             f'{"the default" if value is None else value}')
+    warn_of_training(a, trained)
     if _kind(a) == 'a file' and a.crop is None: a.crop = training_of(a.lora).get('crop')
     a.judge = a.judge or 'verifier'
     a.turns = a.turns or 3
@@ -505,7 +514,8 @@ def _finish_free(a, out, chosen, sessions, outcomes, images, cc_unscored_IT, sec
     lengths = ' to '.join(map(str, sorted({min(turn_counts(chosen)), max(turn_counts(chosen))})))
     data = dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {lengths} turns',
                 structure=f'{structure}, in plain words' if a.plain else structure, split=split)
-    protocol = dict(judge=a.judge, **_generation_facts(a), seed=1234, input='every turn edits the last output',
+    protocol = dict(judge=a.judge, **_generation_facts(a), solver=a.sampler or 'ode', seed=1234,
+                    input='every turn edits the last output',
                     seconds_a_turn=f'{seconds:.3f}')
     if a.sessions not in WORLDS: protocol |= dict(pictures='cut to squares' if a.crop else 'in their own ratio')
     facts = dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
@@ -670,8 +680,7 @@ def fill_bench_settings(
     a.editor = a.editor or trained.get('editor') or 'tiny'
     a.steps = a.steps or facts.steps or published_protocol(a.editor)['steps']
     a.size, a.batch, a.language = a.size or facts.size, a.batch or 4, a.language or 'en'
-    used = {name: getattr(a, name) for name in ('size', 'guidance', 'steps', 'quantize')}
-    for text in training_mismatches(trained, used): _say(f'warning: {text}')
+    warn_of_training(a, trained)
     if a.bench == 'mice':
         a.detector = a.detector or EDIVAL_DETECTOR
         a.features = a.features or EDIVAL_FEATURES

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['MAX_TURNS', 'MAX_INSTRUCTION_LENGTH', 'MAX_INSTRUCTIONS_LENGTH', 'DECODED_IMAGES', 'DECODED_AT_LOAD', 'Session',
-           'is_decoded', 'Sessions', 'session_set', 'stays_inside', 'load_sessions', 'save_sessions', 'load_edival']
+           'is_decoded', 'Sessions', 'session_set', 'PrefetchedBatches', 'stays_inside', 'load_sessions',
+           'save_sessions', 'load_edival']
 
 # %% ../../nbs/data/01_sessions.ipynb #fb37697b
 import ast, hashlib, io, json, os, re, warnings
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from csv import DictReader, Error as CSVError
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -192,6 +194,26 @@ def session_set(
     "Sessions in memory as a set."
     sessions = list(sessions)
     return Sessions(sessions, [len(s.instructions) for s in sessions])
+
+# %% ../../nbs/data/01_sessions.ipynb #b1091e01
+class PrefetchedBatches:
+    "Batches of a file. A thread decodes the next one while one is used, so two batches of pictures are in memory."
+    def __init__(
+        self,
+        batch, # number of a batch -> its sessions
+    ):
+        self.batch, self.pool, self.next = batch, ThreadPoolExecutor(1), {}
+
+    def __call__(
+        self,
+        iteration: int, # number of the batch, from 0
+    ) -> list:
+        "The sessions of a batch."
+        made = self.next.pop(iteration, None)
+        for unwanted in self.next.values(): unwanted.cancel()
+        sessions = (made or self.pool.submit(self.batch, iteration)).result()      # one after the other, never two
+        self.next = {iteration + 1: self.pool.submit(self.batch, iteration + 1)}
+        return sessions
 
 # %% ../../nbs/data/01_sessions.ipynb #9edb26a8
 _required, _optional = ('id', 'image', 'instructions'), ('task_types', 'meta', 'targets')

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['equal_length_batches', 'make_pictures', 'run_batch', 'EvaluatedSession', 'evaluation_protocol', 'check_protocol',
            'pack_pictures', 'unpack_pictures', 'write_outcomes', 'read_outcomes', 'read_cc_unscored', 'write_session',
-           'read_sessions', 'open_evaluation', 'evaluate_round', 'share_out', 'evaluation_rounds', 'evaluate_sessions',
-           'collect_sessions', 'collect_cc_unscored', 'unscored_note', 'evaluated_sessions', 'evaluate', 'solver_of',
-           'training_of', 'trained_with', 'training_mismatches']
+           'read_sessions', 'open_evaluation', 'evaluate_round', 'share_out', 'evaluation_rounds', 'open_ahead',
+           'evaluate_sessions', 'collect_sessions', 'collect_cc_unscored', 'unscored_note', 'evaluated_sessions',
+           'evaluate', 'solver_of', 'training_of', 'trained_with', 'training_mismatches']
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3c5a6b08
 import math, sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 from ..data.files import InputError, atomic_write, content_hash, locked, read_json, to_json
+from ..data.sessions import PrefetchedBatches
 from ..algorithm.processes import (exchange, failing_together, from_first, gather_to_first,
                                                 processes)
 from ..algorithm.sharding import is_sharded
@@ -251,6 +253,21 @@ def evaluation_rounds(
     for batch in batches: by_turns.setdefault(len(sessions[batch[0]].instructions) if together else 0, []).append(batch)
     return [several[k:k + count] for several in by_turns.values() for k in range(0, len(several), count)]
 
+# %% ../../nbs/evaluation/01a_running.ipynb #3b55c3f1
+def open_ahead(
+    sessions: list, # all `Session`s
+    batches: list,  # of lists of indices into them, in the order in which they will be asked for
+):                  # such a list -> all `Session`s, of which these have decoded pictures
+    "Open the pictures of a batch while the one before it is used. A broken one raises `InputError` in its own batch."
+    def opened(n):
+        these = batches[n] if n < len(batches) else ()
+        return [replace(sessions[i], image=sessions[i].image) for i in these]
+    ahead = PrefetchedBatches(opened)
+    def with_pictures(indices):
+        known = dict(zip(indices, ahead(batches.index(indices))))
+        return [known.get(i, session) for i, session in enumerate(sessions)]
+    return with_pictures
+
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3e1
 def evaluate_sessions(
     editor,                   # from `load_editor`
@@ -273,7 +290,8 @@ def evaluate_sessions(
         solver = {} if kind == 'ode' else dict(kind=kind)
         return evaluation_protocol(editor, sessions, num_steps=num_steps, seed=seed, **solver, **(settings or {}))
     def run(indices):
-        outcomes, images, no_cc = run_batch(editor, sessions, indices, judge, num_steps=num_steps, seed=seed, kind=kind)
+        outcomes, images, no_cc = run_batch(editor, with_pictures(indices), indices, judge, num_steps=num_steps,
+                                            seed=seed, kind=kind)
         rows = [Outcomes(*(x[n:n + 1] for x in outcomes)) for n in range(len(indices))]
         return [EvaluatedSession(i, row, image if keep is None or i < keep else None, no_cc[n:n + 1])
                 for n, (i, row, image) in enumerate(zip(indices, rows, images))]
@@ -288,7 +306,10 @@ def evaluate_sessions(
         batches = equal_length_batches(sessions, size, missing) if missing else []
         together = count > 1 and is_sharded(list(editor.transformer.parameters()))
         def idle(indices): make_pictures(editor, sessions, indices, num_steps, seed, kind)
-        for batches_now in evaluation_rounds(batches, sessions, count, together):
+        rounds = evaluation_rounds(batches, sessions, count, together)
+        own = [batches_now[process] for batches_now in rounds if process < len(batches_now)]
+        with_pictures = open_ahead(sessions, own)
+        for batches_now in rounds:
             done = evaluate_round(run, batches_now, folder, idle if together else None)
             yield from done
             bar.update(len(done))

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_HELDOUT_SHARE', 'MANY_PICTURES_WARNING', 'STREAMED_WARNING', 'thumbnails', 'copies_of_training',
-           'check_apart', 'SessionSource', 'PrefetchedBatches', 'turns_of', 'length_weights', 'shuffled_part',
-           'buckets_of', 'kind_weights', 'kind_batches', 'amount_held_out', 'trained_part', 'readable_sessions',
-           'SkippingBatches', 'small_kinds_warning', 'check_for_judge', 'session_source']
+           'check_apart', 'SessionSource', 'turns_of', 'length_weights', 'shuffled_part', 'buckets_of', 'kind_weights',
+           'kind_batches', 'amount_held_out', 'trained_part', 'readable_sessions', 'SkippingBatches',
+           'small_kinds_warning', 'check_for_judge', 'session_source']
 
 # %% ../../nbs/training/02_source.ipynb #aa03e291
 import difflib, warnings
 from collections.abc import Callable
 from dataclasses import replace
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image
 from ..data.files import InputError, content_hash, expect
 from ..data.overview import NEAR_COPY_RMS
 from ..data.selecting import are_many, picture_keys, sessions_hash, split_by_picture
-from ..data.sessions import Sessions
+from ..data.sessions import PrefetchedBatches, Sessions
 from ..data.shapeworld import WORLDS, parse_edit
 from ..data.sizes import PREFERRED_SIZES, bucket_sizes, fit_picture, nearest_bucket
 from ..data.tables import StreamedBatches, is_table, open_sessions
@@ -109,26 +108,6 @@ class SessionSource(NamedTuple):
         if self.of_file == () or self.crop == 'square': return size, size
         sizes, known = bucket_sizes(size, multiple), {bucket for (_, bucket), share in self.kinds.items() if share}
         return max((sizes[bucket] for bucket in known or range(len(sizes))), key=prod)
-
-# %% ../../nbs/training/02_source.ipynb #b1091e01
-class PrefetchedBatches:
-    "Batches of a file. A thread decodes the next one while one is used, so two batches of pictures are in memory."
-    def __init__(
-        self,
-        batch, # iteration -> sessions
-    ):
-        self.batch, self.pool, self.next = batch, ThreadPoolExecutor(1), {}
-
-    def __call__(
-        self,
-        iteration: int, # from 0
-    ) -> list:
-        "The sessions of an iteration."
-        made = self.next.pop(iteration, None)
-        for unwanted in self.next.values(): unwanted.cancel()
-        sessions = (made or self.pool.submit(self.batch, iteration)).result()      # one after the other, never two
-        self.next = {iteration + 1: self.pool.submit(self.batch, iteration + 1)}
-        return sessions
 
 # %% ../../nbs/training/02_source.ipynb #2aceb8a1
 def _shape_world(c):
