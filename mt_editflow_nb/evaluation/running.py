@@ -254,6 +254,12 @@ def evaluation_rounds(
     return [several[k:k + count] for several in by_turns.values() for k in range(0, len(several), count)]
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3f1
+def _rows_of_batch(indices, outcomes, images, no_cc_IT, keep):
+    "What `run_batch` gives, session by session; pictures of the first `keep` ones."
+    rows = [Outcomes(*(x[n:n + 1] for x in outcomes)) for n in range(len(indices))]
+    return [EvaluatedSession(i, row, image if keep is None or i < keep else None, no_cc_IT[n:n + 1])
+            for n, (i, row, image) in enumerate(zip(indices, rows, images))]
+
 def open_ahead(
     sessions: list, # all `Session`s
     batches: list,  # of lists of indices into them, in the order in which they will be asked for
@@ -290,11 +296,8 @@ def evaluate_sessions(
         solver = {} if kind == 'ode' else dict(kind=kind)
         return evaluation_protocol(editor, sessions, num_steps=num_steps, seed=seed, **solver, **(settings or {}))
     def run(indices):
-        outcomes, images, no_cc = run_batch(editor, with_pictures(indices), indices, judge, num_steps=num_steps,
-                                            seed=seed, kind=kind)
-        rows = [Outcomes(*(x[n:n + 1] for x in outcomes)) for n in range(len(indices))]
-        return [EvaluatedSession(i, row, image if keep is None or i < keep else None, no_cc[n:n + 1])
-                for n, (i, row, image) in enumerate(zip(indices, rows, images))]
+        done = run_batch(editor, with_pictures(indices), indices, judge, num_steps=num_steps, seed=seed, kind=kind)
+        return _rows_of_batch(indices, *done, keep)
     with ExitStack() as open_things:
         show = progress and process == 0
         bar = open_things.enter_context(tqdm(total=len(sessions), desc=desc, unit='session', disable=not show))
@@ -307,8 +310,7 @@ def evaluate_sessions(
         together = count > 1 and is_sharded(list(editor.transformer.parameters()))
         def idle(indices): make_pictures(editor, sessions, indices, num_steps, seed, kind)
         rounds = evaluation_rounds(batches, sessions, count, together)
-        own = [batches_now[process] for batches_now in rounds if process < len(batches_now)]
-        with_pictures = open_ahead(sessions, own)
+        with_pictures = open_ahead(sessions, [batches[process] for batches in rounds if process < len(batches)])
         for batches_now in rounds:
             done = evaluate_round(run, batches_now, folder, idle if together else None)
             yield from done
