@@ -29,8 +29,8 @@ browser: ## install the system's Chromium, which tests drive JupyterLab with
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
 	  echo 'No Chromium, and it cannot be installed from here: tests in a browser will be skipped.'
 
-# Chapters and flows in one pool of two processes; whichever has nothing left takes over half of what the other still has.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# Chapters and flows in one pool of two processes; each takes the next test when it is done, the longest first (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test: $(STAMP) browser ## test every notebook, and the whole flows
 	$(PYTEST) -rs

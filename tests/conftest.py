@@ -1,13 +1,41 @@
 "Fixtures that several files of tests share."
-import gc
+import gc, sys
+sys.modules.setdefault('rfc3987_syntax', None)     # a grammar of URLs: jsonschema would take two seconds to build it
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
-from helpers import processes
+from xdist.scheduler import LoadScopeScheduling
+from helpers import processes, start_fork_server
+
+# Files whose tests share what takes long to make, and other tests that take longest. These begin first, so that in the
+# end no core waits for one of them; a file of the first kind runs in one process, which makes what is shared once.
+TOGETHER = ('test_browser', 'test_whole', 'test_training', 'test_recipes', 'test_families', 'test_package')
+LONG = ('test_ray', 'rewards/03_agreement', 'training/04_train', 'training/01_budget', 'evaluation/01_scores',
+        'editing/05_loading', 'test_processes', 'explore/', 'evaluation/05_truth', 'test_the_ablation_notebook',
+        'editing/07_rollout', 'algorithm/', 'cli/01_eval', 'evaluation/', 'ablation/', 'test_sweeps')
+
+def pytest_collection_modifyitems(items):
+    first = TOGETHER + LONG
+    def place(item): return next((i for i, part in enumerate(first) if part in item.nodeid), len(first))
+    items.sort(key=place)
+
+def pytest_xdist_make_scheduler(config, log):
+    class Scheduling(LoadScopeScheduling):
+        "A file of `TOGETHER`, or one test, is what a process takes next."
+        def _split_scope(self, nodeid):
+            file = Path(nodeid.partition('::')[0]).stem
+            return file if file in TOGETHER else nodeid
+    return Scheduling(config, log)
 
 def pytest_collection_finish():
     "What has been imported stays: a collection of garbage, half a second each time, need not look at it again."
     gc.freeze()
+
+@pytest.fixture(scope='session', autouse=True)
+def fork_server():
+    "Before any test, so that nothing but imports is copied; a few tests may do without it."
+    if 'diffusers' in sys.modules: start_fork_server()
 
 def prepare_runner():
     "Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them."
