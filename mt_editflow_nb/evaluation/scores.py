@@ -288,21 +288,26 @@ def compare(
     return compare_scores(a, b, **kw).rename(columns=names)
 
 # %% ../../nbs/evaluation/01_scores.ipynb #4f006ff5
+def _scores_of_seeds(outcomes):
+    "The scores of each seed [S, T*4], in the order of `_index`."
+    parts = _parts(outcomes)
+    return bootstrap(_flat_scores, parts, np.ones((1, parts[0].shape[1]))).seeds_SX
+
 def seed_summary(
     before: Outcomes, # of the base editor, `[I, T]` or with seeds `[S, I, T]`
     after: Outcomes,  # of S >= 2 trained editors, `[S, I, T]`
     **kw,             # n_boot and seed of `compare_scores`
 ) -> dict: # 'turn1_IF', ... -> before, before_ci, gain, and gain_ci (over seeds), gain_ci_sessions, gain_ci_both
     "What training gained in percentage points, and how far other seeds, other sessions, or both would move that."
-    def of_seed(s): return Outcomes(*(x[s] if np.ndim(x) == 3 else x for x in before))
-    each = [compare_scores(of_seed(s), Outcomes(*o), n_boot=1) for s, o in enumerate(zip(*after))]
     both = compare_scores(before, after, **kw)
     tables = dict(before_ci=score_intervals(before, **kw), gain_ci_both=both,
                   gain_ci_sessions=compare_scores(before, after, over_seeds=False, **kw))
+    ends = {name: table[['low', 'high']].to_numpy().tolist() for name, table in tables.items()}
+    gains = seed_interval(_scores_of_seeds(after) - _scores_of_seeds(before))
     summary = {}
-    for row in both.index:
-        gain, *over_seeds = map(float, seed_interval([e.difference[row] for e in each]))
-        ends = {name: table.loc[row, ['low', 'high']].tolist() for name, table in tables.items()}
-        before_value = float(tables['before_ci'].value[row])
-        summary['turn{}_{}'.format(*row)] = dict(before=before_value, gain=gain, gain_ci=over_seeds) | ends
+    for x, row in enumerate(both.index):
+        gain, *over_seeds = (float(numbers_X[x]) for numbers_X in gains)
+        before_value = float(tables['before_ci'].value.iloc[x])
+        summary['turn{}_{}'.format(*row)] = dict(before=before_value, gain=gain, gain_ci=over_seeds) | {
+            name: of_rows[x] for name, of_rows in ends.items()}
     return summary
