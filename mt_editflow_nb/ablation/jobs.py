@@ -126,8 +126,8 @@ def _execute(message, record):
     try: papermill.execute_notebook(message['notebook'], executed, values, **how)
     except BaseException as e:                                   # of any kind, as the notebook is somebody's code
         print(re.sub(r'\x1b\[[\d;]*m', '', str(e)), file=sys.stderr, flush=True)
-        said = one_line(getattr(e, 'evalue', e))
-        return 'failed', f'{getattr(e, "ename", type(e).__name__)}: {said[:500]}', 1
+        reason = one_line(getattr(e, 'evalue', e))
+        return 'failed', f'{getattr(e, "ename", type(e).__name__)}: {reason[:500]}', 1
     if (record.folder/'results.json').is_file(): return 'done', None, 0
     return 'failed', 'InputError: the notebook came to its end without writing results.json', 1
 
@@ -266,8 +266,8 @@ def jobs_of_shard(
     shard: str, # 'i/n' such as '2/8', with i from 0 or from 1; the n shards together hold all jobs
 ) -> list:      # of `Job`
     "Every n-th job. Raises `InputError` unless `shard` is two whole numbers with i at most n."
-    found = re.fullmatch(r'(\d+)/(\d+)', shard)
-    i, n = (int(x) for x in found.groups()) if found else (1, 0)
+    match = re.fullmatch(r'(\d+)/(\d+)', shard)
+    i, n = (int(x) for x in match.groups()) if match else (1, 0)
     expect(i <= n and n > 0, '--jobs', 'i/n, two whole numbers with i from 1 to n', shard)
     return jobs[i % n::n]
 

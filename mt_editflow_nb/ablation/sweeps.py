@@ -8,7 +8,7 @@ __all__ = ['Resources', 'Sweep', 'read_seconds', 'read_resources', 'read_sweep',
            'baseline_label', 'job_hash', 'plan_sweep', 'save_plan']
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #b97431a8
-import ast, contextlib, functools, hashlib, io, itertools, json, re, typing
+import ast, contextlib, functools, hashlib, io, itertools, json, re, sys, typing
 from pathlib import Path
 from typing import Any, NamedTuple
 import yaml
@@ -40,8 +40,8 @@ def read_seconds(
 ) -> float|None:           # seconds; None: no limit
     "A time limit in seconds. Raises `InputError` unless it is above 0."
     if limit is None: return None
-    found = re.fullmatch(r'(\d+\.?\d*|\.\d+)\s*([smh]?)', str(limit).strip())
-    seconds = float(found[1])*{'': 1, 's': 1, 'm': 60, 'h': 3600}[found[2]] if found else 0
+    match = re.fullmatch(r'(\d+\.?\d*|\.\d+)\s*([smh]?)', str(limit).strip())
+    seconds = float(match[1])*{'': 1, 's': 1, 'm': 60, 'h': 3600}[match[2]] if match else 0
     expect(seconds > 0, 'time_limit', 'seconds above 0, or a text such as 90s, 30m or 2h', limit)
     return seconds
 
@@ -167,6 +167,7 @@ def read_notebook(
     path: str|Path, # with a cell tagged `parameters`, of lines that papermill can read, and a parameter `run`
 ) -> JobNotebook:
     "What a sweep has to know about a notebook. Raises `InputError` for one that cannot be run as a job."
+    sys.modules.setdefault('rfc3987_syntax', None)               # spares seconds: a grammar of URLs that nobody needs
     import logging, nbformat
     from papermill import inspect_notebook
     logging.getLogger('papermill.translators').setLevel(logging.ERROR)    # it warns of lines that are errors here
@@ -286,14 +287,14 @@ def baseline_label(
     points: dict, # from `sweep_points`
 ) -> str:
     "The one point that `baseline` names, by its label or by some of its values. Raises `InputError` if it is not one."
-    wanted = sweep.baseline
+    baseline = sweep.baseline
     def fits(label, point):
-        if isinstance(wanted, str): return label == wanted
-        return all(k in point and point[k] == v for k, v in wanted.items())
-    found = [label for label, point in points.items() if fits(label, point)]
-    if len(found) == 1 or (found and not wanted): return found[0]
+        if isinstance(baseline, str): return label == baseline
+        return all(k in point and point[k] == v for k, v in baseline.items())
+    labels = [label for label, point in points.items() if fits(label, point)]
+    if len(labels) == 1 or (labels and not baseline): return labels[0]
     expected = '; '.join(list(points)[:20])
-    raise InputError(f'baseline: expected one of {expected}, received {wanted!r}, which fits {len(found)}')
+    raise InputError(f'baseline: expected one of {expected}, received {baseline!r}, which fits {len(labels)}')
 
 @functools.lru_cache(10_000)
 def _file_hash(path, mtime_ns, size): return content_hash(Path(path))

@@ -194,10 +194,10 @@ def _end_with_others(store, over):
     while not over.wait(_LOOK_EVERY):
         try:
             if not store.check(['failed']): continue
-            said = store.get('failed').decode()
+            failure = store.get('failed').decode()
             store.add('heard', 1)
         except RuntimeError: return                  # the store is gone, and with it the process that held it
-        if processes()[0] == 0: print(said, file=sys.stderr, flush=True)
+        if processes()[0] == 0: print(failure, file=sys.stderr, flush=True)
         time.sleep(_LOOK_EVERY)                      # a launcher ends all when one has ended: let the others speak
         os._exit(2)
 
@@ -205,11 +205,11 @@ def _tell_others(store, error):
     "Let the others end; returns what is to be raised here. The first that fails is the one that is heard."
     i, count = processes()
     mine = f'{_in_words(i, error)}; the last checkpoint is kept'
-    said = store.compare_set('failed', '', mine).decode()
+    first_failure = store.compare_set('failed', '', mine).decode()
     store.add('heard', 1)
     until = time.monotonic() + 10*_LOOK_EVERY
     while store.add('heard', 0) < count and time.monotonic() < until: time.sleep(_LOOK_EVERY/10)
-    return ProcessError(said)
+    return ProcessError(first_failure)
 
 @contextmanager
 def ending_together():

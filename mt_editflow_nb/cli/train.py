@@ -59,6 +59,9 @@ def read_recipe(
     return {str(k): _number(v) for k, v in fields.items()}
 
 # %% ../../nbs/cli/00_train.ipynb #28d2d3eb
+# without a grammar of URLs that nobody needs, which takes seconds to build
+_PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.cli import papermill; papermill()"
+
 def start_notebook(
     notebook: Path, # one that runs `experiment` with the parameters `run` and `settings`
     c: Config,      # of the run
@@ -67,7 +70,7 @@ def start_notebook(
     "Start papermill on a notebook that runs `experiment`; what it says is in `papermill.log`."
     values = dict(run=str(run), settings=c.model_dump(exclude_defaults=True))
     parameters = atomic_write(run/'parameters.yaml', yaml.safe_dump(values))
-    command = [sys.executable, '-m', 'papermill', str(notebook), str(run/'train.ipynb'), '-f', str(parameters),
+    command = [sys.executable, '-c', _PAPERMILL, str(notebook), str(run/'train.ipynb'), '-f', str(parameters),
                '--no-progress-bar']
     env = dict(os.environ, PYDEVD_DISABLE_FILE_VALIDATION='1', **{STOP_WITH_VARIABLE: str(os.getpid())})
     with open(run/'papermill.log', 'w') as log:
@@ -84,12 +87,12 @@ def show_progress(
     run: Path,             # its folder
 ):
     "A bar for each evaluation and one for training, until the job ends; all that were finished end at 100 %."
-    bar, stage, said = None, None, ''
+    bar, stage, last_text = None, None, ''
     while True:
         ended, now = job.poll() is not None, read_progress(run)
-        if now.get('text') and now['text'] != said:
-            said = now['text']
-            tqdm.write(said, file=sys.stderr)
+        if now.get('text') and now['text'] != last_text:
+            last_text = now['text']
+            tqdm.write(last_text, file=sys.stderr)
         if now and now['stage'] != stage:
             if bar:
                 bar.update(bar.total - bar.n)
@@ -125,9 +128,9 @@ def stop_notebook(
 # %% ../../nbs/cli/00_train.ipynb #732d74b5
 def _failure(run):
     "What a notebook that failed has said, in one line."
-    said = [line for line in (run/'papermill.log').read_text(errors='replace').splitlines() if line.strip()]
-    errors = [line for line in said if 'InputError' in line or 'Error:' in line]
-    return (f'the notebook failed: {(errors or said or ["no output"])[-1]} (everything it said: {run/"papermill.log"}; '
+    log = [line for line in (run/'papermill.log').read_text(errors='replace').splitlines() if line.strip()]
+    errors = [line for line in log if 'InputError' in line or 'Error:' in line]
+    return (f'the notebook failed: {(errors or log or ["no output"])[-1]} (everything it said: {run/"papermill.log"}; '
             f'as far as it came: {run/"train.ipynb"})')
 
 def run_notebook(

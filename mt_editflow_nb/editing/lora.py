@@ -36,8 +36,8 @@ def target_layers(
         return [n for n in linear if re.search(LORA_TARGETS[targets], n)]
     def ends(layer, target): return f'.{layer}'.endswith(f'.{target}')
     for target in targets:
-        found = any(ends(layer, target) for layer in linear)
-        expect(found, 'lora_targets', 'the ends of names of linear layers in the transformer blocks', target)
+        fits = any(ends(layer, target) for layer in linear)
+        expect(fits, 'lora_targets', 'the ends of names of linear layers in the transformer blocks', target)
     return [layer for layer in linear if any(ends(layer, target) for target in targets)]
 
 # %% ../../nbs/editing/04_lora.ipynb #e7010ad1

@@ -80,9 +80,9 @@ def _prompt_file(checkout): # ImgEdit's JSON of prompts, whatever it is called
     texts = [(f, read_json(f)) for f in sorted(Path(checkout).rglob('*prompts*.json'))]
     def has_gap(text): return isinstance(text, str) and '<edit_prompt>' in text
     def fits(x): return isinstance(x, dict) and x and all(map(has_gap, x.values()))
-    found = [x for _, x in texts if fits(x)]
-    expect(found, str(checkout), 'a JSON file *prompts*.json with a text for each type, <edit_prompt> in it', 'none')
-    return found[0]
+    prompts = [x for _, x in texts if fits(x)]
+    expect(prompts, str(checkout), 'a JSON file *prompts*.json with a text for each type, <edit_prompt> in it', 'none')
+    return prompts[0]
 
 def read_benchmark_questions(
     name: str,          # out of `BENCHMARKS`
@@ -184,6 +184,6 @@ def read_walk(
     answer: str, # of a model
 ) -> float: # 1 or 0
     "Whether a whole session was right, of a walk through its turns. Raises `ValueError`."
-    found = re.findall(r'<answer_final>\s*(yes|no)\s*</answer_final>', without_thoughts(answer), re.I)
-    if len(found) == 1: return float(found[0].lower() == 'yes')
+    verdicts = re.findall(r'<answer_final>\s*(yes|no)\s*</answer_final>', without_thoughts(answer), re.I)
+    if len(verdicts) == 1: return float(verdicts[0].lower() == 'yes')
     raise ValueError(f'expected <answer_final> yes or no </answer_final>, received {answer[-60:]!r}')

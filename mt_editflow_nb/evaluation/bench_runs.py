@@ -84,8 +84,8 @@ def compare_benchmark(
 def _published_files(name, folder, sessions, scores, answers):
     "Results as the benchmark's own scripts have them, where they read a file."
     if name == 'imgedit' and answers.log:
-        said = {row['session']: row['answer'] for row in answers.log}
-        atomic_write(folder/'edited'/'result.json', to_json(said, indent=4))
+        answer_of_session = {row['session']: row['answer'] for row in answers.log}
+        atomic_write(folder/'edited'/'result.json', to_json(answer_of_session, indent=4))
     if name != 'gedit': return
     columns = dict(key=[s.id for s in sessions], task_type=[s.task_types[0] for s in sessions],
                    edited_image=[str(benchmark_file(name, '', s, 1)) for s in sessions],

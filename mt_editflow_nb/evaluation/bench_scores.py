@@ -82,9 +82,9 @@ def ask_values(
     values = [np.full(width, np.nan) if parsed is None else np.atleast_1d(parsed) for parsed, _ in results]
     return np.stack(values), [(calls[-1]['answer'], calls[-1]['error']) for _, calls in results]
 
-def _logged(places, kind, said):
+def _logged(places, kind, answers):
     return [dict(session=s.id, turn=turn, kind=kind, answer=answer, error=error)
-            for (s, turn), (answer, error) in zip(places, said)]
+            for (s, turn), (answer, error) in zip(places, answers)]
 
 def _ask(images, text): return Ask(tuple(images), text, max_tokens=1024)
 
@@ -108,9 +108,9 @@ def ask_gedit(
     "VIEScore's two questions: both pictures with the instruction, then the result alone."
     ask_both = [_ask(p, item_question(questions, 'consistency', s.instructions[0])) for s, p in zip(sessions, pictures)]
     ask_one = [_ask(p[1:], questions['quality']) for p in pictures]
-    values, said = ask_values(engine, ask_both + ask_one, read_viescore, 2)
+    values, answers = ask_values(engine, ask_both + ask_one, read_viescore, 2)
     n, places = len(sessions), [(s, 1) for s in sessions]
-    log = _logged(places, 'consistency', said[:n]) + _logged(places, 'quality', said[n:])
+    log = _logged(places, 'consistency', answers[:n]) + _logged(places, 'quality', answers[n:])
     return Answers(dict(consistency=values[:n], quality=values[n:]), log)
 
 def ask_imgedit(
@@ -121,8 +121,8 @@ def ask_imgedit(
 ) -> Answers:        # ratings [n, 3]
     "ImgEdit's question for the type of each edit."
     asks = [_ask(p, item_question(questions, s.task_types[0], s.instructions[0])) for s, p in zip(sessions, pictures)]
-    values, said = ask_values(engine, asks, read_ratings, 3)
-    return Answers(dict(ratings=values), _logged([(s, 1) for s in sessions], 'ratings', said))
+    values, answers = ask_values(engine, asks, read_ratings, 3)
+    return Answers(dict(ratings=values), _logged([(s, 1) for s in sessions], 'ratings', answers))
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #4bb1e3ae
 def ask_turns(
@@ -137,9 +137,9 @@ def ask_turns(
     scores, asked, log, alive = np.full((I, T, 2), np.nan), np.zeros((I, T)), [], list(range(I))
     for t in range(T):
         asks = [_ask(pictures[i][:t + 2], turn_question(questions, sessions[i].instructions[:t + 1])) for i in alive]
-        values, said = ask_values(engine, asks, read_turn, 2)
+        values, answers = ask_values(engine, asks, read_turn, 2)
         scores[alive, t], asked[alive, t] = values, 1
-        log += _logged([(sessions[i], t + 1) for i in alive], 'turn', said)
+        log += _logged([(sessions[i], t + 1) for i in alive], 'turn', answers)
         alive = [i for i in alive if both_exceed(scores[i, t], limit) == 1]
     return Answers(dict(scores=scores, asked=asked), log)
 
@@ -155,8 +155,8 @@ def ask_collapse(
     places = [(s, t + 1) for s in sessions for t in range(T)]
     shown = [(as_judged(p[0]), as_judged(frame)) for p in pictures for frame in p[1:]]
     asks = [_ask(x, collapse_question(questions, s.instructions[:turn])) for x, (s, turn) in zip(shown, places)]
-    values, said = ask_values(engine, asks, read_damage, 3)
-    return Answers(dict(damage=values.reshape(I, T, 3)), _logged(places, 'collapse', said))
+    values, answers = ask_values(engine, asks, read_damage, 3)
+    return Answers(dict(damage=values.reshape(I, T, 3)), _logged(places, 'collapse', answers))
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #84c1ab2a
 def ask_awareness(
@@ -169,8 +169,8 @@ def ask_awareness(
     I, T = len(sessions), len(sessions[0].instructions)
     places = [(i, t) for i in range(I) for t in range(T)]
     asks = [_ask(pictures[i][:t + 2], session_question(questions, sessions[i], t + 1)) for i, t in places]
-    values, said = ask_values(engine, asks, read_walk, 1)
-    log = _logged([(sessions[i], t + 1) for i, t in places], 'awareness', said)
+    values, answers = ask_values(engine, asks, read_walk, 1)
+    log = _logged([(sessions[i], t + 1) for i, t in places], 'awareness', answers)
     return Answers(dict(awareness=values.reshape(I, T)), log)
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #48249685

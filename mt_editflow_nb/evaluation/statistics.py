@@ -225,9 +225,9 @@ def label_coincidences(
     labels_RI,   # what each of R raters said of each of I units; None or NaN: nothing
 ) -> np.ndarray: # [I, labels, labels]
     "How often two labels meet in each unit; nothing where a unit has fewer than two labels."
-    said = pd.DataFrame(np.array(labels_RI, dtype=object)).T.stack().dropna().astype(str)
+    texts = pd.DataFrame(np.array(labels_RI, dtype=object)).T.stack().dropna().astype(str)
     units = range(len(labels_RI[0]))
-    count = pd.crosstab(said.index.get_level_values(0), said.to_numpy()).reindex(units, fill_value=0).to_numpy(float)
+    count = pd.crosstab(texts.index.get_level_values(0), texts.to_numpy()).reindex(units, fill_value=0).to_numpy(float)
     m = count.sum(1)[:, None, None]
     pairs = count[:, :, None] * (count[:, None] - np.eye(count.shape[1]))
     return np.where(m >= 2, pairs / np.maximum(m - 1, 1), 0)

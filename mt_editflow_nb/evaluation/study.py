@@ -215,8 +215,8 @@ def rater_agreement(
     seed: int = 0,         # of the draws
 ) -> Interval:
     "Krippendorff's alpha of the raters' choices, with a 95 % bootstrap interval over sessions."
-    said = choices.pivot_table(index='rater', columns='session', values='winner', aggfunc='last')
-    each = label_coincidences(said.to_numpy(dtype=object))
+    choices_RI = choices.pivot_table(index='rater', columns='session', values='winner', aggfunc='last')
+    each = label_coincidences(choices_RI.to_numpy(dtype=object))
     weights_BI = session_weights(len(each), n_boot, np.random.default_rng(seed))
     draws = np.array([alpha_of_coincidences(pairs) for pairs in np.einsum('bi,ijk->bjk', weights_BI, each)])
     low, high = percentile_interval(draws[:, None])

@@ -57,15 +57,15 @@ def shape_ask(
 ) -> str:          # 'yes', 'no', or a name
     "A model that answers the benchmark's questions about the shape world."
     kind = kind_of(question)
-    said = _patterns[kind].fullmatch(question)
-    if kind == 'name': return said[1]
+    match = _patterns[kind].fullmatch(question)
+    if kind == 'name': return match[1]
     seen = [_read(image) for image in images]
     def at(i, name): return set(np.flatnonzero(seen[i].codes == OBJECTS.index(name))) if name in OBJECTS else set()
-    if kind == 'added': yes = at(1, said[1]) and not at(0, said[1])
-    elif kind == 'replaced': yes = at(0, said[1]) and at(0, said[1]) <= at(1, said[2])
-    elif kind == 'background': yes = seen[0].background >= 0 and _ground_name(seen[0]) == said[1]
+    if kind == 'added': yes = at(1, match[1]) and not at(0, match[1])
+    elif kind == 'replaced': yes = at(0, match[1]) and at(0, match[1]) <= at(1, match[2])
+    elif kind == 'background': yes = seen[0].background >= 0 and _ground_name(seen[0]) == match[1]
     else:
-        name, new = re.search(r'color of \[(.+)\] to \[(.+)\]', said[1]).groups()
+        name, new = re.search(r'color of \[(.+)\] to \[(.+)\]', match[1]).groups()
         yes = at(0, name) and at(0, name) <= at(1, f'{new} {name.split()[1]}')
     return 'yes' if yes else 'no'
 
@@ -83,8 +83,8 @@ def unreliable(
         keep = rng.random(len(found.scores_N)) >= miss
         return Found(found.boxes_N4[keep], found.scores_N[keep])
     def answer(images, question):
-        said = ask(images, question)
-        return {'yes': 'no', 'no': 'yes'}.get(said, said) if rng.random() < wrong else said
+        right_answer = ask(images, question)
+        return {'yes': 'no', 'no': 'yes'}.get(right_answer, right_answer) if rng.random() < wrong else right_answer
     return detect_some, answer
 
 # %% ../../nbs/evaluation/05_truth.ipynb #33fcd09b
@@ -106,8 +106,8 @@ def edival_words(
     "One instruction of the shape world as EdiVal-Bench would write it."
     if edit.type == 'background_change':
         keep = ', '.join(OBJECTS[c] for c in before.cells if c)
-        said = f'Change the background to [{edit.background}]'
-        return edit.type, said, f'Change the background to {edit.background}, remain the {keep} unchanged'
+        formatted = f'Change the background to [{edit.background}]'
+        return edit.type, formatted, f'Change the background to {edit.background}, remain the {keep} unchanged'
     name = OBJECTS[edit.obj]
     if edit.type == 'position_change':
         place = _new_place(edit, before)

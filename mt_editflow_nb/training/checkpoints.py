@@ -60,10 +60,10 @@ def restore_tensors(
     for kind, xs in (('param', params), ('old', old), ('ema', ema)):
         for i, x in enumerate(xs): _restore(x, tensors.get(f'{kind}.{i}'), f'{kind}.{i}')
     for i, p in enumerate(params):
-        found = {k.split('.')[1]: v for k, v in tensors.items() if k.startswith('adam.') and k.endswith(f'.{i}')}
-        if not found: continue
-        step = found.pop('step')
-        optimizer.state[p] = {k: shard_like(v.to(p.device), p) for k, v in found.items()}
+        moments = {k.split('.')[1]: v for k, v in tensors.items() if k.startswith('adam.') and k.endswith(f'.{i}')}
+        if not moments: continue
+        step = moments.pop('step')
+        optimizer.state[p] = {k: shard_like(v.to(p.device), p) for k, v in moments.items()}
         optimizer.state[p]['step'] = step if isinstance(optimizer, torch.optim.AdamW) else int(step)
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #dd52091b
@@ -158,8 +158,8 @@ def last_checkpoint(
     say=None, # called with a sentence for each newer one that is damaged
 ) -> Path:    # None: there is no checkpoint
     "The newest checkpoint that is as it was written. Raises `InputError` where there are some, but none is."
-    found, wrong = sorted((Path(run)/'checkpoints').glob('[0-9]*'), reverse=True), []
-    for folder in found:
+    folders, wrong = sorted((Path(run)/'checkpoints').glob('[0-9]*'), reverse=True), []
+    for folder in folders:
         problem = checkpoint_damage(folder)
         if problem:
             wrong.append(f'{folder} is not a checkpoint of this run: {problem}')
@@ -320,9 +320,9 @@ class RunState:
         def read():
             folder = find()
             return folder and (folder, read_checkpoint(folder))
-        found = from_first(find if self.policy.whole else read)
-        if found and self.policy.whole: self.iteration = restore_shared_checkpoint(found, *self.parts())
-        elif found: self.iteration = restore_checkpoint(*found, *self.parts())
+        checkpoint = from_first(find if self.policy.whole else read)
+        if checkpoint and self.policy.whole: self.iteration = restore_shared_checkpoint(checkpoint, *self.parts())
+        elif checkpoint: self.iteration = restore_checkpoint(*checkpoint, *self.parts())
         self.saved = self.iteration
         self.remember()
 
@@ -377,5 +377,5 @@ def retry_with_half_the_rows(
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         if processes()[0]: continue
         atomic_write(file, to_json(dict(batch=batch)))
-        said = f'out of memory{where()} with {2*batch} rows a transformer call: going on with {batch}'
-        print(said, file=sys.stderr)
+        message = f'out of memory{where()} with {2*batch} rows a transformer call: going on with {batch}'
+        print(message, file=sys.stderr)

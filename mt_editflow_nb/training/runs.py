@@ -210,12 +210,12 @@ def log_gaps(
     start: int, # the iteration that is next
 ) -> list:      # sentences for the user
     "Cut the logs of a run back to where it resumes, and report missing lines."
-    said = []
+    messages = []
     for name in RUN_LOGS:
         missing = cut_log(Path(run)/name, start)
-        if missing: said.append(f'{Path(run)/name}: the lines of {len(missing)} of {start} iterations are missing '
-                                f'(the first: {missing[0]}); the run itself is complete and resumes')
-    return said
+        if missing: messages.append(f'{Path(run)/name}: the lines of {len(missing)} of {start} iterations are missing '
+                                    f'(the first: {missing[0]}); the run itself is complete and resumes')
+    return messages
 
 # %% ../../nbs/training/03_runs.ipynb #537bf147
 def metrics_rows(

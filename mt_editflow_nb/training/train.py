@@ -403,12 +403,12 @@ def evaluate_heldout(
     if any(r['iteration'] == done for r in rows): return
     state.save()
     with state.evaluated():
-        found = run_evaluation(ctx, f'iteration {done}', state.policy.editor, ctx.source.heldout)
-        row = heldout_row(done, found[0], turns_of(ctx.source.heldout), found[2])
+        evaluation = run_evaluation(ctx, f'iteration {done}', state.policy.editor, ctx.source.heldout)
+        row = heldout_row(done, evaluation[0], turns_of(ctx.source.heldout), evaluation[2])
         def keep():
             append_json_line(file, row)
             ctx.trackers.log(row, done - 1)                            # beside the iteration that led to it
-            keep_best(c, ctx.run, [*rows, row], state, ctx.source, found)
+            keep_best(c, ctx.run, [*rows, row], state, ctx.source, evaluation)
         from_first(keep)
     if processes()[0]: return
     print(f"iteration {done}: held-out O {row['heldout_O']:.1f}, IF {row['heldout_IF']:.1f}, "
@@ -643,19 +643,19 @@ def saved_evaluation(
     file = ctx.run/f'{name}.safetensors'
     heldout = ctx.source.for_editor(editor, ctx.c.eval_size).heldout
     def has_all(file):
-        found = read_outcomes(file)
-        return found and len(found[0].success_IT) == len(heldout) and found
+        evaluation = read_outcomes(file)
+        return evaluation and len(evaluation[0].success_IT) == len(heldout) and evaluation
     def is_there():
         if has_all(file): return True
-        found = shared and has_all(shared)
-        if found: write_outcomes(file, *found, read_cc_unscored(shared))
-        return bool(found)
+        evaluation = shared and has_all(shared)
+        if evaluation: write_outcomes(file, *evaluation, read_cc_unscored(shared))
+        return bool(evaluation)
     if from_first(is_there): return
     if name == 'before' and processes()[0] == 0: warn_of_mismatches(ctx.c, editor)
     report = FirstBatch(ctx.c, ctx.run, name, int(turns_of(heldout).max()), ctx.progress)
-    found = run_evaluation(ctx, name, editor, heldout, report)
+    evaluation = run_evaluation(ctx, name, editor, heldout, report)
     def keep():
-        for target in (file, shared) if shared else (file,): write_outcomes(target, *found)
+        for target in (file, shared) if shared else (file,): write_outcomes(target, *evaluation)
         shutil.rmtree(ctx.run/'evaluations'/name, ignore_errors=True)  # it is whole: the parts are not needed
     from_first(keep)
 
@@ -733,10 +733,10 @@ def is_finished(
     "Whether a run has its results and still has the adapter that they are about; prints it where it has another."
     run = Path(run)
     if not all(read_outcomes(run/f'{name}.safetensors') for name in ('before', 'after')): return False
-    found = trained_content(run)
+    contents = trained_content(run)
     try: expected = dict(read_json(run/'results.json'))
     except (InputError, TypeError, ValueError): expected = {}          # it is written again
-    if found and all(expected.get(name) in (None, content) for name, content in found.items()): return True
+    if contents and all(expected.get(name) in (None, content) for name, content in contents.items()): return True
     what = 'transformer' if 'transformer' in expected else 'adapter'
     where = run/(what if what == 'transformer' else f'lora/{ADAPTER_FILE}')
     print(f'{where}: not the {what} that was trained; it is made again from the last checkpoint', file=sys.stderr)
