@@ -120,9 +120,9 @@ def _there(path): # a picture that can be opened
 def _file_in(source, name): # a file, or the one of this name in a folder or below
     source = Path(source)
     if not source.is_dir(): return source
-    found = sorted(source.rglob(name), key=lambda p: (len(p.parts), p))
-    expect(found, str(source), f'the file {name} in it', 'none')
-    return found[0]
+    files = sorted(source.rglob(name), key=lambda p: (len(p.parts), p))
+    expect(files, str(source), f'the file {name} in it', 'none')
+    return files[0]
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #f308a293
 def load_imgedit(

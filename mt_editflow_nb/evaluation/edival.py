@@ -45,8 +45,8 @@ def protocol_differences(
     "Settings in which a generation differs from the published protocol."
     default = dict(size="the editor's own", quantize='not quantised')
     different = [name for name, value in published.items() if used.get(name) not in (None, value)]
-    said = {name: default.get(name, value) if value is None else value for name, value in published.items()}
-    return [f'{name} {used[name]} (published: {said[name]})' for name in different]
+    published_values = {name: default.get(name, value) if value is None else value for name, value in published.items()}
+    return [f'{name} {used[name]} (published: {published_values[name]})' for name in different]
 
 # %% ../../nbs/evaluation/04_edival.ipynb #c7cde4f5
 EDIVAL_SEED = 1234  # of the noise, the same in every turn

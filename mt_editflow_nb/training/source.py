@@ -135,9 +135,9 @@ def length_weights(
 ) -> np.ndarray:               # probabilities
     "How likely an iteration is to take each length. Raises `InputError` for weights that do not fit."
     if turn_weights is None: return np.array(counts)/np.sum(counts)
-    said = ', '.join(map(str, lengths))
-    expect(len(lengths) > 1, 'turn_weights', f'none for sessions of {said} turns alone', turn_weights)
-    for turns in turn_weights: expect(turns in lengths, 'turn_weights', f'numbers of turns out of {said}', turns)
+    choices = ', '.join(map(str, lengths))
+    expect(len(lengths) > 1, 'turn_weights', f'none for sessions of {choices} turns alone', turn_weights)
+    for turns in turn_weights: expect(turns in lengths, 'turn_weights', f'numbers of turns out of {choices}', turns)
     weights = np.array([turn_weights.get(turns, 0.) for turns in lengths])
     expect(weights.min() >= 0 and 0 < weights.sum() < np.inf, 'turn_weights', 'weights of at least 0, not all 0',
            turn_weights)
@@ -302,10 +302,10 @@ def _batches(train, c, skipped):
     "(iteration -> P sessions of one kind, how often each kind is taken, warnings)."
     turns, buckets = turns_of(train), buckets_of(train, c.crop)
     kinds = kind_weights(turns, buckets, c.turn_weights)
-    said = small_kinds_warning(turns, buckets, kinds, c.sessions_per_iteration)
+    notes = small_kinds_warning(turns, buckets, kinds, c.sessions_per_iteration)
     numbers = kind_batches(train, kinds, buckets, c.sessions_per_iteration, c.seed)
-    if c.on_bad == 'skip': return SkippingBatches(train, numbers, np.stack([turns, buckets], 1), skipped), kinds, said
-    return lambda i: [train[k] for k in numbers(i)], kinds, said
+    if c.on_bad == 'skip': return SkippingBatches(train, numbers, np.stack([turns, buckets], 1), skipped), kinds, notes
+    return lambda i: [train[k] for k in numbers(i)], kinds, notes
 
 # %% ../../nbs/training/02_source.ipynb #1b3325cf
 def _check_fields(c):
@@ -330,9 +330,9 @@ def _check_there(field, name):
 
 def _check_turns(c, name, sessions):
     lengths = sorted({int(t) for t in turns_of(sessions)})
-    said = ' and '.join(map(str, lengths))
+    lengths_text = ' and '.join(map(str, lengths))
     hint = '' if len(lengths) == 1 else ' (turn_weights={3: 1} trains on those of 3 turns alone)'
-    expect(c.turns is None or [c.turns] == lengths, 'turns', f'none, or the {said} of {name}{hint}', c.turns)
+    expect(c.turns is None or [c.turns] == lengths, 'turns', f'none, or the {lengths_text} of {name}{hint}', c.turns)
 
 # %% ../../nbs/training/02_source.ipynb #8db9fca7
 def check_for_judge(
@@ -407,8 +407,8 @@ def session_source(
         skipped |= {f'held out: {id}': message for id, message in broken.items()}
     for field, some in (('sessions', train), ('heldout', heldout)): _check_turns(c, field, some)
     check_for_judge(c.eval_judge, heldout, c.crop)
-    batch, kinds, said = _batches(train, c, skipped)
-    if c.heldout != 'training': said += _looks_known(heldout, train)
-    if skipped: said.append(f'sessions: {len(skipped)} left out, the first: {next(iter(skipped.values()))}')
-    return SessionSource(batch, heldout, name, sessions_hash(train), sessions_hash(heldout), tuple(said), train, c.crop,
-                         kinds, skipped)
+    batch, kinds, notes = _batches(train, c, skipped)
+    if c.heldout != 'training': notes += _looks_known(heldout, train)
+    if skipped: notes.append(f'sessions: {len(skipped)} left out, the first: {next(iter(skipped.values()))}')
+    return SessionSource(batch, heldout, name, sessions_hash(train), sessions_hash(heldout), tuple(notes), train,
+                         c.crop, kinds, skipped)
