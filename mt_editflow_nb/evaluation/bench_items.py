@@ -61,6 +61,7 @@ def table_rows(
         rows += [(f'{file}: row {i}', row) for i, row in enumerate(table.select(columns).to_pylist(), 1)]
     return rows
 
+# %% ../../nbs/evaluation/09_bench_items.ipynb #3b55c5a2
 def _decoded(data, place):
     "The picture of a file, as the benchmarks' scripts open it."
     try:

@@ -301,6 +301,7 @@ def _published_turn(file, data, turn):
     if success is not None: score['success'] = bool(success)
     return score | {ours: row.get(theirs) for ours, theirs in _term_keys.items()}, about
 
+# %% ../../nbs/evaluation/04_edival.ipynb #3b55c4a2
 def published_files(
     folder: str|Path, # evaluate_results/NAME, or its `multipass`
 ) -> list:            # of paths, in the order of their numbers
