@@ -110,6 +110,29 @@ def test_a_local_edit_of_a_photograph_is_an_edit(name):
     images_PGTHWC = np.stack([again, noisy, recoloured])[None, :, None]
     assert identity_edits(photo[None], images_PGTHWC, again[None])[0, :, 0].tolist() == [True, True, False]
 
+@pytest.mark.parametrize('name,strength', [('china.jpg', 24), ('flower.jpg', 24)])
+def test_a_weak_local_edit_of_a_photograph_is_an_edit(name, strength):
+    "One per cent of the pixels lighter or darker by 24 levels: a root mean square of 2.4 over the whole picture."
+    photo = np.asarray(Image.fromarray(load_sample_image(name)).resize((512, 512)))
+    again, rng = decoded(photo), np.random.default_rng(0)
+    found = []
+    for y, x in rng.integers(0, 460, (10, 2)):
+        edited = photo.astype(int)
+        square = edited[y:y + 51, x:x + 51]
+        square += strength if square.mean() < 128 else -strength
+        found.append(decoded(edited.clip(0, 255).astype(np.uint8)))
+    images_PGTHWC = np.stack([again, *found])[None, :, None]
+    assert identity_edits(photo[None], images_PGTHWC, again[None])[0, :, 0].tolist() == [True] + [False]*10
+
+def test_nothing_after_an_edit_is_nothing():
+    "The second turn returns the first one's result, decoded once more, where the first picture was empty."
+    editor, sessions = load_editor(), shape_sessions(40, 1, seed=7)
+    first = np.stack([np.asarray(s.image) for s in sessions])
+    def again(x): return editor.decode(editor.encode_image(x))
+    edited = again(np.stack([teacher_images(s)[0] for s in sessions]))
+    images_PGTHWC = np.stack([edited, again(edited)], 1)[:, None]
+    assert identity_edits(first, images_PGTHWC, again(first)).tolist() == [[[False, True]]]*40
+
 def test_the_smallest_edit_of_the_shape_world_is_an_edit():
     "Every right edit of 40 sessions is one; the input, decoded once more, is none."
     editor, sessions = load_editor(), shape_sessions(40, 1)
