@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from xdist.scheduler import LoadScopeScheduling
-from helpers import processes, start_fork_server
+from helpers import processes
 
 # Files whose tests share what takes long to make, and other tests that take longest. These begin first, so that in the
 # end no core waits for one of them; a file of the first kind runs in one process, which makes what is shared once.
@@ -31,11 +31,6 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_finish():
     "What has been imported stays: a collection of garbage, half a second each time, need not look at it again."
     gc.freeze()
-
-@pytest.fixture(scope='session', autouse=True)
-def fork_server():
-    "Before any test, so that nothing but imports is copied; a few tests may do without it."
-    if 'diffusers' in sys.modules: start_fork_server()
 
 def prepare_runner():
     "Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them."

@@ -1,9 +1,6 @@
 "What several files of tests need: patience, and commands in processes of their own that start quickly."
-import gc, logging, multiprocessing, os, runpy, signal, sys, time, warnings
-from contextlib import suppress
-from multiprocessing import forkserver, resource_tracker, util
+import gc, multiprocessing, os, runpy, signal, sys, time, warnings
 from pathlib import Path
-from threading import RLock
 from unittest.mock import patch
 import pytest
 
@@ -20,35 +17,6 @@ def wait_for(condition, every=.01):
 processes = multiprocessing.get_context('forkserver')
 processes.set_forkserver_preload(['diffusers.pipelines.flux.pipeline_flux_kontext', 'mt_editflow_nb.cli.eval',
                                   'mt_editflow_nb.cli.train'])
-
-def _stream_handlers():
-    "Those that libraries have opened on what was standard error when they were imported."
-    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
-        yield from (h for h in getattr(logger, 'handlers', ()) if type(h) is logging.StreamHandler)
-
-def _other_ends(pipe):
-    "The open files that are this pipe, but for the given end."
-    for fd in map(int, os.listdir('/proc/self/fd')):
-        with suppress(OSError):                      # the list's own file is closed by now
-            if fd != pipe and os.path.sameopenfile(fd, pipe): yield fd
-
-def _copy_of_this_process(path, arguments, fds):
-    "In the place of `spawnv_passfds`: the copy runs the line that a new interpreter would run."
-    child = os.fork()
-    if child: return child
-    try:
-        forkserver._forkserver._lock = RLock()       # the other one is held by whoever starts a server
-        sys.stdout, sys.stderr = (open(fd, 'w', buffering=1, closefd=False) for fd in (1, 2))
-        for handler in _stream_handlers(): handler.setStream(sys.stderr)
-        for fd in _other_ends(fds[1]): os.close(fd)  # only the first process holds it: the server ends when it does
-        exec(arguments[-1], {})
-    finally: os._exit(0)
-
-def start_fork_server():
-    "Now, as a copy of this process: what has been imported here need not be imported there again."
-    if sys.platform != 'linux': return
-    resource_tracker.ensure_running()
-    with patch.object(util, 'spawnv_passfds', _copy_of_this_process): forkserver.ensure_running()
 
 def _enter(main, argv, log, env):
     "The body of the process."
