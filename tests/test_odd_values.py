@@ -2,6 +2,7 @@
 import copy, csv, io, json
 import pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
+from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.data import importers
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import load_edival, load_sessions
@@ -134,3 +135,17 @@ def test_benchmarks_of_tables(folder):
                Intersection_exist=True)
     check(row, benchmark_read('gedit', file, write), 't.parquet')
     check(dict(index=3, image=png_cell(), context=['x', 'y']), benchmark_read('mse', file, write), 't.parquet')
+
+def test_sessions_that_lack_a_turn_are_left_out_and_counted(tmp_path):
+    "Ten made-up results, of which one has no second turn, as where a picture was missing: nine are compared."
+    (tmp_path/'multipass').mkdir()
+    for i in range(10):
+        turns = (1, 3) if i == 4 else (1, 2, 3)
+        rows = {str(t): dict(instruction_following=int(t == 1), meta=dict(instruction='x')) for t in turns}
+        (tmp_path/'multipass'/f'{i}_input_raw.json').write_text(json.dumps(rows | dict(base_image_quality={})))
+    assert main(['--import', str(tmp_path), '--out', str(tmp_path/'out')]) == 0
+    results = json.loads((tmp_path/'out/results.json').read_text())
+    assert results['sessions'] == 9
+    assert 'Sessions that lack a turn and are left out, as published: 1.' in results['notes']
+    value = {(row['metric'], row['turn']): row['value'] for row in results['table']}
+    assert [value['IF', t] for t in (1, 2, 3)] == [100, 0, 0]

@@ -662,7 +662,7 @@ def import_published(
     check_against(a.against, sessions)
     outcomes, T = outcomes_of(scored), len(scored[0])
     incomplete = len(published_files(a.imported)) - len(sessions)
-    notes = [f'{incomplete} sessions lack a turn and are left out, as published.'] if incomplete else []
+    notes = [f'Sessions that lack a turn and are left out, as published: {incomplete}.'] if incomplete else []
     facts = dict(Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {T} turns', results=a.imported),
                  Protocol=dict(scored="by the benchmark's own script"))
     table = finish_run(

@@ -32,6 +32,7 @@ def _footnotes(results): # what is different about a run, and what its card says
     if protocol.get('vlm', EDIVAL_VLM) != EDIVAL_VLM: notes.append(f'judge {protocol["vlm"]} (published: {EDIVAL_VLM})')
     own_wording = protocol.get('questions') == 'own wording' and 'differences' not in results
     if own_wording: notes.append('our wording of the questions')
+    if 'scored' in protocol: notes.append(f'scored {protocol["scored"]}')
     if _benchmark_of(results) == 'sessions': notes.append(f'sessions: {results["facts"]["Data"]["sessions"]}')
     return list(dict.fromkeys(notes))
 
@@ -71,7 +72,7 @@ def published_numbers(
 # %% ../../nbs/evaluation/10_leaderboard.ipynb #4e557cbe
 def _cell(row):
     if pd.isna(row.value): return ''
-    digits = 2 if row.benchmark in ('gedit', 'imgedit') else 1
+    digits = 1 if row.benchmark in ('lme', 'mse', 'sessions') else 2                    # as they are published
     if pd.isna(row.low): return f'{row.value:.{digits}f}'
     return f'{row.value:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]'
 
