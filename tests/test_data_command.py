@@ -60,6 +60,22 @@ def test_nonsense_for_a_whole_picture_is_one_line(photos, capsys):
     assert len(lines) == 3 and all('nothing could be listed' in line for line in lines[:2])
     assert 'expected instructions for at least one picture' in lines[2] and not (photos/'in'/'own.jsonl').exists()
 
+def test_files_that_a_selection_cannot_read_or_write(photos, capsys):
+    "Both parts of a split to one file, and tables, whose pictures cannot be referred to."
+    session = dict(id='a', image='in/deep/0.png', instructions=['make it red'])
+    other_session = session | dict(id='b', image='in/deep/1.png')
+    (photos/'s.jsonl').write_text(json.dumps(session) + '\n' + json.dumps(other_session) + '\n')
+    (photos/'t.parquet').write_bytes(b'PAR1')
+    one, other = str(photos/'one.jsonl'), str(photos/'other.jsonl')
+    for argv, message in ((['split', str(photos/'s.jsonl'), one, str(photos/'in/../one.jsonl')], 'than TRAIN'),
+                          (['stats', str(photos/'t.parquet')], 'a JSON Lines file of sessions, received'),
+                          (['show', str(photos), one], "a JSON Lines file of sessions, received 'a folder'")):
+        assert main(argv) == 2
+        said, = capsys.readouterr().err.splitlines()
+        assert message in said
+    assert not (photos/'one.jsonl').exists()
+    assert main(['split', str(photos/'s.jsonl'), one, other, '--heldout', '1']) == 0
+
 def test_what_cannot_be_asked_for(photos, capsys):
     assert read_type_weights(['subject_add=2', 'count_change']) == dict(subject_add=2, count_change=1)
     for text in ('subject_ad', 'subject_add=x', 'subject_add=0'):
