@@ -74,7 +74,11 @@ def test_files_that_a_selection_cannot_read_or_write(photos, capsys):
         said, = capsys.readouterr().err.splitlines()
         assert message in said
     assert not (photos/'one.jsonl').exists()
-    assert main(['split', str(photos/'s.jsonl'), one, other, '--heldout', '1']) == 0
+    assert main(['split', str(photos/'s.jsonl'), one, other]) == 0                 # a share of .2
+    assert len(load_sessions(one, allow_outside=True)) == len(load_sessions(other, allow_outside=True)) == 1
+    for amount in ('0', '1.', '-1', 'x', 'nan'):
+        assert main(['split', str(photos/'s.jsonl'), one, other, '--heldout', amount]) == 2
+        assert '--heldout: expected a whole number, or a share below 1' in capsys.readouterr().err
 
 def test_what_cannot_be_asked_for(photos, capsys):
     assert read_type_weights(['subject_add=2', 'count_change']) == dict(subject_add=2, count_change=1)

@@ -109,7 +109,8 @@ def _filter_options(add):
 def _split(a):
     try: amount = int(a.heldout) if a.heldout.isdigit() else float(a.heldout)
     except ValueError: amount = 0
-    expect(amount in range(1, 10**9) or 0 < amount < 1, '--heldout', 'a whole number, or a share below 1', a.heldout)
+    good = 0 < amount < 1 or isinstance(amount, int) and amount > 0
+    expect(good, '--heldout', 'a whole number, or a share below 1', a.heldout)
     expect(Path(a.train).resolve() != Path(a.heldout_file).resolve(), 'HELDOUT', 'another file than TRAIN', a.train)
     train, heldout = split_by_picture(read_for_selection(a.file), amount)
     for sessions, path in ((train, a.train), (heldout, a.heldout_file)): _write(sessions, path, a.file)
