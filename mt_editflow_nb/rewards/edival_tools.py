@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pack_array', 'unpack_array', 'pack_answer', 'unpack_answer', 'RequestFields', 'CallBody', 'pack_request',
-           'pictures_of', 'unpack_requests', 'tools_app', 'RemoteTools', 'LocalTools', 'check_tools', 'RuleRewards',
-           'rule_rewards']
+           'pictures_of', 'unpack_requests', 'tools_app', 'ToolsServer', 'RemoteTools', 'LocalTools', 'check_tools',
+           'RuleRewards', 'rule_rewards']
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #02eafb90
 import base64, itertools, json, os, sys, threading, time
@@ -162,44 +162,18 @@ def _refusal(response):
     except (ValueError, KeyError, TypeError): said = response.text
     return one_line(said)[:200] or f'status {response.status_code}'
 
-# %% ../../nbs/rewards/01e_edival_tools.ipynb #1564410c
-class RemoteTools:
-    "Tools behind a server of `mtef_tools`."
+# %% ../../nbs/rewards/01e_edival_tools.ipynb #1564410b
+class ToolsServer:
+    "Calls to a server of `mtef_tools`, which may be gone for a while."
     def __init__(
         self,
-        url: str,                  # such as 'http://localhost:8100'
-        cache: str|Path = None,    # SQLite file that keeps what detector and vision-language model answer
-        *,
-        timeout: float = 120,      # seconds a try
-        retries: int = 5,          # after bad luck, with growing pauses
-        judge_wait: float = 1800,  # seconds that a server that is gone is waited for
-        concurrency: int = 4,      # calls on their way at once, of all processes of a run together
-        batch: int = 64,           # requests a call
+        url: str,          # such as 'http://localhost:8100'
+        timeout: float,    # seconds a try
+        retries: int,      # after bad luck, with growing pauses
+        judge_wait: float, # seconds that a server that is gone is waited for
     ):
-        fine = url.startswith(('http://', 'https://')) and not any(c.isspace() for c in url)
-        expect(fine, 'judge', "edival@URL with an address such as 'http://localhost:8100'", url)
         self.urls, self.timeout, self.retries, self.judge_wait = (url.rstrip('/'),), timeout, retries, judge_wait
-        self.concurrency = max(1, concurrency//int(os.environ.get('WORLD_SIZE') or 1))
-        self.batch, self.model = batch, f'edival@{self.urls[0]}'
-        self.encoded, self.cache = EncodedPictures('png'), cache
         self.stop, self.waiting = threading.Event(), False
-
-    @cached_property
-    def tools(self):
-        "The three tools, which ask nothing twice; features are not kept: those of one picture are megabytes."
-        return EdivalTools(*(_RemoteTool(self, kind, self.cache) for kind in ('detect', 'ask')),
-                           _RemoteTool(self, 'describe'))
-
-    @cached_property
-    def tools_past_cache(self):
-        "The three tools, whatever is on record."
-        return EdivalTools(*(_RemoteTool(self, kind) for kind in ('detect', 'ask', 'describe')))
-
-    @cached_property
-    def about(self):
-        "What the server says it is."
-        said = self.call('GET', '/tools')
-        return said if not isinstance(said, NoAnswer) else {}
 
     def call(
         self,
@@ -238,6 +212,44 @@ class RemoteTools:
         "Stop waiting for the server, from any thread."
         self.stop.set()
         self.stop = threading.Event()            # of the calls that are made from now on
+
+# %% ../../nbs/rewards/01e_edival_tools.ipynb #1564410c
+class RemoteTools(ToolsServer):
+    "Tools behind a server of `mtef_tools`."
+    def __init__(
+        self,
+        url: str,                 # such as 'http://localhost:8100'
+        cache: str|Path = None,   # SQLite file that keeps what detector and vision-language model answer
+        *,
+        timeout: float = 120,     # seconds a try
+        retries: int = 5,         # after bad luck, with growing pauses
+        judge_wait: float = 1800, # seconds that a server that is gone is waited for
+        concurrency: int = 4,     # calls on their way at once, of all processes of a run together
+        batch: int = 64,          # requests a call
+    ):
+        fine = url.startswith(('http://', 'https://')) and not any(c.isspace() for c in url)
+        expect(fine, 'judge', "edival@URL with an address such as 'http://localhost:8100'", url)
+        super().__init__(url, timeout, retries, judge_wait)
+        self.concurrency = max(1, concurrency//int(os.environ.get('WORLD_SIZE') or 1))
+        self.batch, self.model = batch, f'edival@{self.urls[0]}'
+        self.encoded, self.cache = EncodedPictures('png'), cache
+
+    @cached_property
+    def tools(self):
+        "The three tools, which ask nothing twice; features are not kept: those of one picture are megabytes."
+        return EdivalTools(*(_RemoteTool(self, kind, self.cache) for kind in ('detect', 'ask')),
+                           _RemoteTool(self, 'describe'))
+
+    @cached_property
+    def tools_past_cache(self):
+        "The three tools, whatever is on record."
+        return EdivalTools(*(_RemoteTool(self, kind) for kind in ('detect', 'ask', 'describe')))
+
+    @cached_property
+    def about(self):
+        "What the server says it is."
+        said = self.call('GET', '/tools')
+        return said if not isinstance(said, NoAnswer) else {}
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #feef2b5c
 class _RemoteTool:
