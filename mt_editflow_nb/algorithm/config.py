@@ -290,7 +290,7 @@ def check_advantage(
 
 # %% ../../nbs/algorithm/03_config.ipynb #4f0c2a12
 CONFIG_PRESETS = PRESETS | {
-    'turn-branching': dict(branching='random', credit='local', fusion='adaptive', std='none', weights=[.07, .93],
+    'turn-branching': dict(branching='random', credit='local', fusion='adaptive', std='none', weights=[.1, .9],
                            train_levels=1)}
 
 # %% ../../nbs/algorithm/03_config.ipynb #59adc37f
