@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDIVAL_METRICS', 'Outcomes', 'outcomes_from', 'all_right_so_far', 'metric_arrays', 'weighted_scores', 'edival_scores',
            'count_unscored', 'unscored_by_reward', 'score_intervals', 'compare_scores', 'plot_comparison',
-           'save_outcomes', 'load_outcomes', 'compare', 'seed_summary']
+           'save_outcomes', 'load_outcomes', 'compare']
 
 # %% ../../nbs/evaluation/01_scores.ipynb #6aad773e
 import json
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from ..data.files import InputError, atomic_write, expect, one_line
 from ..data.plots import PALETTE, plain_label
-from .statistics import (bootstrap, mean_over_seeds, percentile_interval, seed_interval,
+from .statistics import (bootstrap, mean_over_seeds, percentile_interval,
                                                   session_weights, superiority, weighted_mean, wilson)
 
 # %% ../../nbs/evaluation/01_scores.ipynb #c2b5c609
@@ -286,28 +286,3 @@ def compare(
     if ids_a and ids_b: _check_same_sessions(run_a, ids_a, run_b, ids_b)
     names = dict(before='a', after='b', before_unscored='a_unscored', after_unscored='b_unscored')
     return compare_scores(a, b, **kw).rename(columns=names)
-
-# %% ../../nbs/evaluation/01_scores.ipynb #4f006ff5
-def _scores_of_seeds(outcomes):
-    "The scores of each seed [S, T*4], in the order of `_index`."
-    parts = _parts(outcomes)
-    return bootstrap(_flat_scores, parts, np.ones((1, parts[0].shape[1]))).seeds_SX
-
-def seed_summary(
-    before: Outcomes, # of the base editor, `[I, T]` or with seeds `[S, I, T]`
-    after: Outcomes,  # of S >= 2 trained editors, `[S, I, T]`
-    **kw,             # n_boot and seed of `compare_scores`
-) -> dict: # 'turn1_IF', ... -> before, before_ci, gain, and gain_ci (over seeds), gain_ci_sessions, gain_ci_both
-    "What training gained in percentage points, and how far other seeds, other sessions, or both would move that."
-    both = compare_scores(before, after, **kw)
-    tables = dict(before_ci=score_intervals(before, **kw), gain_ci_both=both,
-                  gain_ci_sessions=compare_scores(before, after, over_seeds=False, **kw))
-    ends = {name: table[['low', 'high']].to_numpy().tolist() for name, table in tables.items()}
-    gains = seed_interval(_scores_of_seeds(after) - _scores_of_seeds(before))
-    summary = {}
-    for x, row in enumerate(both.index):
-        gain, *over_seeds = (float(numbers_X[x]) for numbers_X in gains)
-        before_value = float(tables['before_ci'].value.iloc[x])
-        summary['turn{}_{}'.format(*row)] = dict(before=before_value, gain=gain, gain_ci=over_seeds) | {
-            name: of_rows[x] for name, of_rows in ends.items()}
-    return summary
