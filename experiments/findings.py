@@ -1,6 +1,7 @@
 """Fill the tables of experiments/FINDINGS.md from what `mtef_report` wrote: python experiments/findings.py [--check]
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a folder of experiments/results/sweeps. With
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a folder of experiments/results/sweeps, and a
+number after it is the turn, where it is not the last at which all settings have an overall score. With
 --check nothing is written, and the exit status is 1 if a table in the text is not the one of the files."""
 import argparse, re, sys
 from pathlib import Path
@@ -32,10 +33,10 @@ def compared_cells(rows):
     of_each = [difference(rows.loc[metric]) for metric in ('IF', 'CC')]
     return [beyond_doubt, f'{O.p_holm:.3f}', *of_each, f'{O.detectable:.1f}']
 
-def table(name):
-    "Markdown: every setting of a sweep against its baseline, at the last turn at which all have an overall score."
+def table(name, turn=None):
+    "Markdown: every setting of a sweep against its baseline; without a turn at the last at which all have an O."
     comparisons, scores, monitor = read_tables(name)
-    turn = last_turn(comparisons[comparisons.metric == 'O'].set_index('turn').difference)
+    turn = turn or last_turn(comparisons[comparisons.metric == 'O'].set_index('turn').difference)
     compared = comparisons[comparisons.turn == turn].set_index(['point', 'metric'])
     scores = scores[scores.turn == turn].set_index('point')
     seen = monitor.set_index('point').drop(columns='seeds')
@@ -53,8 +54,10 @@ def table(name):
 
 def filled(text):
     "The text with every table made anew."
-    def fill(match): return f'{match[1]}\n{table(match[2])}\n\n{match[3]}'
-    return re.sub(r'(<!-- table (\S+) -->\n).*?(<!-- end -->)', fill, text, flags=re.S)
+    def fill(match):
+        opening, name, turn, end = match.groups()
+        return f'{opening}\n{table(name, turn and int(turn))}\n\n{end}'
+    return re.sub(r'(<!-- table (\S+)(?: (\d+))? -->\n).*?(<!-- end -->)', fill, text, flags=re.S)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

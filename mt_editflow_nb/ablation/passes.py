@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PASS_COST', 'derived_passes', 'count_passes', 'passes_so_far', 'pass_curve', 'passes_until', 'curve_mean',
-           'pass_table']
+           'common_turn', 'pass_table']
 
 # %% ../../nbs/ablation/01c_passes.ipynb #f29023a4
 import math
@@ -99,6 +99,12 @@ def _curves(point, turn):
     curves = [pass_curve(rows, config, turn) for rows, config in zip(point.curves, point.configs)]
     return [curve for curve in curves if len(curve[0])]
 
+def common_turn(
+    results: Results, # from `load_results`
+) -> int:             # from 1
+    "The last turn that the training sessions of every point have, at which their learning curves can be compared."
+    return min(_turns(*run) for point in results.points.values() for run in zip(point.curves, point.configs))
+
 def _mean(values):
     known = [v for v in values if not math.isnan(v)]
     return sum(known)/len(known) if known else math.nan
@@ -117,16 +123,17 @@ def _last_turn_with_O(point):
 def pass_table(
     results: Results,    # from `load_results`
     turn: int = None,    # of the gain; None: the last at which the baseline has an overall score
-    reach: float = None, # O in percent on the training sessions; None: what the baseline ends with
+    reach: float = None, # O in percent on the training sessions, at `common_turn`; None: what the baseline ends with
     n_boot: int = 1000,  # bootstrap draws
 ) -> pd.DataFrame:       # index point
     """The gain and the cost of every point, in percent points of O.
 
     `passes` and `to_reach` are in thousands, means over seeds; `reached` of the seeds have reached `reach`;
-    `area` is the mean of O over the passes that all points have had."""
+    `area` is the mean of O over the passes that all points have had, both at `common_turn`."""
     first = results.points[results.plan['baseline']]
     turn = turn or _last_turn_with_O(first)
-    curves = {label: _curves(point, None) for label, point in results.points.items()}
+    at = common_turn(results)
+    curves = {label: _curves(point, at) for label, point in results.points.items()}
     if reach is None: reach = _mean([O[-1] for _, O in curves[first.label]])
     budget = min((passes[-1] for seeds in curves.values() for passes, _ in seeds), default=math.nan)
     rows = {}

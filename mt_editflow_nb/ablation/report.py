@@ -11,7 +11,7 @@ __all__ = ['score_table', 'comparison_table', 'verdicts', 'save_report_table', '
 from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from .passes import pass_curve
+from .passes import common_turn, pass_curve
 from .results import (
     METRICS, Results, compare_points, last_turn, load_results, seed_scores)
 from ..data.files import InputError, atomic_write, expect, read_json, shipped
@@ -150,10 +150,11 @@ def _legend(fig):
 
 def plot_curves(
     results: Results, # from `load_results`
-    turn: int = None, # from 1; None: the last
+    turn: int = None, # from 1; None: the last that all points train on
 ) -> Figure:
     "Learning curves on the training sessions: mean over seeds and its 95 % interval."
-    return plot_learning_curves({point.label: point.curves for point in _shown(results)}, ('all_right', 'cc'), turn)
+    rows_by_point = {point.label: point.curves for point in _shown(results)}
+    return plot_learning_curves(rows_by_point, ('all_right', 'cc'), turn or common_turn(results))
 
 # %% ../../nbs/ablation/02_report.ipynb #06490e2e
 def plot_turns(
@@ -226,9 +227,10 @@ def plot_forest(
 # %% ../../nbs/ablation/02_report.ipynb #fda4ccb5
 def plot_passes(
     results: Results, # from `load_results`
-    turn: int = None, # from 1; None: the last of training
+    turn: int = None, # from 1; None: the last that all points train on
 ):                    # `Figure`, or None where no run logs what it needs
     "O on the training sessions over passes through the transformer: mean over seeds and its 95 % interval."
+    turn = turn or common_turn(results)
     fig = Figure(figsize=(7, 3.4), layout='constrained')
     ax, drawn = fig.subplots(), 0
     for i, point in enumerate(_shown(results)):
@@ -238,7 +240,7 @@ def plot_passes(
         x = np.linspace(max(p[0] for p, _ in curves), min(p[-1] for p, _ in curves), 100)
         _band(ax, x/1000, np.stack([np.interp(x, *curve) for curve in curves]), point.label, line_style(i), 100)
         drawn += 1
-    ax.set(xlabel='thousand passes through the transformer', ylabel=f'O at turn {turn or "T"}, training sessions')
+    ax.set(xlabel='thousand passes through the transformer', ylabel=f'O at turn {turn}, training sessions')
     if not drawn: return None
     _legend(fig)
     return fig
