@@ -94,6 +94,13 @@ def test_begins_with_title_and_subtitle(path):
     assert cells[0].cell_type == 'markdown' and found
     assert len(found[1]) <= 120, 'the subtitle becomes a docstring of one line'
 
+@each(notebooks)
+def test_figures_are_pictures(path):
+    "Without `%matplotlib inline` a figure that is a cell's value is the words <Figure size ...>."
+    outputs = [o for c in nbformat.read(path, 4).cells for o in c.get('outputs', ()) if 'data' in o]
+    figures = [o.data for o in outputs if o.data.get('text/plain', '').startswith('<Figure ')]
+    assert all('image/png' in data for data in figures)
+
 def exported_cells(path):
     "(source, syntax tree) of the cells that a chapter exports."
     sources = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
