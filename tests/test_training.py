@@ -390,8 +390,9 @@ def test_the_main_job_through_papermill(tmp_path, capsys):
     assert 'turn' in out and str(run/'train.ipynb') in out
     import nbformat
     cells = nbformat.read(run/'train.ipynb', 4).cells
+    # two figures, a strip of each evaluated session, and the members of a group
     pictures = [o for c in cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
-    assert len(pictures) == 3 and not any(o.output_type == 'error' for c in cells for o in c.get('outputs', []))
+    assert len(pictures) == 5 and not any(o.output_type == 'error' for c in cells for o in c.get('outputs', []))
 
 def test_runs_of_a_folder_evaluate_the_base_editor_once(tmp_path, monkeypatch):
     "What is found of it lies under a name made of all that it depends on; uncommitted code shares nothing."
