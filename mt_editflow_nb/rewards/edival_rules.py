@@ -497,9 +497,11 @@ def _is_name(x): return isinstance(x, str)
 def _is_flag(x): return x in (True, False)
 def _are_names(x): return isinstance(x, list) and all(map(_is_name, x))
 
-_needed = ('format_instructions', 'bg_consistency', 'unchanged_objects', 'all_objects')
-_kinds = dict(zip(_needed, ('a text', 'true or false', 'a list of names', 'a list of names')))
-_fits = dict(zip(_needed, (_is_name, _is_flag, _are_names, _are_names)))
+_needed = {                                          # field of `meta` -> what it holds for each turn, and the check
+    'format_instructions': ('a text', _is_name),
+    'bg_consistency': ('true or false', _is_flag),
+    'unchanged_objects': ('a list of names', _are_names),
+    'all_objects': ('a list of names', _are_names)}
 
 def to_square(
     image: Image.Image, # any size and mode
@@ -515,12 +517,12 @@ def check_edival_session(
     "Raises `InputError` for a session that lacks an image or what the rules read about it. No picture is decoded."
     T, place = len(session.instructions), f'session {session.id!r}'
     maker = 'load_edival reads them, mtef_data make writes them'
-    for name in _needed:
+    for name, (kind, fits_turn) in _needed.items():
         expect(name in session.meta, place, f"EdiVal-Bench's `{name}` in `meta` ({maker})", 'none')
         values = session.meta[name]
         fits = isinstance(values, list) and len(values) == T
         expect(fits, f'{place}: `{name}`', f'a list of {T}, one a turn', values)
-        expect(all(map(_fits[name], values)), f'{place}: `{name}`', f'{_kinds[name]} a turn', values)
+        expect(all(map(fits_turn, values)), f'{place}: `{name}`', f'{kind} a turn', values)
     expect(len(session.task_types) == T, f'{place}: `task_types`', f'a list of {T}, one a turn', session.task_types)
     for kind in session.task_types: one_of(f'{place}: `task_types`', kind, list(SLOT_PATTERNS))
     there = session.image_path or session.image_file or session.image is not None
