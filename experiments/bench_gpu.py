@@ -352,7 +352,7 @@ def main():
     for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     toy = a.toy or device.type == 'cpu'
-    if toy: values |= dict(lora_rank=4, batch=2)
+    if toy: values |= dict(lora_rank=4, batch=2, sessions_per_iteration=2, group=2, keep=None, num_steps=3)
     if toy and not Path(str(values.get('editor'))).is_dir(): values |= dict(editor='tiny', size=48)
     c = make_config(values)
     configs, dtype = editor_configs(c.editor), torch.bfloat16

@@ -11,6 +11,7 @@ from mt_editflow_nb.rewards.cube import Judge, Scores, TurnScorer, judge_usage, 
 from mt_editflow_nb.rewards.engines import Ask, Reply
 from mt_editflow_nb.rewards.judges import Item, PROMPTS, load_mode
 from mt_editflow_nb.rewards.servers import Server
+from mt_editflow_nb.training.train import hint_at_resume
 
 class Scripted(ThreadingHTTPServer):
     "A chat server on loopback. `script(request)` gives the fields of a choice, or a status and an error's message."
@@ -220,8 +221,8 @@ def test_a_server_that_stays_away_stops_the_run_and_what_was_said_is_kept(tmp_pa
     judge()(sessions[:1], images[:1])
     servers[0].shutdown()
     servers[0].server_close()
-    with pytest.raises(InputError, match='connection refused.*waited .* minutes.*What was done before is kept') as e:
-        judge()(sessions, images)
+    said = 'connection refused.*waited .* minutes.*before is kept; go on when it is back: mtef_train --resume runs/x$'
+    with pytest.raises(InputError, match=said) as e, hint_at_resume('runs/x'): judge()(sessions, images)
     assert '\n' not in str(e.value)
     servers[0] = Scripted(lambda request: good, servers[0].server_port)
     assert judge()(sessions, images).failed == 0

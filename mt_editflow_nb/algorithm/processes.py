@@ -251,7 +251,7 @@ def failing_together(
     process, cause = decisive
     if isinstance(cause, (KeyboardInterrupt, torch.OutOfMemoryError)): raise cause from error
     if process == i and not isinstance(cause, InputError): raise error          # with its own traceback
-    raise ProcessError(_in_words(process, cause)) from error
+    raise ProcessError(_in_words(process, cause)) from error or cause
 
 def from_first(
     make, # called in the first process alone

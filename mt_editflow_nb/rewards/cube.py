@@ -22,7 +22,7 @@ from ..data.sessions import MAX_INSTRUCTIONS_LENGTH
 from .cache import Cached
 from .edival_rules import EDIVAL_SIDE, check_edival_session, run_together, to_square, turn_steps
 from .edival_tools import LocalTools, RemoteTools, check_tools, rule_rewards
-from .engines import Local, TINY_JUDGE
+from .engines import JudgeFailed, Local, TINY_JUDGE
 from .judges import Item, JOINT_REWARDS, PROMPTS, TINY_PROMPTS
 from .judges import is_joint, load_mode, logit
 from .loading import JUDGE_EXAMPLES, check_settings_of, load_engine
@@ -167,13 +167,13 @@ def check_failures(
     max_failed: float, # share of failed ones that is allowed
     place: str = '',   # such as ' at http://localhost:8000/v1'
 ):
-    "Raises `InputError` when more scores failed than are allowed."
+    "Raises `JudgeFailed` when more scores failed than are allowed."
     of = of or scores.rewards_PGTM.numel()
     if scores.failed <= max_failed*of: return
     why = [c['error'] for c in scores.calls if math.isnan(c['score']) and c['error']] or ['no answer could be used']
     often = Counter(why).most_common(1)[0][0].rstrip('.')
-    raise InputError(f'judge: {scores.failed} of {of} scores failed, more than the {max_failed:.0%} allowed; '
-                     f'most often{place}: {often}. What was done before is kept; go on when this is repaired')
+    raise JudgeFailed(f'judge: {scores.failed} of {of} scores failed, more than the {max_failed:.0%} allowed; '
+                      f'most often{place}: {often}. What was done before is kept; go on when this is repaired')
 
 def check_rewards(
     rewards: tuple, # names of what is to be scored
@@ -252,7 +252,7 @@ class Judge:
         items = judge_items(sessions, images_PGTHWC, turns, self.rewards, self.coarse, self.joint)
         verdicts = self.mode(self.engine, list(items.values()), self.prompts, seed=seed) if items else []
         away = getattr(self.engine, 'away', '')
-        if away: raise InputError(f'judge: {away}. What was done before is kept; go on when it is back')
+        if away: raise JudgeFailed(f'judge: {away}. What was done before is kept; go on when it is back')
         return scores_of(self, sessions, dict(zip(items, verdicts)), (P, G, len(turns)), T if self.coarse else 1)
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0022

@@ -24,7 +24,7 @@ from .edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, load_d
                                                   load_edival_vlm, load_features, read_edival_questions, weights_of)
 from .edival_rules import (EDIVAL_SIDE, QUESTIONS, Describe, Detect, EdivalTools, Found,
                                                  NoAnswer, Question, answer_all)
-from .engines import Ask, Reply
+from .engines import Ask, JudgeFailed, Reply
 from .servers import EncodedPictures, connection_cause
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #ddafee4f
@@ -199,7 +199,7 @@ class ToolsServer:
             if n < self.retries: continue
             if time.monotonic() - began >= self.judge_wait: break
             self._tell(True, error)
-        raise InputError(f'judge: {self.urls[0]}: {error}. What was done before is kept; go on when it is back')
+        raise JudgeFailed(f'judge: {self.urls[0]}: {error}. What was done before is kept; go on when it is back')
 
     def _tell(self, waiting, error=''):
         "Say in one line that the server is waited for, and in one that it is back."

@@ -437,8 +437,9 @@ def plan(
     """Plan what a run needs, without loading it.
 
     `memory` of each process: component -> bytes; `rows` and `flops` of an iteration, those of all processes;
-    `parameters`; `adapter`; `minutes` an iteration; `hours` of the job with its evaluations; `gpu`; `gpu_bytes` of
-    the card found, or None. Raises `InputError` for a size that does not fit, or rows that cannot be shared."""
+    `parameters`; `adapter`; `resting`, bytes of text encoders in host memory (offload); `minutes` an iteration; `hours`
+    of the job with its evaluations; `gpu`; `gpu_bytes` of the card found, or None. Raises `InputError` for a size
+    that does not fit, or rows that cannot be shared."""
     shard_of(c.sessions_per_iteration, c.group, (0, processes))
     configs = editor_configs(c.editor)
     found = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -462,6 +463,7 @@ def plan(
     return dict(
         editor=str(c.editor), size=size, parameters=profile.parameters, adapter=profile.adapter, rows=rows, flops=flops,
         gpu=card, memory=memory_of_each(memory, c, processes), passes=profile.passes, processes=processes,
+        resting=_text_encoder_bytes(c, configs, element, real) if c.offload else 0,
         iterations=c.iterations, found=found is not None,
         kinds=_kinds_text(longest, turns, shape, share) if kinds else '',
         minutes=flops/speed/60 if speed else None,
@@ -513,6 +515,8 @@ def plan_text(
     lines = [f"{p['editor']} at {p['size']}x{p['size']}: {trained}", '', f'memory{of_each}, GB']
     lines += [f'  {name:36}{b/1e9:9.3f}' for name, b in p['memory'].items()]
     lines += [f"  {'sum':36}{total/1e9:9.3f}"]
+    offloaded = f"  (offload: {p['resting']/1e9:.3f} GB of text encoders rest in host memory while activations are held)"
+    if p['resting']: lines.append(offloaded)
     lines += [f'  (not counted: {j}, whose configuration cannot be read from here)' for j in p['uncounted']]
     whole = p['adapter'] == p['parameters']
     if whole and count == 1: lines.append('  (processes share what is trained, its gradient and the optimiser)')

@@ -35,6 +35,7 @@ from ..editing.lora import ADAPTER_FILE, check_lora, save_lora
 from ..editing.whole import gather_transformer, save_transformer, train_whole
 from ..editing.rollout import turn_histories
 from ..rewards.cube import JUDGES, TurnScorer, judge_usage, load_judge
+from ..rewards.engines import JudgeFailed
 from ..algorithm.config import RL, Config
 from ..algorithm.distill import distill
 from ..algorithm.iterate import iterate
@@ -110,8 +111,11 @@ def stop_together(): # yields `StopRequests`
 def hint_at_resume(
     run, # its folder
 ):
-    "A context in which an interruption prints how to go on."
+    "A context in which an interruption prints how to go on, and a judge's failure ends with it."
     try: yield
+    except InputError as e:
+        if JudgeFailed not in (type(e), type(e.__cause__)): raise
+        raise type(e)(f'{e}: mtef_train --resume {run}') from e.__cause__
     except KeyboardInterrupt as e:
         if processes()[0] == 0: print(f'{e or "interrupted"}; go on with: mtef_train --resume {run}', file=sys.stderr)
         e.told = True
