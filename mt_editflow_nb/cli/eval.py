@@ -11,13 +11,12 @@ __all__ = ['MAX_SESSIONS', 'MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_p
            'bench_items', 'evaluate_bench', 'evaluation_answers', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
-import argparse, math, os, sys, time, warnings
+import argparse, os, sys, time, warnings
 from dataclasses import replace
 from importlib.metadata import version
 from os.path import expanduser
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
-from tqdm.auto import tqdm
 from ..data.files import (InputError, atomic_write, check_writable, content_hash, expect, one_line,
                                        open_image, read_json, to_json)
 from ..data.sessions import MAX_TURNS, load_edival
@@ -34,13 +33,11 @@ from ..rewards.edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QU
                                                   load_detector, load_edival_vlm, load_features, load_quality,
                                                   read_edival_questions, weights_of)
 from ..rewards.edival_rules import EDIVAL_SIDE, QUESTIONS, EdivalTools
-from ..algorithm.processes import (collect_answers, failing_together, from_first, interrupt, processes,
-                                                share_answers)
+from ..algorithm.processes import (collect_answers, failing_together, from_first, interrupt, share_answers)
 
 # %% ../../nbs/cli/01_eval.ipynb #66d1f29f
 from ..evaluation.bench_items import BENCHMARKS, benchmark_file, load_benchmark
-from ..evaluation.bench_pictures import (batches_of, count_cut, generate_benchmark, items_to_make,
-                                                  turn_counts)
+from ..evaluation.bench_pictures import count_cut, generate_benchmark, items_to_make, turn_counts
 from ..evaluation.bench_questions import BENCHMARK_QUESTIONS, read_benchmark_questions
 from ..evaluation.bench_runs import benchmark_differences, read_items, write_benchmark_run
 from ..evaluation.bench_scores import (Answers, ask_benchmark, benchmark_scores, load_benchmark_judge,
@@ -53,8 +50,8 @@ from ..evaluation.edival import (EDIVAL_SEED, cc_unscored_of, check_settings, ge
                                               protocol_differences, published_files, published_protocol, score_edival,
                                               sessions_to_score)
 from ..evaluation.exposure import decay_table, half_life, structured_judge
-from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, share_out,
-                                               trained_with, training_of)
+from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, trained_with,
+                                               training_of)
 from ..evaluation.scores import (Outcomes, compare, load_outcomes, save_outcomes, score_intervals,
                                               unscored_by_reward)
 from ..evaluation.statistics import format_intervals
@@ -722,16 +719,10 @@ def _bench_facts(a, items):
     return dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
 
 def _generate_items(a, items, out, settings):
-    "Pictures that are missing; several processes take turns at a few items each."
+    "Pictures that are missing."
     if not from_first(lambda: items_to_make(a.bench, items, out, a.steps, settings)): return
     with failing_together(): editor = _load_editor(a, items)
-    process, count = processes()
-    size = len(items) if count == 1 else max(1, min(a.batch, math.ceil(len(items)/count)))
-    def generate(indices):
-        return generate_benchmark(editor, a.bench, [items[i] for i in indices], out, num_steps=a.steps, batch=a.batch,
-                                  settings=settings, progress=count == 1)
-    with tqdm(total=len(items), desc='generating', unit='item', disable=process or count == 1) as bar:
-        for indices, _ in share_out(batches_of(items, size), generate): bar.update(len(indices))
+    generate_benchmark(editor, a.bench, items, out, num_steps=a.steps, batch=a.batch, settings=settings, progress=True)
 
 def _finish_bench(a, out, items, whole, answers, statistics):
     "Scores and card of a benchmark."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_TURNS', 'MAX_INSTRUCTION_LENGTH', 'MAX_INSTRUCTIONS_LENGTH', 'DECODED_IMAGES', 'DECODED_AT_LOAD', 'Session',
-           'is_decoded', 'Sessions', 'session_set', 'PrefetchedBatches', 'stays_inside', 'load_sessions',
-           'save_sessions', 'load_edival']
+           'is_decoded', 'Sessions', 'session_set', 'PrefetchedBatches', 'OpenedSessions', 'open_ahead', 'stays_inside',
+           'load_sessions', 'save_sessions', 'load_edival']
 
 # %% ../../nbs/data/01_sessions.ipynb #fb37697b
 import ast, hashlib, io, json, os, re, warnings
@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from csv import DictReader, Error as CSVError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -214,6 +214,31 @@ class PrefetchedBatches:
         sessions = (made or self.pool.submit(self.batch, iteration)).result()      # one after the other, never two
         self.next = {iteration + 1: self.pool.submit(self.batch, iteration + 1)}
         return sessions
+
+# %% ../../nbs/data/01_sessions.ipynb #8f8c04af
+class OpenedSessions(Sequence):
+    "All sessions of a set, of which a few have their pictures in memory. The others are made when they are asked for."
+    def __init__(
+        self,
+        sessions,     # a list of `Session`s, or `Sessions`
+        opened: dict, # number of a session -> the `Session` with its picture
+    ):
+        self.sessions, self.opened = sessions, opened
+
+    def __len__(self): return len(self.sessions)
+    def __getitem__(self, i): return self.opened[i] if i in self.opened else self.sessions[i]
+
+def open_ahead(
+    sessions,      # a list of `Session`s, or `Sessions`
+    batches: list, # of lists of numbers of sessions, in the order in which they will be asked for
+):                 # such a list -> `OpenedSessions`, of which these have decoded pictures
+    "Open the pictures of a batch while the one before it is used. A broken one raises `InputError` in its own batch."
+    def opened(n):
+        these = batches[n] if n < len(batches) else ()
+        return [replace(sessions[i], image=sessions[i].image) for i in these]
+    ahead, place = PrefetchedBatches(opened), {tuple(batch): n for n, batch in enumerate(batches)}
+    def with_pictures(indices): return OpenedSessions(sessions, dict(zip(indices, ahead(place[tuple(indices)]))))
+    return with_pictures
 
 # %% ../../nbs/data/01_sessions.ipynb #9edb26a8
 _required, _optional = ('id', 'image', 'instructions'), ('task_types', 'meta', 'targets')

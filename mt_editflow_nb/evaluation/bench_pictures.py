@@ -7,16 +7,20 @@ __all__ = ['PICTURE_STATISTICS', 'noise_seed', 'edit_turn', 'turn_counts', 'batc
            'items_to_make', 'kept_pictures', 'picture_statistics', 'statistics_table']
 
 # %% ../../nbs/evaluation/09a_bench_pictures.ipynb #bd25c77a
+import math
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from tqdm.auto import tqdm
 from ..data.files import content_hash, expect, image_size, open_image
+from ..data.sessions import open_ahead
 from ..data.sizes import fit_picture, fitted_size, share_cut
 from ..editing.editor import picture_size, set_shape
 from ..editing.rollout import sample
+from ..algorithm.processes import processes
 from .bench_items import BENCHMARKS, benchmark_file
 from .edival import is_made, save_made
+from .running import share_out
 from .statistics import bootstrap, percentile_interval, session_weights, weighted_mean
 
 # %% ../../nbs/evaluation/09a_bench_pictures.ipynb #7e0f131c
@@ -83,6 +87,19 @@ def _missing(name, folder, sessions, turn, settings): # [(session, the picture b
     return missing
 
 # %% ../../nbs/evaluation/09a_bench_pictures.ipynb #4e29ccb3
+def _generate_batch(editor, name, together, folder, num_steps, settings):
+    "Every turn of items of one shape and length; returns how many pictures were made."
+    made = 0
+    for s in together: _keep_first(editor, name, folder, s)
+    for turn in range(1, len(together[0].instructions) + 1):
+        missing = _missing(name, folder, together, turn, settings)
+        if not missing: continue
+        new, before, keys = zip(*missing)
+        images = edit_turn(editor, new, before, turn, [noise_seed(name, s) for s in new], num_steps)
+        for s, image, key in zip(new, images, keys): save_made(image, benchmark_file(name, folder, s, turn), key)
+        made += len(new)
+    return made
+
 def generate_benchmark(
     editor,                 # from `load_editor`
     name: str,              # out of `BENCHMARKS`
@@ -93,24 +110,22 @@ def generate_benchmark(
     batch: int = 8,         # items at a time
     settings: dict = None,  # what else a picture depends on: names and fingerprints of editor and adapter
     progress: bool = False, # a progress bar
-) -> int:                   # pictures that were made
+) -> int:                   # pictures that were made, by all processes together
     "Every turn of every item as a file. Called again it makes what is missing, or made from something else."
-    settings, made = dict(steps=num_steps) | (settings or {}), 0
-    bar = tqdm(total=int(sum(turn_counts(sessions))), desc='generating', disable=not progress)
+    settings = dict(steps=num_steps) | (settings or {})
+    process, count = processes()
     for s in sessions: expect(s.has_image, f'session {s.id!r}', 'an image', 'there is none')
     shapes = [fitted_size(*s.image_size, editor.size, editor.token_pixels) for s in sessions]
-    for indices in batches_of(sessions, batch, shapes):
-        together = [sessions[i] for i in indices]
-        for s in together: _keep_first(editor, name, folder, s)
-        for turn in range(1, len(together[0].instructions) + 1):
-            if missing := _missing(name, folder, together, turn, settings):
-                new, before, keys = zip(*missing)
-                images = edit_turn(editor, new, before, turn, [noise_seed(name, s) for s in new], num_steps)
-                for s, image, key in zip(new, images, keys):
-                    save_made(image, benchmark_file(name, folder, s, turn), key)
-                made += len(new)
-            bar.update(len(together))
-    bar.close()
+    batches = batches_of(sessions, max(1, min(batch, math.ceil(len(sessions)/count))), shapes)
+    with_pictures = open_ahead(sessions, batches[process::count])
+    def generate(indices):
+        opened = with_pictures(indices)
+        return _generate_batch(editor, name, [opened[i] for i in indices], folder, num_steps, settings)
+    made = 0
+    with tqdm(total=len(sessions), desc='generating', unit='item', disable=process or not progress) as bar:
+        for indices, new in share_out(batches, generate):
+            made += new
+            bar.update(len(indices))
     return made
 
 # %% ../../nbs/evaluation/09a_bench_pictures.ipynb #3210ab8b

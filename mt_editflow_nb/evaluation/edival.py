@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 from ..data.files import (InputError, atomic_write, content_hash, expect, file_name, open_image,
                                        read_json, to_json)
-from ..data.sessions import Session
+from ..data.sessions import Session, open_ahead
 from ..editing.editor import as_square, set_shape
 from ..editing.loading import FAMILIES, find_editor
 from ..editing.rollout import sample
@@ -129,12 +129,12 @@ def _keep_input(session, folder):
     if not file.is_file() or content_hash(open_image(file)) != content_hash(square): save_made(square, file, 'input')
 
 def in_batches(
-    sessions: list, # of `Session`s
-    batch: int,     # sessions at a time
-) -> list:          # of lists; smaller ones where several processes would otherwise have nothing to do
-    "Sessions in their order, cut into batches for all processes."
-    size = max(1, min(batch, math.ceil(len(sessions)/processes()[1])))
-    return [sessions[k:k + size] for k in range(0, len(sessions), size)]
+    count: int, # of sessions
+    batch: int, # sessions at a time
+) -> list:      # of lists of numbers; smaller ones where several processes would otherwise have nothing to do
+    "Numbers of sessions in their order, cut into batches for all processes."
+    size = max(1, min(batch, math.ceil(count/processes()[1])))
+    return [list(range(k, min(k + size, count))) for k in range(0, count, size)]
 
 def _todo(sessions, folder, turn, settings):
     "(session, the picture before, key) of every picture that is to be made."
@@ -158,9 +158,14 @@ def generate_edival(
     progress: bool = False,  # a progress bar
 ):
     "Write every turn of every session as a file. A second call makes only what is missing or out of date."
-    for s in sessions: expect(s.image is not None, f'session {s.id!r}', 'an image', None)
+    for s in sessions: expect(s.has_image, f'session {s.id!r}', 'an image', None)
     settings = dict(steps=num_steps, seed=seed) | (settings or {})
-    def generate(together):
+    process, count = processes()
+    batches = in_batches(len(sessions), batch)
+    with_pictures = open_ahead(sessions, batches[process::count])
+    def generate(indices):
+        opened = with_pictures(indices)
+        together = [opened[i] for i in indices]
         for s in together: _keep_input(s, folder)
         for turn in range(1, len(together[0].instructions) + 1):
             todo = _todo(together, folder, turn, settings)
@@ -169,9 +174,8 @@ def generate_edival(
             texts = [s.instructions[turn - 1] for s in new]
             made = edit_images(editor, before, texts, num_steps=num_steps, seed=seed)
             for s, im, key in zip(new, made, keys): save_made(to_square(im), turn_file(folder, s.id, turn), key)
-    show = progress and processes()[0] == 0
-    with tqdm(total=len(sessions), desc='generating', unit='session', disable=not show) as bar:
-        for together, _ in share_out(in_batches(sessions, batch), generate): bar.update(len(together))
+    with tqdm(total=len(sessions), desc='generating', unit='session', disable=process or not progress) as bar:
+        for indices, _ in share_out(batches, generate): bar.update(len(indices))
 
 # %% ../../nbs/evaluation/04_edival.ipynb #8d77fe36
 def pictures_to_make(
@@ -237,7 +241,8 @@ def score_edival(
     progress: bool = False, # a progress bar
 ) -> list:                  # I results of `score_sessions`
     "Score every session; what was scored before is read. All pictures must exist."
-    def score(together):
+    def score(indices):
+        together = [sessions[i] for i in indices]
         for s in together: check_edival_session(s)
         files = [Path(folder)/'scores'/f'{file_name(s.id)}.json' for s in together]
         keys = [_score_key(s, folder, judges) for s in together]
@@ -251,9 +256,9 @@ def score_edival(
         return rows
     scored, show = [], progress and processes()[0] == 0
     with tqdm(total=len(sessions), desc='scoring', unit='session', disable=not show) as bar:
-        for together, rows in share_out(in_batches(sessions, batch), score):
+        for indices, rows in share_out(in_batches(len(sessions), batch), score):
             scored += rows
-            bar.update(len(together))
+            bar.update(len(indices))
             _check_unscored(scored, max_failed)
     return scored
 

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['equal_length_batches', 'make_pictures', 'run_batch', 'EvaluatedSession', 'evaluation_protocol', 'check_protocol',
            'pack_pictures', 'unpack_pictures', 'write_outcomes', 'read_outcomes', 'read_cc_unscored', 'write_session',
-           'read_sessions', 'open_evaluation', 'evaluate_round', 'share_out', 'evaluation_rounds', 'open_ahead',
-           'evaluate_sessions', 'collect_sessions', 'collect_cc_unscored', 'unscored_note', 'evaluated_sessions',
-           'evaluate', 'solver_of', 'training_of', 'trained_with', 'training_mismatches']
+           'read_sessions', 'open_evaluation', 'evaluate_round', 'share_out', 'evaluation_rounds', 'evaluate_sessions',
+           'collect_sessions', 'collect_cc_unscored', 'unscored_note', 'evaluated_sessions', 'evaluate', 'solver_of',
+           'training_of', 'trained_with', 'training_mismatches']
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3c5a6b08
 import math, sys
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 from ..data.files import InputError, atomic_write, content_hash, locked, read_json, to_json
-from ..data.sessions import PrefetchedBatches
+from ..data.sessions import open_ahead
 from ..algorithm.processes import (exchange, failing_together, from_first, gather_to_first,
                                                 processes)
 from ..algorithm.sharding import is_sharded
 from ..editing.lora import lora_parameters
+from ..editing.noise import session_keys
 from ..editing.rollout import Shard, rollout
 from ..rewards.cube import check_scores
 from .scores import Outcomes, outcomes_from, unscored_by_reward
@@ -41,29 +41,32 @@ def equal_length_batches(
     return [indices[k:k + batch] for indices in alike.values() for k in range(0, len(indices), batch)]
 
 def make_pictures(
-    editor,         # from `load_editor`
-    sessions: list, # all `Session`s
-    indices: list,  # which of them to run, of one length
-    num_steps: int, # denoising steps
-    seed: int,      # of the noise
-    kind: str,      # 'ode', or 'dpm2' for DPM-Solver++ 2M
-) -> np.ndarray:    # uint8 [sessions, 1, T, H, W, 3]
+    editor,            # from `load_editor`
+    sessions: list,    # all `Session`s
+    indices: list,     # which of them to run, of one length
+    num_steps: int,    # denoising steps
+    seed: int,         # of the noise
+    kind: str,         # 'ode', or 'dpm2' for DPM-Solver++ 2M
+    keys: list = None, # of the noise of all sessions, from `session_keys`; None: made from the seed
+) -> np.ndarray:       # uint8 [sessions, 1, T, H, W, 3]
     "Let an editor run freely: every turn edits its own last result."
     return rollout(editor, sessions, group=1, num_steps=num_steps, kind=kind, seed=seed, batch=len(indices),
-                   shard=Shard(indices, [0])).images_PGTHWC
+                   shard=Shard(indices, [0]), all_keys=keys).images_PGTHWC
 
 def run_batch(
-    editor,          # from `load_editor`
-    sessions: list,  # all `Session`s
-    indices: list,   # which of them to run, of one length
-    judge,           # (sessions, images) -> `Scores`
+    editor,            # from `load_editor`
+    sessions: list,    # all `Session`s
+    indices: list,     # which of them to run, of one length
+    judge,             # (sessions, images) -> `Scores`
     *,
-    num_steps: int,  # denoising steps
-    seed: int,       # of the noise
-    kind: str,       # 'ode', or 'dpm2' for DPM-Solver++ 2M
-) -> tuple:          # (`Outcomes` of these sessions, images uint8 [I, T, H, W, 3], bool [I, T]: CC got no answer)
+    num_steps: int,    # denoising steps
+    seed: int,         # of the noise
+    kind: str,         # 'ode', or 'dpm2' for DPM-Solver++ 2M
+    keys: list = None, # of the noise of all sessions, from `session_keys`; None: made from the seed
+) -> tuple:            # (`Outcomes` of these sessions, images uint8 [I, T, H, W, 3], bool [I, T]: CC got no answer)
     "Let an editor run freely, and judge the results. Raises `InputError` for scores that break a judge's contract."
-    images_PGTHWC, run = make_pictures(editor, sessions, indices, num_steps, seed, kind), [sessions[i] for i in indices]
+    images_PGTHWC = make_pictures(editor, sessions, indices, num_steps, seed, kind, keys)
+    run = [sessions[i] for i in indices]
     scores = check_scores(judge(run, images_PGTHWC), run, images_PGTHWC)
     fields = scores.success_PGT, scores.object_cc_PGT, scores.background_cc_PGT
     outcomes = Outcomes(*(x[:, 0].float().cpu().numpy() for x in fields))
@@ -260,20 +263,6 @@ def _rows_of_batch(indices, outcomes, images, no_cc_IT, keep):
     return [EvaluatedSession(i, row, image if keep is None or i < keep else None, no_cc_IT[n:n + 1])
             for n, (i, row, image) in enumerate(zip(indices, rows, images))]
 
-def open_ahead(
-    sessions: list, # all `Session`s
-    batches: list,  # of lists of indices into them, in the order in which they will be asked for
-):                  # such a list -> all `Session`s, of which these have decoded pictures
-    "Open the pictures of a batch while the one before it is used. A broken one raises `InputError` in its own batch."
-    def opened(n):
-        these = batches[n] if n < len(batches) else ()
-        return [replace(sessions[i], image=sessions[i].image) for i in these]
-    ahead = PrefetchedBatches(opened)
-    def with_pictures(indices):
-        known = dict(zip(indices, ahead(batches.index(indices))))
-        return [known.get(i, session) for i, session in enumerate(sessions)]
-    return with_pictures
-
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3e1
 def evaluate_sessions(
     editor,                   # from `load_editor`
@@ -296,7 +285,8 @@ def evaluate_sessions(
         solver = {} if kind == 'ode' else dict(kind=kind)
         return evaluation_protocol(editor, sessions, num_steps=num_steps, seed=seed, **solver, **(settings or {}))
     def run(indices):
-        done = run_batch(editor, with_pictures(indices), indices, judge, num_steps=num_steps, seed=seed, kind=kind)
+        done = run_batch(editor, with_pictures(indices), indices, judge, num_steps=num_steps, seed=seed, kind=kind,
+                         keys=keys)
         return _rows_of_batch(indices, *done, keep)
     with ExitStack() as open_things:
         show = progress and process == 0
@@ -308,7 +298,8 @@ def evaluate_sessions(
         size = min(batch, math.ceil(len(missing)/count))
         batches = equal_length_batches(sessions, size, missing) if missing else []
         together = count > 1 and is_sharded(list(editor.transformer.parameters()))
-        def idle(indices): make_pictures(editor, sessions, indices, num_steps, seed, kind)
+        keys = session_keys(sessions, seed)
+        def idle(indices): make_pictures(editor, sessions, indices, num_steps, seed, kind, keys)
         rounds = evaluation_rounds(batches, sessions, count, together)
         with_pictures = open_ahead(sessions, [batches[process] for batches in rounds if process < len(batches)])
         for batches_now in rounds:
