@@ -53,6 +53,16 @@ def test_pico_banana_takes_the_final_image_as_the_last_turn(tmp_path):
     assert colors(short.target_images()) == [COLORS['red'], COLORS['lime']]
     assert long.meta['original_url'].endswith('101_attemptB_o.png') and 'CC BY-NC-ND' in long.meta['licence']
 
+def test_pico_banana_takes_first_pictures_from_the_packed_files_of_open_images(tmp_path):
+    "Their names are others; the set's own script writes which one it is."
+    draw(tmp_path/'t.png', 'red')
+    draw(tmp_path/'train_0'/'00ab.jpg', 'white')
+    files = [dict(id='final_image', url='t.png'), dict(id='original_input_image', url='https://x.com/7_o.jpg')]
+    row = dict(files=files, metadata_edit_turn_prompts=['a'], local_input_image='/there/openimages/train_0/00ab.jpg')
+    (tmp_path/'multi-turn.jsonl').write_text(json.dumps(row))
+    session, = load_sessions(import_set('pico-banana', tmp_path, tmp_path/'s.jsonl').path)
+    assert session.image_path.name == '00ab.jpg' and session.meta['original_url'] == 'https://x.com/7_o.jpg'
+
 def test_pico_banana_refuses_what_does_not_fit(tmp_path):
     good = pico_row(tmp_path, '1_a', 3)
     def only(row): return write_lines(tmp_path/'multi-turn.jsonl', [row])
@@ -124,6 +134,19 @@ def test_imgedit_says_which_picture_a_turn_edits(tmp_path):
     first, second = load_sessions(import_set('imgedit', tmp_path, tmp_path/'s.jsonl').path, same_turns=False)
     assert 'input_turn' not in first.meta and second.meta['input_turn'] == [0, 0, 1]
     assert colors([second.image, *second.target_images()]) == list(COLORS.values())
+
+def test_imgedit_knows_a_copy_by_its_content_and_a_rule_by_its_lack_of_pictures(tmp_path):
+    "As the set is published: what a turn edits has a name of its own; the first turn of some sessions is a sentence."
+    for name, color in (('origin_0', 'white'), ('result_0', 'red'), ('origin_1', 'red'), ('result_1', 'lime'),
+                        ('origin_2', 'red'), ('result_2', 'blue')): draw(tmp_path/'deep'/'m'/f'{name}.png', color)
+    def turn(k, inputs=1): return dict(input_images=[f'm/origin_{k}.png']*inputs,
+                                       output_images=[f'm/result_{k}.png']*inputs, prompt=f'edit {k}')
+    rule = turn(9, inputs=0) | dict(prompt='keep it round')
+    pq.write_table(pa.Table.from_pylist([dict(data=[rule, turn(0), turn(1), turn(2)])]), tmp_path/'m.parquet')
+    session, = load_sessions(import_set('imgedit', tmp_path, tmp_path/'s.jsonl').path)
+    assert session.instructions == ['keep it round edit 0', 'edit 1', 'edit 2']
+    assert session.meta['rule'] == 'keep it round' and session.meta['input_turn'] == [0, 1, 1]
+    assert colors([session.image, *session.target_images()]) == [COLORS[c] for c in ('white', 'red', 'lime', 'blue')]
 
 def test_imgedit_refuses_what_does_not_fit(tmp_path):
     imgedit(tmp_path, [('m/1_white.png', 'm/1_red.png'), ('m/3_blue.png', 'm/1_lime.png')])

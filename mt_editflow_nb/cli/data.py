@@ -29,13 +29,13 @@ def _say_skipped(skipped):
 
 def _say_written(path, n, outside):
     "What was written, and how it is read."
-    print(f'{path}: {n} sessions')
+    print(f'{path}: {n} {"session" if n == 1 else "sessions"}')
     if outside: print('its pictures lie outside its folder: train with allow_outside=true')
 
 def _import(a):
     done = import_set(a.set, a.source, a.out, pictures=a.pictures, on_bad=a.on_bad, unpack=a.unpack)
     _say_skipped(done.skipped)
-    if done.skipped: print(f'{len(done.skipped)} records left out')
+    if done.skipped: print(f'left out in all: {len(done.skipped)}')
     _say_written(done.path, done.sessions, done.outside)
 
 def _import_options(add):
@@ -86,6 +86,7 @@ def _write(sessions, path, source):
 def _filter(a):
     sessions = read_for_selection(a.file)
     there = sorted({kind for s in sessions for kind in s.task_types}) if a.type else ()
+    expect(there or not a.type, '--type', 'a file whose turns have types', f'none in {a.file}')
     for name in a.type or (): one_of('--type', name, there)
     if a.language: one_of('--language', a.language, LANGUAGES)
     def ends(name):
