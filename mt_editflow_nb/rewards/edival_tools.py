@@ -8,7 +8,7 @@ __all__ = ['pack_array', 'unpack_array', 'pack_answer', 'unpack_answer', 'Reques
            'RuleRewards', 'rule_rewards']
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #02eafb90
-import base64, itertools, json, os, sys, threading, time
+import base64, itertools, json, os, threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np, torch
 from PIL import Image
 from pydantic import BaseModel
-from tqdm.auto import tqdm
 from ..data.files import InputError, content_hash, expect, one_line, one_of, open_image
 from .cache import Cached
 from .edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, load_detector,
@@ -25,7 +24,7 @@ from .edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, load_d
 from .edival_rules import (EDIVAL_SIDE, QUESTIONS, Describe, Detect, EdivalTools, Found,
                                                  NoAnswer, Question, answer_all)
 from .engines import Ask, JudgeFailed, Reply
-from .servers import EncodedPictures, connection_cause
+from .servers import EncodedPictures, Patience, connection_cause
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #ddafee4f
 def pack_array(
@@ -173,7 +172,7 @@ class ToolsServer:
         judge_wait: float, # seconds that a server that is gone is waited for
     ):
         self.urls, self.timeout, self.retries, self.judge_wait = (url.rstrip('/'),), timeout, retries, judge_wait
-        self.stop, self.waiting = threading.Event(), False
+        self.stop, self.patience = threading.Event(), Patience()
 
     def call(
         self,
@@ -183,30 +182,20 @@ class ToolsServer:
     ):                     # what came back, or a `NoAnswer`
         "One call. Raises `InputError` for a server that stays away, and for what no patience repairs."
         import httpx2
-        began, stop, error = time.monotonic(), self.stop, ''
+        stop = self.stop
         for n in itertools.count():
-            if n and stop.wait(min(.5*2**min(n - 1, 5), 15)): break
             try: response = httpx2.request(method, self.urls[0] + path, json=body, timeout=self.timeout)
-            except httpx2.TimeoutException: error = f'no answer within {self.timeout:g} s'
-            except httpx2.HTTPError as e: error = connection_cause(e, self.urls[0])
+            except httpx2.TimeoutException: error = f'{self.urls[0]}: no answer within {self.timeout:g} s'
+            except httpx2.HTTPError as e: error = f'{self.urls[0]}: {connection_cause(e, self.urls[0])}'
             else:
-                self._tell(False)
+                self.patience.end(self.urls[0])
                 if response.status_code == 200: return response.json()
-                said = f'{self.urls[0]}{path}: {_refusal(response)}'
-                if response.status_code not in _try_again: raise InputError(f'judge: {said}')
-                if n >= self.retries: return NoAnswer(said)
-                continue
-            if n < self.retries: continue
-            if time.monotonic() - began >= self.judge_wait: break
-            self._tell(True, error)
-        raise JudgeFailed(f'judge: {self.urls[0]}: {error}. What was done before is kept; go on when it is back')
-
-    def _tell(self, waiting, error=''):
-        "Say in one line that the server is waited for, and in one that it is back."
-        if waiting == self.waiting: return
-        self.waiting = waiting
-        patience = f'{error}; waiting up to {self.judge_wait/60:g} minutes for it'
-        tqdm.write(f'judge: {self.urls[0]}: ' + (patience if waiting else 'answers again'), file=sys.stderr)
+                error = f'{self.urls[0]}{path}: {_refusal(response)}'
+                if response.status_code not in _try_again: raise InputError(f'judge: {error}')
+                if n >= self.retries: return NoAnswer(error)
+            pause = min(.5*2**n, 15) if n < self.retries else self.patience.pause(self.judge_wait, error)
+            if pause is None or stop.wait(pause):
+                raise JudgeFailed(f'judge: {error}. What was done before is kept; go on when it is back')
 
     def cancel(self):
         "Stop waiting for the server, from any thread."

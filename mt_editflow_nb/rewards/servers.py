@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURE_FORMATS', 'SERVED_FACTS', 'data_url', 'EncodedPictures', 'proxy_variable', 'check_environment',
            'connection_cause', 'refusal_text', 'chat_request', 'Unreachable', 'token_text', 'read_completion',
-           'status_text', 'server_absence', 'served_facts', 'ask_systemone', 'ask_server', 'server_urls',
+           'status_text', 'server_absence', 'served_facts', 'ask_systemone', 'ask_server', 'Patience', 'server_urls',
            'check_request_settings', 'run_in_thread', 'what_all_say', 'Server']
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0004
@@ -303,6 +303,33 @@ async def ask_server(
     except (openai.OpenAIError, json.JSONDecodeError):
         return Reply(error='the server answered with something that is no chat completion')
 
+# %% ../../nbs/rewards/00a_servers.ipynb #14a13e06
+def _say(line): tqdm.write(line, file=sys.stderr)
+
+class Patience:
+    "A wait for a server that is gone: one line when it begins, growing pauses, one line when somebody answers."
+    def __init__(self): self.began = None # when somebody was first waited for; None: nobody is
+
+    def pause(
+        self,
+        seconds: float, # that the server is waited for in all
+        why: str,       # which server, and why nobody is there
+    ) -> float:         # None where the wait is over
+        "Seconds until the next try, half a second at first, then as long as the wait has taken, at most 15."
+        if self.began is None:
+            self.began = time.monotonic()
+            if seconds > 0: _say(f'judge: {why}; waiting up to {seconds/60:g} minutes for it')
+        waited = time.monotonic() - self.began
+        return min(max(waited, .5), 15, seconds - waited) if waited < seconds else None
+
+    def end(
+        self,
+        who: str, # answers
+    ):
+        "Say that somebody is back, if anybody was waited for."
+        if self.began is not None: _say(f'judge: {who} answers again')
+        self.began = None
+
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0018
 class _Presence:
     "Which of a server's addresses somebody answers at."
@@ -332,20 +359,15 @@ class _Presence:
 
     async def wait(self):
         "Poll until somebody is there; False after `judge_wait` seconds, and for good in this batch."
-        server, t0, pause = self.server, time.monotonic(), .5
+        server, patience = self.server, Patience()
         async with self.lock:
             why = '; '.join(f'{url}: {cause}' for url, cause in server.absent.items())
             while not server.away and not await self.look():
-                left = server.judge_wait - (time.monotonic() - t0)
-                waited = f'; waited {server.judge_wait/60:g} minutes' if server.judge_wait else ''
-                if left <= 0: server.away = why + waited
-                elif pause == .5: _say(f'judge: {why}; waiting up to {server.judge_wait/60:g} minutes for it')
-                await asyncio.sleep(min(pause, max(left, 0)))
-                pause = min(2*pause, 15)
-            if pause > .5 and not server.away: _say(f'judge: {server.model} answers again')
+                pause = patience.pause(server.judge_wait, why)
+                if pause is not None: await asyncio.sleep(pause)
+                else: server.away = f'{why}; waited {server.judge_wait/60:g} minutes' if server.judge_wait else why
+            if not server.away: patience.end(server.model)
         return not server.away
-
-def _say(line): tqdm.write(line, file=sys.stderr)
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0019
 class _Client:
