@@ -1,6 +1,7 @@
 "Fixtures that several files of tests share."
-import gc, sys
-sys.modules.setdefault('rfc3987_syntax', None)     # a grammar of URLs: jsonschema would take two seconds to build it
+import gc
+from mt_editflow_nb.data.files import skip_url_grammar
+skip_url_grammar()                                 # before anything imports jsonschema
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import pytest

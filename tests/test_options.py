@@ -60,15 +60,16 @@ def test_benchmarks_keep_their_protocol_and_say_where_training_was_otherwise(tmp
     def filled(fill, *argv):
         a = eval_parser().parse_args(['--lora', str(tmp_path/'run/lora'), *argv])
         fill(a)
-        said = [line.removeprefix('mtef_eval: warning: --') for line in capsys.readouterr().err.splitlines()]
-        return (a.steps, a.size, a.guidance, a.quantize), [line.replace('but the adapter was ', '') for line in said]
+        said = capsys.readouterr().err.replace('here, but training used', 'for')
+        return (a.steps, a.size, a.guidance, a.quantize), [line.removeprefix('mtef_eval: warning: --')
+                                                           for line in said.splitlines()]
     edival, lme = ['--sessions', 'edival', '--images', 'd'], ['--bench', 'lme', '--data', 'd', '--judge', 'm']
     trained_with(size=64, guidance=1., num_steps=6, quantize='nf4')
-    otherwise = ['guidance the default, trained with 1.0', 'quantize the default, trained with nf4']
+    otherwise = ['guidance: the default for 1.0', 'quantize: the default for nf4']
     assert filled(fill_settings, *edival) == ((28, None, None, None), [
-        'size the default, trained with 64', otherwise[0], 'steps 28, trained with 6', otherwise[1]])
+        'size: the default for 64', otherwise[0], 'steps: 28 for 6', otherwise[1]])
     assert filled(fill_bench_settings, *lme) == ((30, 512, None, None), [
-        'size 512, trained with 64', otherwise[0], 'steps 30, trained with 6', otherwise[1]])
+        'size: 512 for 64', otherwise[0], 'steps: 30 for 6', otherwise[1]])
     trained_with(size=None, guidance=2.5, num_steps=28, quantize=None)              # Kontext's own guidance
     assert filled(fill_settings, *edival)[1] == []
     for argv in (edival, lme):                                                      # both sample by Euler's steps alone

@@ -489,13 +489,13 @@ def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch
     assert evaluated('out', '--steps', '2') == 0
     assert asked == dict(name='tiny', quantize=None, size=48, guidance=2.)
     warned = capsys.readouterr().err
-    assert 'warning: ' in warned and 'steps' in warned and '2' in warned and 'trained with 3' in warned
+    assert 'warning: ' in warned and 'steps: 2 here' in warned and 'training used 3' in warned
     trained_with(size=None, guidance=None, num_steps=2)                 # as most runs: the editor's own
     assert evaluated('same') == 0 and 'warning' not in capsys.readouterr().err
     assert asked == dict(name='tiny', quantize=None, size=None, guidance=None)
     assert evaluated('other', '--guidance', '4', '--quantize', 'nf4') == 0
     warned = capsys.readouterr().err
-    assert all(x in warned for x in ('guidance 4.0', 'quantize nf4')) and warned.count('the default') == 2
+    assert all(x in warned for x in ('guidance: 4.0', 'quantize: nf4')) and warned.count('the default') == 2
 
 def test_a_plan_for_several_processes(capsys):
     "48 x 4 rows of one turn and two steps: 384 sampled by all, 96 by each of four."

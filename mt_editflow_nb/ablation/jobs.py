@@ -18,7 +18,7 @@ import psutil
 from tqdm import tqdm
 from .sweeps import Job, Plan, Resources, label_of, read_seconds
 from ..data.files import (
-    InputError, atomic_write, duration_text, expect, is_locked, locked, one_line, read_json, to_json)
+    InputError, atomic_write, duration_text, expect, is_locked, locked, one_line, read_json, skip_url_grammar, to_json)
 
 # %% ../../nbs/ablation/01_jobs.ipynb #d732970a
 RUN_ELSEWHERE, STOPPED = 3, 4  # exit statuses of a job's process, besides 0 (done) and 1 (failed)
@@ -119,7 +119,7 @@ def _stop_on_request(record, time_limit):
 
 def _execute(message, record):
     "Run the notebook; returns what `JobRecord.end` takes."
-    sys.modules.setdefault('rfc3987_syntax', None)               # spares seconds: a grammar of URLs that nobody needs
+    skip_url_grammar()
     import papermill
     values, executed = message['values'] | dict(run=message['folder']), str(record.folder/'job.ipynb')
     how = dict(kernel_name=message['kernel'], progress_bar=False)

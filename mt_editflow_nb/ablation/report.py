@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from .passes import common_turn, pass_curve
 from .results import (
     METRICS, Results, compare_points, last_turn, load_results, seed_scores)
-from ..data.files import InputError, atomic_write, expect, read_json, shipped
+from ..data.files import InputError, atomic_write, expect, read_json, shipped, skip_url_grammar
 from ..data.plots import BAD, GOOD, NEUTRAL, PALETTE, line_style, plain_label, plot_learning_curves
 from ..evaluation.scores import Outcomes
 from ..evaluation.statistics import detectable, holm, power, t_quantile
@@ -301,6 +301,7 @@ def write_report(
     n_boot: int = 2000,        # bootstrap draws
 ) -> Path:                     # of report.html
     "Execute the report notebook for one sweep; leaves report.html, report.ipynb, and tables and pictures as files."
+    skip_url_grammar()
     import papermill
     from nbconvert import HTMLExporter
     load_results(plan)                                              # fails early, before a kernel starts

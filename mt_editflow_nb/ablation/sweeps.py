@@ -8,13 +8,13 @@ __all__ = ['Resources', 'Sweep', 'read_seconds', 'read_resources', 'read_sweep',
            'baseline_label', 'job_hash', 'plan_sweep', 'save_plan']
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #b97431a8
-import ast, contextlib, functools, hashlib, io, itertools, json, re, sys, typing
+import ast, contextlib, functools, hashlib, io, itertools, json, re, typing
 from pathlib import Path
 from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from ..data.files import (
-    InputError, atomic_write, content_hash, expect, one_line, one_of, read_text, to_json)
+    InputError, atomic_write, content_hash, expect, one_line, one_of, read_text, skip_url_grammar, to_json)
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #a3d5d806
 class Resources(BaseModel, extra='forbid'):
@@ -167,7 +167,7 @@ def read_notebook(
     path: str|Path, # with a cell tagged `parameters`, of lines that papermill can read, and a parameter `run`
 ) -> JobNotebook:
     "What a sweep has to know about a notebook. Raises `InputError` for one that cannot be run as a job."
-    sys.modules.setdefault('rfc3987_syntax', None)               # spares seconds: a grammar of URLs that nobody needs
+    skip_url_grammar()
     import logging, nbformat
     from papermill import inspect_notebook
     logging.getLogger('papermill.translators').setLevel(logging.ERROR)    # it warns of lines that are errors here

@@ -17,8 +17,8 @@ from importlib.metadata import version
 from os.path import expanduser
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
-from ..data.files import (InputError, atomic_write, check_writable, content_hash, expect, one_line,
-                                       open_image, read_json, to_json)
+from ..data.files import (InputError, add_missing_lines, atomic_write, check_writable, content_hash,
+                                       expect, one_line, open_image, read_json, to_json)
 from ..data.sessions import MAX_TURNS, load_edival
 from ..data.shapeworld import WORLDS
 from ..data.signals import stop_at_once, stop_requests
@@ -51,7 +51,7 @@ from ..evaluation.edival import (EDIVAL_SEED, cc_unscored_of, check_settings, ge
                                               sessions_to_score)
 from ..evaluation.exposure import decay_table, half_life, structured_judge
 from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, trained_with,
-                                               training_of)
+                                               training_mismatches, training_of)
 from ..evaluation.scores import (Outcomes, compare, load_outcomes, save_outcomes, score_intervals,
                                               unscored_by_reward)
 from ..evaluation.statistics import format_intervals
@@ -221,13 +221,8 @@ def warn_of_training(
 ):
     "Say where an adapter is used otherwise than it was trained, also where a benchmark's protocol has it so."
     if not trained: return
-    default = dict(guidance=FAMILIES[find_editor(a.editor)[1]].guidance, sampler='ode')
-    def setting(name, value): return default.get(name) if value is None else value
-    def text(value): return 'the default' if value is None else value
-    for name, value in trained.items():
-        here = getattr(a, name)
-        if setting(name, here) == setting(name, value): continue
-        _say(f'warning: --{name} {text(here)}, but the adapter was trained with {text(value)}')
+    defaults = dict(guidance=FAMILIES[find_editor(a.editor)[1]].guidance, sampler='ode')
+    for text in training_mismatches(trained, vars(a), defaults): _say(f'warning: --{text}')
 
 def fill_settings(
     a, # the parsed options; those that were not given are set
@@ -398,13 +393,13 @@ def sessions_of_file(
     return sessions
 
 def list_skipped(
-    out: Path,       # gets skipped.txt where something is left out
-    sessions,        # from `chosen_sessions`
-) -> list:           # of one sentence, or none
-    "List the sessions that are left out."
+    out: Path, # gets skipped.txt where something is left out
+    sessions,  # from `chosen_sessions`
+) -> list:     # of one sentence, or none
+    "List the sessions that are left out in a file, and say for the card how many they are."
     skipped = getattr(sessions, 'skipped', ())
     if not skipped: return []
-    atomic_write(out/'skipped.txt', ''.join(f'{message}\n' for message in skipped))
+    add_missing_lines(out/'skipped.txt', skipped)
     return [f'{len(skipped)} sessions of the file could not be used and are left out; skipped.txt lists them.']
 
 def chosen_sessions(

@@ -10,7 +10,7 @@ import argparse, sys
 from pathlib import Path
 import pandas as pd
 from ..ablation.report import find_plans, write_report
-from ..data.files import InputError, expect, one_line
+from ..data.files import InputError, expect, one_line, skip_url_grammar
 from ..evaluation.leaderboard import write_leaderboard
 
 # %% ../../nbs/cli/03_report.ipynb #07980eb4
@@ -45,6 +45,7 @@ def main(
 ):             # exit status
     "The command `mtef_report`."
     a = _parser().parse_args(argv)
+    skip_url_grammar()
     from papermill.exceptions import PapermillExecutionError
     try: _report_all(a)
     except InputError as e: print(f'mtef_report: {e}', file=sys.stderr)

@@ -59,8 +59,12 @@ def read_recipe(
     return {str(k): _number(v) for k, v in fields.items()}
 
 # %% ../../nbs/cli/00_train.ipynb #28d2d3eb
-# without a grammar of URLs that nobody needs, which takes seconds to build
-_PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.cli import papermill; papermill()"
+_PAPERMILL = """
+from mt_editflow_nb.data.files import skip_url_grammar
+skip_url_grammar()
+from papermill.cli import papermill
+papermill()
+"""
 
 def start_notebook(
     notebook: Path, # one that runs `experiment` with the parameters `run` and `settings`

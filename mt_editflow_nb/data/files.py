@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'first_line', 'expect', 'one_of',
            'atomic_write', 'read_text', 'to_json', 'read_json', 'read_json_lines', 'log_rows', 'append_json_line',
-           'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked', 'check_writable', 'image_size',
-           'open_image', 'save_png', 'shipped', 'duration_text']
+           'add_missing_lines', 'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked', 'check_writable',
+           'image_size', 'open_image', 'save_png', 'shipped', 'skip_url_grammar', 'duration_text']
 
 # %% ../../nbs/data/00_files.ipynb #fb37697b
-import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, uuid, warnings
+import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, sys, uuid, warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
@@ -180,6 +180,17 @@ def append_json_line(
         e.filename = e.filename or str(path)
         raise
     return path
+
+# %% ../../nbs/data/00_files.ipynb #6f178616
+def add_missing_lines(
+    path: str|Path, # of a text file, created when missing
+    lines,          # texts of one line each
+):
+    "Add to a list the lines that it does not hold yet: what an interrupted run has listed stays."
+    path = Path(path)
+    known = read_text(path).splitlines() if path.is_file() else []
+    missing = [line for line in dict.fromkeys(lines) if line not in known]
+    if missing: atomic_write(path, ''.join(f'{line}\n' for line in [*known, *missing]))
 
 # %% ../../nbs/data/00_files.ipynb #fc198be5
 class GrowingLog:
@@ -382,6 +393,11 @@ def shipped(
     found = [p for p in places if p.exists()]
     expect(found, 'shipped file', "a name such as 'recipes/kontext_nft.yaml'", name)
     return found[0]
+
+# %% ../../nbs/data/00_files.ipynb #42ac1a3a
+def skip_url_grammar():
+    "Let jsonschema, which papermill and JupyterLab import, do without the grammar of URLs that it would build."
+    sys.modules.setdefault('rfc3987_syntax', None)
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2d61
 def duration_text(

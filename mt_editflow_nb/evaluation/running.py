@@ -394,11 +394,13 @@ def trained_with(
     return {name: config.get(field) for name, field in names.items()} | dict(sampler=solver_of(config.get('sampler')))
 
 def training_mismatches(
-    trained: dict, # from `trained_with`, or of a configuration
-    used: dict,    # settings of an evaluation; None: not asked for
-) -> list:         # of texts such as 'steps: 28 here, but training used 6'
+    trained: dict,         # from `trained_with`, or of a configuration
+    used: dict,            # settings of an evaluation; those that are not in it are not compared
+    defaults: dict = None, # what a setting that is None stands for
+) -> list:                 # of texts such as 'steps: 28 here, but training used 6'
     "The settings in which an evaluation differs from training."
+    def effective(name, value): return (defaults or {}).get(name) if value is None else value
     def text(value): return 'the default' if value is None else value
-    asked = {name: value for name, value in used.items() if value is not None and name in trained}
-    return [f'{name}: {value} here, but training used {text(trained[name])}'
-            for name, value in asked.items() if value != trained[name]]
+    compared = [(name, used[name], value) for name, value in trained.items() if name in used]
+    return [f'{name}: {text(here)} here, but training used {text(there)}' for name, here, there in compared
+            if effective(name, here) != effective(name, there)]

@@ -7,9 +7,9 @@ __all__ = ['STOP_WITH_VARIABLE', 'BEST_STRIPS', 'STEPS', 'prepare', 'opened_run'
            'load_judges', 'check_judges', 'check_size', 'load_configured_editor', 'load_policy', 'save_trained',
            'RunContext', 'exact_scores', 'iteration_signals', 'save_group_figure', 'peak_memory', 'log_iteration',
            'find_common_batch', 'evaluation_batch', 'run_evaluation', 'is_whole_picture', 'draw_sessions',
-           'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch', 'say_log_gaps', 'say_findings', 'note_skipped',
-           'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'answers_file', 'train',
-           'base_file', 'FirstBatch', 'warn_of_mismatches', 'saved_evaluation', 'before_after_table', 'trained_content',
+           'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch', 'say_log_gaps', 'say_findings', 'one_iteration',
+           'saving_before_stop', 'train_from_checkpoint', 'train_in', 'answers_file', 'train', 'base_file',
+           'FirstBatch', 'warn_of_mismatches', 'saved_evaluation', 'before_after_table', 'trained_content',
            'results_of', 'draw_heldout', 'track_results', 'is_finished', 'run_stages', 'write_results', 'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
 from tqdm.auto import tqdm
-from ..data.files import (InputError, append_json_line, atomic_write, content_hash, expect, locked,
-                                       log_rows, open_image, read_json, to_json)
+from ..data.files import (InputError, add_missing_lines, append_json_line, atomic_write, content_hash,
+                                       expect, locked, log_rows, open_image, read_json, to_json)
 from ..data.plots import save_figure, session_figure
 from ..data.shapeworld import WORLD_SIDE, WORLDS
 from ..data.sizes import fit_picture
@@ -453,17 +453,6 @@ def say_findings(
         if iteration - c.save_every < f.iteration <= iteration:
             tqdm.write(f'monitor: iteration {f.iteration}: {f.name}: {f.text}', file=sys.stderr)
 
-def note_skipped(
-    run,    # its folder
-    source, # its `SessionSource`
-):
-    "Keep a list of the sessions that are left out, including those that an interrupted run had found."
-    if not source.skipped: return
-    file = Path(run)/'skipped.txt'
-    known = file.read_text(encoding='utf-8').splitlines() if file.is_file() else []
-    new = [message for message in [*source.skipped.values()] if message not in known]
-    if new: atomic_write(file, ''.join(f'{message}\n' for message in [*known, *new]))
-
 # %% ../../nbs/training/04_train.ipynb #944d562b
 STEPS = dict(nft=iterate, grpo=iterate, sft=supervise, distill=distill)     # an iteration of each `algorithm`
 
@@ -482,7 +471,7 @@ def one_iteration(
     usage = sum_statistics(judge_usage(scores, c.judge_options.get('price')), largest=())
     with failing_together(), stop.deferred():
         state.advance()
-        if first: note_skipped(run, ctx.source)
+        if first and ctx.source.skipped: add_missing_lines(run/'skipped.txt', ctx.source.skipped.values())
         if first and c.algorithm in RL:
             metrics |= iteration_signals(c, state.policy.editor, sessions, rolled, scores, adv_PGT)
         if first: log_iteration(ctx, clock, metrics, usage, evaluation)
@@ -633,7 +622,7 @@ def warn_of_mismatches(
     editor,    # that is evaluated
 ):
     "Say where the editor is evaluated otherwise than it is trained: in other steps, at another size."
-    used = dict(steps=c.eval_steps, size=c.eval_size)
+    used = dict(steps=c.eval_steps or c.num_steps, size=c.eval_size or editor.size)
     for text in training_mismatches(dict(steps=c.num_steps, size=editor.size), used):
         print(f'warning: evaluation: {text}', file=sys.stderr)
 
