@@ -108,10 +108,6 @@ def exported_cells(path):
 
 LINES, CLASS_LINES = 40, 60     # of an exported cell; of one that is a class, which cannot be divided
 
-# modules with longer cells, and why they stay
-LONG_CELLS = dict.fromkeys(('editing.kontext', 'editing.flux2', 'editing.qwen'),
-                           'the five functions of a family of editors stand side by side, each with its parameters')
-
 def too_long(path):
     "Names of what the cells define that have too many lines; empty ones and nbdev's directives do not count."
     for source, tree in exported_cells(path):
@@ -122,7 +118,7 @@ def too_long(path):
 
 @pytest.mark.parametrize('name', modules, ids='.'.join)
 def test_cells_are_short(name):
-    assert bool(list(too_long(modules[name]))) == ('.'.join(name) in LONG_CELLS)
+    assert not list(too_long(modules[name]))
 
 def public_functions(tree, within=''):
     "(name, node) of public functions, and of public methods, `__init__` and `__call__` of public classes."
