@@ -285,7 +285,7 @@ def share_scores(
     scores: Scores,   # of this process's shard
     sampled: Rollout, # of this process's shard
 ) -> tuple:           # (`Scores`, members that went on [P, T - 1] or None) of all sessions and members
-    "What all processes have judged, so that each knows the advantages of all."
+    "Gather the scores of all processes, so that each can compute the advantages of all."
     return gather_scores(scores, config.group, device), gather_sessions(sampled.goes_on_PT, device)
 
 def count_losses(
