@@ -308,7 +308,7 @@ def _explain(error: dict) -> str: # one line
     return f'{name}: unknown parameter, {hint}'
 
 def _check_judge(prefix, name, options):
-    "Raises `InputError`, with the fields of training or of evaluation, for a judge that cannot be."
+    "Raises `InputError` that names the field where a judge, of training or of evaluation, cannot be used."
     try:
         check_judge_options(options)
         load_judge(name, **options)

@@ -94,7 +94,7 @@ class Weights:
         self,
         values: list, # tensors, one for each in training
     ):
-        "Go on with other weights."
+        "Replace the weights in training."
         for p, value in zip(self.params, values): local_piece(p).copy_(local_piece(value))
         if self.sharded: self.editor.transformer.reshard()
 

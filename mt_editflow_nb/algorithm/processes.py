@@ -48,7 +48,7 @@ def join_shards(
     parts: torch.Tensor, # [processes, P, G, ...], what each has of its shard of P sessions x G members
     group: int,          # members per session, of all processes
 ) -> torch.Tensor:       # [sessions, group, ...]
-    "What all processes have, in the order of sessions and members: `shard_of` backwards."
+    "Put the shards of all processes together, in the order of sessions and members: the inverse of `shard_of`."
     shared = group//parts.shape[2]                                   # processes that share a block of sessions
     blocks = parts.unflatten(0, (-1, shared)).transpose(1, 2)        # [blocks, P, shared, G, ...]
     return blocks.flatten(2, 3).flatten(0, 1)
@@ -158,7 +158,7 @@ class _Interruptions:
 
     @classmethod
     def take(cls):
-        "The error that waits, if there is one; it waits no longer."
+        "Return the pending error and clear it; None where there is none."
         error, cls.waiting = cls.waiting, None
         return error
 
@@ -202,7 +202,7 @@ def _end_with_others(store, over):
         os._exit(2)
 
 def _tell_others(store, error):
-    "Let the others end; returns what is to be raised here. The first that fails is the one that is heard."
+    "Make the other processes end, and return what to raise here. Of several failures the first is reported."
     i, count = processes()
     mine = f'{_in_words(i, error)}; the last checkpoint is kept'
     first_failure = store.compare_set('failed', '', mine).decode()
@@ -213,7 +213,7 @@ def _tell_others(store, error):
 
 @contextmanager
 def ending_together():
-    "A context for work in which the processes exchange weights: where one fails, all end, and the first one says it."
+    "A context for work in which processes exchange weights: if one fails, all end, and the first reports it."
     from torch.distributed import PrefixStore
     from torch.distributed.distributed_c10d import _get_default_store
     store, over = PrefixStore('ending', _get_default_store()), threading.Event()
@@ -232,7 +232,7 @@ def ending_together():
 def failing_together(
     exchanging=False, # the processes exchange weights within it, so that all of them end where one fails
 ):
-    "A context for work whose errors concern all: what one process raises, all raise. It holds no other exchange."
+    "A context in which an error of one process is raised in all. No other exchange may take place within it."
     i, count = processes()
     if count == 1:
         yield
@@ -256,7 +256,7 @@ def failing_together(
 def from_first(
     make, # called in the first process alone
 ):        # what it returned, in all of them
-    "The first process makes something for all. Raises what `make` raises."
+    "Let the first process make something for all of them. Raises what `make` raises."
     made = None
     with failing_together():
         if processes()[0] == 0: made = make()

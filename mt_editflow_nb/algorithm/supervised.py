@@ -45,7 +45,7 @@ def own_results(
     iteration: int, # from 0
     round: int,     # which of the editor's own turns this is; each has its own noise
 ) -> tuple:         # (uint8 [P, T - 1, H, W, 3]: results of all turns but the last, `Text` of the rows)
-    "What the editor itself makes of each turn's picture, for every turn but the last."
+    "The editor's own result of every turn but the last, each from the picture that the turn edits."
     edits = [Session(f'{s.id}, turn {t + 1}, own {round}', Image.fromarray(input_PTHWC[p, t]), [s.instructions[t]])
              for p, s in enumerate(sessions) for t in range(input_PTHWC.shape[1] - 1)]
     made = rollout(editor, edits, group=1, num_steps=config.num_steps, seed=config.seed, iteration=iteration,
@@ -57,7 +57,7 @@ def starting_pictures(
     sessions: list, # P `Session`s
     result_PTHWC,   # uint8: what the turns left, at least all but the last
 ) -> np.ndarray:    # uint8 [P, T, H, W, 3]
-    "What each turn edits: the first picture, or the result of the turn that it builds on."
+    "The picture that each turn edits: the first one, or the result of the turn that it builds on."
     first_P1HWC = np.stack([np.asarray(s.image) for s in sessions])[:, None]
     edited_PT = np.array([edited_pictures(s) for s in sessions])
     return np.concatenate([first_P1HWC, result_PTHWC], 1)[np.arange(len(sessions))[:, None], edited_PT]
@@ -127,7 +127,7 @@ def supervised_terms(
 def unjudged(
     adv_PGT, # of all sessions
 ) -> Scores: # without rewards
-    "Scores without any reward, for as many sessions, members and turns."
+    "Scores without any reward, in the shape of the advantages."
     nan_PGT = torch.full_like(adv_PGT, torch.nan)
     return Scores((), torch.zeros(*adv_PGT.shape, 0), nan_PGT, nan_PGT, nan_PGT)
 

@@ -47,17 +47,17 @@ class RepeatedText:
 
     @property
     def embeds(self) -> torch.Tensor:
-        "[N, tokens, channels], put together anew at each use, as are the others."
+        "Embeddings [N, tokens, channels], assembled anew at each use, like the other fields."
         return self.once.embeds[self.index]
 
     @property
     def pooled(self) -> torch.Tensor:
-        "[N, channels], or None."
+        "Pooled embeddings [N, channels], or None."
         return self[:].pooled
 
     @property
     def mask(self) -> torch.Tensor:
-        "[N, tokens], or None."
+        "Which tokens are no padding, [N, tokens], or None."
         return self[:].mask
 
     @property
@@ -72,7 +72,7 @@ def set_size(
     editor,    # of any family
     size: int, # pixels a side of a square; other pictures have about its area
 ):
-    "Let an editor work at this size, on squares at first. Raises `InputError` where its tokens do not fill them."
+    "Set the size that an editor works at, first on squares. Raises `InputError` where its tokens do not fill them."
     largest = getattr(editor, 'max_size', MAX_SIZE)
     fits = isinstance(size, (int, np.integer)) and 0 < size <= largest and size % editor.token_pixels == 0
     expect(fits, 'size', f'a multiple of {editor.token_pixels} up to {largest}', size)
@@ -84,7 +84,7 @@ def set_shape(
     width: int,  # pixels of the pictures that come next
     height: int, # of them
 ):
-    "Let an editor work on pictures of this shape. Raises `InputError` where its tokens do not fill them."
+    "Set the shape of the pictures that come next. Raises `InputError` where its tokens do not fill them."
     pixels = editor.token_pixels
     expect(width % pixels == 0 and height % pixels == 0, 'pictures', f'multiples of {pixels} pixels a side',
            f'{width} x {height}')
@@ -99,7 +99,7 @@ def at_size(
     editor,         # of any family
     size: int|None, # pixels a side; None: as it is
 ):
-    "Let an editor work at another size for a while. Raises `InputError` as `set_size`."
+    "A context in which an editor works at another size. Raises `InputError` as `set_size`."
     before = editor.size
     if size: set_size(editor, size)
     try: yield

@@ -202,7 +202,7 @@ def fitting_tensors(
 def without_prefix(
     tensors: dict, # by the names of a file
 ) -> dict: # by the names that are left
-    "Names without the prefixes of diffusers, peft and ComfyUI."
+    "Tensors by names without the prefixes of diffusers, peft and ComfyUI."
     prefix = re.compile(r'^((transformer|base_model\.model|diffusion_model)\.)+')
     return {prefix.sub('', name): x for name, x in tensors.items()}
 
@@ -210,7 +210,7 @@ def from_kohya(
     transformer,   # of an editor
     tensors: dict, # by the names of a file
 ) -> dict: # by the names of the transformer's layers; other names are kept
-    "Kohya's naming of diffusers' layers, `lora_transformer_a_b.lora_down.weight`; its alpha is multiplied in."
+    "Rename tensors from kohya's names, `lora_transformer_a_b.lora_down.weight`; kohya's alpha is multiplied in."
     layers = {f'lora_transformer_{n.replace(".", "_")}': n for n, _ in transformer.named_modules()}
     result = {}
     for name, x in tensors.items():
@@ -228,7 +228,7 @@ def from_diffusers(
     pipe,          # the editor's pipeline
     tensors: dict, # by the names of a file
 ) -> dict: # by the names of the transformer's layers; what could not be converted keeps its name
-    "The naming of another tool, converted by diffusers; a scale of its own is multiplied in."
+    "Rename tensors from another tool's names, as diffusers converts them; a scale of the tool is multiplied in."
     state = dict(tensors)
     try: out = pipe.lora_state_dict(state, return_alphas=True)
     except (ValueError, KeyError, AssertionError, IndexError, RuntimeError, TypeError, AttributeError): return tensors
