@@ -14,6 +14,7 @@ import matplotlib, numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit
 from .files import atomic_write
@@ -78,12 +79,19 @@ def _wrapped(text, width=17, lines=9):
     if len(rows) > lines: rows = rows[:lines - 1] + ['\N{HORIZONTAL ELLIPSIS}']
     return plain_label('\n'.join(rows))
 
-def _frame(ax, mark):
-    "The frame of a picture: `mark` is 1, 0, or NaN where it could not be scored."
-    known = mark == mark
-    style = dict(color=NEUTRAL, linewidth=1, linestyle='-')
-    if known: style = dict(color=GOOD if mark else BAD, linewidth=2.5, linestyle='-' if mark else ':')
-    for spine in ax.spines.values(): spine.set(**style)
+def _frame(mark):
+    "Style of a picture's frame: `mark` is 1, 0, NaN where it could not be scored, or None where it was not judged."
+    if mark is None: return dict(edgecolor='black', linewidth=.8)
+    if mark != mark: return dict(edgecolor=NEUTRAL, linewidth=1)
+    return dict(edgecolor=GOOD if mark else BAD, linewidth=2.5, linestyle='-' if mark else ':')
+
+def _show(ax, image, x, y, width, height, mark):
+    "Put a picture into a box of the page, as large as its ratio allows, in a frame."
+    H, W = image.shape[:2]
+    w, h = min(width, height*W/H), min(height, width*H/W)
+    x, y = x + (width - w)/2, y + (height - h)/2
+    ax.imshow(image, extent=(x, x + w, y + h, y), interpolation='nearest', aspect='auto')
+    ax.add_patch(Rectangle((x, y), w, h, fill=False, **_frame(mark)))
 
 def session_figure(
     session: Session,         # whose picture and instructions are shown
@@ -94,19 +102,22 @@ def session_figure(
     size: float = 1.2,        # width of a picture in inches
 ) -> Figure:
     "Draw the members of one session, a row each, with the instructions above."
-    G, T = images_GTHWC.shape[:2]
-    height = size*G*(1.15 if labels_GT is None else 1.3) + .55
-    fig = Figure(figsize=(size*(T + 1)*1.25, height), layout='constrained')
-    axs = fig.subplots(G, T + 1, squeeze=False)
-    for g in range(G):
-        for t, image in enumerate([np.asarray(session.image), *images_GTHWC[g]]):
-            ax = axs[g, t]
-            ax.imshow(image, interpolation='nearest')
-            ax.set(xticks=[], yticks=[])
-            if t and marks_GT is not None: _frame(ax, float(marks_GT[g][t - 1]))
-            if t and labels_GT is not None: ax.set_xlabel(plain_label(labels_GT[g][t - 1]), fontsize=7)
-            if g == 0: ax.set_title(_wrapped(session.instructions[t - 1]) if t else 'first image', fontsize=7)
-    if title: fig.suptitle(plain_label(title), fontsize=9)
+    G, T, H, W = images_GTHWC.shape[:4]
+    captions = ['first image', *map(_wrapped, session.instructions[:T])]
+    height, gap, label = size*H/W, .1*size, .16*(labels_GT is not None)
+    top = .1 + .125*max(c.count('\n') + 1 for c in captions) + .25*bool(title)
+    fig = Figure(figsize=((size + gap)*(T + 1) + gap, top + (height + gap + label)*G))
+    ax = fig.add_axes((0, 0, 1, 1))                                    # one page, in inches from its upper left corner
+    for g, t in np.ndindex(G, T + 1):
+        x, y = gap + t*(size + gap), top + g*(height + gap + label)
+        mark = float(marks_GT[g][t - 1]) if t and marks_GT is not None else None
+        _show(ax, images_GTHWC[g, t - 1] if t else np.asarray(session.image), x, y, size, height, mark)
+        if g == 0: ax.text(x + size/2, y - .05, captions[t], fontsize=7, ha='center', va='bottom')
+        if label and t: ax.text(x + size/2, y + height + .05, plain_label(labels_GT[g][t - 1]), fontsize=7,
+                                ha='center', va='top')
+    if title: fig.suptitle(plain_label(title), fontsize=9, y=1 - .06/fig.get_figheight(), va='top')
+    ax.set(xlim=(0, fig.get_figwidth()), ylim=(fig.get_figheight(), 0))
+    ax.set_axis_off()
     return fig
 
 # %% ../../nbs/data/05_plots.ipynb #9e6a833d

@@ -106,19 +106,24 @@ def auc(
     right: np.ndarray,  # N booleans
 ) -> float:             # nan where all are right, or none
     "Probability that a right one has the higher score than a wrong one (ties count half): area under the ROC curve."
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import mannwhitneyu
     scored = ~np.isnan(scores)
     right = np.asarray(right)[scored]
-    return float(roc_auc_score(right, scores[scored])) if right.any() and not right.all() else np.nan
+    pairs = right.sum()*(~right).sum()
+    if not pairs: return np.nan
+    better, worse = scores[scored][right], scores[scored][~right]
+    return float(mannwhitneyu(better, worse, method='asymptotic').statistic/pairs)     # pairs in the right order
 
 def kappa(
     a, # N booleans
     b, # N booleans
 ) -> float:
     "Cohen's kappa: agreement beyond that of chance; nan where both say the same of everything."
-    from sklearn.metrics import cohen_kappa_score
+    from statsmodels.stats.inter_rater import cohens_kappa
     a, b = np.asarray(a, bool), np.asarray(b, bool)
-    return float(cohen_kappa_score(a, b)) if len(np.unique([a, b])) == 2 else np.nan
+    if len(np.unique([a, b])) < 2: return np.nan
+    counts = np.bincount(2*a + b, minlength=4).reshape(2, 2)
+    return float(cohens_kappa(counts, return_results=False))
 
 def _pairs(group_N):
     "Two arrays of indices: every pair whose members share a group, once."
