@@ -169,20 +169,20 @@ def row_slices(
     rows: int, # N
     size: int, # rows per slice, 1 or more
 ) -> list: # of slices
-    "N rows in slices of a transformer call."
+    "Slices that cut N rows into transformer calls."
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 def join_slices(
     parts: list, # of `Trajectory`s of consecutive rows
 ) -> Trajectory: # of all rows
-    "The trajectories of a turn's slices as one."
+    "Join the trajectories of a turn's slices."
     clean, *tracks = zip(*parts)
     return Trajectory(torch.cat(clean), *[[torch.cat(step) for step in zip(*track)] for track in tracks])
 
 def stack_turns(
     turns: list, # T of (`Text` of N rows, tokens of the input pictures [N, L, C], `Trajectory`)
 ) -> dict: # fields of `Rollout`
-    "What went into all turns and what came of them, as tensors with a leading T."
+    "Stack the inputs and results of all turns into tensors whose first axis is T."
     texts, inputs, trajectories = zip(*turns)
     N, L, C = trajectories[0].clean_NLC.shape
     def stacked(name, *shape):
@@ -246,7 +246,7 @@ def sample_slices(
     batch: int,               # rows per transformer call
     **options,                # `kind`, `noise_level` and `window` of `sample`
 ): # yields (slice of rows, its `Trajectory`)
-    "Denoise N rows, some at a time. Raises `InputError` where latents are not finite."
+    "Denoise N rows, a slice at a time. Raises `InputError` where latents are not finite."
     for part in row_slices(len(rows), batch):
         noise_NLC, eps_KNLC = turn_noise(editor, rows[part], turn, options['window'])
         made = sample(editor, text[part], image_NLC[part], noise_NLC, sigmas, eps_KNLC=eps_KNLC, **options)
@@ -270,7 +270,7 @@ def next_inputs(
     batch: int,                # pictures an encoder call
     goes_on_P=None,            # turn branching: the member whose picture all members edit; None: each its own
 ) -> tuple: # (pictures uint8 [N, H, W, 3], their tokens [N, L, C])
-    "What is edited at the next turn."
+    "The pictures that the next turn edits, and their tokens."
     if goes_on_P is None:
         parts = [editor.encode_image(pictures_NHWC[part]) for part in row_slices(len(pictures_NHWC), batch)]
         return pictures_NHWC, torch.cat(parts)

@@ -515,8 +515,8 @@ def plan_text(
     lines = [f"{p['editor']} at {p['size']}x{p['size']}: {trained}", '', f'memory{of_each}, GB']
     lines += [f'  {name:36}{b/1e9:9.3f}' for name, b in p['memory'].items()]
     lines += [f"  {'sum':36}{total/1e9:9.3f}"]
-    offloaded = f"  (offload: {p['resting']/1e9:.3f} GB of text encoders rest in host memory while activations are held)"
-    if p['resting']: lines.append(offloaded)
+    resting = f"{p['resting']/1e9:.3f} GB of text encoders"
+    if p['resting']: lines.append(f'  (offload: {resting} rest in host memory while activations are held)')
     lines += [f'  (not counted: {j}, whose configuration cannot be read from here)' for j in p['uncounted']]
     whole = p['adapter'] == p['parameters']
     if whole and count == 1: lines.append('  (processes share what is trained, its gradient and the optimiser)')
