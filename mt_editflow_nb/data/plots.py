@@ -81,8 +81,8 @@ def _wrapped(text, width=17, lines=9):
 
 def _frame(mark):
     "Style of a picture's frame: `mark` is 1, 0, NaN where it could not be scored, or None where it was not judged."
-    if mark is None: return dict(edgecolor='black', linewidth=.8)
-    if mark != mark: return dict(edgecolor=NEUTRAL, linewidth=1)
+    if mark is None: return dict(edgecolor='black', linewidth=.8, linestyle='-')
+    if mark != mark: return dict(edgecolor=NEUTRAL, linewidth=1, linestyle='-')
     return dict(edgecolor=GOOD if mark else BAD, linewidth=2.5, linestyle='-' if mark else ':')
 
 def _show(ax, image, x, y, width, height, mark):
