@@ -105,3 +105,13 @@ def test_attention_of_one_editor_is_not_that_of_others():
     editor = load_editor(attention_backend='_native_math')
     kernels = {m.processor._attention_backend for m in editor.transformer.modules() if hasattr(m, 'processor')}
     assert kernels == {'_native_math'} and registry.get_active_backend()[0] == before
+
+@pytest.mark.parametrize('name,value', [('std', 'global'), ('whiten', True), ('fusion', 'adaptive'), ('keep', 2),
+                                        ('updates', 2), ('branching', 'random'), ('lora_rank', None)])
+def test_what_compares_sessions_waits_for_the_last_score(name, value):
+    "Whoever asks for both gets one line that names the setting, before anything is loaded."
+    fits = dict(learn_as_judged=True, std='group')
+    assert make_config(fits).learn_as_judged
+    more = dict(credit='local') if name == 'branching' else {}
+    with pytest.raises(InputError, match='learn_as_judged') as e: make_config(fits | more | {name: value})
+    assert '\n' not in str(e.value)

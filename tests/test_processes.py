@@ -78,7 +78,10 @@ def play(tmp_path, names, settings=tiny, processes=2, **environment):
 
 split_groups = ['algorithm=grpo', 'clip=1e-2', 'lr=1e-4', 'sessions_per_iteration=1', 'group=4'] # 2 members a process
 
-@pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], split_groups], ids=['nft', 'grpo'])
+as_judged = ['learn_as_judged=true', 'updates=1', 'std=group', 'whiten=false', 'batch=3']        # a session a piece
+
+@pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], split_groups, as_judged],
+                         ids=['nft', 'grpo', 'as_judged'])
 def test_two_processes_are_one(tmp_path, extra):
     "The adapter, the log and both evaluations, with whole groups on a process and with groups that they share."
     status, said = play(tmp_path, ['nothing'], [*settings, *extra])

@@ -551,6 +551,15 @@ class TurnScorer:
         pieces = sorted((first, piece) for (t, first), piece in self.pieces.items() if t == turn)
         return _join([piece.result() for _, piece in pieces])
 
+    def by_session(
+        self,
+        turns: int, # T
+    ):
+        "Yield (a slice of sessions, their `Scores`) in the order of the sessions, each when its last turn is scored."
+        for first in sorted({first for _, first in self.pieces}):
+            scores = _join([self.pieces[t, first].result() for t in range(turns)], 2)
+            yield slice(first, first + len(scores.success_PGT)), scores
+
     def scores(
         self,
         images_PGTHWC: np.ndarray, # the rollout's
