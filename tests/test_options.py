@@ -4,11 +4,15 @@ from safetensors.torch import load_file
 from test_families import judge
 from test_training import adapter, small
 from mt_editflow_nb.algorithm import iterate as page
+from mt_editflow_nb.algorithm.as_judged import iterate_as_judged
 from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.cli.eval import check_options, eval_parser, fill_bench_settings, fill_settings
 from mt_editflow_nb.data.files import InputError, atomic_write, to_json
+from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.evaluation import running
+from mt_editflow_nb.rewards.cube import verifier
 from mt_editflow_nb.training.budget import plan
 from mt_editflow_nb.training.train import experiment
 
@@ -115,3 +119,19 @@ def test_what_compares_sessions_waits_for_the_last_score(name, value):
     more = dict(credit='local') if name == 'branching' else {}
     with pytest.raises(InputError, match='learn_as_judged') as e: make_config(fits | more | {name: value})
     assert '\n' not in str(e.value)
+
+def test_rows_that_teach_nothing_are_not_counted_as_judged():
+    "Half of the sessions get constant rewards: the mean is that of the others' rows, as in the plain iteration."
+    sessions, config = shape_sessions(4, 1), make_config(few | dict(group=2, batch=2, sessions_per_iteration=4))
+    def half(asked, images_PGTHWC):
+        scores = verifier(asked, images_PGTHWC)
+        for p, session in enumerate(asked):
+            if session.id in (sessions[1].id, sessions[2].id): scores.rewards_PGTM[p] = .5
+        return scores
+    def learned(step, **settings):
+        c = config.model_copy(update=settings)
+        return step(c, Policy(c, load_editor(lora_rank=c.lora_rank)), sessions, half, 0)[0]
+    plain, early = learned(page.iterate), learned(iterate_as_judged, learn_as_judged=True)
+    assert plain['rows'] == early['rows'] == 4 and plain['passes'] == early['passes']
+    assert early['grad_norm'] == pytest.approx(plain['grad_norm'], rel=1e-5)
+    assert early['loss'] == pytest.approx(plain['loss'], rel=1e-5)
