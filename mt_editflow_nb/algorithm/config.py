@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RL', 'EFFECTIVE', 'ADAPTER_ONLY', 'CONFIG_PRESETS', 'RENAMED', 'EditorFields', 'SessionFields', 'RolloutFields',
            'AdvantageFields', 'LossFields', 'RunFields', 'Config', 'refuse_ineffective', 'check_adapter', 'check_whole',
-           'check_track', 'check_rollout', 'check_branching', 'check_advantage', 'make_config']
+           'check_track', 'check_rollout', 'check_branching', 'check_learn_as_judged', 'check_advantage', 'make_config']
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
 import difflib
@@ -88,6 +88,8 @@ class RolloutFields(BaseModel):
     num_steps: int = Field(3, ge=1, le=1000, description='denoising steps, in rollouts and in evaluation')
     branching: Literal[BRANCHINGS] = Field('none', description=(
         "the member whose picture all members of a group edit next; 'none': each edits its own"))
+    learn_as_judged: bool = Field(False, description=(
+        'the update begins with the sessions that are judged while others still are'))
 
 class AdvantageFields(BaseModel):
     "How rewards become advantages."
@@ -172,7 +174,7 @@ class Config(RunFields, LossFields, AdvantageFields, RolloutFields, SessionField
 RL = ('nft', 'grpo')
 EFFECTIVE = {   # field -> (other field, the values of the other under which this one has an effect)
     **dict.fromkeys(('aggregation', 'fusion', 'credit', 'weights', 'std', 'whiten', 'min_std', 'gamma', 'adv_max',
-                     'keep', 'kl_weight', 'branching'), ('algorithm', RL)),
+                     'keep', 'kl_weight', 'branching', 'learn_as_judged'), ('algorithm', RL)),
     **dict.fromkeys(('beta', 'old_decay'), ('algorithm', ('nft',))),
     **dict.fromkeys(('train_timesteps', 'train_levels'), ('algorithm', ('nft', 'distill'))),
     **dict.fromkeys(('noise_level', 'window', 'clip', 'guard'), ('algorithm', ('grpo',))),
@@ -216,7 +218,7 @@ ADAPTER_ONLY = dict(    # fields that lora_rank=none has no use for -> why
     quantize='4-bit weights cannot be trained', lora_alpha='there is no adapter', init_lora='there is no adapter',
     lora_targets='all layers are trained', merge='there is no adapter', autocast='it is that of an adapter',
     adam8bit='its states cannot be shared among processes', compile='blocks are shared among processes',
-    keep_best='what is kept are adapters')
+    keep_best='what is kept are adapters', learn_as_judged='all processes must make equally many passes')
 
 def check_whole(
     config: Config, # to check
@@ -272,6 +274,18 @@ def check_branching(
            "'mean' for credit to_go with branching", config.aggregation)
     expect(not config.judge.endswith(':coarse'), 'judge', 'one that scores every turn, with branching', config.judge)
     expect(config.turns != 1, 'branching', 'turns above 1, without which it has no effect', f'turns={config.turns}')
+
+def check_learn_as_judged(
+    config: Config, # to check
+):
+    "Raises `InputError` where the update cannot begin before the last score: an advantage needs other groups' scores."
+    if not config.learn_as_judged: return
+    fitting = dict(std=('group', 'none'), whiten=(False,), fusion=('reward', 'advantage', 'geometric'), keep=(None,),
+                   updates=(1,), branching=('none',))
+    for name, values in fitting.items():
+        expect(getattr(config, name) in values, name,
+               f'{" or ".join(map(str, values))} with learn_as_judged, which does not wait for other groups',
+               getattr(config, name))
 
 # %% ../../nbs/algorithm/03_config.ipynb #32a19ff3
 def check_advantage(
@@ -334,6 +348,7 @@ def make_config(
     check_advantage(config)
     check_branching(config)
     if strict: refuse_ineffective(config)
+    check_learn_as_judged(config)
     _check_judge('', config.judge, config.judge_options)
     _check_judge('eval_', config.eval_judge, config.eval_judge_options)
     return config

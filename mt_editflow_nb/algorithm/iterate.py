@@ -86,7 +86,8 @@ def turn_scorer(
     "A scorer of this process's sessions, which judges them while they are sampled."
     shard = shard_of(len(sessions), config.group)
     judged = [sessions[p] for p in shard.sessions]
-    return TurnScorer(judge, judged, len(shard.members), every_turn=config.branching != 'none',
+    every_turn = config.branching != 'none' or config.learn_as_judged
+    return TurnScorer(judge, judged, len(shard.members), every_turn=every_turn,
                       seed=config.seed*1_000_003 + iteration)
 
 def continuation(

@@ -38,6 +38,7 @@ from ..rewards.cube import JUDGES, TurnScorer, judge_usage, load_judge
 from ..rewards.engines import JudgeFailed
 from ..algorithm.config import RL, Config
 from ..algorithm.distill import distill
+from ..algorithm.as_judged import iterate_as_judged
 from ..algorithm.iterate import iterate
 from ..algorithm.policy import Policy, require_bitsandbytes
 from ..algorithm.processes import (collect_answers, exchange, failing_together, from_first, interrupt,
@@ -67,8 +68,9 @@ def prepare(
 ) -> tuple:    # (its `SessionSource`, its identity)
     "Everything that can be found wrong before a model is loaded or a folder created. Raises `InputError`."
     shard = shard_of(c.sessions_per_iteration, c.group)
-    expect(c.branching == 'none' or len(shard.members) == c.group, 'sessions_per_iteration',
-           f'a multiple of the {processes()[1]} processes with branching', c.sessions_per_iteration)
+    for name, whole_groups in dict(branching=c.branching != 'none', learn_as_judged=c.learn_as_judged).items():
+        expect(not whole_groups or len(shard.members) == c.group, 'sessions_per_iteration',
+               f'a multiple of the {processes()[1]} processes with {name}', c.sessions_per_iteration)
     expect(not c.keep_best or c.eval_every, 'keep_best', 'none without eval_every', c.keep_best)
     check_launch(c)
     check_trackers(c.track)
@@ -464,7 +466,7 @@ def one_iteration(
     "Train on the next sessions; log, save and draw what is due. Writing is not interrupted."
     c, run, stop, i = ctx.c, ctx.run, ctx.stop, state.iteration
     sessions = ctx.source.batch(i)
-    step = STEPS[c.algorithm]
+    step = iterate_as_judged if c.learn_as_judged else STEPS[c.algorithm]
     with clocked(state.policy.editor) as clock:
         metrics, rolled, scores, adv_PGT = step(c, state.policy, sessions, ctx.judge, i)
     first = processes()[0] == 0
