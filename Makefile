@@ -30,14 +30,15 @@ browser: ## install the system's Chromium, which tests drive JupyterLab with
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
 	  echo 'No Chromium, and it cannot be installed from here: tests in a browser will be skipped.'
 
-# Chapters and flows in one pool of two processes; each takes the next test when it is done, the longest first (tests/conftest.py).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+# Chapters and flows in one pool of processes; each takes the next test when it is done, the longest first (tests/conftest.py).
+# One process more than the two cores that the time limit is for: some tests wait for servers, browsers and other processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder
 
 test: $(STAMP) browser ## test every notebook, and the whole flows
-	$(PYTEST) -rs
+	$(PYTEST) -n 3 -rs --durations=25
 
 fast: $(STAMP) lint ## what one runs between edits: lint, the light chapters, and the tests of the house
-	$(PYTEST) -q tests/test_chapters.py tests/test_notebooks.py tests/test_sessions.py -k 'not test_chapter or nbs/data or nbs/algorithm'
+	$(PYTEST) -n 2 -q tests/test_chapters.py tests/test_notebooks.py tests/test_sessions.py -k 'not test_chapter or nbs/data or nbs/algorithm'
 
 lint: $(STAMP) ## how the code reads: lines, names, unused things
 	$(BIN)/ruff check .
