@@ -126,7 +126,7 @@ def unscored_sentences(
     unscored: dict, # from `unscored_by_reward`
     turns: int,     # of all sessions together
 ) -> list:          # of sentences, none where every turn was scored
-    "How much is missing."
+    "Sentences on how many turns could not be scored."
     follow, kept = sum(unscored['if']), sum(unscored['cc'])
     notes = [f'{follow} of {turns} turns could not be scored; every score leaves them out.'] if follow else []
     if kept: notes.append(f'CC of {kept} of {turns} turns could not be scored; CC and O leave out what is missing.')
@@ -136,7 +136,7 @@ def same_judge_sentences(
     judge: str,      # that scores
     trained_by: str, # the judge that trained; None: not known, or nothing was trained
 ) -> list:           # of one sentence, or none
-    "Whether the scores come from the judge that rewarded."
+    "Sentences on whether the scores come from the judge that gave the rewards."
     if not trained_by or model_of(trained_by) != model_of(judge): return []
     return [f'The judge that scores, {judge}, is the judge that trained: what it overlooks was rewarded.']
 

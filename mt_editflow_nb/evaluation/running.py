@@ -220,7 +220,7 @@ def evaluate_round(
     folder=None,   # where the first process writes
     idle=None,     # called with a batch where this process has nothing to do and the others need its passes
 ) -> list:         # `EvaluatedSession`s of all batches, with pictures in the first process alone
-    "Every process runs and judges a batch."
+    "Run and judge one batch in every process."
     process, done = processes()[0], []
     with failing_together(bool(idle)):
         if process < len(batches): done = run(batches[process])

@@ -24,11 +24,11 @@ class PhaseClock:
         self.sampled_until = self.trained_from = None
 
     def begins(self):
-        "A pass begins."
+        "Note that a pass through the transformer begins."
         if torch.is_grad_enabled(): self.trained_from = self.trained_from or time.monotonic()
 
     def ends(self):
-        "A pass has ended."
+        "Note that a pass through the transformer has ended."
         if not self.trained_from: self.sampled_until = time.monotonic()
 
     def seconds(self) -> dict: # of the whole iteration, and of its phases
