@@ -66,7 +66,7 @@ from .tracking import Trackers, check_trackers, tracking
 def prepare(
     c: Config, # of a run
 ) -> tuple:    # (its `SessionSource`, its identity)
-    "Everything that can be found wrong before a model is loaded or a folder created. Raises `InputError`."
+    "Check whatever can be checked before a model is loaded or a folder created. Raises `InputError`."
     shard = shard_of(c.sessions_per_iteration, c.group)
     for name, whole_groups in dict(branching=c.branching != 'none', learn_as_judged=c.learn_as_judged).items():
         expect(not whole_groups or len(shard.members) == c.group, 'sessions_per_iteration',
@@ -349,7 +349,7 @@ def draw_sessions(
     after: tuple,   # of the trained editor
     title: str,     # of each picture
 ):
-    "Sessions with the results of both editors, as far as there are pictures."
+    "Draw sessions with the results of both editors, as far as there are pictures."
     for i, (session, *results) in enumerate(zip(sessions, before[1], after[1])):
         file = folder/f'heldout_{i}.png'
         if is_whole_picture(file): continue
@@ -609,7 +609,7 @@ class FirstBatch:
         done: int,  # sessions that are evaluated
         total: int, # sessions that there are
     ):
-        "Note how far it is, for who looks into the run folder."
+        "Note how far the evaluation is, for whoever looks into the run folder."
         text = ''
         if self.name == 'before' and done == min(self.c.batch*processes()[1], total):
             rows = done*self.turns*evaluation_steps(self.c)
