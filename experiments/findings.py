@@ -1,14 +1,14 @@
 """Fill the tables of experiments/FINDINGS.md from what `mtef_report` wrote: python experiments/findings.py [--check]
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a folder of experiments/results/sweeps, and a
-number after it is the turn, where it is not the last at which all settings have an overall score. With
---check nothing is written, and the exit status is 1 if a table in the text is not the one of the files."""
+number after it is the turn, where it is not the last at which all settings have an overall score. The table `types` is
+made from experiments/results/recipe.json. With --check nothing is written, and the exit status is 1 if a table in the text is not the one of the files."""
 import argparse, re, sys
 from pathlib import Path
 import pandas as pd
 from jinja2 import Template
 from mt_editflow_nb.ablation.results import last_turn
-from mt_editflow_nb.data.files import InputError, atomic_write
+from mt_editflow_nb.data.files import InputError, atomic_write, read_json
 
 here = Path(__file__).resolve().parent
 results, findings = here/'results'/'sweeps', here/'FINDINGS.md'
@@ -52,11 +52,25 @@ def table(name, turn=None):
         rows.append([label, seeds, f'{scores.O[label]:.1f}', *cells, ', '.join(found)])
     return TABLE.render(turn=turn, rows=rows).rstrip()
 
+TYPES = Template('''\
+| success at turn 1, percent | {{ types|join(' | ')|replace('_', ' ') }} |
+|---|{{ '--:|'*types|length }}
+{% for label, success in rows.items() %}| {{ label }} | {{ success.values()|join(' | ') }} |
+{% endfor %}''')
+
+def table_of_types():
+    "Markdown: how often each method of the comparison does each type of edit right."
+    report = read_json(here/'results'/'recipe.json')
+    before = report['turn1_success_by_type']
+    after = {label: m['turn1_success_by_type'] for label, m in report['methods'].items()}
+    return TYPES.render(types=list(before), rows={'before training': before} | after).rstrip()
+
 def filled(text):
     "The text with every table made anew."
     def fill(match):
         opening, name, turn, end = match.groups()
-        return f'{opening}\n{table(name, turn and int(turn))}\n\n{end}'
+        made = table_of_types() if name == 'types' else table(name, turn and int(turn))
+        return f'{opening}\n{made}\n\n{end}'
     return re.sub(r'(<!-- table (\S+)(?: (\d+))? -->\n).*?(<!-- end -->)', fill, text, flags=re.S)
 
 def main():

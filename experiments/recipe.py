@@ -4,7 +4,8 @@
     python experiments/recipe.py --show mt-editflow      # print a method of the committed results, run nothing
 
 Writes experiments/results/recipe.json and recipe.png. Seeds of one label are put together. `tuning_runs` are the lines
-of experiments/results/tuning.jsonl with that label."""
+of experiments/results/tuning.jsonl with that label. `turn1_success_by_type` shows which edits an editor can do when it
+is given the first picture."""
 import argparse, shlex, sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from mt_editflow_nb.ablation.results import METRICS, compare_points, load_result
 from mt_editflow_nb.algorithm.config import RL
 from mt_editflow_nb.data.files import InputError, atomic_write, expect, one_of, read_json, read_json_lines, to_json
 from mt_editflow_nb.data.plots import save_figure
+from mt_editflow_nb.data.shapeworld import WORLDS
 from mt_editflow_nb.evaluation.scores import Outcomes
 from mt_editflow_nb.training.runs import environment
 
@@ -33,6 +35,14 @@ def overall(outcomes): # [S, I, T] -> O at each turn
     mean_TM = seed_scores(outcomes).mean(0)
     return [None if np.isnan(x) else round(float(x), 2) for x in mean_TM[:, METRICS.index('O')]]
 
+def success_by_type(point, outcomes): # [S, I, T]
+    "Type of edit -> success at turn 1 in percent, a mean over seeds and over the sessions that begin with it."
+    config, (_, I, T) = point.configs[0], outcomes.success_IT.shape
+    make = WORLDS[config.get('sessions', 'shapeworld')]
+    type_I = np.array([s.task_types[0] for s in make(I, T, 'heldout', seed=config.get('eval_seed', 0))])
+    success_SI = outcomes.success_IT[..., 0]
+    return {name: round(100*float(np.nanmean(success_SI[:, type_I == name])), 1) for name in sorted(set(type_I))}
+
 def summary(point, tuning_runs):
     "What is known of a setting, at turn 3 if nothing else is said."
     table = compare_points(point.before, point.after).loc[3]
@@ -45,7 +55,8 @@ def summary(point, tuning_runs):
                 turn3_O_gain=gain[0], turn3_O_gain_ci=gain[1:],
                 turn3_CC_change=float(CC.difference), turn3_CC_change_ci=[float(CC.low), float(CC.high)],
                 gain_per_1000_passes=per_1000[0], gain_per_1000_passes_ci=per_1000[1:],
-                O_before=overall(point.before), O_after=overall(point.after), tuning_runs=tuning_runs)
+                O_before=overall(point.before), O_after=overall(point.after),
+                turn1_success_by_type=success_by_type(point, point.after), tuning_runs=tuning_runs)
 
 def plot(report):
     "Left: the gain at turn 3 with its interval. Right: how the overall score decays over turns."
@@ -83,7 +94,8 @@ def make_report(sweeps, ours, results):
     methods = {label: summary(together(each), tuned[label]) for label, each in points.items()}
     command = shlex.join(['python', 'experiments/recipe.py', *sys.argv[1:]])
     return dict(command=command, commit=environment()['commit'], passes=max(m['passes'] for m in methods.values()),
-                sessions=points[ours][0].after.success_IT.shape[1], ours=ours, methods=methods)
+                sessions=points[ours][0].after.success_IT.shape[1], ours=ours,
+                turn1_success_by_type=success_by_type(points[ours][0], points[ours][0].before), methods=methods)
 
 def run(a):
     "What the options ask for. Raises `InputError` for what is not there."

@@ -5,6 +5,7 @@ from helpers import run_module, run_script
 from safetensors.numpy import save_file
 from mt_editflow_nb.ablation.report import comparison_table, score_table
 from mt_editflow_nb.ablation.results import Outcomes, load_results
+from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.cli.report import main
 from readme import root
 
@@ -137,6 +138,9 @@ def test_the_recipe_is_the_gain_per_pass_of_finished_sweeps(tmp_path, capsys):
     assert (report['ours'], report['passes'], report['sessions']) == ('a', 1200, 4)
     assert (a['seeds'], a['tuning_runs'], a['learns_from'], b['tuning_runs']) == (2, 2, 'scores', 0)
     assert a['O_before'] == [0]*3 and a['O_after'] == [90]*3
+    before, after = report['turn1_success_by_type'], a['turn1_success_by_type']
+    first_edits = {s.task_types[0] for s in shape_sessions(4, 3, 'heldout')}
+    assert (before, after) == ({name: 0 for name in first_edits}, {name: 100 for name in first_edits})
     assert [a['turn3_O_gain'], a['gain_per_1000_passes'], a['turn3_CC_change'], b['turn3_O_gain']] == pytest.approx(
         [90, 75, 0, 0])
     assert a['turn3_O_gain_ci'] == pytest.approx([90, 90]) and (tmp_path/'recipe.png').is_file()
