@@ -200,13 +200,15 @@ def plot_learning_curves(
     shown = [m for m in metrics if any(m in row for rows in runs for row in rows)] or list(metrics[:1])
     fig = Figure(figsize=(1.2 + 2.9*len(shown), 2.7), layout='constrained')
     axs = fig.subplots(1, len(shown), squeeze=False)[0]
+    styles = {}                                                              # label -> style, the same in all panels
     for ax, metric in zip(axs, shown):
-        for i, (label, seeds, at_turn) in enumerate(_lines(rows_by_run, metric, turn)):
+        for label, seeds, at_turn in _lines(rows_by_run, metric, turn):
+            style = styles.setdefault(label, line_style(len(styles)))
             curve = _curve(seeds, _value_at(metric, at_turn), window)
             if curve is None: continue
             x, mean, half = curve
-            ax.plot(x, mean, marker='.' if len(x) == 1 else None, label=plain_label(label[:40]), **line_style(i))
-            ax.fill_between(x, mean - half, mean + half, color=line_style(i)['color'], alpha=.15, lw=0)
+            ax.plot(x, mean, marker='.' if len(x) == 1 else None, label=plain_label(label[:40]), **style)
+            ax.fill_between(x, mean - half, mean + half, color=style['color'], alpha=.15, lw=0)
         ax.set_title(plain_label(METRIC_NAMES.get(metric, metric)), fontsize=10)
         ax.set_xlabel('iteration', fontsize=9)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
