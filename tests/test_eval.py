@@ -174,10 +174,29 @@ def test_scored_by_models_of_the_real_classes(bench, tmp_path, capsys):
     error = capsys.readouterr().err
     assert 'quality is' in error and error.count('\n') == 1
 
+def test_quality_is_that_of_the_benchmark_unless_it_is_not_there(bench, tmp_path, capsys, monkeypatch):
+    "One line where HPSv3 cannot be had; where it can, it is loaded; scores that were made without it stay."
+    models = tiny_edival_models(tmp_path/'models')
+    tiny = models.pop('quality')
+    def run(out, *more): return main(args(bench, tmp_path/out) + flags(models) + ['--n', '1', *more])
+    monkeypatch.setattr(cli_eval, 'lacks_quality', lambda: 'no network')
+    assert run('without') == 0
+    said, = [line for line in capsys.readouterr().err.splitlines() if 'quality' in line]
+    assert 'MizzenAI/HPSv3 cannot be had here (no network)' in said and '--quality none' in said
+    card = (tmp_path/'without'/'card.md').read_text()
+    assert '| quality | not scored (published: MizzenAI/HPSv3) |' in card and '## Quality' not in card
+    monkeypatch.setattr(cli_eval, 'lacks_quality', lambda: '')
+    load, loaded = cli_eval.load_quality, []
+    monkeypatch.setattr(cli_eval, 'load_quality', lambda name: loaded.append(name) or load(tiny))
+    assert run('without') == 0 and not loaded
+    assert run('with') == 0 and loaded == ['MizzenAI/HPSv3']
+    assert '## Quality' in (tmp_path/'with'/'card.md').read_text()
+    assert run('with', '--quality', 'none') == 2 and 'quality is' in capsys.readouterr().err
+
 def test_judged_by_an_engine_of_the_rewards_and_replayed(bench, tmp_path, capsys):
     "The shipped tiny judge answers the benchmark's questions; its answers are kept, and replayed without it."
     out, models = tmp_path/'out', tiny_edival_models(tmp_path) | dict(vlm='tiny:logit')
-    del models['quality']
+    models['quality'] = 'none'
     command = args(bench, out) + flags(models)
     assert main(command) == 0, capsys.readouterr().err
     said = {f.name: f.read_bytes() for f in (out/'scores').iterdir()}

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['EDIVAL_DETECTOR', 'EDIVAL_VLM', 'EDIVAL_FEATURES', 'EDIVAL_QUALITY', 'THINK_PROMPT', 'tiny_edival_models',
            'weights_of', 'Detector', 'load_detector', 'read_edival_questions', 'as_jpeg', 'Vlm', 'load_edival_vlm',
-           'float_pixels', 'FeatureExtractor', 'load_features', 'load_quality']
+           'float_pixels', 'FeatureExtractor', 'load_features', 'load_quality', 'lacks_quality']
 
 # %% ../../nbs/rewards/01d_edival_models.ipynb #445bd843
-import ast, io, re, tempfile
+import ast, importlib.util, io, re, sys, tempfile
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image
-from ..data.files import InputError, content_hash, expect, first_line, read_text
+from ..data.files import InputError, content_hash, expect, first_line, one_line, read_text
 from .engines import Ask, fingerprint
 from .judges import MODES, ask_and_parse, load_mode
 from .loading import load_engine
@@ -447,3 +447,16 @@ def load_quality(
         x = processor(images=images, text=[''], return_tensors='pt', padding=True).to(model.device)
         return model(**x).logits_per_image[:, 0].float().cpu().numpy()
     return quality
+
+# %% ../../nbs/rewards/01d_edival_models.ipynb #5811cf1d
+def lacks_quality(
+    name: str = EDIVAL_QUALITY, # a hub name
+) -> str:                       # '' where it can be had
+    "Why HPSv3 cannot be had here: it is neither on this disk, nor can the hub be asked for it. Nothing is downloaded."
+    import huggingface_hub, httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+    if 'hpsv3' in sys.modules or importlib.util.find_spec('hpsv3'): return ''
+    if huggingface_hub.try_to_load_from_cache(name, 'HPSv3.safetensors'): return ''
+    try: huggingface_hub.HfApi().model_info(name, timeout=10)
+    except (OSError, ValueError, httpx2.HTTPError, HfHubHTTPError) as e: return one_line(e)[:120]
+    return ''
