@@ -3,6 +3,7 @@ import socket, threading, time
 from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, pytest, torch
+from PIL import Image
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.eval import main as mtef_eval
 from mt_editflow_nb.data.files import InputError, read_json_lines
@@ -12,6 +13,7 @@ from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.evaluation.truth import edival_outcomes, edival_session, pixel_features, shape_ask, shape_detect
 from mt_editflow_nb.rewards.cube import EdivalJudge, load_judge
+from mt_editflow_nb.rewards.edival_models import float_pixels
 from mt_editflow_nb.rewards.edival_rules import EdivalTools, Found, NoAnswer
 from mt_editflow_nb.rewards.edival_tools import tools_app
 from mt_editflow_nb.training.source import session_source
@@ -159,3 +161,19 @@ def test_a_resumed_iteration_asks_the_server_nothing_again(told, tmp_path):
         load_judge(f'edival@{server.url}', cache=tmp_path/'judge.sqlite').check_ready()
         assert sum(vlm.batches) == before + 1                                           # a real question, each time
     np.testing.assert_array_equal(first, again)
+
+def test_dinov3_sees_what_the_processor_of_transformers_makes():
+    "Every pixel of pictures larger and smaller than 224, alone and together; the 8-bit way is far off."
+    pytest.importorskip('torchvision', reason="the processor of transformers needs torchvision")
+    from transformers import ViTImageProcessorPil
+    from transformers.models.dinov3_vit.image_processing_dinov3_vit import DINOv3ViTImageProcessor
+    theirs, rng = DINOv3ViTImageProcessor(), np.random.default_rng(0)
+    shapes = (512, 512), (200, 300), (91, 37), (8, 8), (224, 224)
+    pictures = [Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)) for shape in shapes]
+    wanted = theirs(images=pictures, return_tensors='pt')['pixel_values']
+    numbers = theirs.image_mean, theirs.image_std
+    found = float_pixels(pictures, (224, 224), *numbers)
+    torch.testing.assert_close(found, wanted, atol=5e-6, rtol=0)
+    torch.testing.assert_close(float_pixels(pictures[2:3], (224, 224), *numbers), wanted[2:3], atol=5e-6, rtol=0)
+    rounded = ViTImageProcessorPil(size=dict(height=224, width=224), image_mean=numbers[0], image_std=numbers[1])
+    assert (rounded(images=pictures, return_tensors='pt')['pixel_values'] - wanted).abs().max() > .01
