@@ -136,6 +136,17 @@ def test_benchmarks_of_tables(folder):
     check(row, benchmark_read('gedit', file, write), 't.parquet')
     check(dict(index=3, image=png_cell(), context=['x', 'y']), benchmark_read('mse', file, write), 't.parquet')
 
+def test_quality_that_others_published_is_taken_over(tmp_path):
+    "HPSv3 of two sessions, 5 and 7, before 4 and 4: the mean is 6, and 2 more than before."
+    (tmp_path/'multipass').mkdir()
+    for i, score in enumerate((5, 7)):
+        rows = {'1': dict(instruction_following=1, human_preference_score=score, meta=dict(instruction='x'))}
+        before = dict(base_image_quality=dict(base_image_human_preference_score=4.))
+        (tmp_path/'multipass'/f'{i}_input_raw.json').write_text(json.dumps(rows | before))
+    assert main(['--import', str(tmp_path), '--out', str(tmp_path/'out')]) == 0
+    row, = [line for line in (tmp_path/'out/card.md').read_text().split('## Quality')[1].splitlines() if '| 1 ' in line]
+    assert '6.00 [' in row and '2.00 [' in row
+
 def test_sessions_that_lack_a_turn_are_left_out_and_counted(tmp_path):
     "Ten made-up results, of which one has no second turn, as where a picture was missing: nine are compared."
     (tmp_path/'multipass').mkdir()

@@ -306,6 +306,14 @@ def _published_turn(file, data, turn):
     if success is not None: score['success'] = bool(success)
     return score | {ours: row.get(theirs) for ours, theirs in _term_keys.items()}, about
 
+def _published_quality(data, turns):
+    "HPSv3 of every turn and of the first picture, where all of it was scored; else nothing."
+    base = data.get('base_image_quality')
+    first = base.get('base_image_human_preference_score') if isinstance(base, dict) else None
+    each = [data[str(t)].get('human_preference_score') for t in turns]
+    if not all(type(x) in (int, float) for x in (first, *each)): return [{}]*len(turns)
+    return [dict(quality=x, quality_first=first) for x in each]
+
 # %% ../../nbs/evaluation/04_edival.ipynb #3b55c4a2
 def published_files(
     folder: str|Path, # evaluate_results/NAME, or its `multipass`
@@ -325,10 +333,11 @@ def load_published(
     for file in published_files(folder):
         data = read_json(file)
         expect(isinstance(data, dict), str(file), 'an object', data)
-        turns = [_published_turn(file, data, t) for t in sorted(int(k) for k in data if k.isdecimal())]
+        numbers = sorted(int(k) for k in data if k.isdecimal())
+        turns = [_published_turn(file, data, t) for t in numbers]
         if not turns: continue
         texts = [about.get('instruction') or '(not published)' for _, about in turns]
-        scored.append([row for row, _ in turns])
+        scored.append([row | looks for (row, _), looks in zip(turns, _published_quality(data, numbers))])
         types = [row['task_type'] for row in scored[-1]]
         try: sessions.append(Session(file.name.removesuffix('_input_raw.json'), None, texts, types))
         except InputError as e: raise InputError(f'{file}: {e}') from None

@@ -302,7 +302,7 @@ def write_sessions(
         drafts = []
         for id in ids[k:k + batch]:
             try: drafts.append(draft_of(pictures[id], id))
-            except InputError as e: yield pictures[id], str(e)
+            except InputError as e: yield pictures[id], str(e).removeprefix(f'{pictures[id]}: ')
         list_things(engine, drafts)
         for _ in range(turns): write_turn(engine, [d for d in drafts if not d.fault], weights, seed, tries, counts)
         if getattr(engine, 'away', ''): raise InputError(f'vlm: {engine.away}; what it said is kept')
