@@ -171,29 +171,31 @@ _of_edival = dict(formatted_instruction='format_instructions', bg_consistency='b
 
 def load_mice(
     source: str|Path, # Edit-R2's `dataset`, or its test_metadata.jsonl in `cm` or `cu`
-    images: str|Path, # folder with the pictures, by their file names
+    images: str|Path, # folder with the pictures, by their file names, or as `source_image/NAME`
 ) -> Sessions:        # as from `load_edival`, and `half` in `meta`
     "Read MICE-Bench: sessions of 3 turns, 360 with a rule and 360 with pronouns."
     source = Path(source)
     files = [source] if source.is_file() else [source/h/'test_metadata.jsonl' for h in MICE_HALVES]
     files = [f for f in files if f.is_file()]
     expect(files, str(source), 'test_metadata.jsonl in `cm` or `cu`', 'none')
-    def session(half, i, row):
+    def picture(file, path): # where its authors say, or beside all others
+        flat = Path(images)/Path(path).name
+        return _there(next((p for p in (flat, Path(images)/path, file.parent/path) if p.is_file()), flat))
+    def session(file, i, row):
+        half = file.parent.name
         missing = [k for k in ('image', 'instruction', 'task_type', *_of_edival) if k not in row]
         expect(not missing, 'the row', f'the field `{missing[0] if missing else ""}`', list(row))
         expect(isinstance(row['image'], str), '`image`', 'a path', row['image'])
         meta = {ours: row[theirs] for theirs, ours in _of_edival.items()} | dict(half=half)
-        image = _there(Path(images)/Path(row['image']).name)
-        made = Session(f'{half}-{i:04d}', image, row['instruction'], row['task_type'], meta)
+        made = Session(f'{half}-{i:04d}', picture(file, row['image']), row['instruction'], row['task_type'], meta)
         check_edival_session(made)
         return made
     sessions = []
     for file in files:
-        half = file.parent.name
-        one_of(f'{file}: folder', half, MICE_HALVES)
+        one_of(f'{file}: folder', file.parent.name, MICE_HALVES)
         for i, row in enumerate(read_json_lines(file)):
             place = f'{file}:{i + 1}'
-            sessions.append(_session_at(place, session, half, i, row))
+            sessions.append(_session_at(place, session, file, i, row))
     return session_set(sessions)
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #62851528
