@@ -343,7 +343,8 @@ def check_for_judge(
     "Raises `InputError` for sessions that the exact verifier or EdiVal's rules cannot read. No picture is decoded."
     if judge.startswith('verifier'):
         square = all(PREFERRED_SIZES[b] == (1024, 1024) for b in buckets_of(sessions, crop))
-        expect(square, 'crop', "'square' with the verifier, which reads square pictures alone", crop)
+        expect(square, 'crop', "'square' with the verifier (judge or eval_judge), which reads square pictures alone",
+               crop)
         for s in sessions:
             for instruction in s.instructions: parse_edit(instruction)
     if judge.partition('@')[0] == 'edival':
