@@ -45,9 +45,10 @@ def run_numbers(
     rows = []
     for file in files:
         results = read_json(file)
-        if not isinstance(results, dict) or 'table' not in results: continue
+        evaluated = isinstance(results, dict) and {'table', 'facts'} <= results.keys()  # a training's has no facts
+        if not evaluated: continue
         name, system = _benchmark_of(results), file.parent.relative_to(folder).as_posix()
-        table = pd.DataFrame(results['table'])
+        table = pd.DataFrame(results['table']).astype({k: float for k in ('value', 'low', 'high')})  # what is none: NaN
         if 'over' in table: table = table[table.over == 'mean of groups']
         table = table[table.metric.isin(HEADLINES[name])]
         shown = BENCHMARKS[name].turns if name in BENCHMARKS else ()
