@@ -7,8 +7,8 @@ __all__ = ['MAX_SESSIONS', 'MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_p
            'warn_of_training', 'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared',
            'check_against', 'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules',
            'notes_about', 'run_free', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges',
-           'load_edival_tools', 'quality_table', 'evaluate_edival', 'import_published', 'fill_bench_settings',
-           'bench_items', 'evaluate_bench', 'evaluation_answers', 'main']
+           'load_edival_tools', 'quality_to_ask', 'quality_table', 'evaluate_edival', 'import_published',
+           'fill_bench_settings', 'bench_items', 'evaluate_bench', 'evaluation_answers', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
 import argparse, os, sys, time, warnings
@@ -30,8 +30,8 @@ from ..editing.whole import check_trained, load_trained
 from ..editing.rollout import resize_sessions
 from ..rewards.cube import check_judge_options, load_judge
 from ..rewards.edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QUALITY, EDIVAL_VLM,
-                                                  load_detector, load_edival_vlm, load_features, load_quality,
-                                                  read_edival_questions, weights_of)
+                                                  lacks_quality, load_detector, load_edival_vlm, load_features,
+                                                  load_quality, read_edival_questions, weights_of)
 from ..rewards.edival_rules import EDIVAL_SIDE, QUESTIONS, EdivalTools
 from ..algorithm.processes import (collect_answers, failing_together, from_first, interrupt, share_answers)
 
@@ -135,7 +135,8 @@ def _edival_options(ap):
     g.add_argument('--vlm', help='vision-language model: MODEL or MODEL@URL, with :direct (default), :logit or '
                                  f':think@k behind (default: {EDIVAL_VLM})')
     g.add_argument('--features', help=f'DINOv3 or DINOv2 (default: {EDIVAL_FEATURES})')
-    g.add_argument('--quality', help=f'human-preference model, such as {EDIVAL_QUALITY} (default: none)')
+    g.add_argument('--quality', help="human-preference model; 'none': quality is not scored (default: "
+                                     f'{EDIVAL_QUALITY}, where it can be had)')
 
 def eval_parser() -> argparse.ArgumentParser:
     "The options of `mtef_eval`."
@@ -540,7 +541,7 @@ def edival_sessions(
     return [with_picture(s, Path(a.images)/f'{s.id}_input_raw.jpg') for s in sessions]
 
 def _check_model(flag, name):
-    if name is None: return
+    if name in (None, 'none'): return
     name = name.removeprefix('hpsv3:')
     local = name.startswith(('.', '/', '~')) or name.count('/') != 1
     example = f"a folder that is there, or a hub name such as '{EDIVAL_DETECTOR}'"
@@ -564,6 +565,20 @@ def load_edival_tools(
     "The models that score."
     quality = load_quality(a.quality) if a.quality else None
     return EdivalTools(load_detector(a.detector), asker, load_features(a.features), quality)
+
+# %% ../../nbs/cli/01_eval.ipynb #1a9f0f0f
+def quality_to_ask(
+    a,          # the options
+    out: Path,  # of the run
+    tools=None, # given instead of loaded models
+) -> str:       # None: no model is loaded for quality
+    "Who scores quality: who was asked for, else who has scored this folder, else the published model where it is."
+    if a.quality: return None if a.quality == 'none' else a.quality
+    if (out/'judges.json').is_file(): return read_json(out/'judges.json').get('quality')
+    if tools is not None: return None
+    why = '--offline' if a.offline else lacks_quality()
+    if not why: return EDIVAL_QUALITY
+    _say(f'warning: quality is not scored: {EDIVAL_QUALITY} cannot be had here ({why}); --quality none asks for that')
 
 # %% ../../nbs/cli/01_eval.ipynb #d88cd0ae
 def quality_table(
@@ -596,7 +611,8 @@ def _edival_facts(a, sessions, out):
                 instructions=Path(a.csv).name if a.csv else 'oai_instruction_generation_output.csv')
     protocol = _generation_facts(a) | dict(
         seed=f'{EDIVAL_SEED} in every turn', between_turns=f'{EDIVAL_SIDE} pixels', mode='multipass',
-        detector=a.detector, vlm=a.vlm, features=a.features, quality=a.quality or 'not scored',
+        detector=a.detector, vlm=a.vlm, features=a.features,
+        quality=a.quality or f'not scored (published: {EDIVAL_QUALITY})',
         questions=f"the benchmark's own, from {a.questions}" if a.questions else 'own wording',
         generation='; '.join(differences) or 'as published')
     return dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
@@ -618,6 +634,7 @@ def evaluate_edival(
             for flag in ('detector', 'features', 'quality'): _check_model('--' + flag, getattr(a, flag))
             asker = load_edival_vlm(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
         settings = made_with(a)
+    if scores: a.quality = from_first(lambda: quality_to_ask(a, out, tools))
     def note_settings():
         check_settings(out, 'protocol.json', settings | dict(steps=a.steps, seed=EDIVAL_SEED, size=EDIVAL_SIDE))
         names = dict(detector=a.detector, vlm=a.vlm, features=a.features, quality=a.quality)
@@ -657,9 +674,11 @@ def import_published(
     notes = [f'Sessions that lack a turn and are left out, as published: {incomplete}.'] if incomplete else []
     facts = dict(Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {T} turns', results=a.imported),
                  Protocol=dict(scored="by the benchmark's own script"))
+    looked_at = all('quality' in row for rows in scored for row in rows)
     table = finish_run(
         out, title='EdiVal-Bench results of another editor, as published', facts=facts, sessions=sessions,
         outcomes=outcomes, why_IT=[[row['why'] for row in rows] for rows in scored], against=a.against,
+        extra={'Quality': quality_table(scored)} if looked_at else None,
         notes=notes + blind_spots(outcomes.success_IT, 'published'))
     return table, sessions
 

@@ -235,6 +235,6 @@ def plot_agreement(
             ax.errorbar(row[x], row[y], yerr=bars, fmt='o', color=color, label=name, capsize=2)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.axhline(chance, color='.8', zorder=0)
-    right.set_xscale('log')
+    if table[[('cost', 'tokens'), ('ranking', '')]].notna().all(axis=1).any(): right.set_xscale('log')
     left.legend(fontsize=7)
     return fig
