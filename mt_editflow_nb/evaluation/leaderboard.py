@@ -24,6 +24,12 @@ def _benchmark_of(results): # of a run's results.json
     sessions = str(results.get('facts', {}).get('Data', {}).get('sessions', ''))
     return 'edival' if sessions.startswith('EdiVal-Bench') else 'sessions'
 
+_usual = dict(guidance="the family's", size="the editor's own", weights='not quantised', solver='ode')
+
+def _how_made(protocol): # of a run on sessions of one's own, for which nothing is published
+    named = [f'{k} {protocol[k]}' for k in ('judge', 'steps') if k in protocol]
+    return named + [f'{k} {protocol[k]}' for k, usual in _usual.items() if protocol.get(k, usual) != usual]
+
 def _footnotes(results): # what is different about a run, and what its card says aloud
     protocol = results.get('facts', {}).get('Protocol', {})
     notes = list(results.get('differences', [])) + list(results.get('notes', []))
@@ -33,7 +39,8 @@ def _footnotes(results): # what is different about a run, and what its card says
     own_wording = protocol.get('questions') == 'own wording' and 'differences' not in results
     if own_wording: notes.append('our wording of the questions')
     if 'scored' in protocol: notes.append(f'scored {protocol["scored"]}')
-    if _benchmark_of(results) == 'sessions': notes.append(f'sessions: {results["facts"]["Data"]["sessions"]}')
+    if _benchmark_of(results) == 'sessions':
+        notes += [f'sessions: {results["facts"]["Data"]["sessions"]}', *_how_made(protocol)]
     return list(dict.fromkeys(notes))
 
 # %% ../../nbs/evaluation/10_leaderboard.ipynb #8e8d6c58
