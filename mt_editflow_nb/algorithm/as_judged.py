@@ -9,7 +9,7 @@ __all__ = ['terms_as_judged', 'iterate_as_judged']
 import torch
 from ..editing.noise import torch_generator
 from ..editing.rollout import Rollout, rollout
-from ..rewards.cube import TurnScorer
+from ..rewards.cube import TurnScorer, scores_by_session
 from .config import Config
 from .iterate import (Batch, Iteration, choose_rows, count_losses, grpo_terms,
                                               iteration_metrics, nft_terms, sampling_options, share_scores,
@@ -30,7 +30,7 @@ def terms_as_judged(
     G, device = len(sampled.shard.members), sampled.clean_TNLC.device
     method_terms = nft_terms if config.algorithm == 'nft' else grpo_terms
     adv_NT = torch.zeros(N, T, device=device)
-    for p, scores in scorer.by_session(T):
+    for p, scores in scores_by_session(scorer, T):
         adv_nT = turn_advantages(config, scores).flatten(0, 1)
         rows = torch.arange(p.start*G, p.stop*G)
         adv_NT[rows] = adv_nT.to(device)

@@ -329,6 +329,7 @@ def _check_judge(prefix, name, options):
     except InputError as e:
         raise InputError(f'{prefix}{e}' if str(e).startswith('judge') else str(e)) from None
 
+# %% ../../nbs/algorithm/03_config.ipynb #f2e5dc67
 def make_config(
     values: dict,        # field -> value; `preset` names one of `CONFIG_PRESETS`, which the other values override
     strict: bool = True, # refuse settings without effect; False: of a run made before they were refused

@@ -39,6 +39,7 @@ def require_finite(
     if torch.as_tensor(x).isfinite().all(): return
     raise InputError(f'iteration {iteration}: {name} is not finite (nan or inf); the last checkpoint is kept')
 
+# %% ../../nbs/algorithm/06_updates.ipynb #54a3ce1f
 class Statistics:
     "Means over all terms of an iteration, added up micro-batch by micro-batch, and the largest gradient norm."
     def __init__(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JUDGES', 'REWARD_MODELS', 'Scores', 'verifier', 'check_scores', 'judge_items', 'check_instruction_length',
            'check_failures', 'check_rewards', 'Judge', 'check_engine', 'scores_of', 'EdivalJudge', 'judge_usage',
-           'check_judge_options', 'load_judge', 'of_last_turn', 'scores_of_turn', 'TurnScorer']
+           'check_judge_options', 'load_judge', 'of_last_turn', 'scores_of_turn', 'TurnScorer', 'scores_by_session']
 
 # %% ../../nbs/rewards/02_cube.ipynb #c09409e5
 import math, time
@@ -551,15 +551,6 @@ class TurnScorer:
         pieces = sorted((first, piece) for (t, first), piece in self.pieces.items() if t == turn)
         return _join([piece.result() for _, piece in pieces])
 
-    def by_session(
-        self,
-        turns: int, # T
-    ):
-        "Yield (a slice of sessions, their `Scores`) in the order of the sessions, each when its last turn is scored."
-        for first in sorted({first for _, first in self.pieces}):
-            scores = _join([self.pieces[t, first].result() for t in range(turns)], 2)
-            yield slice(first, first + len(scores.success_PGT)), scores
-
     def scores(
         self,
         images_PGTHWC: np.ndarray, # the rollout's
@@ -571,3 +562,13 @@ class TurnScorer:
         whole = check_scores(_join(turns, 2), self.sessions, images_PGTHWC)
         if hasattr(self.judge, 'check'): self.judge.check(whole)
         return whole
+
+# %% ../../nbs/rewards/02_cube.ipynb #0782feb5
+def scores_by_session(
+    scorer: TurnScorer, # that has been handed a whole rollout
+    turns: int,         # T
+):
+    "Yield (a slice of sessions, their `Scores`) in the order of the sessions, each when its last turn is scored."
+    for first in sorted({first for _, first in scorer.pieces}):
+        scores = _join([scorer.pieces[t, first].result() for t in range(turns)], 2)
+        yield slice(first, first + len(scores.success_PGT)), scores

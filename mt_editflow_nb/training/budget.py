@@ -463,12 +463,10 @@ def plan(
     return dict(
         editor=str(c.editor), size=size, parameters=profile.parameters, adapter=profile.adapter, rows=rows, flops=flops,
         gpu=card, memory=memory_of_each(memory, c, processes), passes=profile.passes, processes=processes,
-        resting=_text_encoder_bytes(c, configs, element, real) if c.offload else 0,
-        iterations=c.iterations, found=found is not None,
-        kinds=_kinds_text(longest, turns, shape, share) if kinds else '',
-        minutes=flops/speed/60 if speed else None,
+        resting=_text_encoder_bytes(c, configs, element, real) if c.offload else 0, iterations=c.iterations,
+        kinds=_kinds_text(longest, turns, shape, share) if kinds else '', found=found is not None,
+        minutes=flops/speed/60 if speed else None, evaluation_hours=evaluation/speed/3600 if speed else None,
         hours=(flops*c.iterations + evaluation)/speed/3600 if speed else None,
-        evaluation_hours=evaluation/speed/3600 if speed else None,
         uncounted=sorted(j for j in {c.judge, c.eval_judge} if judge_bytes(j, size, element) is None),
         gpu_bytes=torch.cuda.get_device_properties(0).total_memory if found else None)
 
