@@ -3,10 +3,12 @@
     python experiments/ceiling.py [--samples 1 8] [--lora FOLDER]
 
 The exact judge of the shape world chooses, first by success, then by consistency, on the 512 held-out sessions of the
-comparison at equal passes. Adds a line a row to experiments/results/ceiling.jsonl; one that is there is not made again."""
+comparison at equal passes, so that one sample gives its scores before training. Adds a line a row to
+experiments/results/ceiling.jsonl; one that is there is not made again."""
 import argparse
 from pathlib import Path
 import torch
+from tqdm.auto import tqdm
 from mt_editflow_nb.data.files import append_json_line, log_rows
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
@@ -14,24 +16,24 @@ from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.evaluation.scores import edival_scores
 from mt_editflow_nb.rewards.cube import TurnScorer, load_judge
 
-HELD_OUT, SEED, STEPS = 512, 2, 3        # as recipe.yaml has them
+HELD_OUT, TURNS, SEED, STEPS = 512, 8, 2, 3        # as recipe.yaml has them
 
 def best_members(scores): # of one turn, [P, G, 1] each -> [P]
     "The member with the highest success, among equals the most consistent."
     consistency_PG = scores.rewards_PGTM[..., 0, scores.names.index('cc')].nan_to_num(0)
     return (2*scores.success_PGT[..., 0] + consistency_PG).argmax(1)
 
-def best_of(editor, samples, turns, batch=64):
+def best_of(editor, samples, batch=64):
     "EdiVal's scores in percent when the best of so many samples goes on, metric -> a number for each turn."
     judge, parts = load_judge('verifier'), []
-    sessions = shape_sessions(HELD_OUT, turns, 'heldout', seed=SEED)
-    for first in range(0, HELD_OUT, batch):
+    sessions = shape_sessions(HELD_OUT, TURNS, 'heldout', seed=SEED)
+    for first in tqdm(range(0, HELD_OUT, batch), desc=f'best of {samples}'):
         some = sessions[first:first + batch]
         with TurnScorer(judge, some, samples, every_turn=True) as scorer:
             def choose(turn, keys): return best_members(scorer.of_turn(turn))
             made = rollout(editor, some, group=samples, num_steps=STEPS, seed=SEED, on_turn=scorer, choose=choose)
             scores = scorer.scores(made.images_PGTHWC)
-            kept_PT = torch.stack([best_members(scorer.of_turn(t)) for t in range(turns)], 1)
+            kept_PT = torch.stack([best_members(scorer.of_turn(t)) for t in range(TURNS)], 1)
         fields = scores.success_PGT, scores.object_cc_PGT, scores.background_cc_PGT
         parts.append([x_PGT.gather(1, kept_PT[:, None])[:, 0].float() for x_PGT in fields])
     scores = edival_scores(*[torch.cat(x).numpy() for x in zip(*parts)])
@@ -40,7 +42,6 @@ def best_of(editor, samples, turns, batch=64):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--samples', type=int, nargs='+', default=[1, 8])
-    parser.add_argument('--turns', type=int, default=5)
     parser.add_argument('--lora', help='a trained adapter; none: the editor before training')
     parser.add_argument('--name', default='before training', help='what the rows are called')
     parser.add_argument('--results', type=Path, default=Path('experiments/results/ceiling.jsonl'))
@@ -49,6 +50,6 @@ def main():
     known = [(row['name'], row['samples']) for row in log_rows(a.results)]
     for samples in a.samples:
         if (a.name, samples) in known: continue
-        append_json_line(a.results, dict(name=a.name, samples=samples) | best_of(editor, samples, a.turns))
+        append_json_line(a.results, dict(name=a.name, samples=samples) | best_of(editor, samples))
 
 if __name__ == '__main__': main()

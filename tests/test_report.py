@@ -1,6 +1,7 @@
 "`mtef_report` on job folders whose truth is known: a page, tables and pictures that say what is in them."
-import json
-import numpy as np, pandas as pd, pytest
+import json, sys
+from types import SimpleNamespace
+import numpy as np, pandas as pd, pytest, torch
 from helpers import run_module, run_script
 from safetensors.numpy import save_file
 from mt_editflow_nb.ablation.report import comparison_table, score_table
@@ -148,6 +149,16 @@ def test_the_recipe_is_the_gain_per_pass_of_finished_sweeps(tmp_path, capsys):
     assert run_script(recipe, '--show', 'a', *results) == 0
     assert 'O at turn 3 +90.0 [+90.0, +90.0]' in capsys.readouterr().out
     assert run_script(recipe, *sweeps, '--ours', 'c', *results) != 0
+
+def test_the_best_of_several_samples_is_the_one_that_succeeds_and_keeps_most():
+    sys.path.insert(0, str(root/'experiments'))
+    try: from ceiling import best_members
+    finally: sys.path.pop(0)
+    success_PG = torch.tensor([[0., 1, 1], [0, 0, 0], [1, 0, 0]])
+    cc_PG = torch.tensor([[.9, .5, .7], [.2, .8, .1], [float('nan'), 1, 1]])
+    rewards_PGTM = torch.stack([success_PG, cc_PG], -1)[:, :, None]
+    turn = SimpleNamespace(names=['if', 'cc'], success_PGT=success_PG[..., None], rewards_PGTM=rewards_PGTM)
+    assert best_members(turn).tolist() == [2, 1, 0]
 
 def test_findings_are_those_of_the_files():
     "The tables of FINDINGS.md are made from the committed results."

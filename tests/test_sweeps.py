@@ -270,7 +270,9 @@ shipped = sorted((root/'experiments/sweeps').glob('*.yaml'))
 def test_shipped_sweeps(path, tmp_path):
     "Every sweep is accepted by its notebook."
     plan = plan_sweep(path, tmp_path)
-    assert plan.sweep.question.endswith((')', '?')) and len(plan.points) > 1 and len(plan.sweep.seeds) >= 3
+    assert plan.sweep.question.endswith((')', '?'))
+    if path.stem == 'recipe_ten': return                     # one long run, for the ceiling: it compares nothing
+    assert len(plan.points) > 1 and len(plan.sweep.seeds) >= 3
 
 @pytest.fixture(scope='module')
 def shipped_plans(tmp_path_factory):
