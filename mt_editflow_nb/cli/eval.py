@@ -650,6 +650,7 @@ def evaluate_edival(
     if a.shard: return None, sessions
     return from_first(lambda: _finish_edival(a, out, sessions, scored)), sessions
 
+# %% ../../nbs/cli/01_eval.ipynb #8344d199
 def _finish_edival(a, out, sessions, scored):
     "Scores and card of EdiVal-Bench."
     save_run_images(out, sessions)

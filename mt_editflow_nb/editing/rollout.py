@@ -294,18 +294,16 @@ def rollout(
     shard: Shard = None,     # which sessions and members to make; None: all
     on_turn=None,            # see `hand_out`; called as soon as sessions are through a turn
     choose=None,             # turn branching: (turn from 0, keys of P sessions) -> the members that go on, [P]
-    all_keys: list = None,   # of the noise of all sessions, where they are known already
+    keys: list = None,       # of the noise of all sessions, where they are known already
 ) -> Rollout: # of the shard: P sessions, G members
     "Run whole sessions for a group of members each. Raises `InputError` where latents are not finite."
-    all_keys = all_keys or session_keys(sessions, seed, iteration)
-    shard, keys, sessions, rows = shard_rows(all_keys, sessions, group, shard)
+    shard, keys, sessions, rows = shard_rows(keys or session_keys(sessions, seed, iteration), sessions, group, shard)
     P, G, T = len(sessions), len(shard.members), len(sessions[0].instructions)
     first = first_pictures(editor, sessions)                                         # and the editor knows their shape
     sigmas = editor.sigmas(num_steps)
     pictures, tokens = share_pictures(editor, first, G)                              # what is edited next
     images_NTHWC = np.empty((P*G, T, *first.shape[1:]), np.uint8)
-    turns = []
-    goes_on_PT = torch.zeros(P, T - 1, dtype=torch.long) if choose else None
+    turns, goes_on_PT = [], torch.zeros(P, T - 1, dtype=torch.long) if choose else None
     for t in range(T):
         text = editor.encode_text([s.instructions[t] for s in sessions for _ in range(G)], pictures)
         parts = []

@@ -51,8 +51,9 @@ def make_pictures(
 ) -> np.ndarray:       # uint8 [sessions, 1, T, H, W, 3]
     "Let an editor run freely: every turn edits its own last result."
     return rollout(editor, sessions, group=1, num_steps=num_steps, kind=kind, seed=seed, batch=len(indices),
-                   shard=Shard(indices, [0]), all_keys=keys).images_PGTHWC
+                   shard=Shard(indices, [0]), keys=keys).images_PGTHWC
 
+# %% ../../nbs/evaluation/01a_running.ipynb #a2c932f1
 def run_batch(
     editor,            # from `load_editor`
     sessions: list,    # all `Session`s
@@ -285,12 +286,10 @@ def evaluate_sessions(
         solver = {} if kind == 'ode' else dict(kind=kind)
         return evaluation_protocol(editor, sessions, num_steps=num_steps, seed=seed, **solver, **(settings or {}))
     def run(indices):
-        done = run_batch(editor, with_pictures(indices), indices, judge, num_steps=num_steps, seed=seed, kind=kind,
-                         keys=keys)
-        return _rows_of_batch(indices, *done, keep)
+        return _rows_of_batch(indices, *run_batch(editor, with_pictures(indices), indices, judge, **how), keep)
     with ExitStack() as open_things:
-        show = progress and process == 0
-        bar = open_things.enter_context(tqdm(total=len(sessions), desc=desc, unit='session', disable=not show))
+        quiet = process > 0 or not progress
+        bar = open_things.enter_context(tqdm(total=len(sessions), desc=desc, unit='session', disable=quiet))
         earlier = open_evaluation(folder, sessions, protocol, open_things)
         yield from earlier
         bar.update(len(earlier))
@@ -298,8 +297,8 @@ def evaluate_sessions(
         size = min(batch, math.ceil(len(missing)/count))
         batches = equal_length_batches(sessions, size, missing) if missing else []
         together = count > 1 and is_sharded(list(editor.transformer.parameters()))
-        keys = session_keys(sessions, seed)
-        def idle(indices): make_pictures(editor, sessions, indices, num_steps, seed, kind, keys)
+        how = dict(num_steps=num_steps, seed=seed, kind=kind, keys=session_keys(sessions, seed))
+        def idle(indices): make_pictures(editor, sessions, indices, **how)
         rounds = evaluation_rounds(batches, sessions, count, together)
         with_pictures = open_ahead(sessions, [batches[process] for batches in rounds if process < len(batches)])
         for batches_now in rounds:
