@@ -125,6 +125,7 @@ def kappa(
     counts = np.bincount(2*a + b, minlength=4).reshape(2, 2)
     return float(cohens_kappa(counts, return_results=False))
 
+# %% ../../nbs/rewards/03_agreement.ipynb #a864548d
 def _pairs(group_N):
     "Two arrays of indices: every pair whose members share a group, once."
     _, group_N, sizes = np.unique(group_N, return_inverse=True, return_counts=True)
