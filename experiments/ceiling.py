@@ -16,7 +16,8 @@ from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.evaluation.scores import edival_scores
 from mt_editflow_nb.rewards.cube import TurnScorer, load_judge
 
-HELD_OUT, TURNS, SEED, STEPS = 512, 8, 2, 3        # as recipe.yaml has them
+HELD_OUT, TURNS, SESSIONS, STEPS = 512, 8, 2, 3        # as recipe.yaml has them
+NOISE = 1234                                          # as `evaluate` has it
 
 def best_members(scores): # of one turn, [P, G, 1] each -> [P]
     "The member with the highest success, among equals the most consistent."
@@ -26,12 +27,12 @@ def best_members(scores): # of one turn, [P, G, 1] each -> [P]
 def best_of(editor, samples, batch=64):
     "EdiVal's scores in percent when the best of so many samples goes on, metric -> a number for each turn."
     judge, parts = load_judge('verifier'), []
-    sessions = shape_sessions(HELD_OUT, TURNS, 'heldout', seed=SEED)
+    sessions = shape_sessions(HELD_OUT, TURNS, 'heldout', seed=SESSIONS)
     for first in tqdm(range(0, HELD_OUT, batch), desc=f'best of {samples}'):
         some = sessions[first:first + batch]
         with TurnScorer(judge, some, samples, every_turn=True) as scorer:
             def choose(turn, keys): return best_members(scorer.of_turn(turn))
-            made = rollout(editor, some, group=samples, num_steps=STEPS, seed=SEED, on_turn=scorer, choose=choose)
+            made = rollout(editor, some, group=samples, num_steps=STEPS, seed=NOISE, on_turn=scorer, choose=choose)
             scores = scorer.scores(made.images_PGTHWC)
             kept_PT = torch.stack([best_members(scorer.of_turn(t)) for t in range(TURNS)], 1)
         fields = scores.success_PGT, scores.object_cc_PGT, scores.background_cc_PGT
