@@ -2,7 +2,8 @@
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a folder of experiments/results/sweeps, and a
 number after it is the turn, where it is not the last at which all settings have an overall score. The table `types` is
-made from experiments/results/recipe.json. With --check nothing is written, and the exit status is 1 if a table in the text is not the one of the files."""
+made from experiments/results/recipe.json. With --check nothing is written, and the exit status is 1 if a table in the
+text is not the one of the files."""
 import argparse, re, sys
 from pathlib import Path
 import pandas as pd
