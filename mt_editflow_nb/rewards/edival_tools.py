@@ -275,6 +275,7 @@ class _RemoteTool:
 
     def _send(self, asks):
         "Packed answers, in the same order."
+        self.server.patience = Patience()                                                 # for all calls of the batch
         self.server.encoded([x for a in asks for x in a.images])                          # each picture once
         size = self.server.batch
         pieces = [asks[k:k + size] for k in range(0, len(asks), size)]

@@ -316,9 +316,10 @@ class Patience:
         why: str,       # which server, and why nobody is there
     ) -> float:         # None where the wait is over
         "Seconds until the next try, half a second at first, then as long as the wait has taken, at most 15."
+        if seconds <= 0: return None
         if self.began is None:
             self.began = time.monotonic()
-            if seconds > 0: _say(f'judge: {why}; waiting up to {seconds/60:g} minutes for it')
+            _say(f'judge: {why}; waiting up to {seconds/60:g} minutes for it')
         waited = time.monotonic() - self.began
         return min(max(waited, .5), 15, seconds - waited) if waited < seconds else None
 
