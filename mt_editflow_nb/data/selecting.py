@@ -24,18 +24,18 @@ from .sessions import DECODED_AT_LOAD, Session, Sessions, load_sessions
 _EDGE_BYTES = 1 << 14    # bytes at each end of a file
 
 @lru_cache(1 << 18)
-def _key_of_file(path, modified, size):
-    "`modified` is only there so that a changed file is read again."
+def _key_of_file(path, changed, size):
+    "`changed` is only there so that a changed file is read again."
     with open(path, 'rb') as f:
         first = f.read(_EDGE_BYTES)
         f.seek(max(0, size - _EDGE_BYTES))
         return content_hash(size, first, f.read())
 
 def _stamp(path):
-    "Date and size, by which a change is noticed."
+    "Time of the last change of any kind and size. Unpacking an archive sets the time of writing, but not this one."
     try: stat = os.stat(path)
     except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
-    return stat.st_mtime_ns, stat.st_size
+    return stat.st_ctime_ns, stat.st_size
 
 def file_key(
     path: Path, # of a picture
@@ -57,7 +57,7 @@ def are_many(
 
 # %% ../../nbs/data/07_selecting.ipynb #d14d35eb
 RECORD_FILE, LOCK_FILE = '.picture_keys.sqlite', '.picture_keys.lock'      # beside a file of sessions
-_record = 'create table if not exists keys (path text primary key, modified integer, size integer, key text)'
+_record = 'create table if not exists files (path text primary key, changed integer, size integer, key text)'
 
 def _place(path, folder): return os.path.relpath(path, folder)     # so that a folder that is moved keeps its record
 
@@ -69,7 +69,7 @@ def recorded_keys(
     if not (folder/RECORD_FILE).is_file(): return {}
     try:
         with closing(sqlite3.connect(folder/RECORD_FILE)) as db:
-            rows = {place: rest for place, *rest in db.execute('select path, modified, size, key from keys')}
+            rows = {place: rest for place, *rest in db.execute('select path, changed, size, key from files')}
     except sqlite3.OperationalError: return {}
     except sqlite3.Error:
         (folder/RECORD_FILE).unlink()
@@ -85,7 +85,7 @@ def record_keys(
     rows = [(_place(path, folder), *_stamp(path), key) for path, key in keys.items()]
     with suppress(sqlite3.Error), closing(sqlite3.connect(folder/RECORD_FILE, timeout=60)) as db, db:
         db.execute(_record)
-        db.executemany('insert or replace into keys values (?, ?, ?, ?)', rows)
+        db.executemany('insert or replace into files values (?, ?, ?, ?)', rows)
 
 @contextmanager
 def one_at_a_time(
