@@ -93,6 +93,7 @@ def _show(ax, image, x, y, width, height, mark):
     ax.imshow(image, extent=(x, x + w, y + h, y), interpolation='nearest', aspect='auto')
     ax.add_patch(Rectangle((x, y), w, h, fill=False, **_frame(mark)))
 
+# %% ../../nbs/data/05_plots.ipynb #7e05a0e2
 def session_figure(
     session: Session,         # whose picture and instructions are shown
     images_GTHWC: np.ndarray, # uint8, every turn's result of every member
