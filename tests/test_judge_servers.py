@@ -1,5 +1,5 @@
 "Judges behind servers that restart, refuse, and answer in many forms; every right value is written by hand."
-import json, math, os, socket, sqlite3, threading, time
+import datetime, json, math, os, socket, sqlite3, threading, time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest, torch
@@ -117,6 +117,27 @@ def test_a_server_without_probabilities_is_named(script):
     with pytest.raises(InputError, match='token probabilities.*top_logprobs') as e: verdict(script, 'logit')
     assert '\n' not in str(e.value)
 
+@pytest.mark.parametrize('change', [dict(logprob=None), dict(logprob=3000), dict(logprob='no'), dict(logprob=[0])])
+def test_probabilities_that_are_none_say_so(change):
+    tops = [dict(token='7', bytes=[0x37]) | change]
+    answer = message('7') | dict(logprobs=dict(content=[dict(tops[0], top_logprobs=tops)]))
+    v, _ = verdict(lambda request: answer, 'logit')
+    assert math.isnan(v.score) and 'something other than probabilities' in v.error
+
+@pytest.mark.parametrize('spelled', ['7', [300], 7, [None]])
+def test_bytes_that_are_none_leave_the_text_of_a_token(spelled):
+    assert verdict(lambda request: likely(('7', spelled, 1.)), 'logit')[0].score == 7/9
+
+@pytest.mark.parametrize('answer', [message([dict(type='text', text=7)]), message(None, refusal=dict(why='no'))])
+def test_answers_without_words_are_no_scores(answer):
+    v, _ = verdict(lambda request: answer)
+    assert math.isnan(v.score) and v.error
+
+@pytest.mark.parametrize('name', ['edival@http://127.0.0.1:9', 'verifier'])
+@pytest.mark.parametrize('share', ['all', None, True, -1])
+def test_a_share_is_a_number(name, share):
+    with pytest.raises(InputError, match='^max_failed: expected a share'): load_judge(name, max_failed=share)
+
 def test_readiness_is_one_question():
     with Scripted(lambda request: good) as server:
         load_judge(f'm@{server.url}:think', cache=None).check_ready()
@@ -139,6 +160,8 @@ def test_causes_of_lost_connections(monkeypatch, tmp_path):
         assert 'it does not speak TLS' in error(server.url.replace('http://', 'https://'))
     monkeypatch.setenv('SSL_CERT_FILE', str(tmp_path/'none.pem'))
     with pytest.raises(InputError, match='^SSL_CERT_FILE: expected a path that is there'): error('https://127.0.0.1:9/v1')
+    (tmp_path/'none.pem').write_text('no certificate')
+    with pytest.raises(InputError, match='^SSL_CERT_FILE: expected a file of cert'): error('https://127.0.0.1:9/v1')
     monkeypatch.delenv('SSL_CERT_FILE')
     monkeypatch.setenv('HTTP_PROXY', f'http://me:secret@127.0.0.1:{closed_port()}')
     said = error('http://judge.example/v1')
@@ -170,7 +193,12 @@ def test_a_gateway_is_not_the_server():
     (dict(max_tokens='many'), 'max_tokens'), (dict(temperature=-1), 'temperature'),
     (dict(extra_body=[1]), 'extra_body'), (dict(max_token=5), "did you mean 'max_tokens'"),
     (dict(name='x'), 'judge_options'), (dict(max_failed=2), 'max_failed'),
-    (dict(progress=1), 'progress: expected true or false'), (dict(picture='gif'), 'picture')])
+    (dict(progress=1), 'progress: expected true or false'), (dict(picture='gif'), 'picture'),
+    (dict(model='x'), "judge_options: expected one of .*received 'model'"),
+    (dict(concurrency=None), 'concurrency: expected a whole number'),
+    (dict(timeout=None), 'timeout: expected a number'),
+    (dict(max_failed='all'), '^max_failed: expected a share'), (dict(max_failed=None), '^max_failed: expected a share'),
+    (dict(extra_body=dict(since=datetime.date(2024, 1, 1))), '^extra_body: expected fields')])
 def test_settings_are_of_their_kind(options, reason):
     with pytest.raises(InputError, match=reason) as e: load_judge('m@http://127.0.0.1:9/v1:think', **options)
     assert '\n' not in str(e.value)
@@ -190,7 +218,11 @@ def test_what_is_no_judge(name):
     (dict(preset=[1]), 'preset: expected one of'),
     (dict(attention_backend='flsh'), 'attention_backend: expected one of'),
     (dict(num_steps=10**8), 'num_steps: expected a number less'),
-    (dict(judge='tiny:think', judge_options={1: 2}), 'judge_options: expected settings of an engine')])
+    (dict(judge='tiny:think', judge_options={1: 2}), 'judge_options: expected settings of an engine'),
+    (dict(judge='tiny:think', judge_options=dict(model='x')), 'judge_options: expected settings of an engine'),
+    (dict(judge='tiny:think', judge_options=dict(max_failed=None)), 'max_failed: expected a share'),
+    (dict(judge='m@http://a/v1:think', judge_options=dict(extra_body=dict(since=datetime.date(2024, 1, 1)))),
+     'extra_body: expected fields')])
 def test_wrong_fields_are_named(fields, message):
     with pytest.raises(InputError, match=f'^{message}') as e: make_config(fields)
     assert '\n' not in str(e.value)
@@ -371,10 +403,17 @@ def test_caches_of_several_processes_are_joined(tmp_path, monkeypatch):
     assert Cached(Says('nobody'), tmp_path/'judge.sqlite')(asks[:1])[0].text == 'process 0'
     assert merge_caches(tmp_path/'all.sqlite', [tmp_path/'judge.sqlite', tmp_path/'none.sqlite']) == 4
 
+nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
 @pytest.mark.parametrize('change, reason', [
     (lambda s: None, 'a judge that returns `Scores`'), (lambda s: s.rewards_PGTM, 'a judge that returns `Scores`'),
     (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM.transpose(0, 1)), 'the shape of the rollout'),
     (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM*1e30), 'values in'),
+    (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM.to('meta')), 'a tensor with values'),
+    (lambda s: replace(s, rewards_PGTM=nested), 'a dense tensor'),
+    (lambda s: replace(s, success_PGT=nested), 'a dense tensor'),
+    (lambda s: replace(s, calls=(dict(error='', tokens='3', seconds=0.),)), 'a number'),
+    (lambda s: replace(s, calls=(dict(error='', tokens=None, seconds=0.),)), 'a number'),
     (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM.numpy()), 'a torch tensor')])
 @pytest.mark.parametrize('by_turn', (True, False))
 def test_scores_of_a_users_own_judge_are_checked_where_they_enter(change, reason, by_turn):

@@ -13,6 +13,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
@@ -73,7 +74,9 @@ def _checked_values(field, x, shape, lowest=0):
     "A tensor of floats of this shape, each in [lowest, 1] or NaN; as float32 in host memory, without a gradient."
     expect(isinstance(x, torch.Tensor), field, 'a torch tensor', type(x).__name__)
     expect(x.is_floating_point(), field, 'a tensor of floats', str(x.dtype))
+    expect(not x.is_nested, field, 'a dense tensor', 'a nested one')
     expect(x.layout == torch.strided, field, 'a dense tensor', str(x.layout))
+    expect(not x.is_meta, field, 'a tensor with values', 'one on the device meta')
     expect(tuple(x.shape) == tuple(shape), field, f'the shape of the rollout, {list(shape)}', list(x.shape))
     x = (x.detach() if x.requires_grad else x).to('cpu', torch.float32)
     wrong = x[(x < lowest - 1e-6) | (x > 1 + 1e-6)]
@@ -86,6 +89,10 @@ def _check_calls(calls):
     for call in calls:
         known = isinstance(call, dict) and {'error', 'tokens', 'seconds'} <= call.keys()
         expect(known, 'judge: calls', 'dicts with error, tokens and seconds', call)
+        if call.get('cached') or call.get('again'): continue                   # are not counted
+        for name in ('tokens', 'seconds'):
+            number = isinstance(call[name], Real) and math.isfinite(call[name])
+            expect(number, f'judge: calls: {name}', 'a number', call[name])
 
 # %% ../../nbs/rewards/02_cube.ipynb #c4ec0002
 def check_scores(
@@ -411,7 +418,7 @@ def check_judge_options(
 ):
     "Raises `InputError` for what a configuration decides otherwise. The engine checks the rest."
     for name in options:
-        ours = isinstance(name, str) and name not in ('cache', 'offline', 'rewards')
+        ours = isinstance(name, str) and name not in ('model', 'cache', 'offline', 'rewards')
         expect(ours, 'judge_options', 'settings of an engine, such as max_tokens', name)
 
 # %% ../../nbs/rewards/02_cube.ipynb #d8b1286d
@@ -426,11 +433,14 @@ def _heads_judge(kind, model, cache, offline, rewards, max_failed, options):
     engine = Cached(heads, cache, offline=offline) if cache or offline else heads
     return Judge(engine, partial(regress, heads=heads), rewards=rewards, max_failed=max_failed)
 
+def _check_share(max_failed):
+    number = isinstance(max_failed, (int, float)) and not isinstance(max_failed, bool)
+    expect(number and 0 <= max_failed <= 1, 'max_failed', 'a share from 0 to 1', max_failed)
+
 def _edival_judge(name, cache, offline, rewards, max_failed, options):
     "EdiVal's rules, with tools in this process or behind a server."
     _, at, url = name.partition('@')
     expect(tuple(rewards) == JOINT_REWARDS, 'rewards of edival', JOINT_REWARDS, rewards)
-    expect(0 <= max_failed <= 1, 'max_failed', 'a share from 0 to 1', max_failed)
     check_settings_of(RemoteTools if at else LocalTools, options)
     if not at: return EdivalJudge(LocalTools(cache, offline, **options), max_failed)
     expect(not offline, 'offline', 'tools in this process, whose answers a file keeps', name)
@@ -454,6 +464,7 @@ def load_judge(
     or joint@k. `editscore:MODEL` and `unifiedreward:MODEL` are MODEL:viescore, `rationalrewards:MODEL` is
     MODEL:rational, and `editreward:MODEL` and `hpsv3:MODEL` load a reward model with heads. `verifier` and
     `verifier:binary` know the shape world; `edival` and `edival@URL` score by EdiVal's rules."""
+    _check_share(max_failed)
     if name == 'edival' or name.startswith('edival@'):
         return _edival_judge(name, cache, offline, rewards, max_failed, options)
     if name in JUDGES:
@@ -466,7 +477,6 @@ def load_judge(
     model, colon, mode = fine.rpartition(':')
     if model == 'verifier': one_of('judge', name, JUDGES)
     expect(bool(colon), 'judge', f"one of {', '.join(JUDGES)}, or MODEL:MODE such as {JUDGE_EXAMPLES}", name)
-    expect(0 <= max_failed <= 1, 'max_failed', 'a share from 0 to 1', max_failed)
     mode = load_mode(mode)
     engine = load_engine(model, cache=cache, offline=offline, **options)
     tiny = Path(model.removesuffix('+nf4')).name in (TINY_JUDGE, 'tiny_judge')
@@ -538,7 +548,8 @@ class TurnScorer:
             self.judge.check(_join(self.with_failures), self.total)
         s = scores_of_turn(self.judge, self.sessions[p], images_PGTHWC, t, **self.kw)
         expect(isinstance(s, Scores), 'judge', 'a judge that returns `Scores`', type(s).__name__)
-        turns = getattr(s.success_PGT, 'shape', ())[-1:]         # one; of a coarse judge none, and all at the end
+        nested = getattr(s.success_PGT, 'is_nested', False)      # has no shape; it is refused below
+        turns = (1,) if nested else getattr(s.success_PGT, 'shape', ())[-1:]   # a coarse judge: none, or all last
         s = _check_shape(s, (*images_PGTHWC.shape[:2], *turns))
         if s.failed and hasattr(self.judge, 'check'): self.with_failures.append(s)
         return s

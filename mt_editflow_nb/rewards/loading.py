@@ -31,14 +31,16 @@ def check_settings_of(
 ):
     "Raises `InputError` for a setting that a class does not know, or of another kind than its signature says."
     signature = inspect.signature(cls.__init__).parameters
-    known = {k: p.annotation for k, p in signature.items() if p.kind is p.KEYWORD_ONLY}
+    known = {k: p for k, p in signature.items() if p.kind is p.KEYWORD_ONLY}
     for name, value in settings.items():
         one_of('judge_options', name, known)
-        if value is None: continue
-        expect(_is_of_kind(name, value, known[name]), f'judge_options: {name}', _kinds[known[name]], value)
+        kind, default = known[name].annotation, known[name].default
+        fine = default is None if value is None else _is_of_kind(name, value, kind)
+        expect(fine, f'judge_options: {name}', _kinds[kind], value)
 
 def load_engine(
     model: str,             # MODEL, MODEL+nf4 or MODEL@URL
+    /,
     *,
     cache: str|Path = None, # SQLite file that keeps every answer
     offline: bool = False,  # replay the file: a call that it does not hold is an error

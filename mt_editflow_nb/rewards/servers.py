@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PICTURE_FORMATS', 'SERVED_FACTS', 'data_url', 'EncodedPictures', 'proxy_variable', 'check_environment',
-           'connection_cause', 'refusal_text', 'chat_request', 'Unreachable', 'token_text', 'read_completion',
-           'status_text', 'server_absence', 'served_facts', 'ask_systemone', 'ask_server', 'Patience', 'server_urls',
-           'check_request_settings', 'run_in_thread', 'what_all_say', 'Server']
+           'connection_cause', 'refusal_text', 'chat_request', 'Unreachable', 'token_text', 'choice_probs',
+           'read_completion', 'status_text', 'server_absence', 'served_facts', 'ask_systemone', 'ask_server',
+           'Patience', 'server_urls', 'check_request_settings', 'run_in_thread', 'what_all_say', 'Server']
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0004
 import asyncio, base64, hashlib, io, json, math, os, re, socket, ssl, sys, threading, time
@@ -74,6 +74,34 @@ class EncodedPictures:
         urls = iter(self([x for a in asks for x in a.images]))
         return [[next(urls) for _ in a.images] for a in asks]
 
+# %% ../../nbs/rewards/00a_servers.ipynb #5e4e0a09
+def _is_address(url):
+    "Whether a client could call it: a scheme, a host without blanks, and a port that there is."
+    try: parts = urlsplit(url)
+    except ValueError: return False
+    try: there = parts.port is None or parts.port > 0
+    except ValueError: there = False
+    host = parts.hostname or ''
+    return there and parts.scheme in ('http', 'https') and bool(host) and not re.search(r'\s', url)
+
+def _are_certificates(path):
+    "Whether a client can read certificates from a file."
+    try: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except OSError: return False                                           # `ssl.SSLError` is one
+    return True
+
+def _check_proxy(scheme, value):
+    "A proxy of the environment, for calls of this scheme. Its address may hold a password, so it is not shown."
+    names = [n for n in os.environ if n.lower() == f'{scheme}_proxy']
+    name = next((n for n in names if os.environ[n] == value), names[0])    # one in small letters comes first
+    kind = value.split('://')[0].lower() if '://' in value else 'http'
+    socks = kind.startswith('socks5')
+    needs = ' (or, for SOCKS5, the package socksio: pip install socksio)' if socks else ''
+    known = kind in ('http', 'https') or socks and find_spec('socksio')
+    expect(known, name, f'the address of an HTTP proxy{needs}', f'a proxy of kind {kind}')
+    fine = _is_address('http://' + value.split('://')[-1])
+    expect(fine, name, "an address such as 'http://gate:3128'", 'one that no client can call')
+
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0009
 def proxy_variable(
     url: str, # of a server
@@ -93,13 +121,10 @@ def check_environment():
     for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR'):
         path = os.environ.get(name)
         expect(not path or os.path.exists(path), name, 'a path that is there', path)
+    path = os.environ.get('SSL_CERT_FILE')
+    expect(not path or _are_certificates(path), 'SSL_CERT_FILE', 'a file of certificates', path)
     for scheme, value in getproxies_environment().items():
-        if scheme not in ('http', 'https', 'all'): continue
-        name = next(n for n in os.environ if n.lower() == f'{scheme}_proxy')
-        kind = value.split('://')[0].lower() if '://' in value else 'http'
-        if kind.startswith('socks5') and find_spec('socksio'): continue
-        needs = ' (or, for SOCKS5, the package socksio: pip install socksio)' if kind.startswith('socks5') else ''
-        expect(kind in ('http', 'https'), name, f'the address of an HTTP proxy{needs}', f'a proxy of kind {kind}')
+        if scheme in ('http', 'https', 'all'): _check_proxy(scheme, value)
 
 # %% ../../nbs/rewards/00a_servers.ipynb #e877d9fd
 _causes = ((ssl.SSLCertVerificationError, 'its certificate cannot be verified ({}), SSL_CERT_FILE can help'),
@@ -164,20 +189,40 @@ def _line(e):
 
 def _text_of(message):
     "The words of an answer, which some servers send as a list of parts."
-    content = message.content
+    content, refusal = getattr(message, 'content', None), getattr(message, 'refusal', None)
     if isinstance(content, list):
-        content = ''.join(part.get('text') or '' for part in content if isinstance(part, dict))
-    return (content if isinstance(content, str) else message.refusal or '').strip()
+        said = [part.get('text') for part in content if isinstance(part, dict)]
+        content = ''.join(text for text in said if isinstance(text, str))
+    return next((text for text in (content, refusal) if isinstance(text, str)), '').strip()
 
-# %% ../../nbs/rewards/00a_servers.ipynb #3ed303a0
+# %% ../../nbs/rewards/00a_servers.ipynb #3ed30a0f
 def token_text(
     token, # of a server's logprobs: `token` and perhaps `bytes`
 ) -> str:
     "The characters of a token, by its bytes where the server gives them."
     spelled = getattr(token, 'bytes', None)
-    text = bytes(spelled).decode(errors='replace') if spelled else str(token.token)
+    fine = isinstance(spelled, list) and all(isinstance(b, int) and 0 <= b < 256 for b in spelled)
+    text = bytes(spelled).decode(errors='replace') if spelled and fine else str(getattr(token, 'token', ''))
     return text.strip(' \n\t\u2581\u0120')
 
+_no_probabilities = 'the server answered with something other than probabilities'
+
+def choice_probs(
+    likely,         # the tokens of an answer with their logarithms of probabilities, of a server's `logprobs`
+    choices: tuple, # words that one of them may be
+) -> dict:          # None where they cannot be read
+    "The probability of each choice to be the first token of an answer."
+    if not isinstance(likely, list): return None
+    tops, probs = getattr(likely[0], 'top_logprobs', None) or likely[:1], {}
+    if not isinstance(tops, list): return None
+    for top in tops:
+        word, value = token_text(top), getattr(top, 'logprob', None)
+        if word not in choices: continue
+        if not isinstance(value, (int, float)) or not value <= .01: return None   # also NaN; 0 may be rounded up
+        probs[word] = probs.get(word, 0.) + math.exp(max(value, -1e4))
+    return probs
+
+# %% ../../nbs/rewards/00a_servers.ipynb #3ed303a0
 def read_completion(
     out,      # what a server answered
     ask: Ask, # the call that it answers
@@ -187,17 +232,16 @@ def read_completion(
     message = getattr(choices[0], 'message', None) if isinstance(choices, list) and choices else None
     if message is None: return Reply(error='the server answered with something that is no chat completion')
     choice, text = choices[0], _text_of(message)
-    tokens = getattr(getattr(out, 'usage', None), 'total_tokens', None) or 0
-    if choice.finish_reason == 'content_filter':
+    tokens = getattr(getattr(out, 'usage', None), 'total_tokens', None)
+    tokens = tokens if isinstance(tokens, int) else 0
+    ended = getattr(choice, 'finish_reason', None)
+    if ended == 'content_filter':
         return Reply(text, tokens=tokens, error=f'refused by the content filter: {one_line(text)[:100]}')
-    if not ask.choices: return Reply(text, tokens=tokens, truncated=choice.finish_reason == 'length')
-    logprobs = getattr(choice, 'logprobs', None)
-    if not (logprobs and logprobs.content): return None
-    probs = {}
-    for top in logprobs.content[0].top_logprobs or [logprobs.content[0]]:
-        word = token_text(top)
-        if word in ask.choices: probs[word] = probs.get(word, 0.) + math.exp(top.logprob)
-    return Reply(text, probs, tokens)
+    if not ask.choices: return Reply(text, tokens=tokens, truncated=ended == 'length')
+    likely = getattr(getattr(choice, 'logprobs', None), 'content', None)
+    if not likely: return None
+    probs = choice_probs(likely, ask.choices)
+    return Reply(error=_no_probabilities) if probs is None else Reply(text, probs, tokens)
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0015
 def status_text(
@@ -261,8 +305,8 @@ async def ask_systemone(
     try:
         p = out['answers']['answer']['probabilities']
         probs = {c: float(p[str(i)]) for i, c in enumerate(ask.choices)}
-        return Reply(max(probs, key=probs.get), probs, out['usage']['input_tokens'])
-    except (KeyError, TypeError): return Reply(error='the server answered with something other than probabilities')
+        return Reply(max(probs, key=probs.get), probs, int(out['usage']['input_tokens']))
+    except (KeyError, TypeError, ValueError): return Reply(error=_no_probabilities)
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0016
 async def ask_server(
@@ -444,15 +488,6 @@ async def _ask_all(server, asks, shown):
         for client in dispatcher.clients: await client.http.close()
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0021
-def _is_address(url):
-    "Whether a client could call it: a scheme, a host without blanks, and a port that there is."
-    try: parts = urlsplit(url)
-    except ValueError: return False
-    try: there = parts.port is None or parts.port > 0
-    except ValueError: there = False
-    host = parts.hostname or ''
-    return there and parts.scheme in ('http', 'https') and bool(host) and not re.search(r'\s', url)
-
 def server_urls(
     text: str, # addresses with commas between them
 ) -> tuple:    # of them, without a slash at the end
@@ -462,6 +497,12 @@ def server_urls(
     for url in urls: expect(_is_address(url) and '@' not in url, 'judge', wanted, url.split('@')[-1])
     return urls
 
+def _is_json(value):
+    "Whether a request can hold it: no date, for instance."
+    try: json.dumps(value, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError): return False
+    return True
+
 def check_request_settings(
     timeout: float,    # seconds a try
     top_logprobs: int, # likely tokens to ask for
@@ -470,7 +511,8 @@ def check_request_settings(
     "Raises `InputError` for settings that no server takes."
     expect(timeout > 0, 'timeout', 'a number of seconds above 0', timeout)
     expect(top_logprobs in range(1, 21), 'top_logprobs', 'a whole number from 1 to 20', top_logprobs)
-    expect(isinstance(extra_body, dict), 'extra_body', 'fields with their values', extra_body)
+    fine = isinstance(extra_body, dict) and _is_json(extra_body)
+    expect(fine, 'extra_body', 'fields with their values, such as JSON has', extra_body)
 
 # %% ../../nbs/rewards/00a_servers.ipynb #4b0b456d
 def run_in_thread(
