@@ -15,7 +15,7 @@ from ..data.importers import IMPORTERS, RowWriter, import_set
 from ..data.overview import overview, overview_figure
 from ..data.selecting import (LANGUAGES, matches, read_for_selection, read_range, sample_indices,
                                            split_by_picture, write_selection)
-from ..data.sessions import MAX_TURNS
+from ..data.sessions import MAX_TURNS, load_sessions
 from ..editing.loading import HUB_EDITORS, text_limit
 from ..rewards.cube import load_judge
 from ..rewards.instructions import EDIT_FORMS, find_pictures, write_sessions
@@ -68,7 +68,8 @@ def _stats_options(add):
     add('--table', metavar='FILE.csv', help='write the table too')
 
 def _show(a):
-    sessions = read_for_selection(a.file)
+    anywhere = a.allow_outside or Path(a.file).suffix == '.parquet' or Path(a.file).is_dir()
+    sessions = read_for_selection(a.file) if anywhere else load_sessions(a.file, same_turns=False, decode=False)
     expect(a.n > 0, '--n', 'at least 1', a.n)
     atomic_write(a.out, sessions_page(sessions[:a.n], Path(a.file).name))
     print(f'{a.out}: {min(a.n, len(sessions))} of {len(sessions)} sessions')
@@ -77,6 +78,7 @@ def _show_options(add):
     add('file', metavar='FILE.jsonl', help='file of sessions')
     add('out', metavar='OUT.html', help='page to write; it stands alone')
     add('--n', type=int, default=20, help='how many sessions, the first ones (default: 20)')
+    add('--allow-outside', action='store_true', help='pictures, which the page holds, may lie outside its folder')
 
 # %% ../../nbs/cli/06_data.ipynb #78579342
 def _write(sessions, path, source):

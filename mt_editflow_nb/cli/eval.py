@@ -17,8 +17,8 @@ from importlib.metadata import version
 from os.path import expanduser
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
-from ..data.files import (InputError, add_missing_lines, atomic_write, check_writable, content_hash,
-                                       expect, one_line, open_image, read_json, to_json)
+from ..data.files import (InputError, add_missing_lines, at_home, atomic_write, check_writable,
+                                       content_hash, expect, one_line, open_image, read_json, to_json)
 from ..data.sessions import MAX_TURNS, load_edival
 from ..data.shapeworld import WORLDS
 from ..data.signals import stop_at_once, stop_requests
@@ -118,7 +118,7 @@ def check_bench_options(
         flag = '--import' if name == 'imported' else f'--{name.replace("_", "-")}'
         expect(getattr(a, name) in (None, False), flag, f'no such option with --bench {a.bench}', getattr(a, name))
     _check_values(a, {name: f'--{name}' for name in vars(a)})
-    check_writable(Path(a.out).expanduser(), '--out')
+    check_writable(at_home(a.out), '--out')
     expect(a.data, '--data', f'the files of {BENCHMARKS[a.bench].title}', a.data)
     judge = f"a model that scores, such as 'Qwen/Qwen2.5-VL-7B-Instruct' (published: {BENCHMARKS[a.bench].judge})"
     expect(a.judge or a.generate_only, '--judge', judge, a.judge)
@@ -791,7 +791,7 @@ def evaluation_answers(
 
 # %% ../../nbs/cli/01_eval.ipynb #89372d38
 def _run(a, tools):
-    out = Path(a.out).expanduser()
+    out = at_home(a.out)
     with failing_together():
         for name, value in vars(a).items():
             if isinstance(value, str): setattr(a, name, expanduser(value))     # --lora=~/x, which no shell expands

@@ -6,13 +6,13 @@
 __all__ = ['parse_overrides', 'read_recipe', 'start_notebook', 'show_progress', 'stop_notebook', 'run_notebook', 'main']
 
 # %% ../../nbs/cli/00_train.ipynb #ecac882a
-import argparse, contextlib, os, subprocess, sys, time
+import argparse, contextlib, os, signal, subprocess, sys, time
 from pathlib import Path
 import torch, yaml
 from safetensors import SafetensorError                             # what a full disk raises in its save_file
 from tqdm.auto import tqdm
-from ..data.files import (InputError, atomic_write, check_writable, expect, one_line, read_json,
-                                       read_text)
+from ..data.files import (InputError, at_home, atomic_write, check_writable, expect, one_line,
+                                       read_json, read_text)
 from ..data.shapeworld import WORLDS
 from ..data.signals import Stopped, stop_at_once, stop_requests
 from ..algorithm.config import CONFIG_PRESETS, Config, make_config
@@ -45,6 +45,17 @@ def parse_overrides(
         values[field] = _number(value)
     return values
 
+class _Recipe(yaml.SafeLoader):
+    "YAML in which a field stands once; PyYAML would take the last."
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else key
+            twice = f'twice, in lines {lines.get(name)} and {key.start_mark.line + 1}'
+            if name in lines: raise InputError(f'{name}: expected a field once, received it {twice}')
+            lines[name] = key.start_mark.line + 1
+        return node
+
 def read_recipe(
     path: str|Path, # YAML
 ) -> dict:          # field -> value
@@ -52,7 +63,8 @@ def read_recipe(
 
     Its `resources`, the cores and GPUs that a scheduler is to find for it, are checked and left out."""
     if not Path(path).is_file(): raise InputError(f'{path}: expected a recipe file or field=value, there is no file')
-    try: fields = yaml.safe_load(read_text(path))
+    try: fields = yaml.load(read_text(path), _Recipe)
+    except InputError as e: raise InputError(f'recipe: {path}: {e}') from None
     except yaml.YAMLError as e: raise InputError(f'recipe: {path} is not YAML: {one_line(e)[:200]}') from None
     expect(isinstance(fields, dict), f'recipe: {path}', 'fields and values', type(fields).__name__)
     read_resources(fields.pop('resources', {}))
@@ -130,8 +142,12 @@ def stop_notebook(
     for p in psutil.wait_procs(family.values(), 2)[1]: p.kill()
 
 # %% ../../nbs/cli/00_train.ipynb #732d74b5
-def _failure(run):
-    "What a notebook that failed has said, in one line."
+def _failure(run, code):
+    "Why a notebook failed, in one line: the signal that killed it, or what it has said last."
+    if code < 0:
+        option = '--resume' if (run/'config.json').is_file() else '... --run'
+        return (f'the notebook was killed by signal {-code}{" (memory?)" if code == -signal.SIGKILL else ""}; '
+                f'go on with: mtef_train {option} {run}')
     log = [line for line in (run/'papermill.log').read_text(errors='replace').splitlines() if line.strip()]
     errors = [line for line in log if 'InputError' in line or 'Error:' in line]
     return (f'the notebook failed: {(errors or log or ["no output"])[-1]} (everything it said: {run/"papermill.log"}; '
@@ -157,7 +173,7 @@ def run_notebook(
             print(f'{e}; go on with: mtef_train {option} {run}', file=sys.stderr)
             e.told = True
             raise
-    if job.returncode: raise InputError(_failure(run))
+    if job.returncode: raise InputError(_failure(run, job.returncode))
     return run/'train.ipynb'
 
 # %% ../../nbs/cli/00_train.ipynb #5526c3bd
@@ -180,7 +196,7 @@ def _parser():
 # %% ../../nbs/cli/00_train.ipynb #1662d666
 def _resumed(folder) -> tuple: # (`Config`, run folder)
     "A run to go on with; relative paths in its configuration start where it was begun."
-    run = Path(folder).expanduser().resolve()
+    run = at_home(folder).resolve()
     if run.is_dir() and not (run/'config.json').is_file():
         raise InputError(f'--resume: {folder} is not a run folder (it holds no config.json); a run that was stopped '
                          f'before it wrote one is started again with --run {folder}')
@@ -211,7 +227,7 @@ def _chosen(a) -> tuple: # (`Config`, run folder)
     for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
     c = make_config(values)
     if a.plan: return c, None
-    run = Path(a.run or 'runs').expanduser()
+    run = at_home(a.run or 'runs')
     check_writable(run, '--run' if a.run else 'runs')
     if a.run: return c, run
     prepare(c)                                                      # a folder is made only for what can run
@@ -221,7 +237,8 @@ def _chosen(a) -> tuple: # (`Config`, run folder)
 # %% ../../nbs/cli/00_train.ipynb #5526c3be
 def _plan(c, count):
     if processes()[0]: return
-    here = c.sessions not in WORLDS and not c.streaming and Path(c.sessions).exists()
+    here = c.sessions not in WORLDS and not c.streaming
+    expect(c.sessions in WORLDS or Path(c.sessions).exists(), 'sessions', 'a file that is there', c.sessions)
     kinds = session_source(c).kinds if here else None
     print(plan_text(plan(c, kinds=kinds, processes=count)))
     if str(c.editor) in PUBLISHED_EDITORS or torch.cuda.is_available():

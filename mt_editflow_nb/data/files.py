@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'first_line', 'expect', 'one_of',
-           'atomic_write', 'read_text', 'to_json', 'read_json', 'read_json_lines', 'log_rows', 'append_json_line',
-           'add_missing_lines', 'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked', 'check_writable',
-           'image_size', 'open_image', 'save_png', 'shipped', 'skip_url_grammar', 'duration_text']
+           'atomic_write', 'at_home', 'read_text', 'to_json', 'read_json', 'read_json_lines', 'log_rows',
+           'append_json_line', 'add_missing_lines', 'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked',
+           'check_writable', 'image_size', 'open_image', 'save_png', 'shipped', 'skip_url_grammar', 'duration_text']
 
 # %% ../../nbs/data/00_files.ipynb #fb37697b
 import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, sys, uuid, warnings
@@ -80,6 +80,13 @@ def atomic_write(
     return path
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c30
+def at_home(
+    path: str|Path, # '~' and '~user' stand for a home folder
+) -> Path:
+    "A path without `~`. Raises `InputError` for a user who has no home here."
+    try: return Path(path).expanduser()
+    except RuntimeError: raise InputError(f'{path}: expected ~ or ~USER of this machine, received another') from None
+
 def read_text(
     path: str|Path, # a UTF-8 file, with or without a byte order mark
 ) -> str:

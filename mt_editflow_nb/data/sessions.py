@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from pydantic_core import from_json
-from .files import (ABSENT_IF_EMPTY, InputError, atomic_write, expect, image_size, one_line, one_of,
-                                       open_image, read_text)
+from .files import (ABSENT_IF_EMPTY, InputError, at_home, atomic_write, expect, image_size, one_line,
+                                       one_of, open_image, read_text)
 from .sizes import FittedPicture, fit_picture
 
 # %% ../../nbs/data/01_sessions.ipynb #7300860f
@@ -397,7 +397,7 @@ def load_sessions(
     """Read sessions from JSON Lines.
 
     Fields: `id` (text or integer), `image`, `instructions`, optional `task_types`, `meta` and `targets`."""
-    path = Path(path).expanduser()
+    path = at_home(path)
     folder = path.parent
     one_of('on_bad', on_bad, ('stop', 'skip'))
     index = _Index(path, on_bad, targets)

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'ADAPTER_FILE', 'MAX_CHANGE', 'target_layers', 'check_lora', 'add_lora', 'lora_parameters',
-           'to_safetensors', 'save_lora', 'find_adapter', 'adapter_facts', 'read_adapter', 'fitting_tensors',
-           'without_prefix', 'from_kohya', 'from_diffusers', 'match_adapter', 'adapter_config', 'check_magnitude',
-           'load_lora', 'start_from_adapter', 'swapped', 'adapted_layers', 'merged', 'base_only']
+           'to_safetensors', 'save_lora', 'find_adapter', 'adapter_facts', 'read_adapter', 'check_effect',
+           'fitting_tensors', 'without_prefix', 'from_kohya', 'from_diffusers', 'match_adapter', 'adapter_config',
+           'check_magnitude', 'load_lora', 'start_from_adapter', 'swapped', 'adapted_layers', 'merged', 'base_only']
 
 # %% ../../nbs/editing/04_lora.ipynb #fa2036ea
 import json, logging, re, struct
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 import safetensors, torch
 from safetensors.torch import save
-from ..data.files import InputError, atomic_write, expect, one_line, one_of, read_json
+from ..data.files import InputError, at_home, atomic_write, expect, one_line, one_of, read_json
 from .editor import check_finite, hub_errors
 
 # bitsandbytes tells at every call that it misses a kernel which only inference would use
@@ -117,7 +118,7 @@ def find_adapter(
         found = known[:1] or sorted(n for n in names if n.endswith('.safetensors'))
         expect(len(found) == 1, f'{field}: {source}', 'one .safetensors file', found or 'none')
         return found[0]
-    path = Path(source).expanduser()
+    path = at_home(source)
     if path.is_file(): return path
     if path.is_dir():
         of_run = [p for p in (path/'lora', *sorted(path.glob('checkpoints/*/lora'), reverse=True)) if p.is_dir()]
@@ -134,7 +135,7 @@ def find_adapter(
         return Path(huggingface_hub.hf_hub_download(repo, file))
 
 def _is_pattern(text) -> bool:
-    try: return bool(re.compile(text))
+    try: return bool(re.compile(rf'(.*\.)?({text})$'))                # as peft looks for it
     except (re.error, TypeError): return False
 
 # %% ../../nbs/editing/04_lora.ipynb #ce7c33fc
@@ -154,7 +155,7 @@ def adapter_facts(
     expect(isinstance(pattern, dict), f'lora: {file}: alpha_pattern', 'layers and numbers', pattern)
     alphas = [facts.get('lora_alpha', 1), *pattern.values()]
     for alpha in alphas:
-        good = type(alpha) in (int, float) and 0 < alpha < float('inf')
+        good = type(alpha) in (int, float) and 0 < alpha < 1e38
         expect(good, f'lora: {file}: lora_alpha', 'a number above 0', alpha)
     for layer in pattern: expect(_is_pattern(layer), f'lora: {file}: alpha_pattern', 'regular expressions', layer)
     whole = type(facts.get('use_rslora') or False) is bool
@@ -179,9 +180,23 @@ def read_adapter(
     for name, x in tensors.items(): check_finite(f'lora: {file}: {name}', x)
     integers = [name for name, x in tensors.items() if not x.is_floating_point()]
     expect(not integers, f'lora: {file}', 'floating-point tensors', integers[:1])
+    for name, x in tensors.items():                                   # diffusers would halve a negative one for ever
+        good = not name.endswith('.alpha') or (x > 0).all()
+        expect(good, f'lora: {file}: {name}', 'a number above 0', x.flatten().tolist())
     return tensors, adapter_facts(metadata, file), file
 
 # %% ../../nbs/editing/04_lora.ipynb #d44ce28f
+def check_effect(
+    tensors: dict, # by the names of a file
+    file,          # for messages
+):
+    "Raises `InputError` for an adapter that changes nothing, because one factor of its products is zero everywhere."
+    for factor in ('A|down', 'B|up'):
+        these = [x for name, x in tensors.items() if re.search(rf'[._]({factor})(\.\w+)?\.weight$', name)]
+        nothing = these and not any(x.any() for x in these)
+        expect(not nothing, f'lora: {file}', 'an adapter that changes the editor',
+               f'one of zeros ({factor.replace("|", " or ")} in all layers)')
+
 def fitting_tensors(
     transformer,   # of an editor
     tensors: dict, # name without prefix -> tensor
@@ -250,8 +265,10 @@ def match_adapter(
     transformer = editor.transformer
     twice = len(tensors) - len(without_prefix(tensors))
     expect(not twice, f'lora: {file}', 'every tensor under one name', f'{twice} under two')
-    readings = [without_prefix(tensors), from_kohya(transformer, tensors), from_diffusers(editor.pipe, tensors)]
-    for reading in readings:
+    readings = []
+    for read in (without_prefix, partial(from_kohya, transformer), partial(from_diffusers, editor.pipe)):
+        reading = read(tensors)
+        readings.append(reading)
         fitting = fitting_tensors(transformer, reading)
         if fitting and len(fitting) == len(reading): return fitting
     best = max(readings, key=lambda reading: len(fitting_tensors(transformer, reading)))
@@ -277,13 +294,17 @@ MAX_CHANGE = 1e6    # of a weight by an adapter; those of trained editors are be
 
 def check_magnitude(
     tensors: dict, # from `match_adapter`
-    alpha: float,  # of the adapter
+    config: dict,  # from `adapter_config`
     file,          # for messages
 ):
     "Raises `InputError` for finite factors whose product is out of all proportion."
+    from peft.utils.other import get_pattern_key
+    alphas = config.get('alpha_pattern') or {}
     for name, a in tensors.items():
         if not name.endswith('lora_A.weight'): continue
         b = tensors[name.replace('lora_A', 'lora_B')]
+        alpha = alphas.get(get_pattern_key(alphas, name.removesuffix('.lora_A.weight')), config['lora_alpha'])
+        if config.get('use_rslora'): alpha *= len(a)**.5
         most = float(a.abs().max())*float(b.abs().max())*alpha       # rank times alpha/rank
         expect(most < MAX_CHANGE, f'lora: {file}: {name}', f'a change of weights below {MAX_CHANGE:g}', most)
 
@@ -296,7 +317,7 @@ def load_lora(
     tensors, facts, file = read_adapter(source)
     tensors = match_adapter(editor, tensors, file)
     config = adapter_config(tensors, facts)
-    check_magnitude(tensors, config['lora_alpha'], file)
+    check_magnitude(tensors, config, file)
     editor.transformer.load_lora_adapter(tensors, prefix=None, metadata=config, low_cpu_mem_usage=True)
     unset = [n for n, p in editor.transformer.named_parameters() if 'lora_' in n and p.is_meta]
     expect(not unset, f'lora: {file}', 'a tensor for every layer of the adapter', unset)
@@ -306,14 +327,15 @@ def start_from_adapter(
     editor,           # with a new adapter, from `add_lora`
     source: str|Path, # a file, a folder or a hub name, see `find_adapter`
 ):
-    "Start the trainable adapter from one that exists. Raises `InputError` for another rank or other layers."
+    "Start the trainable adapter from one that exists. Raises `InputError` for another rank, or one without effect."
     tensors, facts, file = read_adapter(source)
+    check_effect(tensors, file)
     tensors = match_adapter(editor, tensors, file)
     ranks = {len(x) for name, x in tensors.items() if name.endswith('A.weight')}
     (name, here), = editor.transformer.peft_config.items()
     expect(ranks == {here.r}, f'init_lora: {file}', f'an adapter of rank {here.r}', sorted(ranks))
     there = adapter_config(tensors, facts)
-    check_magnitude(tensors, there['lora_alpha'], file)
+    check_magnitude(tensors, there, file)
     expect(not there.get('alpha_pattern') and not there.get('use_rslora'), f'init_lora: {file}', 'one alpha', there)
     scale = (there['lora_alpha']/there['r'])/(here.lora_alpha/here.r)
     params = dict(editor.transformer.named_parameters())

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 import safetensors
 from safetensors.torch import load_file
-from ..data.files import InputError, expect, one_line
+from ..data.files import InputError, at_home, expect, one_line
 from .editor import check_finite
-from .lora import lora_parameters, read_adapter, load_lora
+from .lora import check_effect, lora_parameters, read_adapter, load_lora
 
 # %% ../../nbs/editing/04a_whole.ipynb #ac76fe4f
 def train_whole(
@@ -53,7 +53,7 @@ def is_transformer(
     folder: str|Path, # or a file, or a hub name
 ) -> bool:
     "Whether this is a folder of a whole transformer, and not an adapter."
-    folder = Path(folder).expanduser()
+    folder = at_home(folder)
     return folder.is_dir() and any(folder.glob(f'{TRANSFORMER_FILE}*.safetensors*'))
 
 # %% ../../nbs/editing/04a_whole.ipynb #649f255a
@@ -61,7 +61,7 @@ def read_transformer(
     folder: str|Path, # from `save_transformer`, or one of diffusers
 ) -> dict:            # name -> tensor
     "The weights of a folder. Raises `InputError` where they cannot be read."
-    folder = Path(folder).expanduser()
+    folder = at_home(folder)
     index = folder/f'{TRANSFORMER_FILE}.safetensors.index.json'
     try:
         names = [f'{TRANSFORMER_FILE}.safetensors']
@@ -94,6 +94,8 @@ def check_trained(
     source: str|Path,       # as in `load_trained`
     quantize: str = None,   # how the editor is going to be stored
 ):
-    "Raises `InputError` for what cannot be loaded, before an editor is."
-    if not is_transformer(source): return read_adapter(source)
+    "Raises `InputError` for what cannot be loaded, or would change nothing, before an editor is."
+    if not is_transformer(source):
+        tensors, _, file = read_adapter(source)
+        return check_effect(tensors, file)
     expect(not quantize, 'quantize', 'none beside the folder of a whole transformer', quantize)

@@ -1,0 +1,35 @@
+"Input that was once taken without a word, or refused late: one line each."
+from pathlib import Path
+from types import SimpleNamespace
+import pytest
+from mt_editflow_nb.cli import data, train
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.sessions import save_sessions
+from mt_editflow_nb.data.shapeworld import shape_sessions
+
+def test_training(tmp_path, capsys):
+    (tmp_path/'twice.yaml').write_text('lr: 1e-3\ngroup: 4\nlr: 5e-1\n')
+    for argv, part in ((['--plan', 'sessions=/nothere.jsonl'], 'sessions: expected a file that is there'),
+                       (['--run', '~nobodyx/run'], '~nobodyx/run: expected'),
+                       (['--resume', '~nobodyx/run'], '~nobodyx/run: expected'),
+                       (['--plan', str(tmp_path/'twice.yaml')], 'lr: expected a field once')):
+        assert train.main(argv) == 2
+        said, = capsys.readouterr().err.splitlines()
+        assert part in said
+    (tmp_path/'once.yaml').write_text('lr: 1e-3\njudge_options: {a: 1}\neval_judge_options: {a: 1}\n')
+    assert train.read_recipe(tmp_path/'once.yaml')['lr'] == 1e-3
+
+def test_a_notebook_that_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'prepare', lambda c: None)
+    monkeypatch.setattr(train, 'start_notebook', lambda *args: SimpleNamespace(poll=lambda: -9, returncode=-9))
+    with pytest.raises(InputError, match=r'killed by signal 9 \(memory\?\); go on with: mtef_train ... --run'):
+        train.run_notebook(Path(__file__), None, tmp_path)
+
+def test_a_page_holds_no_picture_from_outside_unless_asked(tmp_path, capsys):
+    file = save_sessions(shape_sessions(1, 1), tmp_path/'a')
+    (tmp_path/'b').mkdir()
+    outside, page = tmp_path/'b'/'s.jsonl', tmp_path/'page.html'
+    outside.write_text(file.read_text().replace('images/', '../a/images/'))
+    assert data.main(['show', str(outside), str(page)]) == 2 and not page.exists()
+    assert "inside the file's folder" in capsys.readouterr().err
+    assert data.main(['show', str(outside), str(page), '--allow-outside']) == 0 and page.exists()
