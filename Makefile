@@ -35,7 +35,7 @@ browser: ## install the system's Chromium, which tests drive JupyterLab with
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder
 
 test: $(STAMP) browser ## test every notebook, and the whole flows
-	$(PYTEST) -n 3 -rs --durations=25
+	$(PYTEST) -n 2 -rs --durations=25
 
 fast: $(STAMP) lint ## what one runs between edits: lint, the light chapters, and the tests of the house
 	$(PYTEST) -n 2 -q tests/test_chapters.py tests/test_notebooks.py tests/test_sessions.py -k 'not test_chapter or nbs/data or nbs/algorithm'

@@ -1,7 +1,7 @@
 """Every recipe is valid, names its sources, can be planned, and runs an iteration on the tiny twin of its family.
 
 The plan's numbers stand against independent counts."""
-import importlib, json, re
+import gc, importlib, json, re
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -178,6 +178,7 @@ def test_memory_targets(recipe, targets, limit):
 def most_held(f):
     "The most bytes that a call holds at a time, from every allocation that the profiler sees."
     from torch.profiler import ProfilerActivity, profile
+    gc.collect()                                     # what earlier tests left must not be freed while it is counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: f()
     return max(np.cumsum([e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == '[memory]']))
 
