@@ -94,7 +94,7 @@ def opened(browser, lab, name):
     page = browser.new_page(viewport=dict(width=1250, height=1000))
     page.set_default_timeout(MILLISECONDS)
     page.goto(f'{lab}/lab/tree/{name}?reset')
-    page.locator('.jp-Notebook .jp-CodeCell').first.wait_for()
+    page.locator('.jp-Notebook .jp-CodeCell:visible').first.wait_for()   # those far from the view are hidden
     page.get_by_text('| Idle').wait_for()
 
     def accept(dialog): dialog.locator('.jp-mod-accept').last.click()     # which kernel? the one that is offered
@@ -364,7 +364,7 @@ def test_live(browser, lab, folder):
     wait_for(lambda: len(views_in(folder/'live.ipynb')) == 2, every=.2)
     settings(folder/'.settings', 'JupyterLab Dark')
     page.reload()
-    page.locator('.jp-Notebook .jp-CodeCell').first.wait_for()
+    page.locator('.jp-Notebook .jp-CodeCell:visible').first.wait_for()   # those far from the view are hidden
     page.get_by_text('| Idle').wait_for()
     write_iteration(run, 1)
     expect(view(page, "explore_training('live'").locator('tbody')).to_contain_text('2 of 9')
