@@ -395,6 +395,7 @@ def test_8bit_adamw(tmp_path):
 
 def test_command(capsys, tmp_path):
     assert main(['--plan', 'lora_rank=4']) == 0
+    assert main(['--plan', 'lora_rank=4', 'sessions=hf:somebody/sessions']) == 0       # which nothing fetches
     out = capsys.readouterr().out
     assert all(x in out for x in ('memory, GB', 'rows sampled', 'minutes an iteration'))
     with patch('mt_editflow_nb.cli.train.experiment', side_effect=torch.OutOfMemoryError):

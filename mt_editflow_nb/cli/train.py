@@ -237,9 +237,9 @@ def _chosen(a) -> tuple: # (`Config`, run folder)
 # %% ../../nbs/cli/00_train.ipynb #5526c3be
 def _plan(c, count):
     if processes()[0]: return
-    here = c.sessions not in WORLDS and not c.streaming
-    expect(c.sessions in WORLDS or Path(c.sessions).exists(), 'sessions', 'a file that is there', c.sessions)
-    kinds = session_source(c).kinds if here else None
+    elsewhere = c.sessions in WORLDS or c.sessions.startswith('hf:')         # a plan fetches nothing from the hub
+    expect(elsewhere or Path(c.sessions).exists(), 'sessions', 'a file that is there', c.sessions)
+    kinds = None if elsewhere or c.streaming else session_source(c).kinds
     print(plan_text(plan(c, kinds=kinds, processes=count)))
     if str(c.editor) in PUBLISHED_EDITORS or torch.cuda.is_available():
         print(f'\nwhat a change would save, all else equal\n{savings_text(c, kinds=kinds, processes=count)}')
