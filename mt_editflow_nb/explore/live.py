@@ -161,7 +161,7 @@ class TrainingMonitor(View):
     def _written(self):
         "Sizes and times of the files behind the page."
         names = ('config.json', 'metrics.jsonl', 'heldout.jsonl', 'results.json')
-        return [_stamp(run/name) for run in self.runs.values() for name in names]
+        return {(run, name): _stamp(run/name) for run in self.runs.values() for name in names}
 
     def _loop(self):
         drawn = None
@@ -170,7 +170,7 @@ class TrainingMonitor(View):
             if written != drawn:
                 drawn = written
                 self.update()
-            if all((run/'results.json').is_file() for run in self.runs.values()): self.follow.value = False
+            if all(written[run, 'results.json'] for run in self.runs.values()): self.follow.value = False
             time.sleep(self.every)
 
 # %% ../../nbs/explore/05_live.ipynb #ae0a631b
