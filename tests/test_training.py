@@ -7,6 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from helpers import PATIENCE, Command, wait_for
 import mt_editflow_nb
+from mt_editflow_nb.editing import loading
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import load_lora
 from mt_editflow_nb.cli.eval import main as mtef_eval
@@ -328,6 +329,12 @@ def test_what_the_editor_cannot_have_is_found_before_it_is_evaluated(tmp_path, c
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith(f"mtef_train: {setting.partition('=')[0]}: expected ")
     assert not (tmp_path/'run'/'before.safetensors').exists() and not (tmp_path/'run'/'evaluations').exists()
+
+@pytest.mark.parametrize('options', [dict(lora_rank=97), dict(lora_rank=2, lora_targets=['attn.to_x'])])
+def test_an_adapter_that_cannot_be_is_found_before_weights_are_read(options, monkeypatch):
+    monkeypatch.setattr(loading, 'load_pipeline', lambda *args: pytest.fail('weights were read'))
+    with pytest.raises(InputError, match='lora_rank: expected' if len(options) == 1 else 'lora_targets: expected'):
+        loading.load_editor(**options)
 
 def broken_files(folder):
     "Session files that cannot be trained on, and what the message names."

@@ -11,10 +11,9 @@ __all__ = ['Resources', 'Sweep', 'read_seconds', 'read_resources', 'read_sweep',
 import ast, contextlib, functools, hashlib, io, itertools, json, re, typing
 from pathlib import Path
 from typing import Any, NamedTuple
-import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from ..data.files import (
-    InputError, atomic_write, content_hash, expect, one_line, one_of, read_text, skip_url_grammar, to_json)
+    InputError, atomic_write, content_hash, expect, one_line, one_of, parse_yaml, read_text, skip_url_grammar, to_json)
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #a3d5d806
 class Resources(BaseModel, extra='forbid'):
@@ -44,12 +43,6 @@ def read_seconds(
     seconds = float(match[1])*{'': 1, 's': 1, 'm': 60, 'h': 3600}[match[2]] if match else 0
     expect(seconds > 0, 'time_limit', 'seconds above 0, or a text such as 90s, 30m or 2h', limit)
     return seconds
-
-class _Loader(yaml.SafeLoader):
-    "YAML in which 1e-3 is a number, as YAML 1.2 has it."
-
-_Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'),
-                              list('-+.0123456789'))
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #3b056d1b
 def read_resources(
@@ -90,9 +83,7 @@ def read_sweep(
     path: str|Path, # a YAML file
 ) -> Sweep:
     "A checked sweep file. Raises `InputError` with one line that names the file and each wrong field."
-    text = read_text(path)
-    try: fields = yaml.load(text, _Loader)
-    except yaml.YAMLError as e: raise InputError(f'{path}: expected YAML, received {one_line(e)[:200]}') from None
+    fields = parse_yaml(read_text(path), path)
     expect(isinstance(fields, dict), str(path), 'fields and values', fields)
     try:
         sweep = Sweep.model_validate(fields)

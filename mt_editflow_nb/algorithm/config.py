@@ -10,10 +10,9 @@ __all__ = ['RL', 'EFFECTIVE', 'ADAPTER_ONLY', 'CONFIG_PRESETS', 'RENAMED', 'PLAI
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
 import difflib
-from os.path import expanduser
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from ..data.files import InputError, expect, one_of
+from ..data.files import InputError, at_home, expect, one_of
 from ..data.sessions import MAX_TURNS
 from ..data.shapeworld import WORLDS
 from ..editing.lora import LORA_TARGETS
@@ -175,7 +174,9 @@ class Config(RunFields, LossFields, AdvantageFields, RolloutFields, SessionField
 
     @field_validator('editor', 'init_lora', 'sessions', 'heldout', 'judge', 'eval_judge')
     @classmethod
-    def _at_home(cls, value): return expanduser(value) if isinstance(value, str) else value    # ~/mine.jsonl
+    def _at_home(cls, value):                                       # ~/mine.jsonl
+        try: return at_home(value) if isinstance(value, str) else value
+        except InputError: raise ValueError('~ or ~USER of this machine') from None
 
 # %% ../../nbs/algorithm/03_config.ipynb #c0345141
 RL = ('nft', 'grpo')

@@ -6,19 +6,18 @@
 __all__ = ['MAX_SESSIONS', 'MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_options', 'check_options',
            'warn_of_training', 'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared',
            'check_against', 'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules',
-           'notes_about', 'run_free', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges',
-           'load_edival_tools', 'quality_to_ask', 'quality_table', 'evaluate_edival', 'import_published',
-           'fill_bench_settings', 'bench_items', 'evaluate_bench', 'evaluation_answers', 'main']
+           'notes_about', 'run_free', 'check_answering', 'evaluate_free', 'with_picture', 'edival_sessions',
+           'edival_judges', 'load_edival_tools', 'quality_to_ask', 'quality_table', 'evaluate_edival',
+           'import_published', 'fill_bench_settings', 'bench_items', 'evaluate_bench', 'evaluation_answers', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
 import argparse, os, sys, time, warnings
 from dataclasses import replace
 from importlib.metadata import version
-from os.path import expanduser
 from pathlib import Path
-import numpy as np, pandas as pd, yaml
+import numpy as np, pandas as pd
 from ..data.files import (InputError, add_missing_lines, at_home, atomic_write, check_writable,
-                                       content_hash, expect, one_line, open_image, read_json, to_json)
+                                       content_hash, expect, one_line, open_image, parse_yaml, read_json, to_json)
 from ..data.sessions import MAX_TURNS, load_edival
 from ..data.shapeworld import WORLDS
 from ..data.signals import stop_at_once, stop_requests
@@ -33,6 +32,7 @@ from ..rewards.edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QU
                                                   lacks_quality, load_detector, load_edival_vlm, load_features,
                                                   load_quality, read_edival_questions, weights_of)
 from ..rewards.edival_rules import EDIVAL_SIDE, QUESTIONS, EdivalTools
+from ..rewards.judges import MODES
 from ..algorithm.processes import (collect_answers, failing_together, from_first, interrupt, share_answers)
 
 # %% ../../nbs/cli/01_eval.ipynb #66d1f29f
@@ -118,7 +118,7 @@ def check_bench_options(
         flag = '--import' if name == 'imported' else f'--{name.replace("_", "-")}'
         expect(getattr(a, name) in (None, False), flag, f'no such option with --bench {a.bench}', getattr(a, name))
     _check_values(a, {name: f'--{name}' for name in vars(a)})
-    check_writable(at_home(a.out), '--out')
+    check_writable(a.out, '--out')
     expect(a.data, '--data', f'the files of {BENCHMARKS[a.bench].title}', a.data)
     judge = f"a model that scores, such as 'Qwen/Qwen2.5-VL-7B-Instruct' (published: {BENCHMARKS[a.bench].judge})"
     expect(a.judge or a.generate_only, '--judge', judge, a.judge)
@@ -166,8 +166,7 @@ def judge_options(
     "The settings of the judge. Raises `InputError` for what is not a YAML mapping."
     if a.judge_options is None: return {}
     example = 'a YAML mapping such as {max_tokens: 2000}'
-    try: options = yaml.safe_load(a.judge_options)
-    except yaml.YAMLError: options = None
+    options = parse_yaml(a.judge_options, '--judge-options')
     mapping = isinstance(options, dict) and all(isinstance(name, str) for name in options)
     expect(mapping, '--judge-options', example, a.judge_options)
     check_judge_options(options)
@@ -474,6 +473,17 @@ def run_free(
     outcomes, images = collect_sessions(evaluated)
     return outcomes, lambda i: images[i], collect_cc_unscored(evaluated)
 
+# %% ../../nbs/cli/01_eval.ipynb #40b7c0a2
+def check_answering(
+    judge, # from `load_judge`, or a name such as 'MODEL@URL', with or without a mode
+    **kw,  # of `load_judge`, with a name
+):
+    "Ask one small question, past any cache. Raises `InputError` for a judge that cannot answer."
+    if isinstance(judge, str):
+        with_mode = judge.rpartition(':')[2].partition('@')[0] in MODES
+        judge = load_judge(judge if with_mode else f'{judge}:direct', **kw)
+    if hasattr(judge, 'check_ready'): judge.check_ready()
+
 # %% ../../nbs/cli/01_eval.ipynb #b1e3a084
 def evaluate_free(
     a,         # the options, filled
@@ -487,6 +497,7 @@ def evaluate_free(
         if a.structure and not a.plain and a.judge.startswith('verifier'): judge = structured_judge
         chosen = chosen_sessions(a)
         check_against(a.against, chosen)
+        if not (out/'results.json').is_file(): check_answering(judge)
         editor = _load_editor(a, chosen)
         sessions = resize_sessions(editor, chosen, a.crop)
     began = time.monotonic()
@@ -596,9 +607,11 @@ def quality_table(
     return pd.DataFrame(dict(quality=text(quality_IT), change=text(quality_IT - first_I[:, None])), turns)
 
 # %% ../../nbs/cli/01_eval.ipynb #73ffb77f
-def _generate(a, sessions, out, settings):
+def _generate(a, sessions, out, settings, asks): # asks: the vision-language model is needed afterwards
     if not from_first(lambda: pictures_to_make(sessions, out, a.steps, settings=settings)): return
-    with failing_together(): editor = _load_editor(a, sessions)
+    with failing_together():
+        if asks: check_answering(a.vlm, offline=a.offline)
+        editor = _load_editor(a, sessions)
     generate_edival(editor, sessions, out, num_steps=a.steps, batch=a.batch, settings=settings, progress=True)
 
 def _edival_facts(a, sessions, out):
@@ -640,7 +653,7 @@ def evaluate_edival(
         names = dict(detector=a.detector, vlm=a.vlm, features=a.features, quality=a.quality)
         if scores: check_settings(out, 'judges.json', names | dict(questions=a.questions or 'own wording'))
     from_first(note_settings)
-    _generate(a, sessions, out, settings)
+    _generate(a, sessions, out, settings, asks=scores and tools is None)
     if not scores: return None, sessions
     judges = edival_judges(a, questions)
     to_score = from_first(lambda: sessions_to_score(sessions, out, judges))
@@ -733,10 +746,12 @@ def _bench_facts(a, items):
                                            questions=words)
     return dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
 
-def _generate_items(a, items, out, settings):
+def _generate_items(a, items, out, settings, judge):
     "Pictures that are missing."
     if not from_first(lambda: items_to_make(a.bench, items, out, a.steps, settings)): return
-    with failing_together(): editor = _load_editor(a, items)
+    with failing_together():
+        if not a.generate_only: check_answering(judge, offline=a.offline, **judge_options(a))
+        editor = _load_editor(a, items)
     generate_benchmark(editor, a.bench, items, out, num_steps=a.steps, batch=a.batch, settings=settings, progress=True)
 
 def _finish_bench(a, out, items, whole, answers, statistics):
@@ -771,7 +786,7 @@ def evaluate_bench(
         judge = a.judge and load_benchmark_judge(a.bench, a.judge, **keeping)
         settings = made_with(a)
     from_first(lambda: check_settings(out, 'protocol.json', settings | dict(benchmark=a.bench, steps=a.steps)))
-    _generate_items(a, items, out, settings)
+    _generate_items(a, items, out, settings, judge if not a.judge or own_questions(a.judge) else a.judge)
     if a.generate_only: return None, items
     asked = dict(judge=a.judge, questions=a.questions or 'own wording')
     from_first(lambda: check_settings(out, 'judges.json', asked))
@@ -791,10 +806,10 @@ def evaluation_answers(
 
 # %% ../../nbs/cli/01_eval.ipynb #89372d38
 def _run(a, tools):
-    out = at_home(a.out)
+    out = at_home(Path(a.out))
     with failing_together():
         for name, value in vars(a).items():
-            if isinstance(value, str): setattr(a, name, expanduser(value))     # --lora=~/x, which no shell expands
+            if isinstance(value, str): setattr(a, name, at_home(value))        # --lora=~/x, which no shell expands
         check_options(a)
         if not (a.imported or a.bench): fill_settings(a)
     if a.imported: return from_first(lambda: import_published(a, out))

@@ -17,8 +17,8 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment
-from ..data.files import (InputError, atomic_write, content_hash, expect, log_rows, one_line, read_json,
-                                       to_json)
+from ..data.files import (InputError, at_home, atomic_write, content_hash, expect, log_rows, one_line,
+                                       read_json, to_json)
 from ..data.plots import save_figure
 from ..data.shapeworld import WORLDS
 from ..editing.loading import TINY_EDITOR
@@ -394,8 +394,9 @@ def _parser():
 def _push(a):
     check_repo(a.repo)
     expect(a.yes or not a.public, '--public', '--yes, without which nothing is uploaded', 'none')
-    folder = Path(a.to or Path(a.run)/'hub').expanduser()
-    names = hub_folder(a.run, folder, a.repo, a.base_model, a.licence, a.adapter)
+    run = at_home(Path(a.run))
+    folder = at_home(Path(a.to or run/'hub'))
+    names = hub_folder(run, folder, a.repo, a.base_model, a.licence, a.adapter)
     for name in names: print(f'{(folder/name).stat().st_size:12,}  {name}')
     if a.yes: print(f'uploaded to {upload(folder, names, a.repo, a.public)}')
     else: print(f'{folder} holds what would be uploaded to {a.repo}; look at README.md there, then add --yes')

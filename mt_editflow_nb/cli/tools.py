@@ -7,8 +7,7 @@ __all__ = ['tools_parser', 'served_app', 'main']
 
 # %% ../../nbs/cli/07_tools.ipynb #6206397e
 import argparse, sys
-from os.path import expanduser
-from ..data.files import InputError, expect
+from ..data.files import InputError, at_home, expect
 from ..data.signals import stop_at_once
 from ..rewards.edival_models import EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, weights_of
 from ..rewards.edival_tools import LocalTools, check_tools, tools_app
@@ -37,7 +36,7 @@ def served_app(
     "Load the models, ask each one small thing, and put them behind an application. Raises `InputError`."
     expect(0 < a.port < 65536, '--port', 'a number from 1 to 65535', a.port)
     expect(a.batch >= 1, '--batch', 'at least 1', a.batch)
-    folders = {name: expanduser(getattr(a, name)) for name in ('detector', 'vlm', 'features')}
+    folders = {name: at_home(getattr(a, name)) for name in ('detector', 'vlm', 'features')}
     local = LocalTools(a.cache, questions=a.questions, device=a.device, batch=a.batch, **folders)
     names = dict(detector=weights_of(local.detector), vlm=local.asker.engine.model, features=weights_of(local.features))
     app = tools_app(local.tools, names)

@@ -12,7 +12,7 @@ import torch, yaml
 from safetensors import SafetensorError                             # what a full disk raises in its save_file
 from tqdm.auto import tqdm
 from ..data.files import (InputError, at_home, atomic_write, check_writable, expect, one_line,
-                                       read_json, read_text)
+                                       parse_yaml, read_json, read_text)
 from ..data.shapeworld import WORLDS
 from ..data.signals import Stopped, stop_at_once, stop_requests
 from ..algorithm.config import CONFIG_PRESETS, Config, make_config
@@ -25,12 +25,6 @@ from ..training.source import session_source
 from ..training.train import STOP_WITH_VARIABLE, experiment, prepare
 
 # %% ../../nbs/cli/00_train.ipynb #931aa22d
-def _number(value):
-    "YAML reads 1e-3 as text."
-    if not isinstance(value, str) or 'e' not in value.lower(): return value
-    try: return float(value)
-    except ValueError: return value
-
 def parse_overrides(
     pairs: list, # 'field=value' strings; values in YAML
 ) -> dict:       # field -> value
@@ -39,22 +33,10 @@ def parse_overrides(
     for pair in pairs:
         field, equals, text = pair.partition('=')
         expect(field.strip() and equals, 'settings', 'field=value, for example aggregation=min', pair)
-        try: value = yaml.safe_load(text)
-        except yaml.YAMLError: raise InputError(f'{field}: expected a YAML value, received {text!r}') from None
+        value = parse_yaml(text, field)
         if isinstance(value, str) and '#' in text and text[0] not in '"\'': value = text      # not a comment
-        values[field] = _number(value)
+        values[field] = value
     return values
-
-class _Recipe(yaml.SafeLoader):
-    "YAML in which a field stands once; PyYAML would take the last."
-    def compose_mapping_node(self, anchor):
-        node, lines = super().compose_mapping_node(anchor), {}
-        for key, _ in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else key
-            twice = f'twice, in lines {lines.get(name)} and {key.start_mark.line + 1}'
-            if name in lines: raise InputError(f'{name}: expected a field once, received it {twice}')
-            lines[name] = key.start_mark.line + 1
-        return node
 
 def read_recipe(
     path: str|Path, # YAML
@@ -63,12 +45,11 @@ def read_recipe(
 
     Its `resources`, the cores and GPUs that a scheduler is to find for it, are checked and left out."""
     if not Path(path).is_file(): raise InputError(f'{path}: expected a recipe file or field=value, there is no file')
-    try: fields = yaml.load(read_text(path), _Recipe)
-    except InputError as e: raise InputError(f'recipe: {path}: {e}') from None
-    except yaml.YAMLError as e: raise InputError(f'recipe: {path} is not YAML: {one_line(e)[:200]}') from None
+    try: fields = parse_yaml(read_text(path), path)
+    except InputError as e: raise InputError(f'recipe: {e}') from None
     expect(isinstance(fields, dict), f'recipe: {path}', 'fields and values', type(fields).__name__)
     read_resources(fields.pop('resources', {}))
-    return {str(k): _number(v) for k, v in fields.items()}
+    return {str(k): v for k, v in fields.items()}
 
 # %% ../../nbs/cli/00_train.ipynb #28d2d3eb
 _PAPERMILL = """
@@ -196,7 +177,7 @@ def _parser():
 # %% ../../nbs/cli/00_train.ipynb #1662d666
 def _resumed(folder) -> tuple: # (`Config`, run folder)
     "A run to go on with; relative paths in its configuration start where it was begun."
-    run = at_home(folder).resolve()
+    run = at_home(Path(folder)).resolve()
     if run.is_dir() and not (run/'config.json').is_file():
         raise InputError(f'--resume: {folder} is not a run folder (it holds no config.json); a run that was stopped '
                          f'before it wrote one is started again with --run {folder}')
@@ -227,7 +208,7 @@ def _chosen(a) -> tuple: # (`Config`, run folder)
     for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
     c = make_config(values)
     if a.plan: return c, None
-    run = at_home(a.run or 'runs')
+    run = at_home(Path(a.run or 'runs'))
     check_writable(run, '--run' if a.run else 'runs')
     if a.run: return c, run
     prepare(c)                                                      # a folder is made only for what can run

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'first_line', 'expect', 'one_of',
-           'atomic_write', 'at_home', 'read_text', 'to_json', 'read_json', 'read_json_lines', 'log_rows',
+           'atomic_write', 'at_home', 'read_text', 'to_json', 'read_json', 'parse_yaml', 'read_json_lines', 'log_rows',
            'append_json_line', 'add_missing_lines', 'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked',
            'check_writable', 'image_size', 'open_image', 'save_png', 'shipped', 'skip_url_grammar', 'duration_text']
 
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 import numpy as np
+import yaml
 from PIL import ExifTags, Image, ImageOps
 
 # %% ../../nbs/data/00_files.ipynb #ab17f00d
@@ -81,11 +82,12 @@ def atomic_write(
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c30
 def at_home(
-    path: str|Path, # '~' and '~user' stand for a home folder
-) -> Path:
+    path: str|Path, # '~' and '~user' stand for a home folder; other texts stay as they are
+) -> str|Path:      # of the same kind
     "A path without `~`. Raises `InputError` for a user who has no home here."
-    try: return Path(path).expanduser()
-    except RuntimeError: raise InputError(f'{path}: expected ~ or ~USER of this machine, received another') from None
+    found = os.path.expanduser(path)
+    if found.startswith('~'): raise InputError(f'{path}: expected ~ or ~USER of this machine, received another')
+    return type(path)(found)
 
 def read_text(
     path: str|Path, # a UTF-8 file, with or without a byte order mark
@@ -125,6 +127,31 @@ def read_json(
     except (ValueError, RecursionError) as e:
         if isinstance(e, InputError): raise
         raise InputError(f'{path}: not valid JSON ({one_line(e)})') from None
+
+# %% ../../nbs/data/00_files.ipynb #7c1e0a42
+class _Loader(yaml.SafeLoader):
+    "YAML with numbers such as 1e-3, and with every field once."
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else key
+            twice = f'twice, in lines {lines.get(name)} and {key.start_mark.line + 1}'
+            if name in lines: raise InputError(f'{name}: expected a field once, received it {twice}')
+            lines[name] = key.start_mark.line + 1
+        return node
+
+_Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'),
+                              list('-+.0123456789'))
+
+def parse_yaml(
+    text: str,  # YAML
+    field: str, # what the text is of, for the message: a field or a file
+):
+    "The value of a text in YAML. Raises `InputError` for what is none, and for a field that stands twice."
+    try: return yaml.load(text, _Loader)
+    except InputError as e: raise InputError(f'{field}: {e}') from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:      # ValueError: a date such as 2026-02-30
+        raise InputError(f'{field}: expected YAML, received {text[:60]!r} ({one_line(e)[:200]})') from None
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c35
 def _json_rows(lines, path, first=1):

@@ -322,14 +322,14 @@ class _Places(Sequence):
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return f'{self.path}:{self.rows[i]}'
 
-def _check_agreement(ids, turns, places, same_turns=True):
+def _check_agreement(ids, turns, places, same_turns=True, hint=''):
     "Different ids and, unless it does not matter, as many turns everywhere as in the first session."
     seen = {}
     for i, (id, n) in enumerate(zip(ids, turns)):
         if id in seen: expect(False, f'{places[i]}: `id`', f'a new one ({places[seen[id]]} has it)', id)
         seen[id] = i
         if same_turns and n != turns[0]:
-            expect(False, f'{places[i]}: `instructions`', f'{turns[0]} turns as at {places[0]}', n)
+            expect(False, f'{places[i]}: `instructions`', f'{turns[0]} turns as at {places[0]}{hint}', n)
 
 # %% ../../nbs/data/01_sessions.ipynb #4a665c93
 DECODED_AT_LOAD = 2000 # files; of larger sets only the heads of the pictures are read
@@ -397,7 +397,7 @@ def load_sessions(
     """Read sessions from JSON Lines.
 
     Fields: `id` (text or integer), `image`, `instructions`, optional `task_types`, `meta` and `targets`."""
-    path = at_home(path)
+    path = at_home(Path(path))
     folder = path.parent
     one_of('on_bad', on_bad, ('stop', 'skip'))
     index = _Index(path, on_bad, targets)
@@ -428,7 +428,8 @@ def save_sessions(
     folder, rows = Path(folder), []
     places = [f'sessions[{i}]' for i in range(len(sessions))]
     expect(len(sessions), 'sessions', 'at least one session', sessions)
-    _check_agreement([s.id for s in sessions], [len(s.instructions) for s in sessions], places, same_turns)
+    turns = [len(s.instructions) for s in sessions]
+    _check_agreement([s.id for s in sessions], turns, places, same_turns, ', or same_turns=False')
     for s, place in zip(sessions, places):
         expect(s.image_path or s.image is not None, f'{place}: `image`', 'an image', None)
     for s, place in zip(sessions, places):

@@ -118,7 +118,7 @@ def find_adapter(
         found = known[:1] or sorted(n for n in names if n.endswith('.safetensors'))
         expect(len(found) == 1, f'{field}: {source}', 'one .safetensors file', found or 'none')
         return found[0]
-    path = at_home(source)
+    path = at_home(Path(source))
     if path.is_file(): return path
     if path.is_dir():
         of_run = [p for p in (path/'lora', *sorted(path.glob('checkpoints/*/lora'), reverse=True)) if p.is_dir()]

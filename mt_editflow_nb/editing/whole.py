@@ -53,7 +53,7 @@ def is_transformer(
     folder: str|Path, # or a file, or a hub name
 ) -> bool:
     "Whether this is a folder of a whole transformer, and not an adapter."
-    folder = at_home(folder)
+    folder = at_home(Path(folder))
     return folder.is_dir() and any(folder.glob(f'{TRANSFORMER_FILE}*.safetensors*'))
 
 # %% ../../nbs/editing/04a_whole.ipynb #649f255a
@@ -61,7 +61,7 @@ def read_transformer(
     folder: str|Path, # from `save_transformer`, or one of diffusers
 ) -> dict:            # name -> tensor
     "The weights of a folder. Raises `InputError` where they cannot be read."
-    folder = at_home(folder)
+    folder = at_home(Path(folder))
     index = folder/f'{TRANSFORMER_FILE}.safetensors.index.json'
     try:
         names = [f'{TRANSFORMER_FILE}.safetensors']

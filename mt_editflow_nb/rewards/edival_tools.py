@@ -24,7 +24,7 @@ from .edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, load_d
 from .edival_rules import (EDIVAL_SIDE, QUESTIONS, Describe, Detect, EdivalTools, Found,
                                                  NoAnswer, Question, answer_all)
 from .engines import Ask, JudgeFailed, Reply
-from .servers import EncodedPictures, Patience, connection_cause
+from .servers import EncodedPictures, Patience, check_environment, connection_cause
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #ddafee4f
 def pack_array(
@@ -182,6 +182,7 @@ class ToolsServer:
     ):                     # what came back, or a `NoAnswer`
         "One call. Raises `InputError` for a server that stays away, and for what no patience repairs."
         import httpx2
+        check_environment()
         stop = self.stop
         for n in itertools.count():
             try: response = httpx2.request(method, self.urls[0] + path, json=body, timeout=self.timeout)
