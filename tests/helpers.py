@@ -4,7 +4,7 @@ from pathlib import Path
 from unittest.mock import patch
 import pytest
 
-PATIENCE = 1200    # seconds: what is waited for takes a few of them, but perhaps other work runs beside the tests
+PATIENCE = 600     # seconds: what is waited for takes a few of them, but perhaps other work runs beside the tests
 
 def wait_for(condition, every=.01):
     "Until it is true; an assertion in the condition ends the wait. `every`: seconds between two looks."
