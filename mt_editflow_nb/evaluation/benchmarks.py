@@ -33,16 +33,16 @@ def read_scores(
 
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #138742ee
 def viescore_items(
-    consistency,   # [n, 2], from 0 to 10; NaN: unreadable
-    quality,       # [n, 2], from 0 to 10; NaN: unreadable
-) -> pd.DataFrame: # a row an item: SC, PQ, O; NaN where what they are made of is
+    consistency,   # [I, 2], from 0 to 10; NaN: unreadable
+    quality,       # [I, 2], from 0 to 10; NaN: unreadable
+) -> pd.DataFrame: # one row per item: SC, PQ, O; NaN where a score behind them is
     "VIEScore of items: the smaller score of each pair, and the root of their product."
     SC, PQ = (np.asarray(x, float).min(1) for x in (consistency, quality))
     return pd.DataFrame(dict(SC=SC, PQ=PQ, O=np.sqrt(SC * PQ)))
 
 def gedit_table(
     items: pd.DataFrame, # from `viescore_items`, with a column `group`
-    keep=None,           # bool [n], such as the intersection of several systems; None: all
+    keep=None,           # bool [I], such as the intersection of several systems; None: all
 ) -> pd.DataFrame:       # index group, and 'mean of groups'; SC, PQ, O; `items`, and how many of them were `unreadable`
     "GEdit-Bench's table: means over the readable items of each group, then over groups."
     if keep is not None: items = items[np.asarray(keep, bool)]
@@ -56,18 +56,18 @@ def gedit_table(
 
 def intersection_of(
     systems: dict, # name -> items of `viescore_items`, the same items in the same order
-) -> np.ndarray:   # bool [n]
-    "The items that every system's answer can be read of. Raises `InputError` for different numbers of items."
+) -> np.ndarray:   # bool [I]
+    "The items for which every system has a readable answer. Raises `InputError` for different numbers of items."
     sizes = {name: len(items) for name, items in systems.items()}
     expect(len(set(sizes.values())) == 1, 'systems', 'the same items', sizes)
     return np.all([items.O.notna() for items in systems.values()], axis=0)
 
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #5ac840d7
 def imgedit_items(
-    scores,        # [n, 3], from 1 to 5; NaN: unreadable
-    types,         # n names
-) -> pd.DataFrame: # a row an item: type, score
-    "ImgEdit's score of items. Of `replace`, the second and third score are capped by the first."
+    scores,        # [I, 3], from 1 to 5; NaN: unreadable
+    types,         # I names
+) -> pd.DataFrame: # one row per item: type, score
+    "ImgEdit's score of each item. For `replace`, the second and third scores are capped by the first."
     scores, types = np.asarray(scores, float), np.asarray(types)
     capped = np.minimum(scores, scores[:, :1])
     used = np.where((types == 'replace')[:, None], capped, scores)
@@ -87,7 +87,7 @@ def imgedit_table(
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #572e1588
 def both_exceed(
     scores,            # [I, T, 2]; NaN: unreadable
-    limit: float = 6., # of 10
+    limit: float = 6., # on the scale from 0 to 10
 ) -> np.ndarray:       # success_IT: 1, 0, or NaN
     "Whether both scores of a turn exceed the limit."
     scores = np.asarray(scores, float)
@@ -99,7 +99,7 @@ def success_rates(
     turns_I=None,        # how many turns of each session were asked about; None: T
     n_boot: int = 2000,  # draws of sessions
     seed: int = 0,       # of the draws
-) -> pd.DataFrame: # index turn; SR, low, high, alone in percent; `sessions` SR is over, turns `unreadable` up to here
+) -> pd.DataFrame: # index turn; SR, low, high, alone in percent; `sessions` behind SR; turns `unreadable` so far
     "Success rates over turns with 95 % bootstrap intervals. Raises `InputError` for turns that no session has."
     success = np.asarray(success_IT, float)
     I, T = success.shape
@@ -121,20 +121,20 @@ def collapsed_so_far(
     "Whether each session has collapsed by each turn."
     destroyed = np.asarray(destroyed_IT, float)
     collapsed = np.zeros_like(destroyed)
-    for session, pairs in zip(collapsed, zip(destroyed[:, :-1], destroyed[:, 1:])):
-        for t, pair in enumerate(zip(*pairs)):
+    for collapsed_T, destroyed_T in zip(collapsed, destroyed):
+        for t, pair in enumerate(zip(destroyed_T[:-1], destroyed_T[1:])):
             if 0 in pair: continue
-            session[t:] = np.nan if np.isnan(pair).any() else 1
+            collapsed_T[t:] = np.nan if np.isnan(pair).any() else 1
             if pair == (1, 1): break
     return collapsed
 
 def turn_rates(
-    state_IT,            # 1, 0, or NaN, one a session and turn
+    state_IT,            # 1, 0, or NaN: is each session in this state after each turn?
     turns: tuple = None, # those to be shown; None: all
     name: str = 'CR',    # of the rate
     n_boot: int = 2000,  # draws of sessions
     seed: int = 0,       # of the draws
-) -> pd.DataFrame: # index turn; the rate, low, high in percent; `sessions` it is over
+) -> pd.DataFrame: # index turn; the rate, low, high in percent; `sessions` behind it
     "Shares of sessions over turns with 95 % bootstrap intervals. Raises `InputError` for turns that no session has."
     state = np.asarray(state_IT, float)
     I, T = state.shape
@@ -149,18 +149,18 @@ def turn_rates(
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #8ed404a8
 def mse_table(
     scores_IT2,        # prompt following and consistency, from 0 to 10; NaN: unreadable, or not asked about
-    asked_IT,          # bool: which turns were asked about
+    judged_IT,         # bool: which turns the judge was asked about
     limit: float = 6., # both must exceed it
     **kw,              # n_boot and seed of `success_rates`
 ) -> pd.DataFrame: # index turn; SR, low, high in percent; prompt_following, consistency, overall; sessions, unreadable
     "MSE-Bench's table. Sessions with an unreadable turn are left out from there on, and counted."
-    scores, asked = np.asarray(scores_IT2, float), np.asarray(asked_IT, bool)
+    scores, judged = np.asarray(scores_IT2, float), np.asarray(judged_IT, bool)
     success = both_exceed(scores, limit)
     known = ~np.isnan(all_right_so_far(success))
     columns = dict(prompt_following=scores[..., 0], consistency=scores[..., 1], overall=np.sqrt(scores.prod(-1)))
-    table = success_rates(success, turns_I=asked.sum(1), **kw).drop(columns='alone')
+    table = success_rates(success, turns_I=judged.sum(1), **kw).drop(columns='alone')
     for name, x in columns.items():
-        table[name] = np.nansum(np.where(known & asked, x, 0), 0) / np.maximum(known.sum(0), 1)
+        table[name] = np.nansum(np.where(known & judged, x, 0), 0) / np.maximum(known.sum(0), 1)
     return table[['SR', 'low', 'high', *columns, 'sessions', 'unreadable']]
 
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #779cd950
@@ -169,7 +169,7 @@ MICE_WEIGHTS = dict(IF=.3, CC=.3, GA=.4)
 def mice_consistency(
     object_cc_IT,        # EdiVal's object term; NaN: void
     background_cc_IT,    # EdiVal's background term; NaN: void
-    keeps_background_IT, # bool: whether the background was to stay so far
+    keeps_background_IT, # bool: no instruction so far changes the background
 ) -> np.ndarray:       # float [I, T]
     "Edit-R2's consistency of a turn: the mean of the terms that exist, one half where there is none."
     background = np.where(np.asarray(keeps_background_IT, bool), background_cc_IT, np.nan)
@@ -183,7 +183,7 @@ def mice_table(
     awareness_IT,       # whether the session up to each turn was right: 1, 0, or NaN for unreadable
     n_boot: int = 2000, # draws of sessions
     seed: int = 0,      # of the draws
-) -> pd.DataFrame: # index (turn, metric); value, low, high in percent; `sessions` it is over
+) -> pd.DataFrame: # index (turn, metric); value, low, high in percent; `sessions` behind it
     "IF, CC, GA and Edit-R2's weighted sum of every turn, with 95 % bootstrap intervals."
     parts = [np.asarray(x, float) for x in (success_IT, consistency_IT, awareness_IT)]
     weighted = sum(w * x for w, x in zip(MICE_WEIGHTS.values(), parts))   # NaN where a part is
@@ -193,7 +193,7 @@ def mice_table(
 
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #4711662e
 def group_mean_draws(
-    values_I,             # one number an item; NaN: unreadable
+    values_I,             # one number per item; NaN: unreadable
     groups_I,             # the group of each item
     n_boot: int = 2000,   # draws of items
     seed: int = 0,        # of the draws
@@ -210,9 +210,9 @@ def group_mean_draws(
     return bootstrap(quantities, [by_group, values[:, None]], weights_BI)
 
 def overall_means(
-    values_I,           # one number an item; NaN: unreadable
+    values_I,           # one number per item; NaN: unreadable
     groups_I,           # the group of each item
-    minus=None,         # of another system, for the same items: the difference
+    minus=None,         # values of another system for the same items: differences are returned
     **kw,               # n_boot and seed of `group_mean_draws`
 ) -> pd.DataFrame:      # index 'mean of groups', 'mean of items'; value, low, high
     "Overall means, or their paired differences, with 95 % bootstrap intervals over items."
