@@ -35,7 +35,7 @@ def read_scores(
 def viescore_items(
     consistency,   # [I, 2], from 0 to 10; NaN: unreadable
     quality,       # [I, 2], from 0 to 10; NaN: unreadable
-) -> pd.DataFrame: # one row per item: SC, PQ, O; NaN where a score behind them is
+) -> pd.DataFrame: # one row per item: SC, PQ, O; NaN where a score behind them is NaN
     "VIEScore of items: the smaller score of each pair, and the root of their product."
     SC, PQ = (np.asarray(x, float).min(1) for x in (consistency, quality))
     return pd.DataFrame(dict(SC=SC, PQ=PQ, O=np.sqrt(SC * PQ)))
