@@ -1,5 +1,5 @@
 "Fixtures that several files of tests share."
-import gc
+import gc, signal
 from mt_editflow_nb.data.files import skip_url_grammar
 skip_url_grammar()                                 # before anything imports jsonschema
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +15,9 @@ TOGETHER = ('test_browser', 'test_whole', 'test_training', 'test_recipes', 'test
 LONG = ('test_ray', 'rewards/03_agreement', 'training/04_train', 'training/01_budget', 'evaluation/01_scores',
         'editing/05_loading', 'test_processes', 'explore/', 'evaluation/05_truth', 'test_the_ablation_notebook',
         'editing/07_rollout', 'algorithm/', 'cli/01_eval', 'evaluation/', 'ablation/', 'test_sweeps')
+
+# What a shell starts with & ignores Ctrl-C, and so would every command that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_collection_modifyitems(items):
     first = TOGETHER + LONG

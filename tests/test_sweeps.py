@@ -59,9 +59,7 @@ def command(path, *more):
     return [sys.executable, '-m', 'mt_editflow_nb.cli.sweep', str(path), '--out', str(path.parent/'runs'), *more]
 
 def start_command(path, *more):
-    def hear_interrupts(): signal.signal(signal.SIGINT, signal.SIG_DFL)     # which what a shell starts with & does not
-    return subprocess.Popen(command(path, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=hear_interrupts)
+    return subprocess.Popen(command(path, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def family(process): return psutil.Process(process.pid).children(recursive=True)
 def is_alive(process): return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
