@@ -41,7 +41,7 @@ from ..evaluation.bench_pictures import count_cut, generate_benchmark, items_to_
 from ..evaluation.bench_questions import BENCHMARK_QUESTIONS, read_benchmark_questions
 from ..evaluation.bench_runs import benchmark_differences, read_items, write_benchmark_run
 from ..evaluation.bench_scores import (Answers, ask_benchmark, benchmark_scores, load_benchmark_judge,
-                                                    own_questions)
+                                                    asks_own_questions)
 from ..evaluation.card import (blind_spots, is_shape_world, load_session_images,
                                             plain_failures, save_run_images, save_session_images, shape_failures,
                                             shared_pictures, write_card)
@@ -738,8 +738,8 @@ def _mice_arrays(a, items, out, tools): # EdiVal's verdict and consistency of ev
 
 # %% ../../nbs/cli/01_eval.ipynb #fb972c35
 def _bench_facts(a, items):
-    words = "the judge's own" if own_questions(a.judge) else f"the benchmark's, from {a.questions}"
-    if not a.questions and not own_questions(a.judge): words = 'own wording'
+    words = "the judge's own" if asks_own_questions(a.judge) else f"the benchmark's, from {a.questions}"
+    if not a.questions and not asks_own_questions(a.judge): words = 'own wording'
     data = dict(benchmark=BENCHMARKS[a.bench].title, items=f'{len(items)} of {len(items[0].instructions)} turns')
     seed = BENCHMARKS[a.bench].seed
     protocol = _generation_facts(a) | dict(seed='the number of the session' if seed is None else seed, judge=a.judge,
@@ -786,7 +786,7 @@ def evaluate_bench(
         judge = a.judge and load_benchmark_judge(a.bench, a.judge, **keeping)
         settings = made_with(a)
     from_first(lambda: check_settings(out, 'protocol.json', settings | dict(benchmark=a.bench, steps=a.steps)))
-    _generate_items(a, items, out, settings, judge if not a.judge or own_questions(a.judge) else a.judge)
+    _generate_items(a, items, out, settings, judge if not a.judge or asks_own_questions(a.judge) else a.judge)
     if a.generate_only: return None, items
     asked = dict(judge=a.judge, questions=a.questions or 'own wording')
     from_first(lambda: check_settings(out, 'judges.json', asked))

@@ -21,10 +21,10 @@ from .edival import EDIVAL_SEED, turn_file
 # %% ../../nbs/evaluation/09_bench_items.ipynb #d450b072
 class BenchmarkFacts(NamedTuple):
     "What is published about a benchmark."
-    title: str
+    title: str           # as tables print it
     paper: str           # where it is described
-    judge: str           # that the published numbers are of
-    turns: tuple = ()    # that its table shows; none: single edits
+    judge: str           # the model behind the published numbers
+    turns: tuple = ()    # the turns in its table; empty: single edits
     steps: int = None    # denoising steps; None: the family's
     size: int = None     # side of the working area in pixels; None: the editor's own
     seed: int = EDIVAL_SEED # of the noise, in every turn; None: the number of the session
@@ -38,14 +38,14 @@ BENCHMARKS = dict(
     mice=BenchmarkFacts('MICE-Bench', 'arXiv 2606.05950', 'Qwen2.5-VL-32B-Instruct', (1, 2, 3), size=512))
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #60f60abb
-def _plain(name, place): # a text that becomes part of a file's name
+def _checked_name(name, place): # a text that becomes part of a file's name
     fine = isinstance(name, str) and name == Path(name).name and name not in ('', '.', '..') and '\\' not in name
     expect(fine, place, 'a name without slashes', name)
     return name
 
 def table_rows(
     source: str|Path, # a parquet file, or a folder of them
-    columns: list,    # that are needed
+    columns: list,    # names of those that are needed
 ) -> list:            # of (`FILE: row N`, dict)
     "The rows of a parquet table. Raises `InputError` where there is none, or one without these columns."
     import pyarrow.lib, pyarrow.parquet
@@ -56,13 +56,12 @@ def table_rows(
         try: table = pyarrow.parquet.read_table(file)
         except (OSError, pyarrow.lib.ArrowException) as e:
             raise InputError(f'{file}: expected a parquet file, could not read it ({one_line(e)[:200]})') from None
-        missing = [name for name in columns if name not in table.column_names]
-        expect(not missing, str(file), f'the column `{missing[0] if missing else ""}`', table.column_names)
+        for name in columns: expect(name in table.column_names, str(file), f'the column `{name}`', table.column_names)
         rows += [(f'{file}: row {i}', row) for i, row in enumerate(table.select(columns).to_pylist(), 1)]
     return rows
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #3b55c5a2
-def _decoded(data, place):
+def _decode(data, place):
     "The picture of a file, as the benchmarks' scripts open it."
     try:
         with Image.open(io.BytesIO(data)) as image: return ImageOps.exif_transpose(image).convert('RGB')
@@ -71,14 +70,14 @@ def _decoded(data, place):
 
 def stored_picture(
     cell,           # of a table: bytes, or a dict with `bytes`
-    place: str,     # of the row, for the message of a file that turns out to be damaged
+    place: str,     # `FILE: row N`, for the message about a picture that turns out to be damaged
 ) -> FittedPicture: # decoded, to RGB, when it is asked for
     "A picture that stands in a table. Raises `InputError` where there is none."
     data = cell.get('bytes') if isinstance(cell, dict) else cell
     expect(isinstance(data, bytes), 'picture', 'bytes of an image file', data)
     try: size = image_size(data)
     except InputError as e: raise InputError(str(e).removeprefix('embedded picture: ')) from None
-    return FittedPicture(partial(_decoded, data, place), *size)
+    return FittedPicture(partial(_decode, data, place), *size)
 
 def _session_at(place, make, *args):
     "The session of a row, with its place in messages."
@@ -96,7 +95,7 @@ def load_gedit(
     rows = [(p, row) for p, row in table_rows(source, columns) if row['instruction_language'] == language]
     expect(rows, str(source), f'items in language {language!r}', 'none')
     def session(place, row):
-        group, key = (_plain(row[k], f'`{k}`') for k in ('task_type', 'key'))
+        group, key = (_checked_name(row[k], f'`{k}`') for k in ('task_type', 'key'))
         meta = dict(language=language, intersection=bool(row['Intersection_exist']))
         return Session(key, stored_picture(row['input_image_raw'], place), [row['instruction']], [group], meta)
     return session_set(_session_at(place, session, place, row) for place, row in rows)
@@ -109,16 +108,16 @@ def load_mse(
     expect(rows, str(source), 'at least one session', 'none')
     def session(i, place, row):
         expect(isinstance(row['index'], (int, str)), '`index`', 'a number or a text', row['index'])
-        id = _plain(str(row['index']), '`index`')
+        id = _checked_name(str(row['index']), '`index`')
         return Session(id, stored_picture(row['image'], place), row['context'], meta=dict(number=i))
     return session_set(_session_at(place, session, i, place, row) for i, (place, row) in enumerate(rows))
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #f4534449
-def _there(path): # a picture that can be opened
+def _readable_picture(path): # the path, if its file can be opened as a picture
     image_size(path)
     return path
 
-def _file_in(source, name): # a file, or the one of this name in a folder or below
+def _find_file(source, name): # the source if it is a file, else the file of this name in it or below
     source = Path(source)
     if not source.is_dir(): return source
     files = sorted(source.rglob(name), key=lambda p: (len(p.parts), p))
@@ -131,7 +130,7 @@ def load_imgedit(
     images: str|Path = None, # root of the original pictures; None: the folder of the JSON file
 ) -> Sessions:               # of one turn; `task_types` holds the type
     "Read ImgEdit-Bench's basic part: 737 edits of 9 types."
-    file = _file_in(source, 'basic_edit.json')
+    file = _find_file(source, 'basic_edit.json')
     items, root = read_json(file), Path(images or file.parent)
     expect(isinstance(items, dict) and items, str(file), 'an object of edits by key', items)
     def session(key, item):
@@ -140,7 +139,8 @@ def load_imgedit(
         path = item['id']
         inside = isinstance(path, str) and not Path(path).is_absolute() and '..' not in Path(path).parts
         expect(inside, '`id`', 'a path below the root of the pictures', path)
-        return Session(_plain(key, 'the key'), _there(root/path), [item['prompt']], [item['edit_type']])
+        name = _checked_name(key, 'the key')
+        return Session(name, _readable_picture(root/path), [item['prompt']], [item['edit_type']])
     places = [(f'{file}: {key!r}', key, item) for key, item in items.items()]
     return session_set(_session_at(place, session, key, item) for place, key, item in places)
 
@@ -150,14 +150,14 @@ def load_lme(
     images: str|Path = None, # folder of {id}.png; None: images/ beside the JSON file
 ) -> Sessions:               # `task_types` holds each turn's label: hard, soft or local
     "Read LME-Bench: 100 sessions of 10 turns."
-    file = _file_in(source, 'lme_bench.json')
+    file = _find_file(source, 'lme_bench.json')
     items, root = read_json(file), Path(images or file.parent/'images')
     items = items.get('items') if isinstance(items, dict) else None
     expect(isinstance(items, list) and items, str(file), 'an object with a list `items`', items)
     def session(item):
         needed = isinstance(item, dict) and {'id', 'turns'} <= item.keys()
         expect(needed, 'the item', 'an object with `id` and `turns`', item)
-        image = _there(root/f'{_plain(item["id"], "`id`")}.png')
+        image = _readable_picture(root/f'{_checked_name(item["id"], "`id`")}.png')
         meta = dict(category=item.get('category'))
         return Session(item['id'], image, item['turns'], item.get('labels') or [], meta)
     places = [(f'{file}: item {i}', item) for i, item in enumerate(items, 1)]
@@ -165,9 +165,9 @@ def load_lme(
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #5367a9d6
 MICE_HALVES = dict(cm='a rule for the whole session', cu='instructions with pronouns')
-_of_edival = dict(formatted_instruction='format_instructions', bg_consistency='bg_consistency',
-                  unchanged_objects='unchanged_objects', available_objects='available_objects',
-                  all_objects='all_objects')
+_edival_names = dict(formatted_instruction='format_instructions', bg_consistency='bg_consistency',
+                     unchanged_objects='unchanged_objects', available_objects='available_objects',
+                     all_objects='all_objects') # name of a field in MICE -> its name in EdiVal
 
 def load_mice(
     source: str|Path, # Edit-R2's `dataset`, or its test_metadata.jsonl in `cm` or `cu`
@@ -178,15 +178,15 @@ def load_mice(
     files = [source] if source.is_file() else [source/h/'test_metadata.jsonl' for h in MICE_HALVES]
     files = [f for f in files if f.is_file()]
     expect(files, str(source), 'test_metadata.jsonl in `cm` or `cu`', 'none')
-    def picture(file, path): # where its authors say, or beside all others
+    def picture(file, path): # beside all others, or where the authors ask to put it
         flat = Path(images)/Path(path).name
-        return _there(next((p for p in (flat, Path(images)/path, file.parent/path) if p.is_file()), flat))
+        return _readable_picture(next((p for p in (flat, Path(images)/path, file.parent/path) if p.is_file()), flat))
     def session(file, i, row):
         half = file.parent.name
-        missing = [k for k in ('image', 'instruction', 'task_type', *_of_edival) if k not in row]
-        expect(not missing, 'the row', f'the field `{missing[0] if missing else ""}`', list(row))
+        for name in ('image', 'instruction', 'task_type', *_edival_names):
+            expect(name in row, 'the row', f'the field `{name}`', list(row))
         expect(isinstance(row['image'], str), '`image`', 'a path', row['image'])
-        meta = {ours: row[theirs] for theirs, ours in _of_edival.items()} | dict(half=half)
+        meta = {ours: row[theirs] for theirs, ours in _edival_names.items()} | dict(half=half)
         made = Session(f'{half}-{i:04d}', picture(file, row['image']), row['instruction'], row['task_type'], meta)
         check_edival_session(made)
         return made
@@ -199,7 +199,7 @@ def load_mice(
     return session_set(sessions)
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #62851528
-def _check_apart(name, source, items):
+def _check_distinct_files(name, source, items):
     "Raises `InputError` for two items whose pictures would go to one file."
     known = {}
     for i, s in enumerate(items, 1):
@@ -209,7 +209,7 @@ def _check_apart(name, source, items):
 
 def load_benchmark(
     name: str,               # out of `BENCHMARKS`
-    source: str|Path,        # its files
+    source: str|Path,        # its files, as the benchmark's own loader takes them
     images: str|Path = None, # folder of first pictures, where they are not beside its files
     language: str = 'en',    # of GEdit's instructions
 ) -> Sessions:
@@ -218,8 +218,9 @@ def load_benchmark(
     if name == 'gedit': items = load_gedit(source, language)
     elif name == 'mse': items = load_mse(source)
     elif name == 'mice': items = load_mice(source, images or source)
-    else: items = (load_imgedit if name == 'imgedit' else load_lme)(source, images)
-    _check_apart(name, source, items)
+    elif name == 'lme': items = load_lme(source, images)
+    else: items = load_imgedit(source, images)
+    _check_distinct_files(name, source, items)
     return items
 
 def benchmark_file(

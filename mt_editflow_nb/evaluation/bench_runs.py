@@ -13,14 +13,14 @@ from ..data.files import atomic_write, expect, to_json
 from ..data.sessions import Session
 from .bench_items import BENCHMARKS, benchmark_file
 from .bench_pictures import kept_pictures
-from .bench_scores import Answers, BenchmarkScores, own_questions
+from .bench_scores import Answers, BenchmarkScores, asks_own_questions
 from .benchmarks import overall_means
 from .card import card_strip, model_of, write_pages
 from .edival import protocol_differences, published_protocol
 from .scores import Outcomes, compare_scores, save_outcomes
 
 # %% ../../nbs/evaluation/09d_bench_runs.ipynb #791260e2
-_of_benchmark = dict(
+_always_different = dict(
     imgedit='scores of `replace` are capped by the first one; the published script leaves that to the judge',
     mice="instruction following by EdiVal's questions; Edit-R2's server asks shorter ones about colour and material")
 
@@ -29,7 +29,7 @@ def benchmark_differences(
     used: dict,               # steps, guidance, size, quantize; None: the published value
     editor: str,              # 'tiny', a pipeline directory, or a hub name
     *,
-    judge: str = None,        # that scores; None: nobody has scored
+    judge: str = None,        # that scored; None: nothing was scored
     own_wording: bool = True, # whether our questions were asked instead of the benchmark's
     cut: int = 0,             # first pictures that were cut, from `count_cut`
     items: str = '',          # such as 'its first 20 items'
@@ -43,15 +43,16 @@ def benchmark_differences(
     if cut: differences.append(f'{cut} of the first pictures lost more than 5 % at their edges (published: none)')
     if judge is None: return differences
     if model_of(judge) != model_of(facts.judge): differences.append(f'judge {judge} (published: {facts.judge})')
-    if own_questions(judge): differences.append("the judge's own questions, its scores put on the benchmark's scale")
+    if asks_own_questions(judge):
+        differences.append("the judge's own questions, its scores put on the benchmark's scale")
     elif own_wording: differences.append("our wording of the questions (--questions CHECKOUT asks the benchmark's)")
-    if name in _of_benchmark: differences.append(_of_benchmark[name])
+    if name in _always_different: differences.append(_always_different[name])
     return differences
 
 # %% ../../nbs/evaluation/09d_bench_runs.ipynb #4a7b96cc
 def read_items(
     run: str|Path, # folder of a benchmark's run
-) -> pd.DataFrame: # a row an item, or a session and turn
+) -> pd.DataFrame: # one row per item, or per session and turn
     "The items of a run. Raises `InputError` where there are none."
     file = Path(run)/'items.csv'
     expect(file.is_file(), '--against', 'the folder of a run of the same benchmark, with items.csv', str(run))
@@ -61,20 +62,22 @@ def _matrix(items, ids): # success of these sessions, [I, T]
     return items.pivot(index='id', columns='turn', values='success').loc[ids].to_numpy(float)
 
 def compare_benchmark(
-    there: pd.DataFrame, # items of another run
-    here: pd.DataFrame,  # items of this run
-    n_boot: int = 2000,  # draws
-) -> tuple:              # (table of differences with 95 % intervals, over how many items or sessions)
-    "Is this run better? Paired over what both have. Raises `InputError` where they share nothing."
-    shared = [id for id in dict.fromkeys(here.id) if id in set(there.id)]
-    expect(shared, '--against', f'a run over some of the same items, such as {here.id.iloc[0]!r}', list(there.id[:1]))
-    if 'turn' in here:
-        void = np.full((len(shared), int(here.turn.max())), np.nan)
-        expect(int(there.turn.max()) == void.shape[1], '--against', f'a run of {void.shape[1]} turns', there.turn.max())
-        a, b = (Outcomes(_matrix(items, shared), void, void) for items in (there, here))
+    before: pd.DataFrame, # items of another run
+    after: pd.DataFrame,  # items of this run
+    n_boot: int = 2000,   # draws of items or sessions
+) -> tuple:               # (table of differences with 95 % intervals, number of items or sessions in both runs)
+    "Differences between two runs, paired over what both have. Raises `InputError` where they share nothing."
+    earlier = set(before.id)
+    shared = [id for id in dict.fromkeys(after.id) if id in earlier]
+    expect(shared, '--against', f'a run over some of the same items, such as {after.id.iloc[0]!r}', list(before.id[:1]))
+    if 'turn' in after:
+        T = int(after.turn.max())
+        expect(int(before.turn.max()) == T, '--against', f'a run of {T} turns', before.turn.max())
+        void_IT = np.full((len(shared), T), np.nan)
+        a, b = (Outcomes(_matrix(items, shared), void_IT, void_IT) for items in (before, after))
         table = compare_scores(a, b, n_boot=n_boot).drop(['CC', 'O'], level='metric')
         return table.rename(index=dict(IF='SR', marginal='alone'), level='metric'), len(shared)
-    a, b = (items.set_index('id').loc[shared] for items in (there, here))
+    a, b = (items.set_index('id').loc[shared] for items in (before, after))
     columns = [name for name in ('SC', 'PQ', 'O', 'score') if name in a and name in b]
     groups = b['group' if 'group' in b else 'type']
     tables = {c: overall_means(b[c], groups, minus=a[c], n_boot=n_boot) for c in columns}
@@ -82,7 +85,7 @@ def compare_benchmark(
 
 # %% ../../nbs/evaluation/09d_bench_runs.ipynb #b3efacd7
 def _published_files(name, folder, sessions, scores, answers):
-    "Results as the benchmark's own scripts have them, where they read a file."
+    "Write the files that the benchmark's own scripts read, where there are any."
     if name == 'imgedit' and answers.log:
         answer_of_session = {row['session']: row['answer'] for row in answers.log}
         atomic_write(folder/'edited'/'result.json', to_json(answer_of_session, indent=4))
@@ -115,11 +118,11 @@ def write_benchmark_run(
     answers: Answers,        # from `ask_benchmark`
     *,
     facts: dict,             # heading -> {name: value}
-    notes: list = (),        # what to know beside the scores
+    notes: list = (),        # sentences about what to know beside the scores
     differences: list = (),  # from `benchmark_differences`
-    against=None,            # another run
+    against=None,            # folder of another run to compare with
 ) -> pd.DataFrame:           # the published table
-    "Write everything that a run leaves, and its card."
+    "Write all files of a run, its card among them."
     folder, title = Path(folder), BENCHMARKS[name].title
     sessions = list(sessions)
     if scores.outcomes: save_outcomes(folder/'outcomes.safetensors', scores.outcomes, [s.id for s in sessions])
@@ -127,8 +130,9 @@ def write_benchmark_run(
     atomic_write(folder/'scores.csv', scores.rows.to_csv(index=False))
     atomic_write(folder/'answers.jsonl', ''.join(to_json(row) + '\n' for row in answers.log))
     _published_files(name, folder, sessions, scores, answers)
-    notes = [*notes, f'{scores.unreadable} of {scores.asked} answers could not be read; every score leaves them out.']
-    results = dict(benchmark=name, sessions=len(sessions), unreadable=scores.unreadable, asked=scores.asked,
+    unreadable = f'{scores.unreadable} of {scores.questions} answers could not be read'
+    notes = [*notes, f'{unreadable}; every score leaves them out.']
+    results = dict(benchmark=name, sessions=len(sessions), unreadable=scores.unreadable, asked=scores.questions,
                    notes=notes, differences=list(differences), facts=facts, table=scores.rows.to_dict('records'))
     atomic_write(folder/'results.json', to_json(results, indent=1))
     tables = dict(scores.tables)

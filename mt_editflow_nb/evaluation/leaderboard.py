@@ -24,13 +24,13 @@ def _benchmark_of(results): # of a run's results.json
     sessions = str(results.get('facts', {}).get('Data', {}).get('sessions', ''))
     return 'edival' if sessions.startswith('EdiVal-Bench') else 'sessions'
 
-_usual = dict(guidance="the family's", size="the editor's own", weights='not quantised', solver='ode')
+_defaults = dict(guidance="the family's", size="the editor's own", weights='not quantised', solver='ode')
 
 def _how_made(protocol): # of a run on sessions of one's own, for which nothing is published
     named = [f'{k} {protocol[k]}' for k in ('judge', 'steps') if k in protocol]
-    return named + [f'{k} {protocol[k]}' for k, usual in _usual.items() if protocol.get(k, usual) != usual]
+    return named + [f'{k} {protocol[k]}' for k, default in _defaults.items() if protocol.get(k, default) != default]
 
-def _footnotes(results): # what is different about a run, and what its card says aloud
+def _footnotes(results): # what is different about a run, and what its card warns of
     protocol = results.get('facts', {}).get('Protocol', {})
     notes = list(results.get('differences', [])) + list(results.get('notes', []))
     generation = protocol.get('generation', 'as published')
@@ -46,7 +46,7 @@ def _footnotes(results): # what is different about a run, and what its card says
 # %% ../../nbs/evaluation/10_leaderboard.ipynb #8e8d6c58
 def run_numbers(
     folder: str|Path, # that holds runs of `mtef_eval`, at any depth
-) -> pd.DataFrame:    # a row a number. Raises `InputError` where there is no run
+) -> pd.DataFrame:    # one row per number. Raises `InputError` where there is no run
     "The headline numbers of all evaluated runs of a folder."
     files = sorted(Path(folder).rglob('results.json'))
     rows = []
@@ -55,7 +55,7 @@ def run_numbers(
         evaluated = isinstance(results, dict) and {'table', 'facts'} <= results.keys()  # a training's has no facts
         if not evaluated: continue
         name, system = _benchmark_of(results), file.parent.relative_to(folder).as_posix()
-        table = pd.DataFrame(results['table']).astype({k: float for k in ('value', 'low', 'high')})  # what is none: NaN
+        table = pd.DataFrame(results['table']).astype({k: float for k in ('value', 'low', 'high')})  # None becomes NaN
         if 'over' in table: table = table[table.over == 'mean of groups']
         table = table[table.metric.isin(HEADLINES[name])]
         shown = BENCHMARKS[name].turns if name in BENCHMARKS else ()
@@ -71,10 +71,9 @@ def published_numbers(
 ) -> pd.DataFrame:         # as from `run_numbers`
     "Numbers of published systems, each with its source. Raises `InputError` for one without."
     table = pd.read_csv(file or shipped('published.csv'))
-    lacking = [name for name in ('benchmark', 'system', 'metric', 'turn', 'value', 'source') if name not in table]
-    expect(not lacking, str(file), f'the column `{lacking[0] if lacking else ""}`', list(table))
-    bare = table.index[table.source.isna()]
-    expect(not len(bare), f'{file}: row {bare[0] + 2 if len(bare) else 0}', 'a source', 'none')
+    for name in ('benchmark', 'system', 'metric', 'turn', 'value', 'source'):
+        expect(name in table, str(file), f'the column `{name}`', list(table))
+    for i in table.index[table.source.isna()]: expect(False, f'{file}: row {i + 2}', 'a source', 'none')
     return table.assign(footnotes=[[f'published: {source}'] for source in table.source]).reindex(columns=_columns)
 
 # %% ../../nbs/evaluation/10_leaderboard.ipynb #4e557cbe
@@ -93,15 +92,15 @@ def leaderboard_table(
     name = numbers.benchmark.iloc[0]
     numbers = numbers.assign(column=[_column(m, t) for m, t in zip(numbers.metric, numbers.turn)],
                              text=[_cell(row) for row in numbers.itertuples()])
-    order = numbers.assign(at=numbers.metric.map({m: i for i, m in enumerate(HEADLINES[name])}))
-    columns = list(dict.fromkeys(order.sort_values(['at', 'turn']).column))
+    order = numbers.assign(place=numbers.metric.map({m: i for i, m in enumerate(HEADLINES[name])}))
+    columns = list(dict.fromkeys(order.sort_values(['place', 'turn']).column))
     footnotes, rows = {}, []
     ranked = [c for c in columns if c.startswith(('O', 'SR', 'score', 'weighted'))] or columns
-    for (system, source_is_run), of in numbers.groupby(['system', numbers.source == 'this run'], sort=False):
-        notes = dict.fromkeys(note for notes in of.footnotes for note in notes)
+    for (system, is_run), cells in numbers.groupby(['system', numbers.source == 'this run'], sort=False):
+        notes = dict.fromkeys(note for notes in cells.footnotes for note in notes)
         marks = [footnotes.setdefault(note, len(footnotes) + 1) for note in notes]
-        texts, values = of.set_index('column').text, of.set_index('column').value
-        rows.append(dict(system=system, published=not source_is_run, marks=marks,
+        texts, values = cells.set_index('column').text, cells.set_index('column').value
+        rows.append(dict(system=system, published=not is_run, marks=marks,
                          cells=[texts.get(c, '') for c in columns], rank=values.get(ranked[-1], np.nan)))
     rows.sort(key=lambda row: (pd.isna(row['rank']), -row['rank']))
     title = BENCHMARKS[name].title if name in BENCHMARKS else dict(edival='EdiVal-Bench').get(name, 'Sessions')
