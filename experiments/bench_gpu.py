@@ -19,7 +19,8 @@ Prints tables and writes experiments/results/bench_NAME.json. On a card of 80 GB
     for r in kontext_nft klein_4b_nft; do python experiments/bench_gpu.py experiments/recipes/$r.yaml; done
 
 Without a GPU it runs the tiny editor's configuration on the CPU (`--toy` asks for that anywhere), compiled without a
-code generator: that tests the script, its numbers say nothing about a GPU."""
+code generator: that tests the script, in about two minutes of a core with `--repeat 1`. Its numbers say nothing about a
+GPU."""
 import argparse, gc, platform, time
 from functools import partial
 from pathlib import Path
@@ -336,9 +337,12 @@ def compare_parts(planned, measured):
             for part, b in measured.items()}
     return pd.DataFrame.from_dict(rows, orient='index')
 
-def show(title, table):
+# why a toy's plan and what is held differ: planned is a run on the CPU; 8-bit AdamW leaves small tensors in 32 bits
+PLAN_OF_TOY = ' (planned in float32, and with 8-bit AdamW, which leaves such small tensors in 32 bits)'
+
+def show(title, table, **kw):
     print(f'\n{title}')
-    print(table.to_string(float_format='{:.4g}'.format, na_rep=''))
+    print(table.to_string(float_format='{:.4g}'.format, na_rep='', **kw))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -363,11 +367,10 @@ def main():
         iterations[weights], measured = run_iterations(here, configs, nf4, device, dtype)
         parts[weights] = compare_parts(plan(here)['memory'], measured)
         show(f'{weights}: three iterations', pd.DataFrame(iterations[weights]))
-        show(f'{weights}: memory by part', parts[weights])
-    print()
-    print(pd.DataFrame(rows).T.to_string(header=False, float_format='{:.4g}'.format))
+        show(f'{weights}: memory by part{PLAN_OF_TOY if toy else ""}', parts[weights])
+    show('rows, by option', pd.DataFrame(rows).T, header=False)
     encoders = measure_encoders(c, configs, device, dtype, a.repeat)
-    show('text encoders and autoencoder', pd.DataFrame(encoders).T)
+    show('text encoders and autoencoder', pd.DataFrame(encoders).T, header=False)
     planned, name = plan(c), Path(c.editor).name + ('_toy' if toy else '')
     machine = torch.cuda.get_device_name() if device.type == 'cuda' else f'{platform.machine()} CPU'
     report = dict(device=machine, toy=toy, torch=torch.__version__, config=c.model_dump(), rows=rows,
