@@ -7,6 +7,8 @@ from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.cli.report import main as report
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.evaluation.bench_scores import mice_scores
+from mt_editflow_nb.rewards.edit_r2_rules import read_edit_r2_questions
+from mt_editflow_nb.rewards.edival_models import load_edival_vlm
 from mt_editflow_nb.rewards.edival_rules import Found
 from test_judge_servers import Scripted, impatient  # noqa: F401  (a fixture)
 
@@ -63,14 +65,31 @@ def test_gedit_in_shards_by_a_served_judge_and_replayed(gedit, tmp_path, capsys)
     assert (tmp_path/'out/fullset/style_change/en/k3_SRCIMG.png').is_file()
     assert 'Scores of the intersection subset' in (tmp_path/'out/card.md').read_text()
 
-def test_mice_joins_edivals_rules_with_the_walk_through_the_session(tmp_path, capsys):
+def edit_r2_checkout(folder):
+    "Two files of a repository, made up: what the judge of sessions is asked, and what the server of rewards asks."
+    (folder/'flow_grpo').mkdir(parents=True)
+    (folder/'flow_grpo/edival_client.py').write_text(
+        'MULTITURN_VLM_PROMPT = """All turns?\\n{instructions_formatted}"""\n'
+        'MULTITURN_CU_VLM_PROMPT = """All turns, and of which?\\n{instructions_formatted}"""\n')
+    (folder/'rewards').mkdir()
+    (folder/'rewards/edival_reward_server.py').write_text(
+        'VLM_ADD_PROMPT = "Added: {instruction}? yes or no"\n'
+        'VLM_REPLACE_PROMPT = "Replaced: {instruction}? yes or no"\n'
+        'VLM_TEXT_PROMPT = "Which text?"\nVLM_BACKGROUND_PROMPT = "Is it {background}? yes or no"\n'
+        'def f(object_name, new_color, new_material):\n'
+        '    ask(f"Is the {object_name} now {new_color}? yes or no")\n'
+        '    ask(f"Is the {object_name} now made of {new_material}? yes or no")\n')
+    return folder
+
+def test_mice_joins_edit_r2s_rules_with_the_walk_through_the_session(tmp_path, capsys):
+    "Its own questions to both models; an object counts, though the background may have changed by the second turn."
     s, = shape_sessions(1, 1, 'heldout')
     (tmp_path/'pictures').mkdir()
     s.image.save(tmp_path/'pictures/0.jpg')
     told = ['From now on, all in red. With this rule active, Add cat', 'Remove cat']
     row = dict(image='/elsewhere/0.jpg', instruction=told,
                task_type=['subject_add', 'subject_remove'], formatted_instruction=['Add [cat]', 'Remove [cat]'],
-               bg_consistency=[True, True], unchanged_objects=[['dog'], ['dog']], available_objects=[['dog'], ['dog']],
+               bg_consistency=[True, False], unchanged_objects=[['dog'], ['dog']], available_objects=[['dog'], ['dog']],
                all_objects=[['dog', 'cat']] * 2, turns=2)
     (tmp_path/'mice/cm').mkdir(parents=True)
     (tmp_path/'mice/cm/test_metadata.jsonl').write_text(json.dumps(row) + '\n')
@@ -78,19 +97,27 @@ def test_mice_joins_edivals_rules_with_the_walk_through_the_session(tmp_path, ca
     def features(images):
         import torch
         return torch.ones(len(images), 4), torch.ones(len(images), 200, 4)
-    tools = (lambda image, names, threshold: box, lambda images, question: 'yes', features, None)
     def walks(request):
         text, pictures = said(request)
-        assert 'all in red' in text
+        if text.startswith('Added: '): return 'No.' if text != 'Added: Add [cat]? yes or no' else 'Yes.'
+        assert text.startswith('All turns?\n第1轮：From now on, all in red.')
         return f'<answer_final> {"yes" if pictures == 2 else "no"} </answer_final>'
     with Scripted(walks) as server:
-        options = ['--images', tmp_path/'pictures', '--judge', f'm@{server.url}']
+        asker = load_edival_vlm(f'm@{server.url}', questions=read_edit_r2_questions(edit_r2_checkout(tmp_path/'r2')))
+        tools = (lambda image, names, threshold: box, asker, features, None)
+        options = ['--images', tmp_path/'pictures', '--judge', f'm@{server.url}', '--questions', tmp_path/'r2',
+                   '--vlm', f'm@{server.url}']
         argv = command('mice', tmp_path/'mice', tmp_path/'out', *options)
         assert main(argv, tools=tools) == 0, capsys.readouterr().err
-        assert len(server.requests) == 2
+        assert len(server.requests) == 2 + 1
     table = pd.read_csv(tmp_path/'out/scores.csv').set_index(['turn', 'metric']).value
     assert table[1].to_dict() == pytest.approx(dict(IF=100, CC=100, GA=100, weighted=100))
     assert table[2].to_dict() == pytest.approx(dict(IF=0, CC=100, GA=0, weighted=30))  # the cat is still found
+    results = json.loads((tmp_path/'out/results.json').read_text())
+    differs = '; '.join(results['differences'])
+    assert 'our wording' not in differs and f'vlm m@{server.url} (published: Qwen/Qwen2.5-VL-32B-Instruct)' in differs
+    assert 'judge at temperature 0 (published: 0.6)' in differs and 'dinov3-vitl16' not in differs
+    assert results['facts']['Protocol']['features'] == 'facebook/dinov3-vitl16-pretrain-lvd1689m'
 
 def turns_so_far(request):
     "How many results the judge is shown beside the source."
@@ -103,15 +130,21 @@ def test_lme_runs_ten_turns_and_counts_what_holds_and_what_collapses(tmp_path, c
     for name, s in zip('ab', world): s.image.save(tmp_path/f'lme/images/{name}.png')
     items = [dict(id=name, turns=[f'{name}: {text}' for text in instructions], labels=['local']*10) for name in 'ab']
     (tmp_path/'lme/lme_bench.json').write_text(json.dumps(dict(items=items)))
+    (tmp_path/'theirs/mtopsd').mkdir(parents=True)
+    (tmp_path/'theirs/mtopsd/judge.py').write_text(
+        'PROMPT_TEMPLATE = ("""Judge turn-{num_prompts} of {num_images} images: {editing_prompt} {{}}""")\n'
+        'COLLAPSE_PROMPT = """content_loss after\\n{instructions}"""\n')
     def answer(request):
         text, pictures = said(request)
         if 'content_loss' in text:
+            assert text.startswith('content_loss after\n  turn1: ')
             lost = 2 if 'b: add ring 6' in text and 'b: add ring 8' not in text else 0
             return json.dumps(dict(reason='', content_loss=lost, surface_corruption=0, appearance_violation=0))
+        assert text.startswith(f"Judge turn-{pictures - 1} of {pictures} images: {{'turn1': ") and text.endswith(' {}')
         follows = 6 if 'b: add ring 3' in text else 7                     # both scores must exceed 6
         return json.dumps(dict(reason='', prompt_following=follows, consistency=9))
     with Scripted(answer) as server:
-        judge = ['--judge', f'm@{server.url}']
+        judge = ['--judge', f'm@{server.url}', '--questions', tmp_path/'theirs']
         assert main(command('lme', tmp_path/'lme', tmp_path/'out', *judge)) == 0, capsys.readouterr().err
         asked = [said(request)[0] for request in server.requests]
     assert len(asked) == 10 + 4 + 2*10                                   # b is not asked about after its failure
@@ -123,6 +156,7 @@ def test_lme_runs_ten_turns_and_counts_what_holds_and_what_collapses(tmp_path, c
     assert len(list((tmp_path/'out/samples/a').glob('turn*.png'))) == 10
     card = (tmp_path/'out/card.md').read_text()
     assert 'half-life' in card and 'Pictures without a judge' in card and '2 of 10 turns' in card
+    assert "the benchmark's, from" in card and 'our wording' not in card
 
 def test_mse_stops_at_the_first_failure_and_counts_the_unreadable(tmp_path, capsys):
     "Sessions of five turns: one right to the end, one failing at turn 2, one whose third answer cannot be read."
@@ -141,6 +175,7 @@ def test_mse_stops_at_the_first_failure_and_counts_the_unreadable(tmp_path, caps
         asked = [turns_so_far(request) for request in server.requests]
     assert sorted(asked) == sorted([1, 2, 3, 4, 5] + [1, 2] + [1, 2, 3, 3, 3])       # the last is asked three times
     results = json.loads((tmp_path/'out/results.json').read_text())
+    assert any('our wording of the questions' in text for text in results['differences'])
     rates = {row['turn']: row['value'] for row in results['table'] if row['metric'] == 'SR'}
     assert rates[1] == 100 and rates[2] == pytest.approx(200/3) and [rates[t] for t in (3, 4, 5)] == [50, 50, 50]
     assert results['unreadable'] == 1 and (tmp_path/'out/images/1_turn0_rep0_seed1.png').is_file()

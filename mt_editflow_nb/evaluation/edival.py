@@ -22,7 +22,8 @@ from ..data.sessions import Session, open_ahead
 from ..editing.editor import as_square, set_shape
 from ..editing.loading import FAMILIES, find_editor
 from ..editing.rollout import sample
-from ..rewards.edival_rules import (EdivalTools, check_edival_session, score_sessions, to_square)
+from ..rewards.edival_rules import (EDIVAL_RULES, EdivalTools, TurnRules, check_edival_session,
+                                                 score_sessions, to_square)
 from ..algorithm.processes import processes
 from .running import share_out
 from .scores import Outcomes
@@ -231,15 +232,16 @@ def _check_unscored(scored, max_failed):
 
 # %% ../../nbs/evaluation/04_edival.ipynb #6b637f86
 def score_edival(
-    sessions: list,         # I `Session`s with images
-    folder: str|Path,       # made by `generate_edival`; gets scores/*.json
-    tools: EdivalTools,     # None: nothing may be left to score
+    sessions: list,                  # I `Session`s with images
+    folder: str|Path,                # made by `generate_edival`; gets scores/*.json
+    tools: EdivalTools,              # None: nothing may be left to score
     *,
-    judges: dict = None,    # what the tools are: names, fingerprints, questions
-    batch: int = 16,        # sessions at a time
-    max_failed: float = .2, # share of unscored turns above which the run stops
-    progress: bool = False, # a progress bar
-) -> list:                  # I results of `score_sessions`
+    judges: dict = None,             # what the tools are: names, fingerprints, questions
+    batch: int = 16,                 # sessions at a time
+    max_failed: float = .2,          # share of unscored turns above which the run stops
+    progress: bool = False,          # a progress bar
+    rules: TurnRules = EDIVAL_RULES, # whose scores they are; others have to be named in `judges`
+) -> list:                           # I results of `score_sessions`
     "Score every session; what was scored before is read. All pictures must exist."
     def score(indices):
         together = [sessions[i] for i in indices]
@@ -250,7 +252,8 @@ def score_edival(
         new = [k for k, kept in enumerate(rows) if kept is None]
         images = [_results(together[k], folder) for k in new]
         if new: expect(tools is not None, f'session {together[new[0]].id!r}', 'scores, or tools that score', 'neither')
-        for k, result in zip(new, score_sessions([together[k] for k in new], images, tools) if new else []):
+        results = score_sessions([together[k] for k in new], images, tools, rules) if new else []
+        for k, result in zip(new, results):
             atomic_write(files[k], to_json(dict(key=keys[k], rows=result), indent=1))
             rows[k] = result
         return rows

@@ -181,13 +181,14 @@ def score_intervals(
     I, T = parts[0].shape[1:]
     scores = bootstrap(_flat_scores, parts, session_weights(I, n_boot, rng))
     low, high = percentile_interval(scores.with_seed_errors(rng))
-    table = pd.DataFrame(dict(value=scores.value_X, low=low.clip(0, 100), high=high.clip(0, 100)), _index(T))
+    least = np.tile([-100 if name == 'CC' else 0 for name in EDIVAL_METRICS], T)  # consistency may be negative
+    table = pd.DataFrame(dict(value=scores.value_X, low=low.clip(least, 100), high=high.clip(least, 100)), _index(T))
     table['sessions'] = _sessions_with(parts)
     for t in table.index.unique('turn'):
         for metric in ('IF', 'marginal'): _wilson_at_the_ends(table, (t, metric), table.sessions[t, metric])
         if table.value[t, 'IF'] in (0, 100) and not np.isnan(table.low[t, 'CC']):
             for end in ('low', 'high'):
-                table.loc[(t, 'O'), end] = (table.loc[(t, 'IF'), end] * table.loc[(t, 'CC'), end])**.5
+                table.loc[(t, 'O'), end] = max(0, table.loc[(t, 'IF'), end] * table.loc[(t, 'CC'), end])**.5
     return table.assign(unscored=_unscored_rows(parts[0], cc_unscored_IT, turns_I))
 
 # %% ../../nbs/evaluation/01_scores.ipynb #e2f8b586
