@@ -22,6 +22,16 @@ def said(request):
     content = request['messages'][0]['content']
     return content[-1]['text'], sum(part['type'] == 'image_url' for part in content)
 
+def is_first_question(request):
+    "Before an editor is loaded, a judge is asked one small thing: whether it answers at all."
+    return 'make it brighter' in said(request)[0]
+
+class Judge(Scripted):
+    "A scripted judge; `asked` are the questions of the benchmark."
+    def __init__(self, script): super().__init__(lambda request: '5' if is_first_question(request) else script(request))
+    @property
+    def asked(self): return [request for request in self.requests if not is_first_question(request)]
+
 def command(name, data, out, *more):
     how = ['--steps', '1', '--size', '48', '--batch', '2', '--out', str(out)]
     return ['--bench', name, '--data', str(data), *how, *map(str, more)]
@@ -42,7 +52,7 @@ def gedit(tmp_path):
 def test_gedit_in_shards_by_a_served_judge_and_replayed(gedit, tmp_path, capsys):
     "Two shards fill one cache; the last call makes the table without one question more."
     answers = iter(['[9, 4]', '[8, 8]', '[9, 9]', '[2, 6]', '[10, 9]', 'I would rather not.', '[4, 5]', '[4, 5]'])
-    with Scripted(lambda request: answers_of(request)) as server:
+    with Judge(lambda request: answers_of(request)) as server:
         known = {}
         def answers_of(request):
             key = json.dumps(request['messages'])
@@ -51,10 +61,10 @@ def test_gedit_in_shards_by_a_served_judge_and_replayed(gedit, tmp_path, capsys)
         judge = ['--judge', f'm@{server.url}']
         for shard in ('1/2', '2/2'):
             assert main(command('gedit', gedit, tmp_path/'out', *judge, '--shard', shard)) == 0, capsys.readouterr().err
-        n = len(server.requests)
-        assert n == 8 + 2 and [said(r)[1] for r in server.requests].count(1) >= 4  # one is asked three times
+        n = len(server.asked)
+        assert n == 8 + 2 and [said(r)[1] for r in server.asked].count(1) >= 4  # one is asked three times
         assert main(command('gedit', gedit, tmp_path/'out', *judge)) == 0, capsys.readouterr().err
-        assert len(server.requests) == n + 3            # what could not be read is asked again, nothing else
+        assert len(server.asked) == n + 3            # what could not be read is asked again, nothing else
     results = json.loads((tmp_path/'out/results.json').read_text())
     assert (results['unreadable'], results['asked']) == (1, 8)
     assert any('4 of the first pictures lost more than 5 %' in text for text in results['differences'])
@@ -102,14 +112,14 @@ def test_mice_joins_edit_r2s_rules_with_the_walk_through_the_session(tmp_path, c
         if text.startswith('Added: '): return 'No.' if text != 'Added: Add [cat]? yes or no' else 'Yes.'
         assert text.startswith('All turns?\n第1轮：From now on, all in red.')
         return f'<answer_final> {"yes" if pictures == 2 else "no"} </answer_final>'
-    with Scripted(walks) as server:
+    with Judge(walks) as server:
         asker = load_edival_vlm(f'm@{server.url}', questions=read_edit_r2_questions(edit_r2_checkout(tmp_path/'r2')))
         tools = (lambda image, names, threshold: box, asker, features, None)
         options = ['--images', tmp_path/'pictures', '--judge', f'm@{server.url}', '--questions', tmp_path/'r2',
                    '--vlm', f'm@{server.url}']
         argv = command('mice', tmp_path/'mice', tmp_path/'out', *options)
         assert main(argv, tools=tools) == 0, capsys.readouterr().err
-        assert len(server.requests) == 2 + 1
+        assert len(server.asked) == 2 + 1
     table = pd.read_csv(tmp_path/'out/scores.csv').set_index(['turn', 'metric']).value
     assert table[1].to_dict() == pytest.approx(dict(IF=100, CC=100, GA=100, weighted=100))
     assert table[2].to_dict() == pytest.approx(dict(IF=0, CC=100, GA=0, weighted=30))  # the cat is still found
@@ -143,10 +153,10 @@ def test_lme_runs_ten_turns_and_counts_what_holds_and_what_collapses(tmp_path, c
         assert text.startswith(f"Judge turn-{pictures - 1} of {pictures} images: {{'turn1': ") and text.endswith(' {}')
         follows = 6 if 'b: add ring 3' in text else 7                     # both scores must exceed 6
         return json.dumps(dict(reason='', prompt_following=follows, consistency=9))
-    with Scripted(answer) as server:
+    with Judge(answer) as server:
         judge = ['--judge', f'm@{server.url}', '--questions', tmp_path/'theirs']
         assert main(command('lme', tmp_path/'lme', tmp_path/'out', *judge)) == 0, capsys.readouterr().err
-        asked = [said(request)[0] for request in server.requests]
+        asked = [said(request)[0] for request in server.asked]
     assert len(asked) == 10 + 4 + 2*10                                   # b is not asked about after its failure
     results = json.loads((tmp_path/'out/results.json').read_text())
     rates = {(row['metric'], row['turn']): row['value'] for row in results['table']}
@@ -169,10 +179,10 @@ def test_mse_stops_at_the_first_failure_and_counts_the_unreadable(tmp_path, caps
         text, _ = said(request)
         if "'c2'" in text: return 'I cannot say.'
         return json.dumps(dict(reason='', prompt_following=8, consistency=5 if "'b1'" in text else 8))
-    with Scripted(answer) as server:
+    with Judge(answer) as server:
         judge = ['--judge', f'm@{server.url}']
         assert main(command('mse', tmp_path/'mse', tmp_path/'out', *judge)) == 0, capsys.readouterr().err
-        asked = [turns_so_far(request) for request in server.requests]
+        asked = [turns_so_far(request) for request in server.asked]
     assert sorted(asked) == sorted([1, 2, 3, 4, 5] + [1, 2] + [1, 2, 3, 3, 3])       # the last is asked three times
     results = json.loads((tmp_path/'out/results.json').read_text())
     assert any('our wording of the questions' in text for text in results['differences'])
@@ -202,10 +212,10 @@ def test_imgedit_leaves_the_answers_where_the_published_steps_read_them(tmp_path
     prompts = {kind: f'{kind}: <edit_prompt>' for kind in ('replace', 'add')}
     (tmp_path/'checkout/prompts.json').write_text(json.dumps(prompts))
     lines = 'Brief reasoning: fine.\nPrompt Compliance: 2\nVisual Seamlessness: 5\nPhysical & Detail Fidelity: 4'
-    with Scripted(lambda request: lines) as server:
+    with Judge(lambda request: lines) as server:
         options = ['--judge', f'm@{server.url}', '--questions', tmp_path/'checkout']
         assert main(command('imgedit', tmp_path/'imgedit', tmp_path/'out', *options)) == 0, capsys.readouterr().err
-        assert sorted(said(r)[0] for r in server.requests) == sorted(
+        assert sorted(said(r)[0] for r in server.asked) == sorted(
             [f'replace: {a.instructions[0]}', f'add: {b.instructions[0]}'])
     assert json.loads((tmp_path/'out/edited/result.json').read_text()) == {'1': lines, '2': lines}
     items = pd.read_csv(tmp_path/'out/items.csv', dtype=dict(id=str)).set_index('id').score

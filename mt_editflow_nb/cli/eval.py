@@ -31,12 +31,14 @@ from ..rewards.cube import check_judge_options, load_judge
 from ..rewards.edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QUALITY, EDIVAL_VLM,
                                                   lacks_quality, load_detector, load_edival_vlm, load_features,
                                                   load_quality, read_edival_questions, weights_of)
-from ..rewards.edival_rules import EDIVAL_SIDE, QUESTIONS, EdivalTools
+from ..rewards.edival_rules import EDIT_R2_QUESTIONS, EDIVAL_SIDE, QUESTIONS, EdivalTools
+from ..rewards.edit_r2_rules import EDIT_R2_RULES, read_edit_r2_questions
 from ..rewards.judges import MODES
 from ..algorithm.processes import (collect_answers, failing_together, from_first, interrupt, share_answers)
 
 # %% ../../nbs/cli/01_eval.ipynb #66d1f29f
-from ..evaluation.bench_items import BENCHMARKS, benchmark_file, load_benchmark
+from ..evaluation.bench_items import (BENCHMARKS, MICE_TOOLS, benchmark_file, benchmark_protocol,
+                                                    load_benchmark)
 from ..evaluation.bench_pictures import count_cut, generate_benchmark, items_to_make, turn_counts
 from ..evaluation.bench_questions import BENCHMARK_QUESTIONS, read_benchmark_questions
 from ..evaluation.bench_runs import benchmark_differences, read_items, write_benchmark_run
@@ -288,8 +290,11 @@ def _editor_facts(a):
     return dict(editor=a.editor, adapter=a.lora or 'none', versions=', '.join(f'{p} {version(p)}' for p in packages))
 
 def _generation_facts(a):
-    return dict(steps=a.steps, guidance=a.guidance or "the family's", size=a.size or "the editor's own",
-                weights=a.quantize or 'not quantised')
+    return dict(steps=a.steps, guidance="the family's" if a.guidance is None else a.guidance,
+                size=a.size or "the editor's own", weights=a.quantize or 'not quantised')
+
+def _judge_facts(a): # settings of a judge that were given
+    return {f'judge: {name}': value for name, value in judge_options(a).items()}
 
 def made_otherwise(
     facts: dict,         # heading -> {name: value}
@@ -518,7 +523,7 @@ def _finish_free(a, out, chosen, sessions, outcomes, images, cc_unscored_IT, sec
     lengths = ' to '.join(map(str, sorted({min(turn_counts(chosen)), max(turn_counts(chosen))})))
     data = dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {lengths} turns',
                 structure=f'{structure}, in plain words' if a.plain else structure, split=split)
-    protocol = dict(judge=a.judge, **_generation_facts(a), solver=a.sampler or 'ode', seed=1234,
+    protocol = dict(judge=a.judge, **_judge_facts(a), **_generation_facts(a), solver=a.sampler or 'ode', seed=1234,
                     input='every turn edits the last output',
                     seconds_a_turn=f'{seconds:.3f}')
     if a.sessions not in WORLDS: protocol |= dict(pictures='cut to squares' if a.crop else 'in their own ratio')
@@ -701,15 +706,14 @@ def fill_bench_settings(
     a, # the parsed options, with --bench
 ):
     "Set what was not given to what is published; say where an adapter is used otherwise than it was trained."
-    trained, facts = trained_with(a.lora) if a.lora else {}, BENCHMARKS[a.bench]
+    trained = trained_with(a.lora) if a.lora else {}
     a.editor = a.editor or trained.get('editor') or 'tiny'
-    a.steps = a.steps or facts.steps or published_protocol(a.editor)['steps']
-    a.size, a.batch, a.language = a.size or facts.size, a.batch or 4, a.language or 'en'
+    published = benchmark_protocol(a.bench, a.editor)
+    a.steps, a.size = a.steps or published['steps'], a.size or published['size']
+    a.batch, a.language = a.batch or 4, a.language or 'en'
     warn_of_training(a, trained)
     if a.bench == 'mice':
-        a.detector = a.detector or EDIVAL_DETECTOR
-        a.features = a.features or EDIVAL_FEATURES
-        a.vlm = a.vlm or EDIVAL_VLM
+        for name, published in MICE_TOOLS.items(): setattr(a, name, getattr(a, name) or published)
 
 def bench_items(
     a,      # the parsed options, with --bench
@@ -724,33 +728,40 @@ def bench_items(
     expect(i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n), '--shard', 'I/N with I from 1 to N', a.shard)
     return items[int(i) - 1::int(n)], whole
 
-def _mice_arrays(a, items, out, tools): # EdiVal's verdict and consistency of every turn
-    questions = read_edival_questions(a.questions) if a.questions else QUESTIONS
+def _mice_asker(a, out): # (who is asked about instructions, the questions); no weights are loaded yet
+    questions = read_edit_r2_questions(a.questions) if a.questions else EDIT_R2_QUESTIONS
+    for flag in ('detector', 'features'): _check_model('--' + flag, getattr(a, flag))
+    keeping = dict(cache=a.cache or out/'judge.sqlite', offline=a.offline)
+    return load_edival_vlm(a.vlm, questions=questions, **keeping), questions
+
+def _mice_arrays(a, items, out, tools, asker, questions): # Edit-R2's verdict and consistency of every turn
     shown = [with_picture(s, benchmark_file('mice', out, s, 0)) for s in items]
-    judges = edival_judges(argparse.Namespace(**vars(a)), questions)
+    judges = edival_judges(a, questions) | dict(rules='Edit-R2')
     if from_first(lambda: sessions_to_score(shown, out, judges)) and tools is None:
-        with failing_together():
-            asker = load_edival_vlm(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
-            tools = load_edival_tools(a, asker)
-    scored = score_edival(shown, out, tools and EdivalTools(*tools), judges=judges, progress=True)
+        with failing_together(): tools = load_edival_tools(a, asker)
+    scored = score_edival(shown, out, tools and EdivalTools(*tools), judges=judges, progress=True, rules=EDIT_R2_RULES)
     arrays = {k.removesuffix('_IT'): x for k, x in outcomes_of(scored)._asdict().items()}
     return arrays | dict(cc_unscored=cc_unscored_of(scored))
 
 # %% ../../nbs/cli/01_eval.ipynb #fb972c35
+def _mice_tools(a): return {name: getattr(a, name) for name in MICE_TOOLS}
+
 def _bench_facts(a, items):
     words = "the judge's own" if asks_own_questions(a.judge) else f"the benchmark's, from {a.questions}"
     if not a.questions and not asks_own_questions(a.judge): words = 'own wording'
     data = dict(benchmark=BENCHMARKS[a.bench].title, items=f'{len(items)} of {len(items[0].instructions)} turns')
     seed = BENCHMARKS[a.bench].seed
     protocol = _generation_facts(a) | dict(seed='the number of the session' if seed is None else seed, judge=a.judge,
-                                           questions=words)
+                                           questions=words) | _judge_facts(a)
+    if a.bench == 'mice': protocol |= _mice_tools(a)
     return dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
 
-def _generate_items(a, items, out, settings, judge):
+def _generate_items(a, items, out, settings, judge, vlm):
     "Pictures that are missing."
     if not from_first(lambda: items_to_make(a.bench, items, out, a.steps, settings)): return
     with failing_together():
         if not a.generate_only: check_answering(judge, offline=a.offline, **judge_options(a))
+        if vlm: check_answering(vlm, offline=a.offline)
         editor = _load_editor(a, items)
     generate_benchmark(editor, a.bench, items, out, num_steps=a.steps, batch=a.batch, settings=settings, progress=True)
 
@@ -760,7 +771,9 @@ def _finish_bench(a, out, items, whole, answers, statistics):
     used = dict(steps=a.steps, guidance=a.guidance, size=a.size, quantize=a.quantize)
     cut = count_cut(a.bench, items, out)
     differences = benchmark_differences(a.bench, used, a.editor, judge=a.judge, own_wording=not a.questions, cut=cut,
-                                        items=f'its first {a.n} items' if len(items) < whole else '')
+                                        items=f'its first {a.n} items' if len(items) < whole else '',
+                                        temperature=judge_options(a).get('temperature') or 0.,
+                                        tools=_mice_tools(a) if a.bench == 'mice' else None)
     success = scores.outcomes.success_IT if scores.outcomes else np.zeros((len(items), 1))
     notes = [text for text in notes_about(a, items, success, a.judge) if 'could not be scored' not in text]
     facts = _bench_facts(a, items)
@@ -784,14 +797,18 @@ def evaluate_bench(
         if a.questions: questions = read_benchmark_questions(a.bench, a.questions)
         keeping = dict(cache=a.cache or out/'judge.sqlite', offline=a.offline, **judge_options(a))
         judge = a.judge and load_benchmark_judge(a.bench, a.judge, **keeping)
+        rules_asker = _mice_asker(a, out) if a.bench == 'mice' else None
         settings = made_with(a)
     from_first(lambda: check_settings(out, 'protocol.json', settings | dict(benchmark=a.bench, steps=a.steps)))
-    _generate_items(a, items, out, settings, judge if not a.judge or asks_own_questions(a.judge) else a.judge)
+    vlm = a.vlm if a.bench == 'mice' and tools is None and not a.generate_only else None
+    _generate_items(a, items, out, settings, judge if not a.judge or asks_own_questions(a.judge) else a.judge, vlm)
     if a.generate_only: return None, items
     asked = dict(judge=a.judge, questions=a.questions or 'own wording')
     from_first(lambda: check_settings(out, 'judges.json', asked))
     answers, statistics = ask_benchmark(a.bench, judge, questions, items, out, progress=True)
-    if a.bench == 'mice': answers = Answers(answers.arrays | _mice_arrays(a, items, out, tools), answers.log)
+    if a.bench == 'mice':
+        of_rules = _mice_arrays(a, items, out, tools, *rules_asker)
+        answers = Answers(answers.arrays | of_rules, answers.log)
     if a.shard: return None, items
     return from_first(lambda: _finish_bench(a, out, items, whole, answers, statistics)), items
 

@@ -11,18 +11,19 @@ import numpy as np, pandas as pd
 from PIL import Image
 from ..data.files import atomic_write, expect, to_json
 from ..data.sessions import Session
-from .bench_items import BENCHMARKS, benchmark_file
+from .bench_items import BENCHMARKS, MICE_TOOLS, benchmark_file, benchmark_protocol
 from .bench_pictures import kept_pictures
 from .bench_scores import Answers, BenchmarkScores, asks_own_questions
 from .benchmarks import overall_means
 from .card import card_strip, model_of, write_pages
-from .edival import protocol_differences, published_protocol
+from .edival import protocol_differences
 from .scores import Outcomes, compare_scores, save_outcomes
 
 # %% ../../nbs/evaluation/09d_bench_runs.ipynb #791260e2
 _always_different = dict(
     imgedit='scores of `replace` are capped by the first one; the published script leaves that to the judge',
-    mice="instruction following by EdiVal's questions; Edit-R2's server asks shorter ones about colour and material")
+    mice='every question is answered once (published: the mean of four answers); the detector and the features see '
+         'pictures as they are (published: as JPEG files)')
 
 def benchmark_differences(
     name: str,                # of the benchmark
@@ -33,12 +34,12 @@ def benchmark_differences(
     own_wording: bool = True, # whether our questions were asked instead of the benchmark's
     cut: int = 0,             # first pictures that were cut, from `count_cut`
     items: str = '',          # such as 'its first 20 items'
+    temperature: float = 0.,  # of the judge
+    tools: dict = None,       # vlm, detector and features that have scored MICE-Bench
 ) -> list:                    # of texts
     "Where a run leaves the published protocol."
     facts = BENCHMARKS[name]
-    published = published_protocol(editor)
-    published |= {key: getattr(facts, key) for key in ('steps', 'size') if getattr(facts, key) is not None}
-    differences = protocol_differences(used, published)
+    differences = protocol_differences(used, benchmark_protocol(name, editor))
     if items: differences.append(items)
     if cut: differences.append(f'{cut} of the first pictures lost more than 5 % at their edges (published: none)')
     if judge is None: return differences
@@ -46,6 +47,10 @@ def benchmark_differences(
     if asks_own_questions(judge):
         differences.append("the judge's own questions, its scores put on the benchmark's scale")
     elif own_wording: differences.append("our wording of the questions (--questions CHECKOUT asks the benchmark's)")
+    if temperature != facts.temperature and not asks_own_questions(judge):
+        differences.append(f'judge at temperature {temperature:g} (published: {facts.temperature:g})')
+    differences += [f'{name} {tool} (published: {MICE_TOOLS[name]})' for name, tool in (tools or {}).items()
+                    if model_of(tool) != model_of(MICE_TOOLS[name])]
     if name in _always_different: differences.append(_always_different[name])
     return differences
 
