@@ -1,11 +1,13 @@
 "Several processes give what one gives, and fail together."
-import json, socket, textwrap, time
+import json, shlex, socket, textwrap, time
 import numpy as np, pytest, torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from torch.distributed import run as torchrun
 from helpers import Command
-from mt_editflow_nb.cli.train import main
+from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.cli.train import main, parse_overrides
+from readme import root
 
 settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2',
             'batch=16', 'lora_rank=2', 'updates=2', 'std=global', 'whiten=true', 'lr=2e-4']
@@ -129,3 +131,13 @@ def test_a_process_that_hangs_is_named(tmp_path):
     status, said = play(tmp_path, ['hang'], MTEF_PROCESS_TIMEOUT='8')
     assert status and checkpoints(tmp_path/'hang') == ['000001']
     assert 'process 1: expected an answer within 8 seconds, received none; the last checkpoint is kept' in said, said
+
+def test_torchrun_takes_the_documented_commands():
+    "Each one in the documentation; without `--`, it would take `--run` for an abbreviation of its own options."
+    lines = [line for file in (root/'nbs').glob('*/*.ipynb') for cell in json.loads(file.read_text())['cells']
+             for line in ''.join(cell['source']).splitlines() if line.startswith('torchrun ')]
+    assert any('--run ' in line for line in lines)
+    for line in lines:
+        known = torchrun.parse_args(shlex.split(line, comments=True)[1:])
+        assert known.module and known.training_script.startswith('mt_editflow_nb.'), line
+        make_config(parse_overrides([x for x in known.training_script_args if '=' in x]))
