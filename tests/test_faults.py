@@ -1,8 +1,10 @@
 "Faults that people ran into, each tried where it enters: the right value is in the test."
-import json, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys, time
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, psutil, pytest, torch
 from safetensors.torch import load_file, save_file
+import mt_editflow_nb
 from mt_editflow_nb.ablation.notebook import config_content
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.train import stop_notebook
@@ -16,6 +18,7 @@ from mt_editflow_nb.editing.lora import (adapter_config, check_magnitude, find_a
 from mt_editflow_nb.evaluation.running import read_outcomes, write_outcomes
 from mt_editflow_nb.evaluation.scores import Outcomes
 from mt_editflow_nb.training.checkpoints import last_checkpoint, save_checkpoint, write_checkpoint
+from mt_editflow_nb.rewards.engines import load_vlm
 from mt_editflow_nb.rewards.answers import read_json_score, read_json_scores
 from mt_editflow_nb.training.budget import remembered_batch
 from mt_editflow_nb.training.runs import cut_log, open_run, read_config
@@ -121,6 +124,23 @@ def test_adapters_of_all_kinds(tmp_path):
     for name, value in (('lora_alpha', float('nan')), ('lora_alpha', 0), ('lora_alpha', -4), ('lora_alpha', 1e30),
                         ('use_rslora', 'yes'), ('alpha_pattern', {'(': 1}), ('alpha_pattern', {'x': float('inf')})):
         assert 'adapter.safetensors: ' in refused(read, inner, **(dict(lora_alpha=2) | {name: value}))
+
+def test_weights_that_a_checkpoint_lacks_are_not_drawn_at_random(tmp_path):
+    "One tensor fewer in a text encoder, in an autoencoder, in a judge: each is named."
+    assets = Path(mt_editflow_nb.__file__).parent/'assets'
+    def lacking(asset, part):
+        shutil.copytree(assets/asset, tmp_path/asset, dirs_exist_ok=True)
+        file, = (tmp_path/asset/part).glob('*.safetensors')
+        tensors = load_file(file)
+        tensors.pop(gone := sorted(name for name in tensors if 'k_proj' in name or 'norm1.bias' in name)[0])
+        save_file(tensors, file, dict(format='pt'))
+        return str(tmp_path/asset), gone.rpartition('layers.')[2]
+    for part in ('text_encoder', 'vae'):
+        name, gone = lacking('tiny_kontext', part)
+        said = refused(load_editor, name)
+        assert said.startswith(f'editor: {name}: expected all weights') and said.endswith(gone)
+    name, gone = lacking('tiny_judge', '.')
+    assert refused(load_vlm, name, 'cpu').endswith(gone)
 
 # --- state that is not what it was
 

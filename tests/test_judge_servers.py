@@ -97,6 +97,8 @@ def test_settings_reach_the_request():
     assert (request['max_completion_tokens'], request['temperature'], request['top_k']) == (900, 1, 5)
     v, (request,) = verdict(lambda request: '6', 'direct', max_tokens=77)
     assert v.score == 6/9 and request['max_tokens'] == 77
+    v, _ = verdict(lambda request: message('<think>But wait') | cut, max_tokens=900)
+    assert 'the answer was cut at 900 tokens' in v.error
     with pytest.raises(InputError, match="judge_options: expected one of .*did you mean 'max_tokens'"):
         load_judge('m@http://a/v1:think', max_token=9)
 

@@ -1,11 +1,11 @@
 "Lines of a sessions file that cannot be used: each gives one line that names the file, the line and the field."
-import importlib, json, warnings
+import importlib, json, struct, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.files import InputError, open_image
 from mt_editflow_nb.data.sessions import load_edival, load_sessions, save_sessions, Session
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.rewards.agreement import load_labels
@@ -25,6 +25,15 @@ def folder(tmp_path):
     Image.new('1', (12_000, 12_000)).save(tmp_path/'bomb.png')
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path/'nan.tiff')
     return tmp_path
+
+def deep_png(grey, transparent):
+    "An 8 x 8 picture in 16 bits of grey; its first line has the value that is transparent."
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    lines = b''.join(b'\0' + struct.pack('>8H', *[transparent if y == 0 else grey]*8) for y in range(8))
+    head, hidden = struct.pack('>2I5B', 8, 8, 16, 0, 0, 0, 0), struct.pack('>H', transparent)
+    parts = ((b'IHDR', head), (b'tRNS', hidden), (b'IDAT', zlib.compress(lines)), (b'IEND', b''))
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)
 
 def line(**changes): return json.dumps({k: v for k, v in (good | changes).items() if v != 'DROP'})
 
@@ -138,6 +147,9 @@ def test_transparency_and_depth(folder):
     (folder/'s.jsonl').write_text(f'{line(image="hidden.png")}\n{line(id="grey", image="deep.png")}')
     hidden, deep = [s.image for s in load_sessions(folder/'s.jsonl')]
     assert hidden.getpixel((0, 0)) == (255, 255, 255) and deep.getpixel((0, 0)) == (127, 127, 127)
+    (folder/'both.png').write_bytes(deep_png(grey=0x4000, transparent=0x1234))      # 64 of 255, where it is not
+    both = np.asarray(open_image(folder/'both.png'))
+    assert both.shape == (8, 8, 3) and (both[1:] == 64).all() and (both[0] == 255).all()
 
 def test_pictures_outside_the_folder_only_when_asked(folder):
     (folder/'sub').mkdir()

@@ -379,13 +379,15 @@ def _on_white(image):
     return Image.alpha_composite(white, image.convert('RGBA')).convert('RGB')
 
 def _eight_bits(image, path):
-    "A picture of one channel with other than 8 bits, in 8 bits."
+    "A picture of one channel with other than 8 bits, in 8 bits; the one value that is transparent is white."
     x = np.asarray(image)
     low, high = x.min(), x.max()
     top = 1. if image.mode == 'F' else 65535
     expect(low >= 0 and high <= top, path, f'values from 0 to {top:g} in an image of mode {image.mode}',
            f'{low:g} to {high:g}')
-    return Image.fromarray((x*(255/top)).round().astype(np.uint8))
+    grey = (x*(255/top)).round().astype(np.uint8)
+    grey[x == image.info.get('transparency', -1)] = 255
+    return Image.fromarray(grey)
 
 # %% ../../nbs/data/00_files.ipynb #91f5b43f
 def image_size(
@@ -403,9 +405,8 @@ def open_image(
     "Read a whole image file. Raises `InputError` with one line where it is missing, broken, or not to be shown as RGB."
     with _opened(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data: return _on_white(image)
-        if image.mode == 'F' or image.mode.startswith('I'): image = _eight_bits(image, path)
-        return image.convert('RGB')
+        if image.mode == 'F' or image.mode.startswith('I'): return _eight_bits(image, path).convert('RGB')
+        return _on_white(image) if image.has_transparency_data else image.convert('RGB')
 
 # %% ../../nbs/data/00_files.ipynb #c9be4c8f
 def save_png(

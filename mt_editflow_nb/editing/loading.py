@@ -6,10 +6,11 @@
 __all__ = ['TINY_EDITOR', 'TILE_ABOVE', 'FAMILIES', 'TRANSFORMER_CLASSES', 'TOKENIZERS', 'HUB_EDITORS', 'READ_TOKENS',
            'KEPT_IN_16_BITS', 'WITHOUT_MASKS', 'DTYPES', 'find_index', 'find_editor', 'text_limit', 'nf4_config',
            'quantize_nf4', 'offload_encoders', 'autocast_velocity', 'use_attention', 'compile_blocks', 'allow_tf32',
-           'choose_device', 'choose_dtype', 'weightless_transformer', 'quiet_libraries', 'load_pipeline', 'load_editor']
+           'choose_device', 'choose_dtype', 'weightless_transformer', 'no_missing_weights', 'quiet_libraries',
+           'load_pipeline', 'load_editor']
 
 # %% ../../nbs/editing/05_loading.ipynb #3d434a63
-import json, warnings
+import json, logging, re, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.resources import files
@@ -210,6 +211,37 @@ def weightless_transformer(
     except (OSError, ValueError, TypeError, RuntimeError) as e:
         raise InputError(f'editor: {name_or_path} cannot be loaded: {one_line(e)[:300]}') from None
 
+# %% ../../nbs/editing/05_loading.ipynb #5b0d7a11
+_missing = re.compile(r'newly initialized: \[(.+?)\]|^(\S+) *\|[^|\n]*MISSING', re.M)     # diffusers, transformers
+
+class _MissingWeights(logging.Handler):
+    "Collects the names of weights that a checkpoint lacks; the libraries log them, and draw them at random."
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.names = []
+
+    def emit(self, record):
+        for listed, name in _missing.findall(record.getMessage()):
+            self.names += re.findall("'([^']+)'", listed) if listed else [name]
+
+@contextmanager
+def no_missing_weights(
+    what: str, # is loaded, for the message
+):
+    "A context in which weights that a checkpoint lacks are an `InputError`, but for a head that no encoder uses."
+    handler, loggers = _MissingWeights(), [logging.getLogger(name) for name in ('diffusers', 'transformers')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(min(logger.level or logging.WARNING, logging.WARNING))
+    try: yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+    lacking = [name for name in handler.names if not name.startswith('lm_head')]
+    if lacking: raise InputError(f'{what}: expected all weights, {len(lacking)} are missing, as {lacking[0]}')
+
 # %% ../../nbs/editing/05_loading.ipynb #2ac0fe9e
 @contextmanager
 def quiet_libraries():
@@ -241,9 +273,10 @@ def load_pipeline(
     if quantize and device.type != 'cpu': options['quantization_config'] = nf4_config(cls.text_encoders[-1], dtype)
     try:
         if hasattr(cls, 'components'): options |= cls.components(source)
-        with quiet_libraries() if str(name_or_path) == TINY_EDITOR else nullcontext():
+        quiet = quiet_libraries() if str(name_or_path) == TINY_EDITOR else nullcontext()
+        with no_missing_weights(f'editor: {name_or_path}'), quiet:
             pipe = getattr(diffusers, family).from_pretrained(source, **options)
-    except torch.OutOfMemoryError: raise
+    except (torch.OutOfMemoryError, InputError): raise
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as e:
         raise InputError(f'editor: {name_or_path} cannot be loaded: {one_line(e)[:300]}') from e
     pipe.to(device).set_progress_bar_config(disable=True)

@@ -213,6 +213,13 @@ class Cached:
         "Why the engine cannot be reached; empty where it can."
         return getattr(self.engine, 'away', '')
 
+    def adapt(
+        self,
+        ask, # an `Ask`
+    ):       # `Ask`
+        "A call as the engine makes it."
+        return _adapted(self.engine, [ask])[0]
+
     def cancel(self):
         "Stop the calls in progress, where the engine can."
         getattr(self.engine, 'cancel', lambda: None)()

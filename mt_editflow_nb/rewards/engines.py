@@ -113,10 +113,13 @@ def load_vlm(
         four_bits = dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype)
         kw['quantization_config'] = BitsAndBytesConfig(**four_bits)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device, **kw)
+        model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device,
+                                                                  output_loading_info=True, **kw)
         processor = AutoProcessor.from_pretrained(base_model(path))
     except (OSError, ValueError) as e:
         raise InputError(f'judge: {path} cannot be loaded: {first_line(e)}') from e
+    missing = sorted(info['missing_keys'])                 # transformers logs these, and draws them at random
+    if missing: raise InputError(f'judge: {path}: expected all weights, {len(missing)} are missing, as {missing[0]}')
     processor.tokenizer.padding_side = 'left'
     return model.eval(), processor
 

@@ -141,14 +141,19 @@ def _attempt(ask, n):
     "A question as it is asked the n-th time: with other words drawn."
     return ask if not n else replace(ask, seed=ask.seed + 1_000_003*n, temperature=ask.temperature or .7)
 
-def _parsed(parse, ask, reply):
+def _limit(engine, ask):
+    "How many tokens an answer may have: the engine's own setting, or what the question says."
+    adapt = getattr(engine, 'adapt', None)
+    return (adapt(ask) if adapt else ask).max_tokens
+
+def _parsed(parse, ask, reply, limit):
     "(what was parsed or None, the call as a dict)"
     parsed, error = None, reply.error
     if not error:
         try: parsed = parse(reply)
         except InputError: raise
         except ValueError as e:
-            cut = f'the answer was cut at {ask.max_tokens} tokens (judge_options: {{max_tokens: ...}} sets more): '
+            cut = f'the answer was cut at {limit} tokens (judge_options: {{max_tokens: ...}} sets more): '
             error = (cut if reply.truncated else '') + str(e)
     call = dict(prompt=ask.text, answer=reply.text, parsed=parsed, error=error, tokens=reply.tokens,
                 seconds=reply.seconds, cached=reply.cached)
@@ -162,7 +167,7 @@ def _ask_until_parsed(engine, asks, parse):
         again = [_attempt(asks[i], n) for i in todo]
         replies = engine(again)
         for i, ask, reply in zip(todo, again, replies):
-            parsed, call = _parsed(parse, ask, reply)
+            parsed, call = _parsed(parse, ask, reply, _limit(engine, ask))
             results[i] = parsed, [*results[i][1], call]
         todo = [i for i, reply in zip(todo, replies)
                 if results[i][0] is None and not reply.error and not asks[i].choices] # probabilities would be the same
