@@ -136,8 +136,8 @@ EDIT_R2_QUESTIONS = dict(
                   'Was it carried out? Answer yes or no.',
     replaced_as_told='One thing was to be replaced: the first image was edited into the second by the instruction '
                      '"{0}". Was it carried out? Answer yes or no.',
-    recolored='Has the {0} of the second image the color {1}? Answer YES or NO.',
-    remade='Does the {0} of the second image consist of {1}? Answer YES or NO.',
+    recolored='Color: is the {0} in the second image {1}? Answer YES or NO.',
+    remade='Material: is the {0} in the second image made of {1}? Answer YES or NO.',
     text=QUESTIONS['text'], background=QUESTIONS['background'])
 
 def kind_of(
