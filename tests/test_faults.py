@@ -12,6 +12,7 @@ from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.data.tables import save_table
+from mt_editflow_nb.editing import loading
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import (adapter_config, check_magnitude, find_adapter, lora_parameters, match_adapter,
                                          read_adapter, save_lora)
@@ -23,7 +24,7 @@ from mt_editflow_nb.rewards.answers import read_json_score, read_json_scores
 from mt_editflow_nb.training.budget import remembered_batch
 from mt_editflow_nb.training.runs import cut_log, open_run, read_config
 from mt_editflow_nb.training.source import session_source
-from mt_editflow_nb.training.train import experiment, keep_best, opened_run
+from mt_editflow_nb.training.train import experiment, keep_best, opened_run, say_untrained
 
 def refused(f, *args, **kw):
     "The one line with which something is refused."
@@ -39,6 +40,20 @@ def test_numbers_out_of_all_proportion(field, value):
     "In float32 they overflow, or (`min_std`, rewards lie in [0, 1]) leave no advantage at all."
     grpo = dict(algorithm='grpo') if field == 'noise_level' else {}
     assert refused(make_config, grpo | {field: value}).startswith(f'{field}: expected a number less than')
+
+@pytest.mark.parametrize('values', [dict(turn_weights={3: 1}), dict(crop='square'), dict(on_bad='skip'),
+                                    dict(allow_outside=True), dict(streaming=True), dict(eval_sessions=10**9),
+                                    dict(compile='inductr')], ids=str)
+def test_settings_that_the_shape_world_has_no_use_for(values):
+    "Also in a plan and in a sweep, which make no sessions."
+    assert refused(make_config, values).startswith(f'{next(iter(values))}: expected ')
+
+def test_a_run_that_trained_nothing_says_so(tmp_path, capsys):
+    for rows, said in (([0, 0], 1), ([0, 4], 0), ([], 0)):
+        lines = [json.dumps(dict(iteration=i, rows=n)) + '\n' for i, n in enumerate(rows)]
+        (tmp_path/'metrics.jsonl').write_text(''.join(lines))
+        say_untrained(tmp_path)
+        assert capsys.readouterr().err.count('nothing was trained') == said
 
 def test_near_misses_of_words():
     assert "did you mean 'think'?" in refused(make_config, dict(judge='tiny:thnk'))
@@ -124,6 +139,15 @@ def test_adapters_of_all_kinds(tmp_path):
     for name, value in (('lora_alpha', float('nan')), ('lora_alpha', 0), ('lora_alpha', -4), ('lora_alpha', 1e30),
                         ('use_rslora', 'yes'), ('alpha_pattern', {'(': 1}), ('alpha_pattern', {'x': float('inf')})):
         assert 'adapter.safetensors: ' in refused(read, inner, **(dict(lora_alpha=2) | {name: value}))
+
+def test_an_adapter_of_another_rank_is_found_before_weights_are_read(tmp_path, monkeypatch):
+    editor = load_editor(lora_rank=4)
+    with torch.no_grad():
+        for p in lora_parameters(editor): p.fill_(.01)
+    save_lora(editor, tmp_path)
+    monkeypatch.setattr(loading, 'load_pipeline', lambda *args: pytest.fail('weights were read'))
+    assert refused(load_editor, lora_rank=2, init_lora=tmp_path).endswith('an adapter of rank 2, received [4]')
+    assert "did you mean 'inductor'" in refused(load_editor, compile='inductr')
 
 def test_weights_that_a_checkpoint_lacks_are_not_drawn_at_random(tmp_path):
     "One tensor fewer in a text encoder, in an autoencoder, in a judge: each is named."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'BACKGROUNDS', 'POSITIONS', 'CELL_SIDE', 'WORLD_SIDE', 'OBJECTS', 'PATTERNS', 'EDIT_TYPES',
-           'RECOGNISED_RMS', 'FAR_RMS', 'SPLITS', 'DEPENDENT_TYPES', 'WORLDS', 'Scene', 'templates', 'cells_of',
-           'render', 'enlarge', 'Edit', 'with_article', 'edit_text', 'parse_edit', 'apply_edit', 'Reading', 'closeness',
-           'recognise', 'read_scene', 'split_of', 'random_edit', 'random_chain', 'shape_sessions', 'dependent_chain',
-           'dependent_sessions', 'teacher_images']
+           'RECOGNISED_RMS', 'FAR_RMS', 'SPLITS', 'DEPENDENT_TYPES', 'WORLDS', 'MAX_SESSIONS', 'Scene', 'templates',
+           'cells_of', 'render', 'enlarge', 'Edit', 'with_article', 'edit_text', 'parse_edit', 'apply_edit', 'Reading',
+           'closeness', 'recognise', 'read_scene', 'split_of', 'random_edit', 'random_chain', 'shape_sessions',
+           'dependent_chain', 'dependent_sessions', 'teacher_images']
 
 # %% ../../nbs/data/02_shapeworld.ipynb #4ca4afdc
 import re, zlib
@@ -346,6 +346,7 @@ def dependent_sessions(
     return sessions
 
 WORLDS = {'shapeworld': shape_sessions, 'shapeworld:dependent': dependent_sessions}    # as a run names them
+MAX_SESSIONS = 100_000    # of an evaluation: more would be made for hours before the first is edited
 
 # %% ../../nbs/data/02_shapeworld.ipynb #48655b99
 def teacher_images(

@@ -23,7 +23,7 @@ from ..data.overview import TextLimit
 from .editor import hub_errors, set_size
 from .flux2 import Flux2Editor
 from .kontext import KontextEditor
-from .lora import add_lora, check_lora, start_from_adapter
+from .lora import add_lora, check_lora, check_start, start_from_adapter
 from .qwen import QwenEditor
 
 TINY_EDITOR = 'tiny' # the name of the editor that is shipped with the package
@@ -164,7 +164,6 @@ def compile_blocks(
     backend: str, # of torch.compile; 'inductor' is the usual one
 ):
     "Compile the transformer's repeated blocks."
-    one_of('compile', backend, torch._dynamo.list_backends(exclude_tags=()))
     editor.transformer.compile_repeated_blocks(backend=backend)
 
 def allow_tf32(
@@ -312,6 +311,8 @@ def load_editor(
     expect(lora_rank is not None or not init_lora, 'init_lora', 'a lora_rank beside it', lora_rank)
     device = choose_device(device)
     if lora_rank is not None: check_lora(weightless_transformer(name_or_path), lora_rank, lora_targets)
+    if init_lora: check_start(init_lora, lora_rank)
+    if compile: one_of('compile', compile, torch._dynamo.list_backends(exclude_tags=()))
     if tf32: allow_tf32(device)
     pipe, cls = load_pipeline(name_or_path, quantize, device, choose_dtype(dtype, device))
     editor = cls(pipe, guidance)

@@ -7,9 +7,9 @@ __all__ = ['STOP_WITH_VARIABLE', 'BEST_STRIPS', 'STEPS', 'prepare', 'opened_run'
            'load_judges', 'check_judges', 'check_size', 'load_configured_editor', 'load_policy', 'save_trained',
            'RunContext', 'exact_scores', 'iteration_signals', 'save_group_figure', 'peak_memory', 'log_iteration',
            'find_common_batch', 'evaluation_batch', 'run_evaluation', 'is_whole_picture', 'draw_sessions',
-           'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch', 'say_log_gaps', 'say_findings', 'one_iteration',
-           'saving_before_stop', 'train_from_checkpoint', 'train_in', 'answers_file', 'train', 'base_file',
-           'FirstBatch', 'warn_of_mismatches', 'saved_evaluation', 'before_after_table', 'trained_content',
+           'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch', 'say_log_gaps', 'say_untrained', 'say_findings',
+           'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'answers_file', 'train',
+           'base_file', 'FirstBatch', 'warn_of_mismatches', 'saved_evaluation', 'before_after_table', 'trained_content',
            'results_of', 'draw_heldout', 'track_results', 'is_finished', 'run_stages', 'write_results', 'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
@@ -445,6 +445,14 @@ def say_log_gaps(
     "Cut the logs back to an iteration, and say what they lack."
     for text in log_gaps(run, iteration): print(text, file=sys.stderr)
 
+def say_untrained(
+    run, # its folder, of a run that has come to its last iteration
+):
+    "Warn where no iteration had a row to train on: the adapter is the one that training began with."
+    rows = log_rows(Path(run)/'metrics.jsonl')
+    if rows and all(row.get('rows') == 0 for row in rows):
+        print(f'warning: {run}: nothing was trained, no iteration had a row with an advantage', file=sys.stderr)
+
 def say_findings(
     c: Config,      # `save_every` is read
     run,            # its folder
@@ -525,6 +533,7 @@ def train_from_checkpoint(
             if first: note_progress(ctx.run, 'training', state.iteration, c.iterations)
             bar.set_postfix({k: f'{metrics[k][-1]:.2f}' for k in ('all_right', 'cc') if k in metrics})
             bar.update()
+    if first: say_untrained(ctx.run)
     if state.average: policy.become(state.average)
     save_trained(ctx.run, policy)
     return policy.editor
