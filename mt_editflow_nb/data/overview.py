@@ -14,6 +14,7 @@ from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from .files import content_hash, image_size
 from .plots import PALETTE, plain_label
@@ -190,6 +191,8 @@ def overview_figure(
     axs[2].set(title='first pictures', xlabel='width', ylabel='height', xlim=(0, None), ylim=(0, None))
     axs[3].hist(found.lengths, bins=30, color=PALETTE[4])
     axs[3].set(title='characters of an instruction')
+    for axis in (axs[0].yaxis, axs[1].xaxis, axs[3].xaxis, axs[3].yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     for ax in axs:
         ax.title.set_fontsize(9)
         ax.tick_params(labelsize=7)
