@@ -6,9 +6,9 @@
 __all__ = ['MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_options', 'check_options', 'warn_of_training',
            'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared', 'check_against',
            'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
-           'run_free', 'check_answering', 'evaluate_free', 'with_picture', 'edival_sessions', 'edival_judges',
-           'load_edival_tools', 'quality_to_ask', 'quality_table', 'evaluate_edival', 'import_published',
-           'fill_bench_settings', 'bench_items', 'evaluate_bench', 'evaluation_answers', 'main']
+           'run_free', 'check_answering', 'turns_to_make', 'evaluate_free', 'with_picture', 'edival_sessions',
+           'edival_judges', 'load_edival_tools', 'quality_to_ask', 'quality_table', 'evaluate_edival',
+           'import_published', 'fill_bench_settings', 'bench_items', 'evaluate_bench', 'evaluation_answers', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
 import argparse, os, sys, time, warnings
@@ -487,6 +487,15 @@ def check_answering(
         judge = load_judge(judge if with_mode else f'{judge}:direct', **kw)
     if hasattr(judge, 'check_ready'): judge.check_ready()
 
+# %% ../../nbs/cli/01_eval.ipynb #7a1c00e1
+def turns_to_make(
+    folder,         # of an evaluation
+    sessions: list, # I `Session`s
+) -> int:
+    "Turns of the sessions whose results the folder does not hold yet."
+    held = {file.name for file in Path(folder).glob('session_*.safetensors')}
+    return sum(len(s.instructions) for i, s in enumerate(sessions) if f'session_{i:06d}.safetensors' not in held)
+
 # %% ../../nbs/cli/01_eval.ipynb #b1e3a084
 def evaluate_free(
     a,         # the options, filled
@@ -503,9 +512,10 @@ def evaluate_free(
         if not (out/'results.json').is_file(): check_answering(judge)
         editor = _load_editor(a, chosen)
         sessions = resize_sessions(editor, chosen, a.crop)
+    turns = turns_to_make(out/'sessions', sessions)
     began = time.monotonic()
     found = run_free(a, editor, sessions, judge, out)
-    seconds = (time.monotonic() - began) / sum(turn_counts(chosen))
+    seconds = f'{(time.monotonic() - began)/turns:.3f}' if turns else 'not measured, as all were there'
     return from_first(lambda: _finish_free(a, out, chosen, sessions, *found, seconds)), sessions
 
 def _finish_free(a, out, chosen, sessions, outcomes, images, cc_unscored_IT, seconds):
@@ -523,7 +533,7 @@ def _finish_free(a, out, chosen, sessions, outcomes, images, cc_unscored_IT, sec
                 structure=f'{structure}, in plain words' if a.plain else structure, split=split)
     protocol = dict(judge=a.judge, **_judge_facts(a), **_generation_facts(a), solver=a.sampler or 'ode', seed=1234,
                     input='every turn edits the last output',
-                    seconds_a_turn=f'{seconds:.3f}')
+                    seconds_a_turn=seconds)
     if a.sessions not in WORLDS: protocol |= dict(pictures='cut to squares' if a.crop else 'in their own ratio')
     facts = dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
     notes = list_skipped(out, chosen) + notes_about(a, chosen, success_IT, a.judge, cc_unscored_IT)
