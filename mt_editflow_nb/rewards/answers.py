@@ -10,9 +10,11 @@ __all__ = ['without_thoughts', 'read_number', 'read_yes_no', 'json_values', 'sco
 import ast, json, math, re, warnings
 
 # %% ../../nbs/rewards/00c_answers.ipynb #a5e40006
-_thought = 'think|thinking|thought|reasoning'
-_opening = re.compile(rf'<({_thought})>|\u25c1think\u25b7', re.I)
-_closing = re.compile(rf'</({_thought})>|\u25c1/think\u25b7', re.I)
+_thought = r'(?:\w+:)?(?:think|thinking|thought|reasoning|reflection|analysis)\b'      # <seed:think>, <think lang="en">
+_opening = re.compile(rf'<{_thought}[^<>/]*>|\u25c1think\u25b7|\[think\]|<\|begin_of_thought\|>|'
+                      r'<\|channel\|>\s*(?:analysis|commentary)', re.I)
+_closing = re.compile(rf'</{_thought}\s*>|\u25c1/think\u25b7|\[/think\]|<\|end_of_thought\|>|'
+                      r'<\|channel\|>\s*final\s*<\|message\|>', re.I)
 _wrapping = re.compile(r'</?answer>|<\|(?:begin|end)_of_box\|>', re.I)
 
 def without_thoughts(
@@ -36,9 +38,9 @@ def read_number(
     answer: str, # of a model
     scale: int,  # the highest score
 ) -> float:      # in [0, 1]
-    "A bare number, or a number out of the scale (7, 7.5, 7/9). Raises `ValueError`."
+    "A bare number, or a number out of the scale (7, 7.5, 7/9, 7 out of 9). Raises `ValueError`."
     plain = without_thoughts(answer).strip('*"`').lower()
-    found = re.fullmatch(rf'(?:score\s*[:=]\s*)?(\d{{1,4}}(?:\.\d+)?)\s*(?:/\s*{scale})?\.?', plain)
+    found = re.fullmatch(rf'(?:score\s*[:=]\s*)?(\d{{1,4}}(?:\.\d+)?)\s*(?:(?:/|out of)\s*{scale})?\.?', plain)
     return _in_range(float(found[1]) if found else None, scale, answer)
 
 def read_yes_no(
