@@ -3,7 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 from mt_editflow_nb.ablation.sweeps import read_sweep
-from mt_editflow_nb.cli import data, init, push, tools, train
+from mt_editflow_nb.cli import data, init, push, report, sweep, tools, train
 from mt_editflow_nb.cli import eval as evaluate
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import save_sessions
@@ -23,6 +23,23 @@ def test_training(tmp_path, capsys):
         read_sweep(tmp_path/'sweep.yaml')
     (tmp_path/'once.yaml').write_text('lr: 1e-3\njudge_options: {a: 1}\neval_judge_options: {a: 1}\n')
     assert train.read_recipe(tmp_path/'once.yaml')['lr'] == 1e-3
+
+def test_a_home_in_an_option_that_no_shell_expands(tmp_path, monkeypatch, capsys):
+    "`--out=~/x` means a folder at home, and none that is called ~."
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_sessions(shape_sessions(2, 1), tmp_path/'mine')
+    assert data.main(['stats', 'mine/sessions.jsonl', '--table=~/numbers.csv']) == 0
+    assert report.main(['~/nothing']) == 2 and f'{tmp_path}/nothing' in capsys.readouterr().err
+    def plan_nothing(path, out): raise InputError(f'{path} {out}')
+    monkeypatch.setattr(sweep, 'plan_sweep', plan_nothing)
+    assert sweep.main(['~/a.yaml', '--out=~/b']) == 2 and f'{tmp_path}/a.yaml {tmp_path}/b' in capsys.readouterr().err
+    assert (tmp_path/'numbers.csv').is_file() and not (tmp_path/'~').exists()
+
+def test_the_verifier_and_another_size_are_found_before_the_editor_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, 'load_editor', lambda *args, **kw: pytest.fail('weights were read'))
+    assert evaluate.main(['--size', '64', '--n', '1', '--out', str(tmp_path/'out')]) == 2
+    assert "--judge: expected MODEL:MODE (the verifier reads the shape world's 48 pixels" in capsys.readouterr().err
 
 @pytest.mark.parametrize('command, argv', [
     (init.main, ['~nobodyx/mine']), (push.main, ['~nobodyx/run', 'me/mine']), (tools.main, ['--features', '~nobodyx']),

@@ -10,7 +10,7 @@ import argparse, sys
 from collections import Counter
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..data.files import InputError, atomic_write, expect, one_line, one_of
+from ..data.files import InputError, at_home, atomic_write, expect, one_line, one_of
 from ..data.importers import IMPORTERS, RowWriter, import_set
 from ..data.overview import overview, overview_figure
 from ..data.selecting import (LANGUAGES, matches, read_for_selection, read_range, sample_indices,
@@ -208,7 +208,10 @@ def main(
 ) -> int: # exit status
     "The command `mtef_data`."
     a = data_parser().parse_args(argv)
-    try: a.work(a)
+    try:
+        for name, value in vars(a).items():
+            if isinstance(value, str): setattr(a, name, at_home(value))            # --table=~/x, which no shell expands
+        a.work(a)
     except InputError as e: print(f'mtef_data: {e}', file=sys.stderr)
     except OSError as e: print(f'mtef_data: {one_line(e)}', file=sys.stderr)
     else: return 0

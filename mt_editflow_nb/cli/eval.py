@@ -6,9 +6,10 @@
 __all__ = ['MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_options', 'check_options', 'warn_of_training',
            'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared', 'check_against',
            'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
-           'run_free', 'check_answering', 'turns_to_make', 'evaluate_free', 'with_picture', 'edival_sessions',
-           'edival_judges', 'load_edival_tools', 'quality_to_ask', 'quality_table', 'evaluate_edival',
-           'import_published', 'fill_bench_settings', 'bench_items', 'evaluate_bench', 'evaluation_answers', 'main']
+           'run_free', 'check_answering', 'turns_to_make', 'check_size', 'evaluate_free', 'with_picture',
+           'edival_sessions', 'edival_judges', 'load_edival_tools', 'quality_to_ask', 'quality_table',
+           'evaluate_edival', 'import_published', 'fill_bench_settings', 'bench_items', 'evaluate_bench',
+           'evaluation_answers', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
 import argparse, os, sys, time, warnings
@@ -19,7 +20,7 @@ import numpy as np, pandas as pd
 from ..data.files import (InputError, add_missing_lines, at_home, atomic_write, check_writable,
                                        content_hash, expect, one_line, open_image, parse_yaml, read_json, to_json)
 from ..data.sessions import MAX_TURNS, load_edival
-from ..data.shapeworld import MAX_SESSIONS, WORLDS
+from ..data.shapeworld import MAX_SESSIONS, WORLD_SIDE, WORLDS
 from ..data.signals import stop_at_once, stop_requests
 from ..data.structures import STRUCTURES, plain_form, structured_sessions
 from ..data.tables import open_sessions
@@ -497,6 +498,15 @@ def turns_to_make(
     return sum(len(s.instructions) for i, s in enumerate(sessions) if f'session_{i:06d}.safetensors' not in held)
 
 # %% ../../nbs/cli/01_eval.ipynb #b1e3a084
+def check_size(
+    a,    # the options, filled
+    size, # pixels a side at which the editor works; None: not known yet
+):
+    "The exact verifier reads pictures of one size. Raises `InputError` before anything is edited."
+    expect(size in (None, WORLD_SIDE) or not a.judge.startswith('verifier'), '--judge',
+           f"MODEL:MODE (the verifier reads the shape world's {WORLD_SIDE} pixels, the editor works at {size})",
+           a.judge)
+
 def evaluate_free(
     a,         # the options, filled
     out: Path, # gets scores, outcomes, card and pictures
@@ -504,6 +514,7 @@ def evaluate_free(
     "Evaluate in the shape world, or on a file of sessions."
     with failing_together():
         check_names(a)
+        check_size(a, a.size)
         cache = None if a.judge.startswith('verifier') else a.cache or out/'judge.sqlite'
         judge = load_judge(a.judge, cache=cache, offline=a.offline, **judge_options(a))
         if a.structure and not a.plain and a.judge.startswith('verifier'): judge = structured_judge
@@ -511,6 +522,7 @@ def evaluate_free(
         check_against(a.against, chosen)
         if not (out/'results.json').is_file(): check_answering(judge)
         editor = _load_editor(a, chosen)
+        check_size(a, editor.size)
         sessions = resize_sessions(editor, chosen, a.crop)
     turns = turns_to_make(out/'sessions', sessions)
     began = time.monotonic()

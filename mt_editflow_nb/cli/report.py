@@ -10,7 +10,7 @@ import argparse, sys
 from pathlib import Path
 import pandas as pd
 from ..ablation.report import find_plans, write_report
-from ..data.files import InputError, expect, one_line, skip_url_grammar
+from ..data.files import InputError, at_home, expect, one_line, skip_url_grammar
 from ..evaluation.leaderboard import write_leaderboard
 
 # %% ../../nbs/cli/03_report.ipynb #07980eb4
@@ -29,6 +29,8 @@ def _parser():
 
 def _report_all(a):
     "Report every sweep that the arguments name, and print the verdicts; or write the leaderboard."
+    for name in ('runs', 'out', 'notebook', 'published'):
+        if getattr(a, name): setattr(a, name, at_home(getattr(a, name)))           # --out=~/x, which no shell expands
     if a.leaderboard: return print(write_leaderboard(a.runs, a.out or Path(a.runs)/'leaderboard', a.published))
     expect(a.published is None, '--published', '--leaderboard as well', 'none')
     expect(a.n_boot >= 100, '--n-boot', 'at least 100', a.n_boot)

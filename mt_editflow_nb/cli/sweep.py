@@ -11,7 +11,7 @@ from pathlib import Path
 from ..ablation.jobs import (
     describe_sweep, job_slots, job_state, job_status, jobs_of_shard, run_sweep, start_local, start_ray)
 from ..ablation.sweeps import Resources, Sweep, plan_sweep, save_plan
-from ..data.files import InputError, expect
+from ..data.files import InputError, at_home, expect
 
 # %% ../../nbs/cli/02_sweep.ipynb #0d397791
 def _parser():
@@ -78,6 +78,7 @@ def _run_one(plan, slots, a):
 def _run_all(a):
     "Run everything that the arguments name; returns the number of failed jobs."
     _check_arguments(a)
+    a.out, a.sweeps = at_home(a.out), [at_home(path) for path in a.sweeps]        # --out=~/x, which no shell expands
     plans, failed = _plans(a), 0
     for plan in plans:
         plan, slots = _slots(plan, a)
