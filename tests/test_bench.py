@@ -186,6 +186,7 @@ def test_mse_stops_at_the_first_failure_and_counts_the_unreadable(tmp_path, caps
     assert sorted(asked) == sorted([1, 2, 3, 4, 5] + [1, 2] + [1, 2, 3, 3, 3])       # the last is asked three times
     results = json.loads((tmp_path/'out/results.json').read_text())
     assert any('our wording of the questions' in text for text in results['differences'])
+    assert '3 items (published: 100)' in results['differences']
     rates = {row['turn']: row['value'] for row in results['table'] if row['metric'] == 'SR'}
     assert rates[1] == 100 and rates[2] == pytest.approx(200/3) and [rates[t] for t in (3, 4, 5)] == [50, 50, 50]
     assert results['unreadable'] == 1 and (tmp_path/'out/images/1_turn0_rep0_seed1.png').is_file()

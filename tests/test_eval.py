@@ -167,6 +167,9 @@ def test_scored_by_models_of_the_real_classes(bench, tmp_path, capsys):
     assert all('quality' in r for r in rows)
     card = (out/'card.md').read_text()
     assert str(models['detector']) in card and '## Quality' in card
+    scoring = json.loads((out/'results.json').read_text())['facts']['Protocol']['scoring']
+    assert f'features {models["features"]} (published: facebook/dinov3-vitb16-pretrain-lvd1689m)' in scoring
+    assert scoring.endswith('our wording of the questions; 2 sessions (published: 572)')
     sessions, images = load_run(out)
     assert [s.instructions for s in sessions] == [natural] * 2 and images.shape == (2, 3, 512, 512, 3)
     capsys.readouterr()

@@ -27,6 +27,7 @@ class BenchmarkFacts(NamedTuple):
     title: str           # as tables print it
     paper: str           # where it is described
     judge: str           # the model behind the published numbers
+    items: int           # how many they are over
     turns: tuple = ()    # the turns in its table; empty: single edits
     steps: int = None    # denoising steps; None: the family's
     size: int = None     # side of the working area in pixels; None: the editor's own
@@ -34,12 +35,12 @@ class BenchmarkFacts(NamedTuple):
     temperature: float = 1. # of the judge; 1: the default of its interface
 
 BENCHMARKS = dict(
-    gedit=BenchmarkFacts('GEdit-Bench', 'arXiv 2504.17761', 'GPT-4.1', size=512),
-    imgedit=BenchmarkFacts('ImgEdit-Bench', 'arXiv 2505.20275', 'GPT-4o'),
-    lme=BenchmarkFacts('LME-Bench', 'arXiv 2609.35611', 'GPT-4o', (3, 5, 8, 10), steps=30, size=512, seed=42),
-    mse=BenchmarkFacts('MSE-Bench', 'arXiv 2506.10941', 'GPT-4o; its script now says gpt-5-nano', (1, 2, 3, 4, 5),
-                       seed=None),
-    mice=BenchmarkFacts('MICE-Bench', 'arXiv 2606.05950', 'Qwen2.5-VL-32B-Instruct', (1, 2, 3), size=512,
+    gedit=BenchmarkFacts('GEdit-Bench', 'arXiv 2504.17761', 'GPT-4.1', 606, size=512),
+    imgedit=BenchmarkFacts('ImgEdit-Bench', 'arXiv 2505.20275', 'GPT-4o', 737),
+    lme=BenchmarkFacts('LME-Bench', 'arXiv 2609.35611', 'GPT-4o', 100, (3, 5, 8, 10), steps=30, size=512, seed=42),
+    mse=BenchmarkFacts('MSE-Bench', 'arXiv 2506.10941', 'GPT-4o; its script now says gpt-5-nano', 100,
+                       (1, 2, 3, 4, 5), seed=None),
+    mice=BenchmarkFacts('MICE-Bench', 'arXiv 2606.05950', 'Qwen2.5-VL-32B-Instruct', 720, (1, 2, 3), size=512,
                         temperature=.6))
 
 MICE_TOOLS = dict(vlm='Qwen/Qwen2.5-VL-32B-Instruct', detector=EDIVAL_DETECTOR,

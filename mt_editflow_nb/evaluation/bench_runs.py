@@ -33,14 +33,14 @@ def benchmark_differences(
     judge: str = None,        # that scored; None: nothing was scored
     own_wording: bool = True, # whether our questions were asked instead of the benchmark's
     cut: int = 0,             # first pictures that were cut, from `count_cut`
-    items: str = '',          # such as 'its first 20 items'
+    items: int = None,        # that were evaluated; None: all
     temperature: float = 0.,  # of the judge
     tools: dict = None,       # vlm, detector and features that have scored MICE-Bench
 ) -> list:                    # of texts
     "Where a run leaves the published protocol."
     facts = BENCHMARKS[name]
     differences = protocol_differences(used, benchmark_protocol(name, editor))
-    if items: differences.append(items)
+    if items not in (None, facts.items): differences.append(f'{items} items (published: {facts.items})')
     if cut: differences.append(f'{cut} of the first pictures lost more than 5 % at their edges (published: none)')
     if judge is None: return differences
     if model_of(judge) != model_of(facts.judge): differences.append(f'judge {judge} (published: {facts.judge})')

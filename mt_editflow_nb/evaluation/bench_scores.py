@@ -214,7 +214,10 @@ def scaled_answers(
     if name == 'mice':
         follows = np.where(np.isnan(scores_ITM[..., 0]), np.nan, scores_ITM[..., 0] >= .75)
         return Answers(dict(awareness=np.cumprod(follows, 1)), [])
-    arrays = dict(scores=10 * scores_ITM[..., :2], judged=np.ones(scores_ITM.shape[:2]))
+    scores = 10 * scores_ITM[..., :2]
+    right_before = np.cumprod(both_exceed(scores) == 1, 1)[:, :-1]    # a session is judged until it fails, as published
+    judged = np.concatenate([np.ones((len(scores), 1)), right_before], 1)
+    arrays = dict(scores=scores, judged=judged)
     return Answers(arrays | (dict(damage=judged_damage(scores_ITM)) if name == 'lme' else {}), [])
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #9836b375

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from ..data.files import expect
 from .scores import all_right_so_far, count_unscored
 from .statistics import (bootstrap, divide, percentile_interval, session_weights,
-                                                  weighted_mean)
+                                                  weighted_mean, wilson)
 
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #034aab9e
 def read_scores(
@@ -93,6 +93,15 @@ def both_exceed(
     scores = np.asarray(scores, float)
     return np.where(np.isnan(scores).any(-1), np.nan, (scores > limit).all(-1))
 
+def _share_interval(boot, state_IT):
+    "95 % intervals of means in percent; Wilson's where all or none of the sessions are in a state."
+    low, high = percentile_interval(boot.draws_BX)
+    for t, state in enumerate(state_IT.T):
+        known = state[~np.isnan(state)]
+        if len(known) and (known == known[0]).all() and known[0] in (0, 1):
+            low[t], high[t] = [100 * x for x in wilson(known.sum(), len(known))]
+    return low, high
+
 def success_rates(
     success_IT,          # 1, 0, or NaN where a turn is unreadable, was not made, or the session has no such turn
     turns: tuple = None, # those to be shown, such as (3, 5, 10); None: all
@@ -108,7 +117,7 @@ def success_rates(
     right = all_right_so_far(success)
     weights_BI = session_weights(I, n_boot, np.random.default_rng(seed))
     boot = bootstrap(lambda weights_BI, x: 100 * weighted_mean(weights_BI, x), [right], weights_BI)
-    low, high = percentile_interval(boot.draws_BX)
+    low, high = _share_interval(boot, right)
     alone = 100 * weighted_mean(np.ones((1, I)), success)[0]
     columns = dict(SR=boot.value_X, low=low, high=high, alone=alone, sessions=(~np.isnan(right)).sum(0),
                    unreadable=count_unscored(success, turns_I).cumsum())
@@ -142,7 +151,7 @@ def turn_rates(
     expect(all(1 <= t <= T for t in shown), 'turns', f'turns from 1 to {T}', shown)
     weights_BI = session_weights(I, n_boot, np.random.default_rng(seed))
     boot = bootstrap(lambda weights_BI, x: 100 * weighted_mean(weights_BI, x), [state], weights_BI)
-    low, high = percentile_interval(boot.draws_BX)
+    low, high = _share_interval(boot, state)
     columns = {name: boot.value_X, 'low': low, 'high': high, 'sessions': (~np.isnan(state)).sum(0)}
     return pd.DataFrame(columns, pd.RangeIndex(1, T + 1, name='turn')).loc[shown]
 

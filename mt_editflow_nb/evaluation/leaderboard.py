@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 from jinja2 import Environment
 from ..data.files import atomic_write, expect, read_json, shipped
 from .bench_items import BENCHMARKS
+from .edival import EDIVAL_SESSIONS
 from ..rewards.edival_models import EDIVAL_VLM
 
 # %% ../../nbs/evaluation/10_leaderboard.ipynb #5e9ca728
@@ -30,14 +31,20 @@ def _how_made(protocol): # of a run on sessions of one's own, for which nothing 
     named = [f'{k} {protocol[k]}' for k in ('judge', 'steps') if k in protocol]
     return named + [f'{k} {protocol[k]}' for k, default in _defaults.items() if protocol.get(k, default) != default]
 
+def _scored_before(protocol): # differences of runs on EdiVal-Bench from before they were written down
+    vlm, own = protocol.get('vlm', EDIVAL_VLM), protocol.get('questions') == 'own wording'
+    judge = [f'judge {vlm} (published: {EDIVAL_VLM})'] if vlm != EDIVAL_VLM else []
+    return judge + (['our wording of the questions'] if own else [])
+
 def _footnotes(results): # what is different about a run, and what its card warns of
     protocol = results.get('facts', {}).get('Protocol', {})
     notes = list(results.get('differences', [])) + list(results.get('notes', []))
     generation = protocol.get('generation', 'as published')
     if generation != 'as published': notes += generation.split('; ')
-    if protocol.get('vlm', EDIVAL_VLM) != EDIVAL_VLM: notes.append(f'judge {protocol["vlm"]} (published: {EDIVAL_VLM})')
-    own_wording = protocol.get('questions') == 'own wording' and 'differences' not in results
-    if own_wording: notes.append('our wording of the questions')
+    if 'scoring' in protocol: notes += [x for x in protocol['scoring'].split('; ') if x != 'as published']
+    elif 'differences' not in results: notes += _scored_before(protocol)
+    sessions = results.get('sessions', EDIVAL_SESSIONS) if _benchmark_of(results) == 'edival' else EDIVAL_SESSIONS
+    if sessions != EDIVAL_SESSIONS: notes.append(f'{sessions} sessions (published: {EDIVAL_SESSIONS})')
     if 'scored' in protocol: notes.append(f'scored {protocol["scored"]}')
     if _benchmark_of(results) == 'sessions':
         notes += [f'sessions: {results["facts"]["Data"]["sessions"]}', *_how_made(protocol)]
@@ -98,7 +105,7 @@ def leaderboard_table(
     ranked = [c for c in columns if c.startswith(('O', 'SR', 'score', 'weighted'))] or columns
     for (system, is_run), cells in numbers.groupby(['system', numbers.source == 'this run'], sort=False):
         notes = dict.fromkeys(note for notes in cells.footnotes for note in notes)
-        marks = [footnotes.setdefault(note, len(footnotes) + 1) for note in notes]
+        marks = sorted(footnotes.setdefault(note, len(footnotes) + 1) for note in notes)
         texts, values = cells.set_index('column').text, cells.set_index('column').value
         rows.append(dict(system=system, published=not is_run, marks=marks,
                          cells=[texts.get(c, '') for c in columns], rank=values.get(ranked[-1], np.nan)))
