@@ -45,13 +45,13 @@ from ..evaluation.bench_questions import BENCHMARK_QUESTIONS, read_benchmark_que
 from ..evaluation.bench_runs import benchmark_differences, read_items, write_benchmark_run
 from ..evaluation.bench_scores import (Answers, ask_benchmark, benchmark_scores, load_benchmark_judge,
                                                     asks_own_questions)
-from ..evaluation.card import (blind_spots, is_shape_world, load_session_images,
+from ..evaluation.card import (blind_spots, is_shape_world, load_session_images, model_of,
                                             plain_failures, save_run_images, save_session_images, shape_failures,
                                             shared_pictures, write_card)
-from ..evaluation.edival import (EDIVAL_SEED, cc_unscored_of, check_settings, generate_edival,
-                                              load_published, outcomes_of, pictures_of_others, pictures_to_make,
-                                              protocol_differences, published_files, published_protocol, score_edival,
-                                              sessions_to_score)
+from ..evaluation.edival import (EDIVAL_SEED, EDIVAL_SESSIONS, cc_unscored_of, check_settings,
+                                              generate_edival, load_published, outcomes_of, pictures_of_others,
+                                              pictures_to_make, protocol_differences, published_files,
+                                              published_protocol, score_edival, sessions_to_score)
 from ..evaluation.exposure import decay_table, half_life, structured_judge
 from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, trained_with,
                                                training_mismatches, training_of)
@@ -639,6 +639,17 @@ def _generate(a, sessions, out, settings, asks): # asks: the vision-language mod
         editor = _load_editor(a, sessions)
     generate_edival(editor, sessions, out, num_steps=a.steps, batch=a.batch, settings=settings, progress=True)
 
+def _scoring_differences(a, sessions):
+    "Where a run on EdiVal-Bench is scored otherwise than the published numbers."
+    published = dict(detector=EDIVAL_DETECTOR, vlm=EDIVAL_VLM, features=EDIVAL_FEATURES)
+    mode = a.vlm.rpartition(':')[2].partition('@')[0]
+    others = [name for name, theirs in published.items() if model_of(getattr(a, name)) != model_of(theirs)]
+    if 'vlm' not in others and mode in MODES and mode != 'direct': others.append('vlm')
+    differences = [f'{name} {getattr(a, name)} (published: {published[name]})' for name in others]
+    if not a.questions: differences.append('our wording of the questions')
+    if len(sessions) == EDIVAL_SESSIONS: return differences
+    return [*differences, f'{len(sessions)} sessions (published: {EDIVAL_SESSIONS})']
+
 def _edival_facts(a, sessions, out):
     used = dict(steps=a.steps, guidance=a.guidance, size=a.size, quantize=a.quantize)
     differences = protocol_differences(used, published_protocol(a.editor))
@@ -652,7 +663,8 @@ def _edival_facts(a, sessions, out):
         detector=a.detector, vlm=a.vlm, features=a.features,
         quality=a.quality or f'not scored (published: {EDIVAL_QUALITY})',
         questions=f"the benchmark's own, from {a.questions}" if a.questions else 'own wording',
-        generation='; '.join(differences) or 'as published')
+        generation='; '.join(differences) or 'as published',
+        scoring='; '.join(_scoring_differences(a, sessions)) or 'as published')
     return dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
 
 # %% ../../nbs/cli/01_eval.ipynb #717d978a
@@ -737,16 +749,15 @@ def fill_bench_settings(
 
 def bench_items(
     a,      # the parsed options, with --bench
-) -> tuple: # (items of this shard, how many there are in all)
+) -> list:  # of this shard
     "The benchmark's items."
     items = load_benchmark(a.bench, a.data, a.images, a.language)
-    whole = len(items)
-    expect(a.n is None or a.n <= whole, '--n', f'at most the {whole} items of {a.data}', a.n)
+    expect(a.n is None or a.n <= len(items), '--n', f'at most the {len(items)} items of {a.data}', a.n)
     items = items[:a.n]
-    if not a.shard: return items, whole
+    if not a.shard: return items
     i, _, n = a.shard.partition('/')
     expect(i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n), '--shard', 'I/N with I from 1 to N', a.shard)
-    return items[int(i) - 1::int(n)], whole
+    return items[int(i) - 1::int(n)]
 
 def _mice_asker(a, out): # (who is asked about instructions, the questions); no weights are loaded yet
     questions = read_edit_r2_questions(a.questions) if a.questions else EDIT_R2_QUESTIONS
@@ -785,13 +796,13 @@ def _generate_items(a, items, out, settings, judge, vlm):
         editor = _load_editor(a, items)
     generate_benchmark(editor, a.bench, items, out, num_steps=a.steps, batch=a.batch, settings=settings, progress=True)
 
-def _finish_bench(a, out, items, whole, answers, statistics):
+def _finish_bench(a, out, items, answers, statistics):
     "Scores and card of a benchmark."
     scores = benchmark_scores(a.bench, items, answers, statistics)
     used = dict(steps=a.steps, guidance=a.guidance, size=a.size, quantize=a.quantize)
     cut = count_cut(a.bench, items, out)
     differences = benchmark_differences(a.bench, used, a.editor, judge=a.judge, own_wording=not a.questions, cut=cut,
-                                        items=f'its first {a.n} items' if len(items) < whole else '',
+                                        items=len(items),
                                         temperature=judge_options(a).get('temperature') or 0.,
                                         tools=_mice_tools(a) if a.bench == 'mice' else None)
     success = scores.outcomes.success_IT if scores.outcomes else np.zeros((len(items), 1))
@@ -811,7 +822,7 @@ def evaluate_bench(
     "Another benchmark: make the pictures that are missing, ask what has not been answered, write the card."
     with failing_together():
         fill_bench_settings(a)
-        items, whole = bench_items(a)
+        items = bench_items(a)
         if a.against and not a.shard: read_items(a.against)
         questions = BENCHMARK_QUESTIONS[a.bench]
         if a.questions: questions = read_benchmark_questions(a.bench, a.questions)
@@ -830,7 +841,7 @@ def evaluate_bench(
         of_rules = _mice_arrays(a, items, out, tools, *rules_asker)
         answers = Answers(answers.arrays | of_rules, answers.log)
     if a.shard: return None, items
-    return from_first(lambda: _finish_bench(a, out, items, whole, answers, statistics)), items
+    return from_first(lambda: _finish_bench(a, out, items, answers, statistics)), items
 
 # %% ../../nbs/cli/01_eval.ipynb #92dc8e22
 def evaluation_answers(
