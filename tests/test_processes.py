@@ -5,8 +5,10 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from torch.distributed import run as torchrun
 from helpers import Command
+from mt_editflow_nb.algorithm import processes as processes_chapter
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.train import main, parse_overrides
+from mt_editflow_nb.data.files import InputError
 from readme import root
 
 settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2',
@@ -141,3 +143,18 @@ def test_torchrun_takes_the_documented_commands():
         known = torchrun.parse_args(shlex.split(line, comments=True)[1:])
         assert known.module and known.training_script.startswith('mt_editflow_nb.'), line
         make_config(parse_overrides([x for x in known.training_script_args if '=' in x]))
+
+@pytest.mark.parametrize('patience,seconds,said', [
+    ('60', 0, 'expected an answer, received the end of its connection'),
+    ('0.05', .1, 'expected an answer within 0.05 seconds, received none')])
+def test_a_process_that_has_ended_is_told_from_a_silent_one(patience, seconds, said, monkeypatch):
+    "What gloo says is the same for both."
+    def barrier(*args, **kw):
+        time.sleep(seconds)
+        raise RuntimeError('[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 50 ms')
+    monkeypatch.setenv('MTEF_PROCESS_TIMEOUT', patience)
+    monkeypatch.setattr(torch.distributed, 'monitored_barrier', barrier)
+    monkeypatch.setattr(processes_chapter, 'host_group', lambda: None)
+    monkeypatch.setattr(processes_chapter, 'processes', lambda: (0, 2))
+    with pytest.raises(InputError, match=f'^process 1: {said}; the last checkpoint is kept$'):
+        processes_chapter.exchange(None)

@@ -130,14 +130,17 @@ def exchange(
     if count == 1: return [value]
     from torch import distributed
     values, patience = [None]*count, process_timeout()
+    began = time.monotonic()
     try:
         distributed.monitored_barrier(host_group(), timedelta(seconds=patience), wait_all_ranks=True)
         distributed.all_gather_object(values, value, group=host_group())
     except RuntimeError as e:
         lost = re.search(r'Ranks? ([\d, ]+) failed', str(e))
         who = f'process {lost[1]}' if lost else 'process 0, or one that it waits for'
-        raise InputError(f'{who}: expected an answer within {patience:g} seconds, received none; the last '
-                         'checkpoint is kept') from e
+        silent = time.monotonic() - began > .9*patience
+        expected = f'an answer within {patience:g} seconds' if silent else 'an answer'
+        received = 'none' if silent else 'the end of its connection'
+        raise InputError(f'{who}: expected {expected}, received {received}; the last checkpoint is kept') from e
     return values
 
 def gather_to_first(
