@@ -7,7 +7,7 @@ from PIL import Image
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.eval import main as evaluate_command
 from mt_editflow_nb.data.files import InputError, content_hash, read_json, read_json_lines
-from mt_editflow_nb.data.sessions import Session, is_decoded, load_sessions, save_sessions
+from mt_editflow_nb.data.sessions import RecentPictures, Session, is_decoded, load_sessions, save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.data.sizes import bucket_sizes, fit_picture, nearest_bucket
 from mt_editflow_nb.data.tables import StreamedBatches, save_table
@@ -168,7 +168,7 @@ def test_the_command_leaves_out_what_cannot_be_used_and_lists_it(file, tmp_path,
         ['60x60-0', '60x60-2', '60x60-3']
     assert evaluate_command(['--on-bad', 'skip', '--out', str(out)]) == 2          # the shape world has no bad ones
 
-def test_an_evaluation_holds_few_pictures(tmp_path):
+def test_an_evaluation_holds_few_pictures(tmp_path, monkeypatch):
     "Pictures of a file are opened and resized when they are asked for, and are the ones that were made at once before."
     world = [Session(str(i), picture((24, 16), i), ['add a ring']) for i in range(100)]
     sessions = load_sessions(save_sessions(world, tmp_path), same_turns=False)
@@ -176,7 +176,10 @@ def test_an_evaluation_holds_few_pictures(tmp_path):
     resized = resize_sessions(editor, sessions)
     assert not any(map(is_decoded, resized)) and {s.image_size for s in resized} == {(56, 40)}
     at_once = [replace(s, image=fit_picture(s.image, 56, 40)) for s in world]
+    recent = RecentPictures()
+    monkeypatch.setattr('mt_editflow_nb.data.sessions._recent', recent)
     assert content_hash(resized) == content_hash(at_once)
+    assert [p.size for p in recent.pictures.values()] == [(56, 40)]*100     # not those of the files beside them
     again = resize_sessions(editor, resized)
     assert all(a is b for a, b in zip(again, resized))                  # nothing is opened twice over
     assert resized[7].image is resized[7].image

@@ -59,11 +59,15 @@ class RecentPictures:
 
 _recent = RecentPictures()
 
-def _open_stored(stored):
+def _open_now(stored):
     "A picture that is stored as it is, as a path, as the bytes of a file, or as something to be opened and resized."
-    if isinstance(stored, FittedPicture):
-        return _recent.open(stored, lambda: fit_picture(stored.open_picture(), stored.width, stored.height))
+    if isinstance(stored, FittedPicture): return fit_picture(stored.open_picture(), stored.width, stored.height)
     return open_image(stored) if isinstance(stored, (Path, bytes)) else stored
+
+def _open_stored(stored):
+    "The same, remembered where it is more work than to decode some bytes."
+    if isinstance(stored, FittedPicture): return _recent.open(stored, partial(_open_now, stored))
+    return _open_now(stored)
 
 # %% ../../nbs/data/01_sessions.ipynb #7300860f
 MAX_TURNS = 16                   # of a session
@@ -162,6 +166,10 @@ class Session:
         "Width and height of the picture, of which only the head is read."
         stored = self.__dict__['image']
         return stored.size if isinstance(stored, (Image.Image, FittedPicture)) else image_size(stored)
+
+    def open_now(self) -> Image.Image:
+        "The picture, opened now and not remembered: for those who need it once, such as to resize it."
+        return _open_now(self.__dict__['image'])
 
     def target_images(self) -> list:
         "The right results of all turns as pictures, decoded now; empty where they are not known."

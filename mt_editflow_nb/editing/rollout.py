@@ -151,7 +151,7 @@ def resized_session(
     if is_decoded(session): return replace(session, image=fit_picture(session.image, *size))
     return replace(session, image=FittedPicture(partial(_image_of, sessions, i), *size))
 
-def _image_of(sessions, i): return sessions[i].image
+def _image_of(sessions, i): return sessions[i].open_now()
 
 def first_pictures(
     editor,         # from `load_editor`; set to the shape of these pictures

@@ -26,7 +26,7 @@ from ..data.sessions import PrefetchedBatches, Sessions
 from ..data.shapeworld import WORLDS, parse_edit
 from ..data.sizes import PREFERRED_SIZES, bucket_sizes, fit_picture, nearest_bucket
 from ..data.tables import StreamedBatches, is_table, open_sessions
-from ..editing.editor import at_size, check_instructions, picture_size
+from ..editing.editor import at_size, check_instructions, working_size
 from ..editing.rollout import resize_sessions
 from ..rewards.edival_rules import check_edival_session
 from ..algorithm.config import RL, Config
@@ -93,8 +93,8 @@ class SessionSource(NamedTuple):
         def batch(iteration):
             sessions = self.batch(iteration)
             if self.of_file is None: check_instructions(editor, sessions)
-            size = picture_size(trained, sessions[0].image, self.crop)
-            return [replace(s, image=fit_picture(s.image, *size)) for s in sessions]
+            size = working_size(trained, sessions[0].image_size, self.crop)
+            return [replace(s, image=fit_picture(s.open_now(), *size)) for s in sessions]
         if self.of_file != (): batch = PrefetchedBatches(batch)
         with at_size(editor, eval_size): heldout = resize_sessions(editor, self.heldout, self.crop)
         return self._replace(batch=batch, heldout=heldout)
