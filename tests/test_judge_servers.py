@@ -411,6 +411,7 @@ nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch
     (lambda s: None, 'a judge that returns `Scores`'), (lambda s: s.rewards_PGTM, 'a judge that returns `Scores`'),
     (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM.transpose(0, 1)), 'the shape of the rollout'),
     (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM*1e30), 'values in'),
+    (lambda s: replace(s, names=('cc', 'if')), 'in this order'),
     (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM.to('meta')), 'a tensor with values'),
     (lambda s: replace(s, rewards_PGTM=nested), 'a dense tensor'),
     (lambda s: replace(s, success_PGT=nested), 'a dense tensor'),

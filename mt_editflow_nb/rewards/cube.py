@@ -109,6 +109,8 @@ def _check_shape(scores, shape_PGT):
     names = scores.names
     named = isinstance(names, (tuple, list)) and all(isinstance(n, str) and n for n in names)
     expect(named and len(set(names)) == len(names) > 0, 'judge: names', 'a tuple of distinct names of rewards', names)
+    swapped = sorted(names) == sorted(JOINT_REWARDS) and tuple(names) != JOINT_REWARDS
+    expect(not swapped, 'judge: names', f'{JOINT_REWARDS} in this order, which is that of their weights', names)
     if getattr(scores.success_PGT, 'dtype', None) == torch.bool:
         scores = replace(scores, success_PGT=scores.success_PGT.float())
     shapes = dict(rewards_PGTM=(*shape_PGT, len(names)), success_PGT=shape_PGT, object_cc_PGT=shape_PGT,

@@ -59,7 +59,7 @@ def fingerprint(
     folder: Path, # of a checkpoint
 ) -> str:         # 12 hexadecimal digits
     "What identifies a model: its weights, vocabulary and templates, whatever its folder is called."
-    kinds = ('.safetensors', '.json', '.jinja', '.txt', '.model')
+    kinds = ('.safetensors', '.bin', '.json', '.jinja', '.txt', '.model')
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix in kinds):
         digest.update(path.name.encode())

@@ -47,6 +47,8 @@ def _edges(file: Path):
         return size, first, f.read(EDGE_BYTES)
 
 # %% ../../nbs/training/03_runs.ipynb #07446c7c
+_READ = ('.json', '.safetensors', '.bin', '.txt', '.model', '.jinja')     # suffixes of what an editor is loaded from
+
 def editor_fingerprint(
     name_or_path, # as `load_editor` takes it
 ) -> str:
@@ -56,7 +58,7 @@ def editor_fingerprint(
     from huggingface_hub import try_to_load_from_cache
     source, family = find_editor(name_or_path)
     if Path(source).is_dir():
-        files = sorted(p for p in Path(source).rglob('*') if p.suffix in ('.json', '.safetensors', '.txt', '.model'))
+        files = sorted(p for p in Path(source).rglob('*') if p.suffix in _READ)
         return content_hash([(p.relative_to(source).as_posix(), _edges(p)) for p in files])
     index = try_to_load_from_cache(source, 'model_index.json')
     return f'{source}@{Path(index).parent.name}' if isinstance(index, str) else source

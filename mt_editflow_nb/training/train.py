@@ -130,6 +130,7 @@ def load_judges(
     cache=None, # file that keeps their answers
 ) -> tuple:     # (the judge that trains, the judge that evaluates)
     "The judges of a configuration, or `judge` for both purposes; a judge that serves both is loaded once."
+    expect(judge is None or callable(judge), 'judge', 'a function of sessions and pictures', judge)
     if judge: return judge, judge
     judge = load_judge(c.judge, cache=cache, **c.judge_options)
     if (c.eval_judge, c.eval_judge_options) == (c.judge, c.judge_options): return judge, judge
