@@ -158,3 +158,14 @@ def test_a_process_that_has_ended_is_told_from_a_silent_one(patience, seconds, s
     monkeypatch.setattr(processes_chapter, 'processes', lambda: (0, 2))
     with pytest.raises(InputError, match=f'^process 1: {said}; the last checkpoint is kept$'):
         processes_chapter.exchange(None)
+
+@pytest.mark.parametrize('count,text,becomes', [
+    (2, '[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:33178: Connection reset by peer', InputError),
+    (2, 'The size of tensor a must match the size of tensor b', RuntimeError),
+    (1, 'gloo cannot be loaded', RuntimeError)])
+def test_a_broken_connection_is_a_line(count, text, becomes, monkeypatch):
+    "In whichever exchange another process has ended; any other error keeps its traceback."
+    monkeypatch.setattr(processes_chapter, 'processes', lambda: (1, count))
+    with pytest.raises(becomes) as end, processes_chapter.hearing_others(): raise RuntimeError(text)
+    line = 'another process: expected an answer, received the end of its connection; the last checkpoint is kept'
+    assert str(end.value) == (line if becomes is InputError else text)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['processes', 'shard_of', 'join_shards', 'gather_scores', 'gather_sessions', 'sum_gradients', 'sum_statistics',
            'merge_statistics', 'process_timeout', 'ProcessError', 'host_group', 'exchange', 'gather_to_first',
-           'interrupt', 'decisive_error', 'ending_together', 'failing_together', 'from_first', 'collect_answers',
-           'share_answers', 'read_piece', 'broadcast_path']
+           'lost_connection', 'hearing_others', 'interrupt', 'decisive_error', 'ending_together', 'failing_together',
+           'from_first', 'collect_answers', 'share_answers', 'read_piece', 'broadcast_path']
 
 # %% ../../nbs/algorithm/04_processes.ipynb #bffe2463
 import math, os, pickle, re, sys, threading, time, traceback
@@ -140,7 +140,7 @@ def exchange(
         silent = time.monotonic() - began > .9*patience
         expected = f'an answer within {patience:g} seconds' if silent else 'an answer'
         received = 'none' if silent else 'the end of its connection'
-        raise InputError(f'{who}: expected {expected}, received {received}; the last checkpoint is kept') from e
+        raise InputError(f'{who}: expected {expected}, received {received}{_KEPT}') from e
     return values
 
 def gather_to_first(
@@ -153,6 +153,25 @@ def gather_to_first(
     values = None if i else [None]*count
     gather_object(value, values, 0, group=host_group())
     return values
+
+# %% ../../nbs/algorithm/04_processes.ipynb #6b2d00e1
+_KEPT = '; the last checkpoint is kept'
+
+def lost_connection(
+    error: Exception, # that an exchange has raised
+) -> bool:
+    "Whether it says that another process has ended."
+    from torch.distributed import DistError
+    if isinstance(error, torch.OutOfMemoryError): return False
+    return isinstance(error, DistError) or bool(re.search('gloo|nccl|connection (closed|reset)', str(error), re.I))
+
+@contextmanager
+def hearing_others():
+    "A context with exchanges in it. Raises `InputError` where one breaks because another process has ended."
+    try: yield
+    except RuntimeError as e:
+        if processes()[1] == 1 or not lost_connection(e): raise
+        raise InputError(f'another process: expected an answer, received the end of its connection{_KEPT}') from e
 
 # %% ../../nbs/algorithm/04_processes.ipynb #b7c10004
 class _Interruptions:
@@ -207,7 +226,7 @@ def _end_with_others(store, over):
 def _tell_others(store, error):
     "Make the other processes end, and return what to raise here. Of several failures the first is reported."
     i, count = processes()
-    mine = f'{_in_words(i, error)}; the last checkpoint is kept'
+    mine = _in_words(i, error).removesuffix(_KEPT) + _KEPT
     first_failure = store.compare_set('failed', '', mine).decode()
     store.add('heard', 1)
     until = time.monotonic() + 10*_LOOK_EVERY
@@ -222,7 +241,8 @@ def ending_together():
     store, over = PrefixStore('ending', _get_default_store()), threading.Event()
     thread = threading.Thread(target=_end_with_others, args=(store, over), daemon=True)
     thread.start()
-    try: yield
+    try:
+        with hearing_others(): yield
     except Exception as e:
         over.set()
         thread.join()

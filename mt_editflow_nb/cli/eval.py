@@ -35,7 +35,8 @@ from ..rewards.edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QU
 from ..rewards.edival_rules import EDIT_R2_QUESTIONS, EDIVAL_SIDE, QUESTIONS, EdivalTools
 from ..rewards.edit_r2_rules import EDIT_R2_RULES, read_edit_r2_questions
 from ..rewards.judges import MODES
-from ..algorithm.processes import (collect_answers, failing_together, from_first, interrupt, share_answers)
+from ..algorithm.processes import (collect_answers, failing_together, from_first, hearing_others,
+                                                 interrupt, share_answers)
 
 # %% ../../nbs/cli/01_eval.ipynb #66d1f29f
 from ..evaluation.bench_items import (BENCHMARKS, MICE_TOOLS, benchmark_file, benchmark_protocol,
@@ -887,7 +888,8 @@ def main(
     a = eval_parser().parse_args(argv)
     with stop_requests() as stop:                          # also while the line is written: nobody is interrupted twice
         if int(os.environ.get('WORLD_SIZE') or 1) > 1: stop.deliver = interrupt
-        try: table, sessions = _run(a, tools)
+        try:
+            with hearing_others(): table, sessions = _run(a, tools)
         except InputError as e: _say(e)
         except OSError as e: _say(f'{e.filename or a.out}: {e.strerror or e}')
         except KeyboardInterrupt as e:

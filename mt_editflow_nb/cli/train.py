@@ -16,7 +16,7 @@ from ..data.files import (InputError, at_home, atomic_write, check_writable, exp
 from ..data.shapeworld import WORLDS
 from ..data.signals import Stopped, stop_at_once, stop_requests
 from ..algorithm.config import CONFIG_PRESETS, Config, make_config
-from ..algorithm.processes import ProcessError, broadcast_path, processes
+from ..algorithm.processes import ProcessError, broadcast_path, hearing_others, processes
 from ..ablation.sweeps import read_notebook, read_resources
 from ..training.budget import PUBLISHED_EDITORS, advice, plan, plan_text, savings_text
 from ..training.progress import read_progress
@@ -244,7 +244,7 @@ def _say(text): print(f'mtef_train: {text}', file=sys.stderr)
 def _exit_status(work):
     "0 where the work is done; else what went wrong is said in one line."
     try:
-        work()
+        with hearing_others(): work()
         return 0
     except ProcessError as e:
         if processes()[0] == 0: _say(e)
