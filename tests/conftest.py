@@ -13,8 +13,8 @@ from helpers import processes
 # end no core waits for one of them; a file of the first kind runs in one process, which makes what is shared once.
 TOGETHER = ('test_browser', 'test_whole', 'test_training', 'test_recipes', 'test_families', 'test_package')
 LONG = ('test_ray', 'rewards/03_agreement', 'training/04_train', 'training/01_budget', 'evaluation/01_scores',
-        'editing/05_loading', 'test_processes', 'explore/', 'evaluation/05_truth', 'test_the_ablation_notebook',
-        'editing/07_rollout', 'algorithm/', 'cli/01_eval', 'evaluation/', 'ablation/', 'test_sweeps')
+        'editing/05_loading', 'test_processes', 'explore/', 'evaluation/05_truth', 'editing/07_rollout',
+        'algorithm/', 'cli/01_eval', 'evaluation/', 'ablation/', 'test_sweeps')
 
 # What a shell starts with & ignores Ctrl-C, and so would every command that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,7 +33,10 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 def pytest_collection_finish():
-    "What has been imported stays: a collection of garbage, half a second each time, need not look at it again."
+    """Tests load copies of the tiny editor.
+
+    What has been imported stays: a collection of garbage, half a second each time, need not look at it again."""
+    import copied                      # noqa: F401 imports torch, which the process that only hands out tests does not need
     gc.freeze()
 
 def prepare_runner():

@@ -1,5 +1,6 @@
 "The notebooks are the source: what is generated from them agrees with them, and they read well anywhere."
 import ast, json, re, shutil, subprocess, sys
+from functools import lru_cache
 import nbformat, pytest
 from readme import render, root
 
@@ -16,9 +17,16 @@ texts = [*sorted(root.glob('*.md')), *sorted((root/'experiments').glob('*.md'))]
 
 def each(paths): return pytest.mark.parametrize('path', paths, ids=lambda p: str(p.relative_to(root)))
 
+@lru_cache(None)
+def notebook(path):
+    "Read once for all tests, none of which changes anything in it; not validated, which takes most of the time."
+    return nbformat.v4.reads(path.read_text(encoding='utf-8'))
+
+def cells_of(path): return notebook(path).cells
+
 def module_of(path):
     "The module that a notebook exports, as the parts of its name, or None."
-    code = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code')
+    code = '\n'.join(c.source for c in cells_of(path) if c.cell_type == 'code')
     name = re.search(r'#\|\s*default_exp\s+(\S+)', code)
     return name and tuple(name[1].split('.'))
 
@@ -42,7 +50,7 @@ def test_package_is_exported_from_notebooks(tmp_path):
 
 @each(notebooks)
 def test_valid_and_without_errors(path):
-    nb = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nb = notebook(path)
     nbformat.validate(nb)
     assert nb.nbformat == 4
     errors = [o.ename for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
@@ -53,7 +61,7 @@ def test_valid_and_without_errors(path):
 @each(notebooks)
 def test_no_paths_of_one_machine(path):
     found = []
-    for c in nbformat.read(path, 4).cells:
+    for c in cells_of(path):
         texts = [c.source]
         for o in c.get('outputs', []):
             shown = [v for kind, v in o.get('data', {}).items() if not kind.startswith('image/')]
@@ -82,14 +90,14 @@ def test_links_of_texts_exist(path):
 
 @each(notebooks)
 def test_links_between_files_exist(path):
-    text = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
+    text = '\n'.join(c.source for c in cells_of(path) if c.cell_type == 'markdown')
     links = re.findall(r'(?:\]\(|src="|href=")(?![a-z]+:)([^)"#\s]+\.(?:ipynb|md|png|svg|jpg|gif|yaml))', text)
     missing = [link for link in links if not (path.parent/link).exists()]
     assert not missing
 
 @each(chapters)
 def test_begins_with_title_and_subtitle(path):
-    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type != 'raw']
+    cells = [c for c in cells_of(path) if c.cell_type != 'raw']
     found = re.match(r'# [^#\s].*\n+> (\S.*)', cells[0].source)
     assert cells[0].cell_type == 'markdown' and found
     assert len(found[1]) <= 120, 'the subtitle becomes a docstring of one line'
@@ -97,13 +105,13 @@ def test_begins_with_title_and_subtitle(path):
 @each(notebooks)
 def test_figures_are_pictures(path):
     "Without `%matplotlib inline` a figure that is a cell's value is the words <Figure size ...>."
-    outputs = [o for c in nbformat.read(path, 4).cells for o in c.get('outputs', ()) if 'data' in o]
+    outputs = [o for c in cells_of(path) for o in c.get('outputs', ()) if 'data' in o]
     figures = [o.data for o in outputs if o.data.get('text/plain', '').startswith('<Figure ')]
     assert all('image/png' in data for data in figures)
 
 def exported_cells(path):
     "(source, syntax tree) of the cells that a chapter exports."
-    sources = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+    sources = [c.source for c in cells_of(path) if c.cell_type == 'code']
     return [(source, ast.parse(source)) for source in sources if re.search(r'(?m)^#\|\s*export\b', source)]
 
 LINES, CLASS_LINES = 40, 60     # of an exported cell; of one that is a class, which cannot be divided

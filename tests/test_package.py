@@ -1,8 +1,11 @@
 "The package without its repository: a wheel, installed into an empty folder, does all that the commands promise."
 import json, os, shutil, subprocess, sys
-import pytest
+import nbformat, pytest
+from mt_editflow_nb.ablation.report import load_results
+from mt_editflow_nb.ablation.sweeps import plan_sweep
 from readme import root
 
+NAMES = ('mtef_init', 'mtef_data', 'mtef_train', 'mtef_eval', 'mtef_sweep', 'mtef_report', 'mtef_push', 'mtef_tools')
 SMALL = ['sessions_per_iteration=1', 'group=2', 'turns=1', 'num_steps=2', 'lora_rank=2', 'eval_sessions=2']
 
 # One interpreter for several commands, as importing takes longer than most of them: `[[name, argument, ...], ...]`.
@@ -41,24 +44,47 @@ def away(tmp_path_factory):
     run.folder = folder
     return run
 
-def test_every_command(away):
-    """All say what they do. Training runs directly, and in the notebook that came with the package.
+@pytest.fixture(scope='module')
+def said(away):
+    """What all commands say. Training runs directly, and in the notebook that came with the package.
 
     A sweep of the user's own runs with the package's other notebook, and is reported."""
-    names = ('mtef_init', 'mtef_data', 'mtef_train', 'mtef_eval', 'mtef_sweep', 'mtef_report', 'mtef_push',
-             'mtef_tools')
     train = ['mtef_train', *SMALL, 'iterations=2']
-    fixed = ', '.join(pair.replace('=', ': ') for pair in [*SMALL, 'iterations=1'])
-    sweep = away.folder/'mine.yaml'
-    sweep.write_text('question: Does it run away from the checkout?\nnotebook: copies/ablation.ipynb\n'
-                     f'grid: {{lr: [0.001]}}\nbaseline: {{lr: 0.001}}\nfixed: {{{fixed}}}\nseeds: [0]\n')
-    said = away(*([name, '--help'] for name in names), ['mtef_init', 'copies'], [*train, '--run', 'direct'],
-                [*train, '--notebook', 'copies/train.ipynb', '--run', 'notebook'],
+    fixed = ', '.join(pair.replace('=', ': ') for pair in [*SMALL, 'iterations=2', 'save_every=1', 'eval_turns=2'])
+    (away.folder/'mine.yaml').write_text('question: Does it run away from the checkout?\n'
+                                         'notebook: copies/ablation.ipynb\ngrid: {lr: [0.001]}\n'
+                                         f'baseline: {{lr: 0.001}}\nfixed: {{{fixed}}}\nseeds: [0]\n')
+    return away(*([name, '--help'] for name in NAMES), ['mtef_init', 'copies'], [*train, '--run', 'direct'],
+                [*train, '--notebook', 'copies/train.ipynb', '--run', 'with space'],
                 ['mtef_sweep', 'mine.yaml', '--out', 'sweeps'], ['mtef_report', 'sweeps', '--n-boot', '100'])
-    for name in names: assert f'usage: {name}' in said
-    for run in ('direct', 'notebook'):
+
+def test_every_command(away, said):
+    for name in NAMES: assert f'usage: {name}' in said
+    for run in ('direct', 'with space'):
         assert json.loads((away.folder/run/'results.json').read_text())['iterations'] == 2
     assert list((away.folder/'sweeps'/'report').rglob('*.html'))
+
+def test_the_main_job_through_papermill(away, said):
+    executed = away.folder/'with space'/'train.ipynb'
+    assert 'turn' in said and 'with space/train.ipynb' in said
+    outputs = [o for c in nbformat.read(executed, 4).cells for o in c.get('outputs', [])]
+    # two figures, a strip of each evaluated session, and the members of a group
+    pictures = [o for o in outputs if 'image/png' in o.get('data', {})]
+    assert len(pictures) == 5 and not any(o.output_type == 'error' for o in outputs)
+
+def test_the_ablation_notebook_in_a_sweep(away, said):
+    "A job folder holds what it should, and the report's chapter reads it."
+    job, = plan_sweep(away.folder/'mine.yaml', away.folder/'sweeps').jobs
+    files = {'job.ipynb', 'job.json', 'job.log', 'config.json', 'metrics.jsonl', 'results.json'}
+    assert files | {'lora', 'checkpoints', 'rollouts'} <= {p.name for p in job.folder.iterdir()}
+    config = json.loads((job.folder/'config.json').read_text())['config']
+    assert job.values and config | job.values == config
+    rows = [json.loads(x) for x in (job.folder/'metrics.jsonl').read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:                                                           # what the monitor reads
+        assert {'identity', 'spread', 'push'} <= set(row) and set(row['push']) == {'if', 'cc'}
+    point, = load_results(away.folder/'sweeps'/'mine.json').points.values()
+    assert point.after.success_IT.shape == (1, 2, 2)                           # tested on more turns than trained
 
 def test_names_to_start_with():
     "Each is the same object as in its own module, and asking for one loads no more than that module."

@@ -69,7 +69,8 @@ def test_the_order_is_that_of_the_seed_wherever_one_begins(file, monkeypatch, pr
     monkeypatch.setenv('WORLD_SIZE', str(processes))
     assert ids(reversed(range(8))) == alone[::-1]
 
-def test_streamed_batches_are_of_one_kind_too(tmp_path):
+def test_streamed_batches_are_of_one_kind_too(tmp_path, monkeypatch):
+    monkeypatch.setattr('datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN', 0)     # seconds, after each epoch
     save_table(mixed_sessions(), tmp_path/'table.parquet')
     batches = [StreamedBatches(str(tmp_path/'table.parquet'), 2, 0)(i) for i in range(4)]
     for batch in batches: assert len({(len(s.instructions), s.image.size) for s in batch}) == 1

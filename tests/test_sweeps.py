@@ -420,23 +420,6 @@ def test_an_unreadable_record_is_no_record(tmp_path):
 tiny = dict(iterations=2, eval_sessions=2, sessions_per_iteration=1, group=2, num_steps=2, turns=1, eval_turns=2,
             lora_rank=2, save_every=1)
 
-def test_the_ablation_notebook_in_a_sweep(tmp_path):
-    "A job folder holds what it should, and the report's chapter reads it."
-    from mt_editflow_nb.ablation.report import load_results
-    path = ablation_sweep(tmp_path, fixed=tiny)
-    assert main([str(path), '--out', str(tmp_path/'runs')]) == 0
-    job, = plan_sweep(path, tmp_path/'runs').jobs
-    files = {'job.ipynb', 'job.json', 'job.log', 'config.json', 'metrics.jsonl', 'results.json'}
-    assert files | {'lora', 'checkpoints', 'rollouts'} <= {p.name for p in job.folder.iterdir()}
-    config = json.loads((job.folder/'config.json').read_text())['config']
-    assert config | job.values == config
-    rows = [json.loads(x) for x in (job.folder/'metrics.jsonl').read_text().splitlines()]
-    assert len(rows) == 2
-    for row in rows:                                                           # what the monitor reads
-        assert {'identity', 'spread', 'push'} <= set(row) and set(row['push']) == {'if', 'cc'}
-    after = load_results(tmp_path/'runs'/'one.json').points['defaults'].after
-    assert after.success_IT.shape == (1, 2, 2)                                 # tested on more turns than trained
-
 def test_supervised_training_is_a_run_like_any_other(tmp_path):
     from mt_editflow_nb.algorithm.config import make_config
     from mt_editflow_nb.training.checkpoints import last_checkpoint

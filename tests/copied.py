@@ -1,0 +1,22 @@
+"""The tiny editor is read from the disk once a process: whoever loads it gets a copy of what was read.
+
+A copy takes less than half as long. Imported before anything loads an editor, also where processes are forked."""
+import copy
+from functools import lru_cache
+from mt_editflow_nb.editing import loading
+
+read_pipeline = loading.load_pipeline
+
+@lru_cache(None)
+def pristine(device, dtype):
+    "What was read; nobody gets it."
+    return read_pipeline(loading.TINY_EDITOR, None, device, dtype)
+
+def load_pipeline(name_or_path, quantize, device, dtype):
+    "As in `editing.loading`."
+    if str(name_or_path) != loading.TINY_EDITOR or quantize or device.type != 'cpu':
+        return read_pipeline(name_or_path, quantize, device, dtype)
+    pipe, family = pristine(device, dtype)
+    return copy.deepcopy(pipe), family
+
+loading.load_pipeline = load_pipeline
