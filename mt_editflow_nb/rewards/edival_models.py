@@ -62,7 +62,9 @@ def _tiny_vlm(folder):
     text = tf.LlamaConfig(vocab_size=7, num_hidden_layers=1, num_key_value_heads=2, max_position_embeddings=256,
                           bos_token_id=6, eos_token_id=6, pad_token_id=0, **_small)
     config = tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=2, image_token_id=2)
-    tf.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    model = tf.LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = list(range(len(words)))    # one word: it would seldom say </s> by chance
+    model.save_pretrained(folder)
     scaling = tf.CLIPImageProcessorPil(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
     tokenizer = _word_tokenizer(words, eos_token='</s>', extra_special_tokens=dict(image_token='<image>'))
     tf.LlavaProcessor(scaling, tokenizer, patch_size=16, vision_feature_select_strategy='default',
