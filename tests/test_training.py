@@ -14,12 +14,12 @@ from mt_editflow_nb.cli.eval import main as mtef_eval
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.editing.noise import normal_noise, session_keys
 from mt_editflow_nb.editing.rollout import rollout
-from mt_editflow_nb.data.files import InputError, locked
+from mt_editflow_nb.data.files import InputError, atomic_write, locked, to_json
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.signals import Stopped
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.training.checkpoints import last_checkpoint
-from mt_editflow_nb.cli.train import main
+from mt_editflow_nb.cli.train import _go_where_begun, main
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.training.train import experiment, train
 
@@ -266,6 +266,20 @@ def test_relative_paths_of_a_resumed_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(['--resume', str(tmp_path/'run')]) == 0
     assert 'going on in' in capsys.readouterr().err
+
+def test_a_judge_and_an_adapter_are_found_where_a_run_was_begun(tmp_path, monkeypatch, capsys):
+    (tmp_path/'there'/'judges'/'mine').mkdir(parents=True)
+    there, run = tmp_path/'there', tmp_path/'run'
+    for fields in (dict(judge='judges/mine:think'), dict(eval_judge='editscore:judges/mine'), dict(init_lora='judges')):
+        monkeypatch.chdir(tmp_path)
+        atomic_write(run/'config.json', to_json(dict(config=fields, started_in=str(there))))
+        _go_where_begun(run)
+        assert Path.cwd() == there and 'going on in' in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    for stored in ('[1]', '{}', '{"config": 3, "started_in": 4}', '{"config": {}, "started_in": "/none"}', '{'):
+        (run/'config.json').write_text(stored)
+        _go_where_begun(run)
+        assert Path.cwd() == tmp_path
 
 def test_a_stop_in_an_evaluation_says_how_to_go_on(tmp_path, capsys):
     judge, calls = load_judge('verifier'), []

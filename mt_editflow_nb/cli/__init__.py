@@ -6,7 +6,7 @@ from mt_editflow_nb.data.signals import stop_at_once
 def _command(name):
     "What a console script calls: loads a command, and runs it."
     def run():
-        if name in ('train', 'eval'): stop_at_once(f'mtef_{name}')    # the others answer signals in their own ways
+        stop_at_once(f'mtef_{name}')
         return import_module(f'{__name__}.{name}').main()
     return run
 
@@ -15,4 +15,4 @@ run_sweep, run_report, run_data = map(_command, ('sweep', 'report', 'data'))
 run_push, run_tools = map(_command, ('push', 'tools'))
 
 module = _module_to_run()                                             # python -m mt_editflow_nb.cli.eval
-if module in (f'{__name__}.train', f'{__name__}.eval'): stop_at_once(f'mtef_{module.rpartition(".")[2]}')
+if module and module.startswith(f'{__name__}.'): stop_at_once(f'mtef_{module.rpartition(".")[2]}')

@@ -12,6 +12,7 @@ from ..ablation.jobs import (
     describe_sweep, job_slots, job_state, job_status, jobs_of_shard, run_sweep, start_local, start_ray)
 from ..ablation.sweeps import Resources, Sweep, plan_sweep, save_plan
 from ..data.files import InputError, at_home, expect
+from ..data.signals import no_longer_at_once
 
 # %% ../../nbs/cli/02_sweep.ipynb #0d397791
 def _parser():
@@ -95,6 +96,7 @@ def main(
     argv=None, # arguments; None: those of the command line
 ):             # exit status
     "The command `mtef_sweep`."
+    no_longer_at_once()                                  # jobs are stopped one by one, and save what they have
     a = _parser().parse_args(argv)
     try: return int(_run_all(a) > 0)
     except InputError as e: print(f'mtef_sweep: {e}', file=sys.stderr)
