@@ -85,21 +85,23 @@ def show_progress(
 ):
     "A bar for each evaluation and one for training, until the job ends; all that were finished end at 100 %."
     bar, stage, last_text = None, None, ''
-    while True:
-        ended, now = job.poll() is not None, read_progress(run)
-        if now.get('text') and now['text'] != last_text:
-            last_text = now['text']
-            tqdm.write(last_text, file=sys.stderr)
-        if now and now['stage'] != stage:
-            if bar:
-                bar.update(bar.total - bar.n)
-                bar.close()
-            stage = now['stage']
-            bar = _stage_bar(stage, now['total'])
-        if bar: bar.update(now['done'] - bar.n)
-        if ended: break
-        time.sleep(.3)
-    if bar: bar.close()
+    try:
+        while True:
+            ended, now = job.poll() is not None, read_progress(run)
+            if now.get('text') and now['text'] != last_text:
+                last_text = now['text']
+                tqdm.write(last_text, file=sys.stderr)
+            if now and now['stage'] != stage:
+                if bar:
+                    bar.update(bar.total - bar.n)
+                    bar.close()
+                stage = now['stage']
+                bar = _stage_bar(stage, now['total'])
+            if bar: bar.update(now['done'] - bar.n)
+            if ended: break
+            time.sleep(.3)
+    finally:
+        if bar: bar.close()                         # also where it is stopped, so that the line about it stands below
 
 # %% ../../nbs/cli/00_train.ipynb #28d2d3ec
 def stop_notebook(
@@ -175,20 +177,28 @@ def _parser():
     return parser
 
 # %% ../../nbs/cli/00_train.ipynb #1662d666
+def _go_where_begun(run):
+    "Change to the folder that a run was begun in, if what the configuration names is there and not here."
+    try:
+        stored = read_json(run/'config.json')
+        fields, begun_in = dict(stored['config']), Path(stored['started_in'])
+    except (InputError, KeyError, TypeError, ValueError): return          # `read_config` says what is wrong with it
+    named = [fields.get(name) for name in ('sessions', 'heldout', 'editor', 'init_lora')]
+    for name in ('judge', 'eval_judge'): named += str(fields.get(name)).split(':')                     # FOLDER:MODE
+    paths = [x for x in named if isinstance(x, str) and x]
+    if any(not Path(x).exists() and (begun_in/x).exists() for x in paths):
+        print(f'going on in {begun_in}, where the paths of the configuration start', file=sys.stderr)
+        os.chdir(begun_in)
+
 def _resumed(folder) -> tuple: # (`Config`, run folder)
     "A run to go on with; relative paths in its configuration start where it was begun."
     run = at_home(Path(folder)).resolve()
     if run.is_dir() and not (run/'config.json').is_file():
         raise InputError(f'--resume: {folder} is not a run folder (it holds no config.json); a run that was stopped '
                          f'before it wrote one is started again with --run {folder}')
-    try: c = read_config(run)
+    _go_where_begun(run)
+    try: return read_config(run), run
     except InputError as e: raise InputError(f'--resume: {e}') from None
-    paths = [str(x) for x in (c.sessions, c.heldout, c.editor) if isinstance(x, str)]
-    begun_in = Path(read_json(run/'config.json').get('started_in', '.'))
-    if any(not Path(x).exists() and (begun_in/x).exists() for x in paths):
-        print(f'going on in {begun_in}, where the paths of the configuration start', file=sys.stderr)
-        os.chdir(begun_in)
-    return c, run
 
 def _chosen(a) -> tuple: # (`Config`, run folder)
     "The run that the command line asks for."
