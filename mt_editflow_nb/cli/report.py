@@ -27,6 +27,7 @@ def _parser():
     add('--published', metavar='CSV', help='published numbers, each with its source (default: the shipped ones)')
     return parser
 
+# %% ../../nbs/cli/03_report.ipynb #c7a90e12
 def _report_all(a):
     "Report every sweep that the arguments name, and print the verdicts; or write the leaderboard."
     for name in ('runs', 'out', 'notebook', 'published'):

@@ -7,7 +7,7 @@ __all__ = ['TINY_EDITOR', 'TILE_ABOVE', 'FAMILIES', 'TRANSFORMER_CLASSES', 'TOKE
            'KEPT_IN_16_BITS', 'WITHOUT_MASKS', 'DTYPES', 'find_index', 'find_editor', 'text_limit', 'nf4_config',
            'quantize_nf4', 'offload_encoders', 'autocast_velocity', 'use_attention', 'compile_blocks', 'allow_tf32',
            'choose_device', 'choose_dtype', 'weightless_transformer', 'no_missing_weights', 'quiet_libraries',
-           'load_pipeline', 'load_editor']
+           'load_pipeline', 'check_quantize', 'check_lora_options', 'load_editor']
 
 # %% ../../nbs/editing/05_loading.ipynb #3d434a63
 import json, logging, re, warnings
@@ -283,6 +283,26 @@ def load_pipeline(
     for part in ('transformer', 'vae', *cls.text_encoders): getattr(pipe, part).requires_grad_(False).eval()
     return pipe, cls
 
+# %% ../../nbs/editing/05_loading.ipynb #a51c7e20
+def check_quantize(
+    quantize: str, # 'nf4', or None
+):
+    "Raises `InputError` for another value, and where nf4 cannot be used here."
+    one_of('quantize', quantize, (None, 'nf4'))
+    installed = not quantize or find_spec('bitsandbytes')
+    expect(installed, 'quantize', 'bitsandbytes for nf4 (pip install bitsandbytes)', 'none')
+
+def check_lora_options(
+    name_or_path: str,      # of the editor that it is for
+    lora_rank: int,         # None: no adapter is wanted
+    lora_targets: str|list, # a name of `LORA_TARGETS`, or the ends of layers' names
+    init_lora: str,         # the adapter to start from; None: none
+):
+    "Raises `InputError` for an adapter that cannot be added; no weights are read."
+    expect(lora_rank is not None or not init_lora, 'init_lora', 'a lora_rank beside it', lora_rank)
+    if lora_rank is not None: check_lora(weightless_transformer(name_or_path), lora_rank, lora_targets)
+    if init_lora: check_start(init_lora, lora_rank)
+
 # %% ../../nbs/editing/05_loading.ipynb #27da0922
 def load_editor(
     name_or_path: str = TINY_EDITOR, # 'tiny', a pipeline directory, or a hub name
@@ -305,13 +325,9 @@ def load_editor(
     tf32: bool = False,              # float32 matrix products in TF32, on a GPU
 ):                                   # an editor of its family
     "Load an editor, frozen but for its LoRA. Raises `InputError` for what cannot be loaded."
-    one_of('quantize', quantize, (None, 'nf4'))
-    installed = not quantize or find_spec('bitsandbytes')
-    expect(installed, 'quantize', 'bitsandbytes for nf4 (pip install bitsandbytes)', 'none')
-    expect(lora_rank is not None or not init_lora, 'init_lora', 'a lora_rank beside it', lora_rank)
+    check_quantize(quantize)
     device = choose_device(device)
-    if lora_rank is not None: check_lora(weightless_transformer(name_or_path), lora_rank, lora_targets)
-    if init_lora: check_start(init_lora, lora_rank)
+    check_lora_options(name_or_path, lora_rank, lora_targets, init_lora)
     if compile: one_of('compile', compile, torch._dynamo.list_backends(exclude_tags=()))
     if tf32: allow_tf32(device)
     pipe, cls = load_pipeline(name_or_path, quantize, device, choose_dtype(dtype, device))

@@ -266,6 +266,7 @@ def score_edival(
             _check_unscored(scored, max_failed)
     return scored
 
+# %% ../../nbs/evaluation/04_edival.ipynb #d5b81f03
 def sessions_to_score(
     sessions: list,      # with images
     folder: str|Path,    # as for `score_edival`
