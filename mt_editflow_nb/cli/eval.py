@@ -6,7 +6,7 @@
 __all__ = ['MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_options', 'check_options', 'warn_of_training',
            'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared', 'check_against',
            'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
-           'run_free', 'check_answering', 'turns_to_make', 'check_size', 'evaluate_free', 'with_picture',
+           'run_free', 'check_answering', 'turns_to_make', 'check_verifier_size', 'evaluate_free', 'with_picture',
            'edival_sessions', 'edival_judges', 'load_edival_tools', 'quality_to_ask', 'quality_table',
            'evaluate_edival', 'import_published', 'fill_bench_settings', 'bench_items', 'evaluate_bench',
            'evaluation_answers', 'main']
@@ -499,7 +499,7 @@ def turns_to_make(
     return sum(len(s.instructions) for i, s in enumerate(sessions) if f'session_{i:06d}.safetensors' not in held)
 
 # %% ../../nbs/cli/01_eval.ipynb #b1e3a084
-def check_size(
+def check_verifier_size(
     a,    # the options, filled
     size, # pixels a side at which the editor works; None: not known yet
 ):
@@ -515,7 +515,7 @@ def evaluate_free(
     "Evaluate in the shape world, or on a file of sessions."
     with failing_together():
         check_names(a)
-        check_size(a, a.size)
+        check_verifier_size(a, a.size)
         cache = None if a.judge.startswith('verifier') else a.cache or out/'judge.sqlite'
         judge = load_judge(a.judge, cache=cache, offline=a.offline, **judge_options(a))
         if a.structure and not a.plain and a.judge.startswith('verifier'): judge = structured_judge
@@ -523,7 +523,7 @@ def evaluate_free(
         check_against(a.against, chosen)
         if not (out/'results.json').is_file(): check_answering(judge)
         editor = _load_editor(a, chosen)
-        check_size(a, editor.size)
+        check_verifier_size(a, editor.size)
         sessions = resize_sessions(editor, chosen, a.crop)
     turns = turns_to_make(out/'sessions', sessions)
     began = time.monotonic()
@@ -531,6 +531,7 @@ def evaluate_free(
     seconds = f'{(time.monotonic() - began)/turns:.3f}' if turns else 'not measured, as all were there'
     return from_first(lambda: _finish_free(a, out, chosen, sessions, *found, seconds)), sessions
 
+# %% ../../nbs/cli/01_eval.ipynb #b1e3a085
 def _finish_free(a, out, chosen, sessions, outcomes, images, cc_unscored_IT, seconds):
     "Pictures, scores and card of a run that is over."
     keep = a.keep or (32 if a.sessions in WORLDS else len(sessions))
