@@ -11,7 +11,8 @@ from helpers import processes
 
 # Files whose tests share what takes long to make, and other tests that take longest. These begin first, so that in the
 # end no core waits for one of them; a file of the first kind runs in one process, which makes what is shared once.
-TOGETHER = ('test_browser', 'test_whole', 'test_training', 'test_recipes', 'test_families', 'test_package')
+TOGETHER = ('test_browser', 'test_whole', 'test_training', 'test_recipes', 'test_families', 'test_package', 'test_push',
+            'test_tracking', 'test_report')
 LONG = ('test_ray', 'rewards/03_agreement', 'training/04_train', 'training/01_budget', 'evaluation/01_scores',
         'editing/05_loading', 'test_processes', 'explore/', 'evaluation/05_truth', 'editing/07_rollout',
         'algorithm/', 'cli/01_eval', 'evaluation/', 'ablation/', 'test_sweeps')

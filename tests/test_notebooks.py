@@ -109,6 +109,7 @@ def test_figures_are_pictures(path):
     figures = [o.data for o in outputs if o.data.get('text/plain', '').startswith('<Figure ')]
     assert all('image/png' in data for data in figures)
 
+@lru_cache(None)
 def exported_cells(path):
     "(source, syntax tree) of the cells that a chapter exports."
     sources = [c.source for c in cells_of(path) if c.cell_type == 'code']
@@ -164,10 +165,14 @@ def undocumented(path):
 def test_public_names_are_documented(name):
     assert not list(undocumented(modules[name]))
 
+@lru_cache(None)
+def syntax_tree(name):
+    "Of a module."
+    return ast.parse(root.joinpath(lib, *name).with_suffix('.py').read_text())
+
 def imported(name):
     "Modules of this package that a module imports, anywhere in it."
-    source = root.joinpath(lib, *name).with_suffix('.py').read_text()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(syntax_tree(name)):
         full = []
         if isinstance(node, ast.Import): full = [a.name.split('.') for a in node.names]
         if isinstance(node, ast.ImportFrom):
@@ -193,16 +198,14 @@ def test_imports_earlier_chapters_only(name):
 
 @pytest.mark.parametrize('name', modules, ids='.'.join)
 def test_takes_no_private_names_of_others(name):
-    tree = ast.parse(root.joinpath(lib, *name).with_suffix('.py').read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in ast.walk(syntax_tree(name)) if isinstance(node, ast.ImportFrom)]
     ours = [node for node in imports if node.level or (node.module or '').startswith(lib)]
     taken = [(node.module, a.name) for node in ours for a in node.names if re.match('_[^_]', a.name)]
     assert not taken
 
 def public_names(name):
     "What `__all__` of a module lists."
-    tree = ast.parse(root.joinpath(lib, *name).with_suffix('.py').read_text())
-    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    assigned = [node for node in syntax_tree(name).body if isinstance(node, ast.Assign)]
     lists = [node.value for node in assigned if getattr(node.targets[0], 'id', '') == '__all__']
     return [n for value in lists for n in ast.literal_eval(value)]
 

@@ -469,6 +469,7 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
         return result['rows'][0], None
     monkeypatch.setattr(bench_gpu, 'measure', broken)
     monkeypatch.setattr(bench_gpu, 'run_iterations', lambda *args: ([], {}))
+    monkeypatch.setattr(bench_gpu, 'measure_encoders', lambda *args: result['encoders'])
     bench_gpu.main()
     errors = [r.get('error') for r in json.loads(file.read_text())['rows']]
     assert errors == [None, 'NotImplementedError: no compiler', None, None, None, 'NotImplementedError: no compiler',
