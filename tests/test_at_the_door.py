@@ -1,7 +1,7 @@
 "Input that was once taken without a word, or refused late: one line each."
 from pathlib import Path
 from types import SimpleNamespace
-import pytest
+import pytest, torch
 from mt_editflow_nb.ablation.sweeps import read_sweep
 from mt_editflow_nb.cli import data, init, push, report, sweep, tools, train
 from mt_editflow_nb.cli import eval as evaluate
@@ -69,3 +69,13 @@ def test_a_page_holds_no_picture_from_outside_unless_asked(tmp_path, capsys):
     assert data.main(['show', str(outside), str(page)]) == 2 and not page.exists()
     assert "inside the file's folder" in capsys.readouterr().err
     assert data.main(['show', str(outside), str(page), '--allow-outside']) == 0 and page.exists()
+
+@pytest.mark.parametrize('error, place', [
+    (MemoryError(), 'this machine'), (torch.OutOfMemoryError('CUDA out of memory. Tried 20 GiB'), 'the GPU'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), 'this machine')])
+def test_an_evaluation_without_memory_is_one_line(tmp_path, monkeypatch, capsys, error, place):
+    def load_nothing(*args, **kw): raise error
+    monkeypatch.setattr(evaluate, 'load_editor', load_nothing)
+    assert evaluate.main(['--n', '1', '--batch', '7', '--out', str(tmp_path/'out')]) == 2
+    said, = capsys.readouterr().err.splitlines()
+    assert f'{place} has too little memory' in said and '(now 7)' in said

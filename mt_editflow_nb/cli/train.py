@@ -11,8 +11,8 @@ from pathlib import Path
 import torch, yaml
 from safetensors import SafetensorError                             # what a full disk raises in its save_file
 from tqdm.auto import tqdm
-from ..data.files import (InputError, at_home, atomic_write, check_writable, expect, one_line,
-                                       parse_yaml, read_json, read_text)
+from ..data.files import (InputError, at_home, atomic_write, check_writable, expect,
+                                       lacking_memory, one_line, parse_yaml, read_json, read_text)
 from ..data.shapeworld import WORLDS
 from ..data.signals import Stopped, stop_at_once, stop_requests
 from ..algorithm.config import CONFIG_PRESETS, Config, make_config
@@ -247,8 +247,6 @@ def _run(c, run, notebook):
     print(f'run folder:        {run}')
 
 # %% ../../nbs/cli/00_train.ipynb #5bb36ce4
-def _is_memory(e) -> bool: return isinstance(e, MemoryError) or "can't allocate memory" in str(e)
-
 def _say(text): print(f'mtef_train: {text}', file=sys.stderr)
 
 def _exit_status(work):
@@ -282,7 +280,7 @@ def main(
         try: return _exit_status(work)
         except torch.OutOfMemoryError: _say(f'the GPU has too little memory; {advice(plan(c))}')
         except (MemoryError, RuntimeError) as e:
-            if not _is_memory(e): raise
+            if not lacking_memory(e): raise
             _say(f'this machine has too little memory for a batch of {c.batch} rows and an adapter of rank '
                  f'{c.lora_rank}')
     return 2
