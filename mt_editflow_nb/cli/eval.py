@@ -18,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..data.files import (InputError, add_missing_lines, at_home, atomic_write, check_writable,
-                                       content_hash, expect, one_line, open_image, parse_yaml, read_json, to_json)
+                                       content_hash, expect, lacking_memory, one_line, open_image, parse_yaml,
+                                       read_json, to_json)
 from ..data.sessions import MAX_TURNS, load_edival
 from ..data.shapeworld import MAX_SESSIONS, WORLD_SIDE, WORLDS
 from ..data.signals import stop_at_once, stop_requests
@@ -896,6 +897,10 @@ def main(
         except KeyboardInterrupt as e:
             _say(f'{str(e) or "stopped"}; what is done is kept, and the same command goes on')
             return 130
+        except (MemoryError, RuntimeError) as e:
+            if not lacking_memory(e): raise
+            _say(f'{lacking_memory(e)} has too little memory; what is done is kept, and a smaller --batch '
+                 f'(now {a.batch}) or --size may go on')
         else:
             if _is_first(): print('\n' + _summary(a, table, sessions))
             return 0
