@@ -200,6 +200,7 @@ def _resumed(folder) -> tuple: # (`Config`, run folder)
     try: return read_config(run), run
     except InputError as e: raise InputError(f'--resume: {e}') from None
 
+# %% ../../nbs/cli/00_train.ipynb #e1c4a7b2
 def _chosen(a) -> tuple: # (`Config`, run folder)
     "The run that the command line asks for."
     expect(a.processes is None or a.plan and a.processes > 0, '--processes', 'a number above 0, beside --plan',
