@@ -41,6 +41,12 @@ def test_the_verifier_and_another_size_are_found_before_the_editor_is_loaded(tmp
     assert evaluate.main(['--size', '64', '--n', '1', '--out', str(tmp_path/'out')]) == 2
     assert "--judge: expected MODEL:MODE (the verifier reads the shape world's 48 pixels" in capsys.readouterr().err
 
+def test_settings_stand_before_and_after_options(tmp_path, capsys):
+    assert train.main(['iterations=3', '--plan', 'group=1']) == 2
+    assert capsys.readouterr().err.startswith('mtef_train: group: expected ')
+    assert train.main(['--resume', str(tmp_path), 'group=4']) == 2
+    assert "no other setting (the configuration is in the run folder), received 'group=4'" in capsys.readouterr().err
+
 @pytest.mark.parametrize('command, argv', [
     (init.main, ['~nobodyx/mine']), (push.main, ['~nobodyx/run', 'me/mine']), (tools.main, ['--features', '~nobodyx']),
     (evaluate.main, ['--lora', '~nobodyx/lora']), (train.main, ['--plan', 'sessions=~nobodyx/mine.jsonl'])])
