@@ -271,7 +271,7 @@ def main(
 ) -> int:              # exit status: 0, 2 for what cannot be done, 128 plus the number of a signal that stopped it
     "The command `mtef_train`."
     if argv is None: stop_at_once('mtef_train')
-    a, c = _parser().parse_args(argv), None
+    a, c = _parser().parse_intermixed_args(argv), None            # settings before and after options
     def work():
         nonlocal c
         c, run = _chosen(a)
