@@ -185,6 +185,7 @@ def overview_figure(
     types = rows_of('type of turn')[:10][::-1]
     axs[1].barh([plain_label(name) for name in types.index], types, color=PALETTE[2])
     axs[1].set(title='turns by type (the ten most frequent)')
+    if not len(types): axs[1].text(.5, .5, 'no types are known', ha='center', transform=axs[1].transAxes)
     width, height = np.array(found.sizes).T
     axs[2].scatter(width, height, s=8, alpha=.4, color=PALETTE[1])
     axs[2].axline((0, 0), slope=1, color=PALETTE[6], lw=.8)
@@ -193,6 +194,7 @@ def overview_figure(
     axs[3].set(title='characters of an instruction')
     for axis in (axs[0].yaxis, axs[1].xaxis, axs[3].xaxis, axs[3].yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    if not len(types): axs[1].set(xticks=[], yticks=[])
     for ax in axs:
         ax.title.set_fontsize(9)
         ax.tick_params(labelsize=7)
