@@ -809,7 +809,9 @@ def _finish_bench(a, out, items, answers, statistics):
                                         temperature=judge_options(a).get('temperature') or 0.,
                                         tools=_mice_tools(a) if a.bench == 'mice' else None)
     success = scores.outcomes.success_IT if scores.outcomes else np.zeros((len(items), 1))
-    notes = [text for text in notes_about(a, items, success, a.judge) if 'could not be scored' not in text]
+    judges = [a.judge, a.vlm] if a.bench == 'mice' else [a.judge]
+    known = dict.fromkeys(text for judge in judges for text in notes_about(a, items, success, judge))
+    notes = [text for text in known if 'could not be scored' not in text]
     facts = _bench_facts(a, items)
     differs = made_otherwise(facts, a.against) if a.against else {}
     if differs: facts |= {f'Made otherwise than {a.against}': differs}

@@ -24,6 +24,8 @@ _always_different = dict(
     imgedit='scores of `replace` are capped by the first one; the published script leaves that to the judge',
     mice='every question is answered once (published: the mean of four answers); the detector and the features see '
          'pictures as they are (published: as JPEG files)')
+_order = 'the judge sees the pictures before the words (published: after them)'
+_shown_otherwise = dict(gedit=_order + ', as PNG files (published: JPEG)', imgedit=_order, lme=_order, mse=_order)
 
 def benchmark_differences(
     name: str,                # of the benchmark
@@ -51,8 +53,8 @@ def benchmark_differences(
         differences.append(f'judge at temperature {temperature:g} (published: {facts.temperature:g})')
     differences += [f'{name} {tool} (published: {MICE_TOOLS[name]})' for name, tool in (tools or {}).items()
                     if model_of(tool) != model_of(MICE_TOOLS[name])]
-    if name in _always_different: differences.append(_always_different[name])
-    return differences
+    told = [_always_different.get(name, ''), '' if asks_own_questions(judge) else _shown_otherwise.get(name, '')]
+    return differences + ['; '.join(filter(None, told))]*any(told)
 
 # %% ../../nbs/evaluation/09d_bench_runs.ipynb #4a7b96cc
 def read_items(
