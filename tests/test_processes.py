@@ -9,6 +9,7 @@ from mt_editflow_nb.algorithm import processes as processes_chapter
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.train import main, parse_overrides
 from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.training.checkpoints import _in_one_line
 from readme import root
 
 settings = ['sessions_per_iteration=2', 'group=3', 'turns=2', 'num_steps=2', 'iterations=2', 'eval_sessions=2',
@@ -169,3 +170,11 @@ def test_a_broken_connection_is_a_line(count, text, becomes, monkeypatch):
     with pytest.raises(becomes) as end, processes_chapter.hearing_others(): raise RuntimeError(text)
     line = 'another process: expected an answer, received the end of its connection; the last checkpoint is kept'
     assert str(end.value) == (line if becomes is InputError else text)
+
+def test_a_process_that_ends_while_a_checkpoint_is_written(monkeypatch):
+    "The disk is not to blame."
+    monkeypatch.setattr(processes_chapter, 'processes', lambda: (1, 2))
+    with pytest.raises(InputError, match='^another process: expected an answer'), _in_one_line('cannot write it'):
+        raise RuntimeError('[gloo/transport/tcp/pair.cc:537] Connection closed by peer')
+    with pytest.raises(InputError, match='^checkpoint: cannot write it: no space'), _in_one_line('cannot write it'):
+        raise OSError('no space')

@@ -17,7 +17,8 @@ from ..data.files import InputError, atomic_write, expect, one_line, to_json
 from ..editing.lora import save_lora
 from ..algorithm.config import Config, make_config
 from ..algorithm.policy import Policy
-from ..algorithm.processes import ProcessError, exchange, from_first, host_group, processes
+from ..algorithm.processes import (ProcessError, exchange, from_first, hearing_others, host_group,
+                                                 processes)
 from ..algorithm.sharding import local_piece, shard_like
 from .runs import config_differences
 
@@ -234,7 +235,7 @@ def _in_one_line(what: str):
     "What a process could not write or read, as an `InputError` of one line."
     from torch.distributed.checkpoint.api import CheckpointException
     try:
-        with warnings.catch_warnings():
+        with hearing_others(), warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'torch.distributed is disabled')     # that is how one process does it
             yield
     except CheckpointException as e:
