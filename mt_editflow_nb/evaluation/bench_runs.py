@@ -54,7 +54,8 @@ def benchmark_differences(
     differences += [f'{name} {tool} (published: {MICE_TOOLS[name]})' for name, tool in (tools or {}).items()
                     if model_of(tool) != model_of(MICE_TOOLS[name])]
     told = [_always_different.get(name, ''), '' if asks_own_questions(judge) else _shown_otherwise.get(name, '')]
-    return differences + ['; '.join(filter(None, told))]*any(told)
+    told = '; '.join(text for text in told if text)
+    return differences + [told] if told else differences
 
 # %% ../../nbs/evaluation/09d_bench_runs.ipynb #4a7b96cc
 def read_items(
