@@ -5,9 +5,11 @@ import pytest, torch
 from mt_editflow_nb.ablation.sweeps import read_sweep
 from mt_editflow_nb.cli import data, init, push, report, sweep, tools, train
 from mt_editflow_nb.cli import eval as evaluate
+from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.training.train import prepare
 
 def test_training(tmp_path, capsys):
     (tmp_path/'twice.yaml').write_text('lr: 1e-3\ngroup: 4\nlr: 5e-1\n')
@@ -46,6 +48,11 @@ def test_settings_stand_before_and_after_options(tmp_path, capsys):
     assert capsys.readouterr().err.startswith('mtef_train: group: expected ')
     assert train.main(['--resume', str(tmp_path), 'group=4']) == 2
     assert "no other setting (the configuration is in the run folder), received 'group=4'" in capsys.readouterr().err
+
+def test_an_evaluation_that_never_comes_is_a_warning(capsys):
+    for every, warned in ((0, 0), (1, 0), (2, 1), (5, 1)):
+        prepare(make_config(dict(iterations=2, eval_every=every)))
+        assert capsys.readouterr().err.count(f'warning: eval_every={every} has no effect with iterations=2') == warned
 
 @pytest.mark.parametrize('command, argv', [
     (init.main, ['~nobodyx/mine']), (push.main, ['~nobodyx/run', 'me/mine']), (tools.main, ['--features', '~nobodyx']),

@@ -138,7 +138,7 @@ def read_json(
 
 # %% ../../nbs/data/00_files.ipynb #7c1e0a42
 class _Loader(yaml.SafeLoader):
-    "YAML with numbers such as 1e-3, and with every field once."
+    "YAML with the numbers of YAML 1.2, and with every field once."
     def compose_mapping_node(self, anchor):
         node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
@@ -148,6 +148,13 @@ class _Loader(yaml.SafeLoader):
             lines[name] = key.start_mark.line + 1
         return node
 
+def _whole_number(loader, node):
+    "As YAML 1.2 has it: 010 is ten and not eight, and 1:30 is a text and not ninety."
+    if ':' in node.value: return node.value
+    if re.fullmatch(r'[-+]?0\d+', node.value): return int(node.value)
+    return loader.construct_yaml_int(node)
+
+_Loader.add_constructor('tag:yaml.org,2002:int', _whole_number)
 _Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'),
                               list('-+.0123456789'))
 

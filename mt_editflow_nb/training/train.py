@@ -78,6 +78,9 @@ def prepare(
     source = session_source(c)
     if processes()[0] == 0:
         for warning in source.warnings: print(warning, file=sys.stderr)
+        if c.eval_every >= c.iterations:
+            print(f'warning: eval_every={c.eval_every} has no effect with iterations={c.iterations}: held-out sessions '
+                  'are scored before and after training alone', file=sys.stderr)
     return source, run_identity(c, source)
 
 # %% ../../nbs/training/04_train.ipynb #4dda05c9
