@@ -42,6 +42,7 @@ def pytest_collection_finish():
 
 def prepare_runner():
     "Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them."
+    import copied                      # noqa: F401 as below
     gc.freeze()
     InteractiveShell.atexit_operations = lambda shell: None
 

@@ -1,6 +1,6 @@
 """The tiny editor is read from the disk once a process: whoever loads it gets a copy of what was read.
 
-A copy takes less than half as long. Imported before anything loads an editor, also where processes are forked."""
+A copy takes half as long. Imported before anything loads an editor, also in the process that runs chapters."""
 import copy
 from functools import lru_cache
 from mt_editflow_nb.editing import loading

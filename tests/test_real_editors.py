@@ -1,6 +1,6 @@
 "What a long run of a real editor relies on: the averaged adapter, GRPO-Guard's steps, the monitor on local edits."
 import io, json
-import numpy as np, pytest, torch
+import copied, numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
@@ -13,6 +13,19 @@ from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.evaluation.running import trained_with, training_of
 from mt_editflow_nb.training.monitor import identity_edits
 from mt_editflow_nb.training.train import train
+
+def test_copies_of_the_tiny_editor_are_what_is_read():
+    "Tests load copies: with the same numbers and settings, and with memory of their own."
+    read, _ = copied.read_pipeline('tiny', None, torch.device('cpu'), torch.float32)
+    one, another = load_editor().pipe, load_editor().pipe
+    assert one.config == read.config and one.scheduler.config == read.scheduler.config
+    for name in ('transformer', 'vae', 'text_encoder', 'text_encoder_2'):
+        part, other, original = (getattr(pipe, name) for pipe in (one, another, read))
+        assert str(part.config) == str(original.config) and not part.training
+        a, b, c = part.state_dict(), other.state_dict(), original.state_dict()
+        assert a.keys() == c.keys() and all(torch.equal(a[k], c[k]) for k in c)
+        assert not any(a[k].data_ptr() == b[k].data_ptr() for k in a)
+        assert not any(p.requires_grad for p in part.parameters())
 
 # --- the average of the adapter
 

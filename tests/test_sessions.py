@@ -1,5 +1,5 @@
 "Lines of a sessions file that cannot be used: each gives one line that names the file, the line and the field."
-import importlib, json, struct, warnings, zlib
+import importlib, json, shutil, struct, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pytest
@@ -12,19 +12,26 @@ from mt_editflow_nb.rewards.agreement import load_labels
 
 good = dict(id='b', image='ok.png', instructions=['x', 'y'])
 
+@pytest.fixture(scope='session')
+def pictures(tmp_path_factory):
+    "A good picture and those that cannot be used, of which the largest takes half a second to write."
+    folder = tmp_path_factory.mktemp('pictures')
+    Image.effect_noise((32, 32), 50).save(folder/'ok.png')
+    data = (folder/'ok.png').read_bytes()
+    (folder/'cut.png').write_bytes(data[:len(data)//2])
+    (folder/'text.png').write_text('not an image')
+    (folder/'flipped.png').write_bytes(data[:60] + bytes(255 - x for x in data[60:]))
+    (folder/'empty.png').write_bytes(b'')
+    (folder/'folder.png').mkdir()
+    Image.new('RGB', (1, 1)).save(folder/'dot.png')
+    Image.new('1', (12_000, 12_000)).save(folder/'bomb.png')
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(folder/'nan.tiff')
+    return folder
+
 @pytest.fixture
-def folder(tmp_path):
-    Image.effect_noise((32, 32), 50).save(tmp_path/'ok.png')
-    data = (tmp_path/'ok.png').read_bytes()
-    (tmp_path/'cut.png').write_bytes(data[:len(data)//2])
-    (tmp_path/'text.png').write_text('not an image')
-    (tmp_path/'flipped.png').write_bytes(data[:60] + bytes(255 - x for x in data[60:]))
-    (tmp_path/'empty.png').write_bytes(b'')
-    (tmp_path/'folder.png').mkdir()
-    Image.new('RGB', (1, 1)).save(tmp_path/'dot.png')
-    Image.new('1', (12_000, 12_000)).save(tmp_path/'bomb.png')
-    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path/'nan.tiff')
-    return tmp_path
+def folder(pictures, tmp_path):
+    "A copy of them."
+    return shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
 
 def deep_png(grey, transparent):
     "An 8 x 8 picture in 16 bits of grey; its first line has the value that is transparent."
