@@ -4,12 +4,13 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, psutil, pytest, torch
 from PIL import Image
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from helpers import PATIENCE, Command, wait_for
 import mt_editflow_nb
 from mt_editflow_nb.editing import loading
 from mt_editflow_nb.editing.loading import load_editor
-from mt_editflow_nb.editing.lora import load_lora
+from mt_editflow_nb.editing.lora import load_lora, lora_parameters, save_lora
 from mt_editflow_nb.cli.eval import main as mtef_eval
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.editing.noise import normal_noise, session_keys
@@ -345,11 +346,28 @@ def test_what_the_editor_cannot_have_is_found_before_it_is_evaluated(tmp_path, c
     assert err.startswith(f"mtef_train: {setting.partition('=')[0]}: expected ")
     assert not (tmp_path/'run'/'before.safetensors').exists() and not (tmp_path/'run'/'evaluations').exists()
 
-@pytest.mark.parametrize('options', [dict(lora_rank=97), dict(lora_rank=2, lora_targets=['attn.to_x'])])
-def test_an_adapter_that_cannot_be_is_found_before_weights_are_read(options, monkeypatch):
+@pytest.mark.parametrize('options, said', [
+    (dict(lora_rank=97), 'lora_rank: expected a whole number from 1 to 96'),
+    (dict(lora_rank=2, lora_targets=['attn.to_x']), 'lora_targets: expected'),
+    (dict(attention_backend='flash'), 'attention_backend: flash cannot be used here'),
+    (dict(lora_rank=2, lora_targets='attention', init_lora='other'), 'only layers that are trained here')])
+def test_what_does_not_fit_an_editor_is_found_before_weights_are_read(options, said, tmp_path, monkeypatch):
+    "An adapter of all layers is no start for one of the attention alone."
+    if 'init_lora' in options:
+        editor = loading.load_editor(lora_rank=2)
+        for p in lora_parameters(editor): p.data.fill_(.01)
+        save_lora(editor, tmp_path)
+        options = options | dict(init_lora=str(tmp_path))
     monkeypatch.setattr(loading, 'load_pipeline', lambda *args: pytest.fail('weights were read'))
-    with pytest.raises(InputError, match='lora_rank: expected' if len(options) == 1 else 'lora_targets: expected'):
-        loading.load_editor(**options)
+    with pytest.raises(InputError, match=said): loading.load_editor(**options)
+
+def test_an_adapter_of_another_editor_is_found_before_the_editor_is_evaluated(tmp_path, monkeypatch, capsys):
+    wide = {f'transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight': np.ones(shape, np.float32)
+            for f, shape in dict(A=(2, 64), B=(64, 2)).items()}
+    save_file(wide, tmp_path/'pytorch_lora_weights.safetensors')
+    monkeypatch.setattr(loading, 'load_pipeline', lambda *args: pytest.fail('weights were read'))
+    assert mtef_eval(['--lora', str(tmp_path), '--n', '1', '--out', str(tmp_path/'out')]) == 2
+    assert 'an adapter of this editor, received 0 tensors that fit and 2 that do not' in capsys.readouterr().err
 
 def broken_files(folder):
     "Session files that cannot be trained on, and what the message names."

@@ -26,8 +26,8 @@ from ..data.signals import stop_at_once, stop_requests
 from ..data.structures import STRUCTURES, plain_form, structured_sessions
 from ..data.tables import open_sessions
 from ..editing.editor import check_instructions, long_instructions
-from ..editing.loading import FAMILIES, find_editor, load_editor
-from ..editing.whole import check_trained, load_trained
+from ..editing.loading import FAMILIES, check_adapter_fits, find_editor, load_editor
+from ..editing.whole import check_trained, is_transformer, load_trained
 from ..editing.rollout import resize_sessions
 from ..rewards.cube import check_judge_options, load_judge
 from ..rewards.edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QUALITY, EDIVAL_VLM,
@@ -272,7 +272,9 @@ def check_names(
 ):
     "Find out without loading weights whether editor and adapter are there. Raises `InputError`."
     find_editor(a.editor)
-    if a.lora: check_trained(a.lora, a.quantize)
+    if not a.lora: return
+    check_trained(a.lora, a.quantize)
+    if not is_transformer(a.lora): check_adapter_fits(a.editor, a.lora)
 
 def _load_editor(a, sessions): # raises `InputError` where instructions of a file are longer than its text encoder takes
     editor = load_editor(a.editor, quantize=a.quantize, size=a.size, guidance=a.guidance)

@@ -6,8 +6,8 @@
 __all__ = ['TINY_EDITOR', 'TILE_ABOVE', 'FAMILIES', 'TRANSFORMER_CLASSES', 'TOKENIZERS', 'HUB_EDITORS', 'READ_TOKENS',
            'KEPT_IN_16_BITS', 'WITHOUT_MASKS', 'DTYPES', 'find_index', 'find_editor', 'text_limit', 'nf4_config',
            'quantize_nf4', 'offload_encoders', 'autocast_velocity', 'use_attention', 'compile_blocks', 'allow_tf32',
-           'choose_device', 'choose_dtype', 'weightless_transformer', 'no_missing_weights', 'quiet_libraries',
-           'load_pipeline', 'check_quantize', 'check_lora_options', 'load_editor']
+           'choose_device', 'choose_dtype', 'outline_editor', 'no_missing_weights', 'quiet_libraries', 'load_pipeline',
+           'check_quantize', 'add_options', 'check_adapter_fits', 'load_editor']
 
 # %% ../../nbs/editing/05_loading.ipynb #3d434a63
 import json, logging, re, warnings
@@ -23,7 +23,7 @@ from ..data.overview import TextLimit
 from .editor import hub_errors, set_size
 from .flux2 import Flux2Editor
 from .kontext import KontextEditor
-from .lora import add_lora, check_lora, check_start, start_from_adapter
+from .lora import add_lora, match_adapter, read_adapter, start_from_adapter
 from .qwen import QwenEditor
 
 TINY_EDITOR = 'tiny' # the name of the editor that is shipped with the package
@@ -197,16 +197,17 @@ def choose_dtype(
     return DTYPES[dtype] or automatic
 
 # %% ../../nbs/editing/05_loading.ipynb #9a4c3b12
-def weightless_transformer(
+def outline_editor(
     name_or_path: str|Path, # 'tiny', a pipeline directory, or a hub name
-):                          # a transformer of diffusers, on the meta device
-    "The transformer that an editor's configuration describes. Raises `InputError` where that cannot be read."
+) -> SimpleNamespace:       # `transformer`, on the meta device, and `pipe`, the class of its pipeline
+    "What an editor's configuration says of it, for `add_lora` and the like. Raises `InputError` if it cannot be read."
     import diffusers
     source, family = find_editor(name_or_path)
     cls = getattr(diffusers, TRANSFORMER_CLASSES[family])
     try:
         config = cls.load_config(source, subfolder='transformer')
-        with torch.device('meta'): return cls.from_config(config)
+        with torch.device('meta'): transformer = cls.from_config(config)
+        return SimpleNamespace(transformer=transformer, pipe=getattr(diffusers, family))
     except (OSError, ValueError, TypeError, RuntimeError) as e:
         raise InputError(f'editor: {name_or_path} cannot be loaded: {one_line(e)[:300]}') from None
 
@@ -292,16 +293,27 @@ def check_quantize(
     installed = not quantize or find_spec('bitsandbytes')
     expect(installed, 'quantize', 'bitsandbytes for nf4 (pip install bitsandbytes)', 'none')
 
-def check_lora_options(
-    name_or_path: str,      # of the editor that it is for
-    lora_rank: int,         # None: no adapter is wanted
-    lora_targets: str|list, # a name of `LORA_TARGETS`, or the ends of layers' names
-    init_lora: str,         # the adapter to start from; None: none
+def add_options(
+    editor,                  # from `load_editor` or `outline_editor`
+    lora_rank: int,          # None: no adapter is wanted
+    lora_alpha: float,       # None: the rank
+    lora_targets: str|list,  # a name of `LORA_TARGETS`, or the ends of layers' names
+    init_lora: str,          # the adapter to start from; None: none
+    attention_backend: str,  # of diffusers; None: torch's own
+    seed: int = 0,           # of the adapter's first factor
 ):
-    "Raises `InputError` for an adapter that cannot be added; no weights are read."
-    expect(lora_rank is not None or not init_lora, 'init_lora', 'a lora_rank beside it', lora_rank)
-    if lora_rank is not None: check_lora(weightless_transformer(name_or_path), lora_rank, lora_targets)
-    if init_lora: check_start(init_lora, lora_rank)
+    "Adapter and attention kernel. Raises `InputError` for what does not fit this editor, or this machine."
+    if lora_rank is not None: add_lora(editor, lora_rank, seed, lora_alpha, lora_targets)
+    if init_lora: start_from_adapter(editor, init_lora)
+    if attention_backend: use_attention(editor, attention_backend)
+
+def check_adapter_fits(
+    name_or_path: str|Path, # of an editor
+    lora: str|Path,         # of a trained adapter: a file, a folder or a hub name
+):
+    "Raises `InputError` for an adapter of another editor; no weights of the editor are read."
+    tensors, _, file = read_adapter(lora)
+    match_adapter(outline_editor(name_or_path), tensors, file)
 
 # %% ../../nbs/editing/05_loading.ipynb #27da0922
 def load_editor(
@@ -327,7 +339,10 @@ def load_editor(
     "Load an editor, frozen but for its LoRA. Raises `InputError` for what cannot be loaded."
     check_quantize(quantize)
     device = choose_device(device)
-    check_lora_options(name_or_path, lora_rank, lora_targets, init_lora)
+    expect(lora_rank is not None or not init_lora, 'init_lora', 'a lora_rank beside it', lora_rank)
+    options = lora_rank, lora_alpha, lora_targets, init_lora, attention_backend
+    if lora_rank is not None or attention_backend:
+        add_options(outline_editor(name_or_path), *options)      # what does not fit is refused before weights are read
     if compile: one_of('compile', compile, torch._dynamo.list_backends(exclude_tags=()))
     if tf32: allow_tf32(device)
     pipe, cls = load_pipeline(name_or_path, quantize, device, choose_dtype(dtype, device))
@@ -337,9 +352,7 @@ def load_editor(
     if editor.size > TILE_ABOVE: pipe.vae.enable_tiling()
     if checkpointing: pipe.transformer.enable_gradient_checkpointing()
     if offload: offload_encoders(editor)
-    if lora_rank is not None: add_lora(editor, lora_rank, seed, lora_alpha, lora_targets)
-    if init_lora: start_from_adapter(editor, init_lora)
-    if attention_backend: use_attention(editor, attention_backend)
+    add_options(editor, *options, seed)
     if compile: compile_blocks(editor, compile)
     if autocast: autocast_velocity(editor)
     return editor

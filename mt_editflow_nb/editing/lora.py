@@ -6,8 +6,7 @@
 __all__ = ['LORA_TARGETS', 'ADAPTER_FILE', 'MAX_CHANGE', 'target_layers', 'check_lora', 'add_lora', 'lora_parameters',
            'to_safetensors', 'save_lora', 'find_adapter', 'adapter_facts', 'read_adapter', 'check_effect',
            'fitting_tensors', 'without_prefix', 'from_kohya', 'from_diffusers', 'match_adapter', 'adapter_config',
-           'check_magnitude', 'load_lora', 'check_start', 'start_from_adapter', 'swapped', 'adapted_layers', 'merged',
-           'base_only']
+           'check_magnitude', 'load_lora', 'start_from_adapter', 'swapped', 'adapted_layers', 'merged', 'base_only']
 
 # %% ../../nbs/editing/04_lora.ipynb #fa2036ea
 import json, logging, re, struct
@@ -324,16 +323,6 @@ def load_lora(
     expect(not unset, f'lora: {file}', 'a tensor for every layer of the adapter', unset)
 
 # %% ../../nbs/editing/04_lora.ipynb #03183d16
-def check_start(
-    source: str|Path, # a file, a folder or a hub name, see `find_adapter`
-    rank: int,        # of the adapter that is to be trained
-):
-    "Raises `InputError`, before an editor is loaded, for an adapter of another rank, or one without effect."
-    tensors, _, file = read_adapter(source)
-    check_effect(tensors, file)
-    ranks = {len(x) for name, x in tensors.items() if name.endswith(('lora_A.weight', 'lora_down.weight'))}
-    expect(ranks <= {rank}, f'init_lora: {file}', f'an adapter of rank {rank}', sorted(ranks))
-
 def start_from_adapter(
     editor,           # with a new adapter, from `add_lora`
     source: str|Path, # a file, a folder or a hub name, see `find_adapter`
