@@ -4,18 +4,20 @@ from contextlib import suppress
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from helpers import PATIENCE, Command, run_notebook, wait_for
 from mt_editflow_nb.cli import run_eval
 from mt_editflow_nb.cli import eval as cli_eval
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.evaluation.card import load_run
+from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import save_lora
 from mt_editflow_nb.evaluation.edival import made_from, turn_file
 from mt_editflow_nb.rewards.cube import load_judge
-from mt_editflow_nb.rewards.edival_models import tiny_edival_models
+from mt_editflow_nb.rewards.edival_models import load_detector, load_features, tiny_edival_models
 from mt_editflow_nb.evaluation.scores import load_outcomes
 
 root = Path(__file__).resolve().parents[1]
@@ -142,6 +144,16 @@ def test_consistency_that_nobody_scored_is_counted(tmp_path, monkeypatch, capsys
         assert [unscored[2, m] for m in ('IF', 'marginal', 'CC', 'O')] == [0, 0, 3, 3] and unscored[1, 'CC'] == 0
         assert 'CC of 3 of 6 turns could not be scored' in said.out + said.err
     assert 'CC unscored' in (tmp_path/'out'/'card.md').read_text()
+
+def test_edivals_models_without_some_weights_are_refused(tmp_path):
+    "transformers says so in a log, and draws them at random."
+    models = tiny_edival_models(tmp_path)
+    for what, load in (('detector', load_detector), ('features', load_features)):
+        file = Path(models[what])/'model.safetensors'
+        tensors = load_file(file)
+        first = next(iter(tensors))
+        save_file({name: x for name, x in tensors.items() if name != first}, file, dict(format='pt'))
+        with pytest.raises(InputError, match=f'{what}: .*: expected all weights, [0-9]+ are missing'): load(models[what])
 
 def test_a_changed_first_picture_is_generated_and_scored_again(bench, tmp_path, capsys):
     "What was made of the old picture is not taken for the new one; the other session is left alone."

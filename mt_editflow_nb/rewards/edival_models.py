@@ -111,9 +111,11 @@ EDIVAL_FEATURES = 'facebook/dinov3-vitb16-pretrain-lvd1689m'
 EDIVAL_QUALITY = 'MizzenAI/HPSv3'
 
 def _load(cls, name, what, device):
-    try: model = cls.from_pretrained(str(name))
+    try: model, info = cls.from_pretrained(str(name), output_loading_info=True)
     except (OSError, ValueError) as e:
         raise InputError(f'{what}: expected a model that can be loaded, received {name}: {first_line(e)}') from e
+    missing = sorted(info['missing_keys'])                 # transformers logs these, and draws them at random
+    if missing: raise InputError(f'{what}: {name}: expected all weights, {len(missing)} are missing, as {missing[0]}')
     return model.requires_grad_(False).eval().to(_device(device))
 
 def _processor(cls, name, what):
