@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 from ..data.files import InputError, expect, read_text
 from .reward_models import text_constants
-from mt_editflow_nb.rewards.edival_rules import (
-    EDIVAL_SIDE, Detect, Found, Question, RuleVerdict, TurnRules, background_change, background_steps,
-    background_weights, centers, color_alter, count_distinct, distance_beyond, iou, material_alter, object_steps,
-    slots_of, subject_replace)
+from .edival_rules import (EDIVAL_SIDE, Detect, Found, Question, RuleVerdict, TurnRules,
+                                                 background_change, background_steps, background_weights, centers,
+                                                 color_alter, count_distinct, distance_beyond, iou, material_alter,
+                                                 object_steps, slots_of, subject_replace)
 
 # %% ../../nbs/rewards/01f_edit_r2_rules.ipynb #e2a00006
 _published = dict(added_as_told='VLM_ADD_PROMPT', replaced_as_told='VLM_REPLACE_PROMPT', text='VLM_TEXT_PROMPT',
@@ -39,8 +39,7 @@ def read_edit_r2_questions(
     except SyntaxError as e:
         raise InputError(f'{files[0]}: expected Python source, received {e.msg} in line {e.lineno}') from None
     texts = text_constants(tree)
-    missing = [name for name in _published.values() if name not in texts]
-    expect(not missing, f'{files[0]}: `{missing[0] if missing else ""}`', 'a text', 'none')
+    for name in _published.values(): expect(name in texts, f'{files[0]}: `{name}`', 'a text', 'none')
     filled = {kind: re.sub(r'\{\w+\}', '{0}', texts[name]) for kind, name in _published.items()}
     short = [_with_gaps(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
     short = [text for text in short if text.startswith('Is the {0} now ')]
