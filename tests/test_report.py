@@ -6,6 +6,7 @@ from helpers import run_module, run_script
 from safetensors.numpy import save_file
 from mt_editflow_nb.ablation.report import comparison_table, score_table
 from mt_editflow_nb.ablation.results import Outcomes, load_results
+from mt_editflow_nb.data.files import read_json, read_json_lines
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.cli.report import main
 from readme import root
@@ -159,6 +160,12 @@ def test_the_best_of_several_samples_is_the_one_that_succeeds_and_keeps_most():
     rewards_PGTM = torch.stack([success_PG, cc_PG], -1)[:, :, None]
     turn = SimpleNamespace(names=['if', 'cc'], success_PGT=success_PG[..., None], rewards_PGTM=rewards_PGTM)
     assert best_members(turn).tolist() == [2, 1, 0]
+
+def test_the_best_of_one_sample_is_where_the_comparison_starts():
+    "Two programs on the same sessions and noise: the committed numbers of both are the same."
+    one, *_ = read_json_lines(root/'experiments/results/ceiling.jsonl')
+    methods = read_json(root/'experiments/results/recipe.json')['methods']
+    assert one['samples'] == 1 and all(m['O_before'] == one['O'] for m in methods.values())
 
 def test_findings_are_those_of_the_files():
     "The tables of FINDINGS.md are made from the committed results."
