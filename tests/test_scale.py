@@ -12,6 +12,10 @@ linear = {'sessions of an iteration': 32, 'members of a group': 32, 'turns of a 
 constant = {'processes that share the sessions': 4, 'a thousand answers found among': 10**6,
             'hundred rows appended to': 10**5, 'one more row on the live page of': 10**5}
 
+# Keys of answers fall anywhere in their index: the larger it is, the fewer of those written together share a page, up
+# to one each from about 100,000 answers on. Over all sizes that is more than linear, over the two largest it is not.
+more_than_linear = {'answers kept': 1.1}
+
 def lowest_exponent(line):
     "The lower end of the 95 % interval of the slope on logarithmic axes."
     x, y = np.log(line.n), np.log(line.seconds)
@@ -29,7 +33,7 @@ def test_no_line_grows_faster_than_its_work(name):
     "A tree of a million answers is a little deeper than one of a thousand."
     most = 1.05 if name in linear else .15
     line = measured[measured.line == name]
-    assert lowest_exponent(line) <= most
+    assert lowest_exponent(line) <= more_than_linear.get(name, most)
     two = line[line.n.isin(sorted(line.n.unique())[-2:])]                # where a constant share no longer hides it
     if len(two) > 2: assert lowest_exponent(two) <= most
 
