@@ -487,9 +487,7 @@ def check_answering(
     **kw,  # of `load_judge`, with a name
 ):
     "Ask one small question, past any cache. Raises `InputError` for a judge that cannot answer."
-    if isinstance(judge, str):
-        with_mode = judge.rpartition(':')[2].partition('@')[0] in MODES
-        judge = load_judge(judge if with_mode else f'{judge}:direct', **kw)
+    if isinstance(judge, str): judge = load_judge(judge if asks_own_questions(judge) else f'{judge}:direct', **kw)
     if hasattr(judge, 'check_ready'): judge.check_ready()
 
 # %% ../../nbs/cli/01_eval.ipynb #7a1c00e1

@@ -16,7 +16,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image
 from ..data.files import InputError, content_hash, expect, first_line, one_line, read_text
-from .engines import Ask, fingerprint
+from .engines import Ask, fingerprint, require_all_weights
 from .judges import MODES, ask_and_parse, load_mode
 from .loading import load_engine
 from .reward_models import RewardHeads, text_constants
@@ -114,8 +114,7 @@ def _load(cls, name, what, device):
     try: model, info = cls.from_pretrained(str(name), output_loading_info=True)
     except (OSError, ValueError) as e:
         raise InputError(f'{what}: expected a model that can be loaded, received {name}: {first_line(e)}') from e
-    missing = sorted(info['missing_keys'])                 # transformers logs these, and draws them at random
-    if missing: raise InputError(f'{what}: {name}: expected all weights, {len(missing)} are missing, as {missing[0]}')
+    require_all_weights(info, f'{what}: {name}')
     return model.requires_grad_(False).eval().to(_device(device))
 
 def _processor(cls, name, what):
