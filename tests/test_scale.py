@@ -12,10 +12,6 @@ linear = {'sessions of an iteration': 32, 'members of a group': 32, 'turns of a 
 constant = {'processes that share the sessions': 4, 'a thousand answers found among': 10**6,
             'hundred rows appended to': 10**5, 'one more row on the live page of': 10**5}
 
-# Keys of answers fall anywhere in their index: the larger it is, the fewer of those written together share a page, up
-# to one each from about 100,000 answers on. Over all sizes that is more than linear, over the two largest it is not.
-more_than_linear = {'answers kept': 1.1}
-
 def lowest_exponent(line):
     "The lower end of the 95 % interval of the slope on logarithmic axes."
     x, y = np.log(line.n), np.log(line.seconds)
@@ -28,14 +24,25 @@ def test_all_lines_are_measured():
     assert measured.groupby('line').n.max().drop('pixels of a picture').to_dict() == linear | constant
     assert (measured.groupby('line').n.nunique() >= 3).all() and (measured.seconds > 0).all()
 
-@pytest.mark.parametrize('name', linear | constant)
-def test_no_line_grows_faster_than_its_work(name):
+def most(name):
     "A tree of a million answers is a little deeper than one of a thousand."
-    most = 1.05 if name in linear else .15
+    return 1.05 if name in linear else .15
+
+# Keys of answers fall anywhere in their index: the larger it is, the fewer of those written together share a page, up
+# to one each from about 100,000 answers on. Not mended: over all sizes that is more than linear.
+outgrown = pytest.mark.xfail(reason='answers kept: exponent 1.17 [1.08, 1.26] over 10^4 to 10^6', strict=True)
+
+@pytest.mark.parametrize('name', [pytest.param(x, marks=outgrown) if x == 'answers kept' else x
+                                  for x in linear | constant])
+def test_no_line_grows_faster_than_its_work(name):
+    assert lowest_exponent(measured[measured.line == name]) <= most(name)
+
+@pytest.mark.parametrize('name', linear | constant)
+def test_nor_between_the_two_largest_sizes(name):
+    "Where a constant share no longer hides it."
     line = measured[measured.line == name]
-    assert lowest_exponent(line) <= more_than_linear.get(name, most)
-    two = line[line.n.isin(sorted(line.n.unique())[-2:])]                # where a constant share no longer hides it
-    if len(two) > 2: assert lowest_exponent(two) <= most
+    two = line[line.n.isin(sorted(line.n.unique())[-2:])]
+    if len(two) > 2: assert lowest_exponent(two) <= most(name)
 
 def test_the_notebook(runner, tmp_path):
     some = ['answers kept', 'a thousand answers found among', 'rows read with the monitor', 'jobs planned and listed']
