@@ -47,12 +47,12 @@ def iterate_as_judged(
 ) -> Iteration:
     "As `iterate`, with an update that begins before the last score. Raises `InputError` for what is not finite."
     with turn_scorer(config, sessions, judge, iteration) as scorer:
-        # act, and be judged
+        # act, and have the turns judged
         with policy.sampling():
             sampled = rollout(policy.editor, sessions, on_turn=scorer, **sampling_options(config, sessions, iteration))
         policy.passes.count('sampled', *sampled.texts_T, per_row=config.num_steps)
 
-        # add up the gradients of sessions that are judged, while the others are
+        # add up the gradients of the sessions that are judged, while the judge works on the others
         losses_a_row = count_losses(config, sampled)
         most = len(sessions)*config.group*losses_a_row
         learned = Statistics(iteration, most)
@@ -60,13 +60,13 @@ def iterate_as_judged(
         with failing_together(): scores = scorer.scores(sampled.images_PGTHWC)
     scores, _ = share_scores(config, policy.editor.device, scores, sampled)
 
-    # follow their sum, now that it is known of how many rows it is
+    # follow their sum, now that the number of its rows is known
     adv_PGT = turn_advantages(config, scores)
     rows = sum(map(len, choose_rows(config, adv_PGT, torch_generator(config.seed, iteration, 'order'))))
     check_signal(policy, rows, scores, iteration)
     policy.set_learning_rate(learning_rate(config, iteration))
     if rows:
-        factor = learned.count_again(rows*losses_a_row)
+        factor = learned.rescale(rows*losses_a_row)
         for p in policy.params:
             if p.grad is not None: p.grad.mul_(factor)
         follow_gradients(config, policy, learned)

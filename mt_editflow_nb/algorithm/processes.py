@@ -23,7 +23,7 @@ from ..rewards.cache import (add_replies, copy_cache, merge_caches, new_replies,
 
 # %% ../../nbs/algorithm/04_processes.ipynb #74541e52
 def processes() -> tuple: # (number of this process, how many there are)
-    "Where this process stands among those that `accelerate launch` started; (0, 1) without it."
+    "The rank of this process and the number of those that `accelerate launch` started; (0, 1) without it."
     from accelerate import PartialState
     state = PartialState(cpu=not torch.cuda.is_available())
     return state.process_index, state.num_processes

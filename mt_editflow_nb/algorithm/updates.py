@@ -68,11 +68,11 @@ class Statistics:
         "Keep the largest value of a name."
         self.values[name] = max(self.values.get(name, 0.), value)
 
-    def count_again(
+    def rescale(
         self,
         terms: int, # how many there have been
-    ) -> float:     # what sums of so many terms must be multiplied with
-        "The terms turn out to be fewer than was expected: make the means those of so many."
+    ) -> float:     # the factor by which every mean has grown
+        "Turn the means into those of `terms` terms, where there turn out to be fewer than expected."
         factor, self.terms = self.terms/terms, terms
         self.values = {name: value*factor for name, value in self.values.items()}
         return factor

@@ -611,7 +611,7 @@ def quality_to_ask(
     out: Path,  # of the run
     tools=None, # given instead of loaded models
 ) -> str:       # None: no model is loaded for quality
-    "Who scores quality: who was asked for, else who has scored this folder, else the published model where it is."
+    "The model for quality: the one asked for, the one that scored this folder, or the published one if it is here."
     if a.quality: return None if a.quality == 'none' else a.quality
     if (out/'judges.json').is_file(): return read_json(out/'judges.json').get('quality')
     if tools is not None: return None

@@ -191,7 +191,7 @@ def _go_where_begun(run):
         os.chdir(begun_in)
 
 def _resumed(folder) -> tuple: # (`Config`, run folder)
-    "A run to go on with; relative paths in its configuration start where it was begun."
+    "A run to resume; relative paths in its configuration start from the folder in which it was begun."
     run = at_home(Path(folder)).resolve()
     if run.is_dir() and not (run/'config.json').is_file():
         raise InputError(f'--resume: {folder} is not a run folder (it holds no config.json); a run that was stopped '

@@ -37,7 +37,7 @@ def first_line(
 def lacking_memory(
     e: Exception, # a `MemoryError`, or an error of torch
 ) -> str:         # 'the GPU' or 'this machine'; '' for an error of another kind
-    "What has too little memory, so that it can be said in a line."
+    "The device that ran out of memory, in words that fit into one of our lines; '' for any other error."
     if type(e).__name__ == 'OutOfMemoryError': return 'the GPU'            # of torch, which is not imported here
     return 'this machine' if isinstance(e, MemoryError) or "can't allocate memory" in str(e) else ''
 
@@ -100,7 +100,7 @@ def at_home(
 def read_text(
     path: str|Path, # a UTF-8 file, with or without a byte order mark
 ) -> str:
-    "A file's text. Raises `InputError` with one line where there is no such file, or none in UTF-8."
+    "A file's text. Raises `InputError` with one line where the file is missing or is not UTF-8."
     try: return Path(path).read_text(encoding='utf-8-sig')
     except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
     except UnicodeDecodeError as e:
@@ -138,7 +138,7 @@ def read_json(
 
 # %% ../../nbs/data/00_files.ipynb #7c1e0a42
 class _Loader(yaml.SafeLoader):
-    "YAML with the numbers of YAML 1.2, and with every field once."
+    "Reads numbers as YAML 1.2 does, and refuses a field that occurs twice."
     def compose_mapping_node(self, anchor):
         node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
@@ -162,7 +162,7 @@ def parse_yaml(
     text: str,  # YAML
     field: str, # what the text is of, for the message: a field or a file
 ):
-    "The value of a text in YAML. Raises `InputError` for what is none, and for a field that stands twice."
+    "Parse YAML. Raises `InputError` for a text that is not YAML, and for a field that occurs twice."
     try: return yaml.load(text, _Loader)
     except InputError as e: raise InputError(f'{field}: {e}') from None
     except (yaml.YAMLError, ValueError, RecursionError) as e:      # ValueError: a date such as 2026-02-30
@@ -235,7 +235,7 @@ def add_missing_lines(
     path: str|Path, # of a text file, created when missing
     lines,          # texts of one line each
 ):
-    "Add to a list the lines that it does not hold yet: what an interrupted run has listed stays."
+    "Append the lines that a list does not have yet, so that what an interrupted run has listed stays."
     path = Path(path)
     known = read_text(path).splitlines() if path.is_file() else []
     missing = [line for line in dict.fromkeys(lines) if line not in known]

@@ -48,7 +48,7 @@ class RecentPictures:
         key,          # what tells the picture from others
         open_picture, # () -> the picture
     ) -> Image.Image:
-        "The picture, opened unless it is remembered. The ones that nobody has asked for longest are forgotten first."
+        "The picture, opened unless it is in the cache. The least recently used are dropped first."
         with self.lock: image = self.pictures.pop(key, None)
         if image is None: image = open_picture()
         with self.lock:
@@ -286,7 +286,7 @@ def stays_inside(
     image: str,       # a path that starts from the folder
     folder: str|Path, # of the session file
 ) -> bool:
-    "Does a picture's path stay in its folder? Links are followed: whoever made them has decided."
+    "Does a picture's path stay in its folder? A symbolic link in it may lead elsewhere, as its maker wanted."
     path = os.path.normpath(os.path.join(folder, image))
     return os.path.commonpath([os.path.abspath(path), os.path.abspath(folder)]) == os.path.abspath(folder)
 

@@ -48,7 +48,7 @@ def fit_picture(
     width: int,         # that is wanted, in pixels
     height: int,        # that is wanted, in pixels
 ) -> Image.Image: # RGB
-    "A picture in another size: cut to the new ratio around its middle where it has another one, then resized."
+    "A picture in another size: centre-cropped to the new ratio where that differs, then resized."
     if image.size != (width, height): image = ImageOps.fit(image, (width, height), Image.LANCZOS)
     return image.convert('RGB')
 

@@ -175,7 +175,7 @@ def open_sessions(
     return load_table(str(source), **kw)
 
 def _check_ids(source, ids, good):
-    "Raises `InputError` for an id that stands twice."
+    "Raises `InputError` for an id that occurs twice."
     seen, ids = {}, list(ids)
     for i in good:
         known = seen.setdefault(ids[i], i)

@@ -66,7 +66,7 @@ def klein_positions(
     grid: tuple, # tokens down, tokens across
     device,      # of the result
 ) -> torch.Tensor: # [2 L, 4]: (time, row, column, 0) of the noisy tokens, then of the input picture's
-    "Where each token stands, and which of the two pictures it belongs to."
+    "The position of each token, and which of the two pictures it belongs to."
     from diffusers import Flux2KleinPipeline as Pipeline
     z = torch.zeros(1, 1, *grid)
     return torch.cat([Pipeline._prepare_latent_ids(z), Pipeline._prepare_image_ids([z])], 1)[0].to(device)

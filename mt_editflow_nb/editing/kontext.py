@@ -16,7 +16,7 @@ def kontext_positions(
     grid: tuple, # tokens down, tokens across
     device,      # of the result
 ) -> torch.Tensor: # [2 L, 3]: (0 for noisy or 1 for given, row, column) of the noisy tokens, then of the picture's
-    "Where each token stands, and which of the two pictures it belongs to."
+    "The position of each token, and which of the two pictures it belongs to."
     from diffusers import FluxKontextPipeline
     noisy = FluxKontextPipeline._prepare_latent_image_ids(1, *grid, device, torch.float32)
     picture = noisy.clone()

@@ -121,7 +121,7 @@ def quantize_nf4(
 def offload_encoders(
     editor, # of any family
 ):
-    "Let the text encoders rest in host memory; they are on the editor's device during a call."
+    "Keep the text encoders in host memory; they are on the editor's device during a call."
     encode, encoders = editor.encode_text, [getattr(editor.pipe, n) for n in editor.text_encoders]
     def move(device):
         for m in encoders: m.to(device)
@@ -228,7 +228,7 @@ class _MissingWeights(logging.Handler):
 def no_missing_weights(
     what: str, # is loaded, for the message
 ):
-    "A context in which weights that a checkpoint lacks are an `InputError`, but for a head that no encoder uses."
+    "A context that turns weights missing from a checkpoint into an `InputError`, but for a head that no encoder uses."
     handler, loggers = _MissingWeights(), [logging.getLogger(name) for name in ('diffusers', 'transformers')]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

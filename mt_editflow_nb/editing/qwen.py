@@ -92,7 +92,7 @@ def pad_rows(
 def rows_by_length(
     mask: torch.Tensor, # [N, tokens], 1 at tokens, which come first, and 0 at padding
 ) -> list: # of (row numbers, tokens), the shortest first
-    "Rows of equal length together, for an attention kernel that takes no mask."
+    "Groups of rows of equal length, for an attention kernel that takes no mask."
     lengths = mask.sum(1)
     return [((lengths == tokens).nonzero()[:, 0], int(tokens)) for tokens in lengths.unique()]
 

@@ -21,7 +21,7 @@ from .samplers import SAMPLER_KINDS, dpm_step, sde_step
 
 # %% ../../nbs/editing/07_rollout.ipynb #9ed207a7
 class Trajectory(NamedTuple):
-    "What became of N rows of noise: the clean latents, and the K stochastic steps as lists of one entry per step."
+    "How N rows were denoised: the clean latents, and the K stochastic steps as lists of one entry per step."
     clean_NLC: torch.Tensor
     path_KNLC: list  # latents before each stochastic step
     next_KNLC: list  # and after it
@@ -292,7 +292,7 @@ def rollout(
     window=(),               # indices of the stochastic steps
     batch: int = 64,         # rows per transformer call
     shard: Shard = None,     # which sessions and members to make; None: all
-    on_turn=None,            # see `hand_out`; called as soon as sessions are through a turn
+    on_turn=None,            # see `hand_out`; called as soon as sessions have finished a turn
     choose=None,             # turn branching: (turn from 0, keys of P sessions) -> the members that go on, [P]
     keys: list = None,       # of the noise of all sessions, where they are known already
 ) -> Rollout: # of the shard: P sessions, G members

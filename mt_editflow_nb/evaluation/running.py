@@ -274,7 +274,7 @@ def evaluate_sessions(
     kind: str = 'ode',        # or 'dpm2' for DPM-Solver++ 2M
     seed: int = 1234,         # of the noise
     batch: int = 64,          # sessions at a time, of each process
-    folder=None,              # keeps results, and is gone on with if it holds some; None: nothing is written
+    folder=None,              # keeps results, and is continued if it holds some; None: nothing is written
     keep: int = None,         # how many sessions' pictures are kept, from the first on; None: all
     settings: dict = None,    # what else results depend on, such as the names of editor and judge
     progress: bool = False,   # a progress bar

@@ -69,7 +69,7 @@ def load_labels(
     path: str|Path, # JSON Lines: before, after (image files beside it), instructions (a list), score (0 to 1),
                     # and perhaps aspect ('if'), group, type
 ) -> Labels:
-    "Human labels, or anybody's. Raises `InputError` that names the line."
+    "Labels of people or of another judge. Raises `InputError` that names the line."
     path = Path(path)
     lines = enumerate(read_text(path).splitlines(), 1)
     rows = [_label(line, f'{path}:{n}', path.parent) for n, line in lines if line.strip()]
@@ -203,7 +203,7 @@ def agreement(
 def format_agreement(
     table: pd.DataFrame, # from `agreement`
 ) -> pd.DataFrame:       # texts: one column a measure
-    "The table to be read: each measure with its 95 % interval, where it has one."
+    "The table for reading: each measure with its 95 % interval, where it has one."
     t = table.astype(float)
     def text(value, low, high):
         if np.isnan(value): return '-'

@@ -24,7 +24,7 @@ _tables = (('create table if not exists replies (key text primary key, model tex
 def open_cache(
     path: Path, # of the file
 ):
-    "A transaction on a cache file. Raises `InputError` for a file that is none."
+    "A transaction on a cache file. Raises `InputError` for a file that is not one."
     try:
         db = sqlite3.connect(path, timeout=60)
         try:
@@ -45,7 +45,7 @@ def _found(db, keys, unusable_too):
     return found
 
 def _keep(db, replies, asks, model):
-    "Put replies on record; one that was of no use gives way, else whoever was first has said it."
+    "Put replies on record. The first one counts, unless it was of no use."
     rows = [(key, model, asks[key].text, asks[key].seed, r.text, json.dumps(r.probs), r.tokens, r.seconds)
             for key, r in replies.items() if not r.error]
     keys = [row[:1] for row in rows]
@@ -91,7 +91,7 @@ def add_replies(
     path: Path, # a cache file, created when missing
     rows,       # from `new_replies`
 ) -> int:       # how many were new
-    "Put answers on record; whoever was first has said it."
+    "Put answers on record; of two answers to one call the first counts."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open_cache(path) as db:
         for table in _tables: db.execute(table)

@@ -538,7 +538,7 @@ class TurnScorer:
     def __call__(
         self,
         t: int,                    # the turn, from 0
-        p: slice,                  # which sessions are through it
+        p: slice,                  # which sessions have finished it
         images_PGTHWC: np.ndarray, # uint8, their results of all turns so far
     ):
         "Have the thread score what `rollout` hands out."

@@ -37,7 +37,7 @@ def pack_array(
 def unpack_array(
     packed: dict, # from `pack_array`
 ) -> torch.Tensor:
-    "The numbers again. Raises `ValueError` for what is none."
+    "The numbers that `pack_array` packed. Raises `ValueError` for anything else."
     x = np.frombuffer(base64.b64decode(packed['float32'], validate=True), '<f4')
     return torch.from_numpy(x.reshape(packed['shape']).copy())
 
@@ -54,7 +54,7 @@ def unpack_answer(
     packed: dict, # from `pack_answer`
     kind: str,    # 'detect', 'ask' or 'describe'
 ):                # `Found`, a text, (vectors, patches), or a `NoAnswer`
-    "An answer again; one that is nothing of the kind is a `NoAnswer`."
+    "The answer that `pack_answer` packed; anything else becomes a `NoAnswer`."
     try:
         if 'error' in packed: return NoAnswer(one_line(packed['error']))
         if kind == 'ask': return str(packed['text'])
@@ -103,7 +103,7 @@ def unpack_requests(
     batch: CallBody, # a call's body
     kind: str,       # 'detect', 'ask' or 'describe'
 ) -> list:           # of `Detect`, `Question` or `Describe`
-    "The requests with their pictures. Raises `InputError` for pictures that are none, and questions that nobody asks."
+    "The requests with their pictures. Raises `InputError` for broken pictures and for unknown kinds of questions."
     images = [_read_picture(text, f'pictures[{i}]') for i, text in enumerate(batch.pictures)]
     requests = []
     for i, r in enumerate(batch.requests):
@@ -232,7 +232,7 @@ class RemoteTools(ToolsServer):
 
     @cached_property
     def tools_past_cache(self):
-        "The three tools, whatever is on record."
+        "The three tools, without the answers on record."
         return EdivalTools(*(_RemoteTool(self, kind) for kind in ('detect', 'ask', 'describe')))
 
     @cached_property

@@ -50,7 +50,7 @@ class Reply:
     cached: bool = field(default=False, compare=False)    # nobody was asked: the answer was on record
 
 class JudgeFailed(InputError):
-    "A judge stays away, or too many of its scores have failed. What was done before is kept."
+    "A judge cannot be reached, or too many of its scores have failed. What was done before is kept."
 
 # %% ../../nbs/rewards/00_engines.ipynb #b1a40002
 TINY_JUDGE = 'tiny' # the name of the judge that is shipped with the package
@@ -81,7 +81,7 @@ def _checkpoint(name):
 def base_model(
     path: str, # a checkpoint folder or a hub name
 ) -> str:      # the same, or what the adapter in it was trained on
-    "The model whose words and processor a judge takes: EditScore's weights are adapters on Qwen's models."
+    "The model whose tokenizer and processor a judge uses: EditScore's weights are adapters on Qwen's models."
     from transformers.utils import find_adapter_config_file
     file = find_adapter_config_file(path)
     return path if file is None else json.loads(Path(file).read_text())['base_model_name_or_path']

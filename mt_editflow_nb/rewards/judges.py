@@ -121,7 +121,7 @@ def prompt(
     ask: str,           # which of `prompts.asks`
     question: str = '', # of 'yes_no'
 ) -> str:
-    "What is judged, the fenced instructions, and how to answer. Raises `InputError` for instructions without end."
+    "What is judged, the fenced instructions, and how to answer. Raises `InputError` for too long instructions."
     aspects = prompts.aspects | (dict(joint=prompts.joint) if prompts.joint else {})
     one_of('aspect', item.aspect, aspects)
     one_of('mode', ask, prompts.asks)
@@ -179,7 +179,7 @@ def ask_and_parse(
     asks: list, # of `Ask`
     parse,      # (`Reply`) -> what is wanted from it; raises `ValueError` for an answer of no use
 ) -> list:      # for each ask (what was parsed or None, its calls as dicts)
-    "Ask, parse, and ask again what could not be parsed. What stays of no use does not stay in a cache."
+    "Ask, parse, and ask again what could not be parsed. An answer of no use does not stay in a cache."
     results = _ask_until_parsed(engine, asks, parse)
     failed = [i for i, (parsed, _) in enumerate(results) if parsed is None]
     forget = getattr(engine, 'forget', None)
@@ -199,7 +199,7 @@ def direct(
     prompts: Prompts, # the words
     seed: int = 0,    # without effect: nothing is sampled
 ) -> list:            # of `Verdict`
-    "The number that comes to mind first."
+    "A bare number, without any reasoning."
     asks = [Ask(i.images, prompt(prompts, i, 'number'), max_tokens=8) for i in items]
     return [_verdict(*x) for x in ask_and_parse(engine, asks, lambda r: read_number(r.text, prompts.scale))]
 

@@ -24,7 +24,7 @@ REWARD_TOKEN = '<|Reward|>'
 
 class HeadModel(NamedTuple):
     "A kind of reward model whose heads give numbers."
-    base: str        # whose class, words and processor it has
+    base: str        # whose class, tokenizer and processor it has
     rewards: dict    # name of a reward -> (head in the checkpoint, our question, constant of theirs)
     pictures: int    # how many of (before, after) are shown, from the last one on
     width: float     # of the logistic function that makes a reward of a number
@@ -180,7 +180,7 @@ class RewardHeads:
 
 # %% ../../nbs/rewards/01b_reward_models.ipynb #1ebd5276
 class LoadedHeads:
-    "A vision-language model with heads, its words and its way to see."
+    "A vision-language model with its heads, its tokenizer and its image processor."
     def __init__(
         self,
         model,       # of transformers, with the checkpoint's weights
@@ -265,7 +265,7 @@ def squash(
     number: float, # from a head, without bounds
     width: float,  # how far 0.5 and 0.73 are apart
 ) -> float:        # in [0, 1]
-    "A number as a reward; order stays."
+    "Map a number to a reward in (0, 1), in the same order."
     return 1/(1 + math.exp(-max(-700., min(700., number/width))))
 
 def regress(

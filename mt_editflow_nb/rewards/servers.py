@@ -6,7 +6,7 @@
 __all__ = ['PICTURE_FORMATS', 'SERVED_FACTS', 'data_url', 'EncodedPictures', 'proxy_variable', 'check_environment',
            'connection_cause', 'refusal_text', 'chat_request', 'Unreachable', 'token_text', 'choice_probs',
            'read_completion', 'status_text', 'server_absence', 'served_facts', 'ask_systemone', 'ask_server',
-           'Patience', 'server_urls', 'check_request_settings', 'run_in_thread', 'what_all_say', 'Server']
+           'Patience', 'server_urls', 'check_request_settings', 'run_in_thread', 'agreed_facts', 'Server']
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0004
 import asyncio, base64, hashlib, io, json, math, os, re, socket, ssl, sys, threading, time
@@ -533,10 +533,10 @@ async def _ask_served(server):
     finally:
         for client in clients: await client.http.close()
 
-def what_all_say(
+def agreed_facts(
     told: list, # of dicts, what each address says; empty where it says nothing
 ) -> dict:      # empty where nobody says anything, or where they differ
-    "What those agree on that say something."
+    "What a model's addresses say about it, where all that say anything agree."
     different = [facts for n, facts in enumerate(told) if facts and facts not in told[:n]]
     return different[0] if len(different) == 1 else {}
 
@@ -584,7 +584,7 @@ class Server:
     def served(self) -> dict: # empty where it says nothing, or nobody is there
         "What the server says about the model itself. A name and an address can stay while the model changes."
         check_environment()
-        return what_all_say(run_in_thread(_ask_served(self), on_interrupt=self.cancel))
+        return agreed_facts(run_in_thread(_ask_served(self), on_interrupt=self.cancel))
 
     def adapt(
         self,

@@ -238,7 +238,7 @@ def plot_run(
 
 # %% ../../nbs/training/03_runs.ipynb #6ad39e68
 class FollowedRun:
-    "`metrics_rows` of a run that goes on, and what the monitor finds in them; only what is new is read."
+    "`metrics_rows` of a run in progress, and what the monitor finds in them; only what is new is read."
     def __init__(
         self,
         run, # its folder; it need not exist yet

@@ -287,7 +287,7 @@ def small_kinds_warning(
     kinds: dict, # from `kind_weights`
     P: int,      # sessions a batch
 ) -> list: # of one sentence, or none
-    "Which kinds have fewer sessions than a batch, so that some stand in it more than once."
+    "Which kinds have fewer sessions than a batch, so that it holds some more than once."
     counts = {(t, b): int(((turns == t) & (buckets == b)).sum()) for (t, b), share in kinds.items() if share}
     few = {kind: n for kind, n in counts.items() if n < P}
     if not few: return []

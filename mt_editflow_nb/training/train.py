@@ -636,7 +636,7 @@ def warn_of_mismatches(
     c: Config, # of the run
     editor,    # that is evaluated
 ):
-    "Say where the editor is evaluated otherwise than it is trained: in other steps, at another size."
+    "Say where the editor is evaluated differently from how it is trained: in other steps, at another size."
     used = dict(steps=c.eval_steps or c.num_steps, size=c.eval_size or editor.size)
     for text in training_mismatches(dict(steps=c.num_steps, size=editor.size), used):
         print(f'warning: evaluation: {text}', file=sys.stderr)
