@@ -202,6 +202,11 @@ def test_takes_no_private_names_of_others(name):
     ours = [node for node in imports if node.level or (node.module or '').startswith(lib)]
     taken = [(node.module, a.name) for node in ours for a in node.names if re.match('_[^_]', a.name)]
     assert not taken
+    known = {a.asname or a.name for node in ours for a in node.names}
+    read = [node for node in ast.walk(syntax_tree(name)) if isinstance(node, ast.Attribute)]
+    of_ours = [node.attr for node in read if isinstance(node.value, ast.Name) and node.value.id in known]
+    private = [attr for attr in of_ours if re.match('_[^_]', attr)]
+    assert set(private) <= {'_fields', '_asdict', '_make', '_replace'}                  # which any NamedTuple has
 
 def public_names(name):
     "What `__all__` of a module lists."
