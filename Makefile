@@ -32,7 +32,8 @@ browser: ## install the system's Chromium, which tests drive JupyterLab with
 
 # Chapters and flows in one pool of processes; each takes the next test when it is done, the longest first (tests/conftest.py).
 # One process more than the two cores that the time limit is for: some tests wait for servers, browsers and other processes.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder
+# Where bytecode is not written, each of the processes would compile the package again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder
 
 test: $(STAMP) browser ## test every notebook, and the whole flows
 	$(PYTEST) -n 2 -rs --durations=25

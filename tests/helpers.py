@@ -1,5 +1,6 @@
 "What several files of tests need: patience, and commands in processes of their own that start quickly."
-import gc, multiprocessing, os, runpy, signal, sys, time, warnings
+import contextlib, faulthandler, gc, importlib, multiprocessing, os, runpy, signal, sys, time, traceback, warnings
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from unittest.mock import patch
 import pytest
@@ -13,10 +14,38 @@ def wait_for(condition, every=.01):
         assert time.monotonic() < deadline, 'waited in vain'
         time.sleep(every)
 
+# bitsandbytes wraps functions with `torch.compile` when it is imported, which imports the compiler: two seconds, for
+# functions that are not called where its library for this processor can be loaded. Tests that compile unset this.
+os.environ['TORCHDYNAMO_DISABLE'] = '1'
+
 # Importing torch and diffusers takes seconds: a server that has done so forks every process from itself.
 processes = multiprocessing.get_context('forkserver')
-processes.set_forkserver_preload(['diffusers.pipelines.flux.pipeline_flux_kontext', 'mt_editflow_nb.cli.eval',
-                                  'mt_editflow_nb.cli.train'])
+IMPORTED = ('diffusers.pipelines.flux.pipeline_flux_kontext', 'mt_editflow_nb.cli.eval', 'mt_editflow_nb.cli.train')
+processes.set_forkserver_preload(list(IMPORTED))
+
+def _forked_interpreter(executable, arguments, kept):
+    "In place of `spawnv_passfds`: `python ... -c code`, in a copy of this process; returns its id."
+    pid = os.fork()
+    if pid: return pid
+    try:
+        faulthandler.disable()
+        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+        for fd in map(int, os.listdir('/proc/self/fd')):
+            if fd > 2 and fd not in kept:
+                with contextlib.suppress(OSError): os.close(fd)          # what listed them is closed already
+        exec(arguments[-1], {})
+    except Exception: traceback.print_exc()
+    finally: os._exit(0)
+
+def fork_server():
+    """Import what tests need, and start the server of `processes` as a copy of this process.
+
+    Python would start a new interpreter, which imports everything once more."""
+    for name in IMPORTED: importlib.import_module(name)
+    if not os.path.isdir('/proc/self/fd'): return
+    # it says what has been left behind, such as locks of processes that were killed, when it removes that
+    with patch.dict(os.environ, PYTHONWARNINGS='ignore'): resource_tracker.ensure_running()
+    with patch.object(multiprocessing.util, 'spawnv_passfds', _forked_interpreter): forkserver.ensure_running()
 
 def _enter(main, argv, log, env):
     "The body of the process."
