@@ -1,10 +1,10 @@
 "Several processes give what one gives, and fail together."
-import json, shlex, socket, textwrap, time
+import json, os, shlex, signal, socket, textwrap, time
 import numpy as np, pytest, torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from torch.distributed import run as torchrun
-from helpers import Command
+from helpers import Command, PATIENCE, processes as helper_processes
 from mt_editflow_nb.algorithm import processes as processes_chapter
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.train import main, parse_overrides
@@ -65,16 +65,18 @@ scenarios = textwrap.dedent("""
 tiny = ['sessions_per_iteration=1', 'group=4', 'turns=1', 'num_steps=2', 'train_timesteps=1', 'iterations=2', 'batch=2',
         'eval_sessions=2', 'lora_rank=2', 'save_every=1', 'std=global']
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
 def play(tmp_path, names, settings=tiny, processes=2, **environment):
     """Run `mtef_train` in several processes, once for each scenario: (exit status, everything that was printed).
 
     torchrun starts them: without MPI, `accelerate launch --cpu` starts a single one. It forks them from a process that
     has imported everything."""
     (tmp_path/'scenarios.py').write_text(scenarios)
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    launcher = ['--nproc_per_node', processes, '--master_addr', '127.0.0.1', '--master_port', port, '--run-path',
+    launcher = ['--nproc_per_node', processes, '--master_addr', '127.0.0.1', '--master_port', free_port(), '--run-path',
                 '--start-method', 'fork', tmp_path/'scenarios.py', tmp_path, ','.join(names), *settings]
     command = Command(torchrun.main, list(map(str, launcher)), tmp_path/'torchrun', **environment)
     status, errors = command.end()
@@ -129,6 +131,44 @@ def test_a_process_that_is_killed_takes_the_run_down(tmp_path):
     print(f'over after {time.monotonic() - started:.0f} s')
     assert status and ': 0]' not in said
     assert checkpoints(tmp_path/'kill') == ['000001']
+    assert said.count('mtef_train: process 1: expected an answer, received the end of its connection') == 3, said
+    assert said.count('received the end of its connection; the last checkpoint is kept') == 3
+
+def meet_and_lose(folder, rank, count, victim, signum, summing, environment):
+    "The body of a process: it meets the others, then `victim` gets a signal, and what the others say goes to a file."
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    from accelerate.utils import reduce
+    from mt_editflow_nb.algorithm.processes import exchange, hearing_others
+    assert exchange(rank) == list(range(count))
+    if rank == victim: os.kill(os.getpid(), signum)
+    try:
+        with hearing_others():
+            while summing: reduce(torch.ones(1))
+            exchange(rank)
+    except InputError as e: (folder/str(rank)).write_text(str(e))
+
+ended, silent = 'received the end of its connection', 'within 8 seconds, received none'
+
+@pytest.mark.parametrize('count,victim,signum,summing', [
+    (2, 0, signal.SIGKILL, False), (2, 1, signal.SIGKILL, True), (4, 2, signal.SIGKILL, False),
+    (2, 0, signal.SIGSTOP, False), (4, 1, signal.SIGSTOP, False)])
+def test_every_process_names_the_one_that_ended(tmp_path, count, victim, signum, summing):
+    "Killed or stopped, the first or another one, in an exchange or while gradients are summed; without a launcher."
+    limit = 8 if signum == signal.SIGSTOP else PATIENCE
+    there = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+                 MTEF_PROCESS_TIMEOUT=str(limit))
+    started = [helper_processes.Process(target=meet_and_lose, args=(tmp_path, i, count, victim, signum, summing, there))
+               for i in range(count)]
+    for process in started: process.start()
+    others = [process for i, process in enumerate(started) if i != victim]
+    for process in others: process.join(PATIENCE)
+    started[victim].kill()
+    received = silent if signum == signal.SIGSTOP else ended
+    lines = {int(file.name): file.read_text() for file in tmp_path.iterdir()}
+    assert sorted(lines) == [i for i in range(count) if i != victim]
+    for line in lines.values():
+        assert line.startswith(f'process {victim}: expected an answer'), lines
+        assert line.endswith(f'{received}; the last checkpoint is kept'), lines
 
 def test_a_process_that_hangs_is_named(tmp_path):
     status, said = play(tmp_path, ['hang'], MTEF_PROCESS_TIMEOUT='8')
