@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['processes', 'shard_of', 'join_shards', 'gather_scores', 'gather_sessions', 'sum_gradients', 'sum_statistics',
-           'merge_statistics', 'process_timeout', 'ProcessError', 'host_group', 'exchange', 'gather_to_first',
-           'lost_connection', 'hearing_others', 'interrupt', 'decisive_error', 'ending_together', 'failing_together',
-           'from_first', 'collect_answers', 'share_answers', 'read_piece', 'broadcast_path']
+           'merge_statistics', 'process_timeout', 'ProcessError', 'lost_line', 'SignsOfLife', 'name_lost', 'host_group',
+           'exchange', 'gather_to_first', 'lost_connection', 'hearing_others', 'interrupt', 'decisive_error',
+           'ending_together', 'failing_together', 'from_first', 'collect_answers', 'share_answers', 'read_piece',
+           'broadcast_path']
 
 # %% ../../nbs/algorithm/04_processes.ipynb #bffe2463
-import math, os, pickle, re, sys, threading, time, traceback
+import atexit, math, os, pickle, re, sys, threading, time, traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -116,10 +117,94 @@ def process_timeout() -> float: # seconds
 class ProcessError(InputError):
     "What went wrong in one process, raised in all of them; the first process reports it."
 
+_KEPT = '; the last checkpoint is kept'
+
+def lost_line(
+    who: str,               # the processes, such as 'process 1'
+    patience: float = None, # seconds they have been waited for; None: their connection broke
+) -> str:
+    "What is said where processes have ended or stand still."
+    if patience is None: return f'{who}: expected an answer, received the end of its connection'
+    return f'{who}: expected an answer within {patience:g} seconds, received none'
+
+# %% ../../nbs/algorithm/04_processes.ipynb #b7c1000a
+_BEAT = .5      # seconds between two signs of life
+_SILENT = 3.    # seconds without one, after which a process has ended or stands still
+
+class SignsOfLife:
+    "What each process writes into the store through which all have found each other, so that they know who has ended."
+    here = None                                # those of this process
+    def __init__(
+        self,
+        store,      # of torch.distributed
+        rank: int,  # of this process
+        count: int, # of processes
+    ):
+        self.store, self.rank, self.count = store, rank, count
+        self.beats = self.exchanges = 0        # signs given, exchanges that this process has come to
+        self.line = ''                         # who has ended, in the words of the process that found out first
+        self.over = threading.Event()
+        self._beat()
+        self.thread = threading.Thread(target=self._beat_on, daemon=True)
+        self.thread.start()
+        atexit.register(self.stop)
+
+    def _beat(self):
+        self.beats += 1
+        self.store.set(str(self.rank), f'{self.beats} {self.exchanges}')
+        if self.store.check(['line']): self.line = self.store.get('line').decode()
+        self.heard = time.monotonic()
+
+    def _beat_on(self):
+        while not self.over.wait(_BEAT):
+            try: self._beat()
+            except RuntimeError: return        # the store is gone
+
+    def stop(self):
+        "Give no more signs."
+        self.over.set()
+        self.thread.join(_SILENT)
+
+    def missing(
+        self,
+        timed_out: bool, # an exchange, so that those count that have not come to it
+    ) -> list:           # of numbers
+        "The processes that give no sign of life, else those that have not come in time."
+        def signs(): return [tuple(map(int, self.store.get(str(i)).split())) for i in range(self.count)]
+        for _ in range(3):                     # one that ends may take a moment
+            before = signs()
+            self.over.wait(_SILENT)
+            after = signs()
+            silent = [i for i, (old, new) in enumerate(zip(before, after)) if old == new]
+            behind = [i for i, (_, exchanges) in enumerate(after) if timed_out and exchanges < self.exchanges]
+            if self.line or silent or behind: return silent or behind
+        return []
+
+# %% ../../nbs/algorithm/04_processes.ipynb #b7c1000b
+def name_lost(
+    otherwise: str,         # the processes, where nobody can tell
+    known: str = '',        # their numbers, where this process knows them
+    patience: float = None, # seconds they have been waited for; None: their connection broke
+) -> str:
+    "Say who has ended or stands still, in the words of the process that finds out first."
+    signs = SignsOfLife.here
+    if signs is None: return lost_line(f'process {known}' if known else otherwise, patience)
+    holder = lost_line('process 0', patience)              # of the store, unless the launcher has it
+    if not signs.line and time.monotonic() - signs.heard > _SILENT: return holder
+    try:
+        if not (known or signs.line): known = ', '.join(map(str, signs.missing(patience is not None)))
+        if known: signs.line = signs.store.compare_set('line', '', lost_line(f'process {known}', patience)).decode()
+        time.sleep(4*_BEAT)                                # the store may end with this process: the others read it now
+    except RuntimeError: return signs.line or holder
+    return signs.line or lost_line(otherwise, patience)
+
+# %% ../../nbs/algorithm/04_processes.ipynb #b7c1000d
 @cache
 def host_group():
     "The processes as a group that exchanges objects through host memory."
-    from torch.distributed import new_group
+    from torch.distributed import PrefixStore, new_group
+    from torch.distributed.distributed_c10d import _get_default_store
+    SignsOfLife.here = SignsOfLife(PrefixStore('signs', _get_default_store()), *processes())
     return new_group(backend='gloo', timeout=timedelta(seconds=process_timeout()))
 
 def exchange(
@@ -129,18 +214,17 @@ def exchange(
     count = processes()[1]
     if count == 1: return [value]
     from torch import distributed
-    values, patience = [None]*count, process_timeout()
+    values, patience, group = [None]*count, process_timeout(), host_group()
+    if SignsOfLife.here: SignsOfLife.here.exchanges += 1
     began = time.monotonic()
     try:
-        distributed.monitored_barrier(host_group(), timedelta(seconds=patience), wait_all_ranks=True)
-        distributed.all_gather_object(values, value, group=host_group())
+        distributed.monitored_barrier(group, timedelta(seconds=patience), wait_all_ranks=True)
+        distributed.all_gather_object(values, value, group=group)
     except RuntimeError as e:
-        lost = re.search(r'Ranks? ([\d, ]+) failed', str(e))
-        who = f'process {lost[1]}' if lost else 'process 0, or one that it waits for'
-        silent = time.monotonic() - began > .9*patience
-        expected = f'an answer within {patience:g} seconds' if silent else 'an answer'
-        received = 'none' if silent else 'the end of its connection'
-        raise InputError(f'{who}: expected {expected}, received {received}{_KEPT}') from e
+        failed = re.search(r'Ranks? ([\d, ]+) failed', str(e))
+        known, waited = failed[1] if failed else '', time.monotonic() - began
+        line = name_lost('process 0, or one that it waits for', known, patience if waited > .9*patience else None)
+        raise InputError(line + _KEPT) from e
     return values
 
 def gather_to_first(
@@ -155,8 +239,6 @@ def gather_to_first(
     return values
 
 # %% ../../nbs/algorithm/04_processes.ipynb #6b2d00e1
-_KEPT = '; the last checkpoint is kept'
-
 def lost_connection(
     error: Exception, # that an exchange has raised
 ) -> bool:
@@ -171,7 +253,7 @@ def hearing_others():
     try: yield
     except RuntimeError as e:
         if processes()[1] == 1 or not lost_connection(e): raise
-        raise InputError(f'another process: expected an answer, received the end of its connection{_KEPT}') from e
+        raise InputError(name_lost('another process') + _KEPT) from e
 
 # %% ../../nbs/algorithm/04_processes.ipynb #b7c10004
 class _Interruptions:
