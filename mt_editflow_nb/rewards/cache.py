@@ -19,10 +19,10 @@ from .engines import Reply
 _COLUMNS = 'key, model, prompt, seed, answer, probs, tokens, seconds'
 _TYPES = 'model text, prompt text, seed integer, answer text, probs text, tokens integer, seconds real'
 _VALUES = f'({_COLUMNS}) values (?,?,?,?,?,?,?,?)'
-_BOTH = f'select {_COLUMNS} from replies union all select {_COLUMNS} from recent'
+_ONLY_RECENT = f'select {_COLUMNS} from recent where key not in (select key from replies)'
 _tables = (f'create table if not exists replies (key text primary key, {_TYPES})',
            f'create table if not exists recent (row integer primary key autoincrement, key text, {_TYPES})',
-           f'create view if not exists answers as {_BOTH}',
+           f'create view if not exists answers as select {_COLUMNS} from replies union all {_ONLY_RECENT}',
            'create table if not exists unusable (key text primary key)',
            'create table if not exists serving (identity text primary key, first text, now text)')
 
@@ -142,7 +142,7 @@ def _new_rows(db):
     in any order would change a page of it for each. They are sorted (`+key`) and not looked up by the index, which
     would read a page of the table for each."""
     tables = _table_names(db)
-    recent = f'union all select {_COLUMNS} from recent' if 'recent' in tables else ''
+    recent = f'union all {_ONLY_RECENT}' if 'recent' in tables else ''
     usable = 'where key not in (select key from unusable)' if 'unusable' in tables else ''
     copied, = db.execute('pragma user_version').fetchone()
     indexed = f'select {_COLUMNS} from replies where rowid > {copied}'
