@@ -50,6 +50,11 @@ def api_page(name):
     body = '\n'.join(entry.replace('---\n', '', 1).replace('\n###', '\n##') for entry in entries)
     return f'# `{there}`\n\n> {(module.__doc__ or "").strip()}\n\n{body}\n'
 
+def front_texts(cell):
+    "What the front page shows of a cell of the index: its text, or, of code, the text that came out."
+    if cell.cell_type == 'markdown': return [cell.source]
+    return [o.data['text/markdown'] for o in cell.outputs if 'text/markdown' in o.get('data', {})]
+
 def toctree(caption, pages):
     "A list of pages for the side bar."
     return '\n'.join([f'```{{toctree}}\n:caption: {caption}\n:maxdepth: 1\n:hidden:\n', *pages, '```', ''])
@@ -77,7 +82,7 @@ def write_sources():
         page.write_text(api_page(name))
 
     index = nbformat.read(source/'nbs'/'index.ipynb', as_version=4)
-    front = '\n\n'.join(from_root(c.source) for c in index.cells if c.cell_type == 'markdown')
+    front = '\n\n'.join(from_root(text) for c in index.cells for text in front_texts(c))
     # a folder has no page
     front = front.replace('](experiments/recipes)', '](experiments/recipes/kontext_nft.yaml)')
     (source/'nbs'/'index.ipynb').unlink()
