@@ -25,7 +25,7 @@ from .fusion import CREDITS, FUSIONS, PRESETS, STDS
 # %% ../../nbs/algorithm/03_config.ipynb #518f2c29
 class EditorFields(BaseModel):
     "The editor, and which of its weights are trained."
-    editor: str = Field('tiny', description="'tiny', a pipeline directory, or a hub name")
+    editor: str = Field('tiny', description="'tiny', 'tiny-better', a pipeline directory, or a hub name")
     quantize: Literal['nf4'] | None = Field(None, description="'nf4' stores the frozen weights in 4 bits")
     size: int | None = Field(None, ge=16, le=4096, description=(
         "side of the images in pixels, if not the autoencoder's own"))

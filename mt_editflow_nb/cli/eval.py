@@ -64,7 +64,7 @@ from ..training.source import check_for_judge, trained_part
 
 # %% ../../nbs/cli/01_eval.ipynb #3ab60b34
 def _editor_options(ap):
-    ap.add_argument('--editor', help="'tiny' (default), a pipeline directory, or a hub name")
+    ap.add_argument('--editor', help="'tiny' (default), 'tiny-better', a pipeline directory, or a hub name")
     ap.add_argument('--lora', help='folder of a trained adapter (RUN/lora) or transformer (RUN/transformer); editor, '
                                    'size, guidance, steps and 4 bits are those of its run unless given (on EdiVal-'
                                    'Bench the published ones)')

@@ -21,7 +21,7 @@ from ..data.files import (InputError, at_home, atomic_write, content_hash, expec
                                        read_json, to_json)
 from ..data.plots import save_figure
 from ..data.shapeworld import WORLDS
-from ..editing.loading import TINY_EDITOR
+from ..editing.loading import SHIPPED_EDITORS
 from ..editing.lora import ADAPTER_FILE
 from ..evaluation.card import markdown_table, same_judge_sentences, unscored_sentences
 from ..training.runs import plot_run, read_config
@@ -62,7 +62,7 @@ def public_config(
 _flux = dict(license='other', license_name='flux-1-dev-non-commercial-license')
 _flux2 = dict(license='other', license_name='flux-non-commercial-license')
 LICENCES = {   # base model -> what the head of a model card says
-    TINY_EDITOR: dict(license='apache-2.0'),
+    **dict.fromkeys(SHIPPED_EDITORS, dict(license='apache-2.0')),
     'black-forest-labs/FLUX.1-Kontext-dev': _flux,
     'black-forest-labs/FLUX.2-klein-base-4B': dict(license='apache-2.0'),
     'black-forest-labs/FLUX.2-klein-base-9B': _flux2,
@@ -84,10 +84,10 @@ def licence_of(
 def base_of(
     config: dict,           # of the run
     base_model: str = None, # named by the user
-) -> str:                   # hub name, or `TINY_EDITOR`
+) -> str:                   # hub name, or one of `SHIPPED_EDITORS`
     "What was trained. Raises `InputError` for an editor that lay in a folder: only the user knows what that is."
     editor = config['editor']
-    known = base_model or editor == TINY_EDITOR or (editor.count('/') == 1 and not Path(editor).exists())
+    known = base_model or editor in SHIPPED_EDITORS or (editor.count('/') == 1 and not Path(editor).exists())
     expect(known, '--base-model', 'the hub name of the editor that was trained from a folder', base_model)
     return base_model or editor
 
@@ -184,7 +184,7 @@ def card_head(
     whole: bool = False, # a transformer, not an adapter
 ) -> str:                # YAML
     "What the hub reads of a card."
-    known = {} if base == TINY_EDITOR else dict(base_model=base)
+    known = {} if base in SHIPPED_EDITORS else dict(base_model=base)
     tags = ['image-editing', 'multi-turn', 'reinforcement-learning', 'mt_editflow_nb']
     if not whole: tags.insert(0, 'lora')
     fields = dict(library_name='diffusers', pipeline_tag='image-to-image', tags=tags)
