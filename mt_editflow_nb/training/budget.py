@@ -274,7 +274,7 @@ def evaluation_rows(
     return c.eval_sessions*(getattr(c, 'eval_turns', None) or turns)*evaluation_steps(c)*(2 + between)
 
 # %% ../../nbs/training/01_budget.ipynb #17b5bcf8
-MEASURED_BLOCKS = 2     # of each kind, besides those that are measured to see what one more adds
+MEASURED_BLOCKS = 2, 1     # of the first kind and of the second, besides those that show what one more adds
 
 def _numbers_of(configs, size, shape, guidance, lora_rank, lora_targets, real, blocks) -> dict:
     "What is counted of a transformer with so many blocks of each kind and an adapter."
@@ -299,8 +299,9 @@ def numbers_of_blocks(
 ) -> dict:        # the numbers for all blocks
     """The numbers of a deep transformer from shallow ones: blocks of a kind are alike, so each adds the same.
 
-    The first of all is not: nothing before it needs a gradient. So two are measured, and what a third adds."""
-    few = {kind: min(n, MEASURED_BLOCKS) for kind, n in blocks.items()}
+    The first of all is not: nothing before it needs a gradient. So two of its kind are measured, and what a third adds;
+    of another kind one, and what a second adds."""
+    few = {kind: min(n, measured) for (kind, n), measured in zip(blocks.items(), MEASURED_BLOCKS)}
     base = measure(few)
     numbers = dict(base)
     for kind, n in blocks.items():
