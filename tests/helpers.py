@@ -1,5 +1,7 @@
 "What several files of tests need: patience, and commands in processes of their own that start quickly."
-import contextlib, faulthandler, gc, importlib, multiprocessing, os, runpy, signal, sys, time, traceback, warnings
+import asyncio, contextlib, faulthandler, gc, importlib, multiprocessing, os, runpy, signal, subprocess, sys, time
+import traceback, warnings
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from unittest.mock import patch
@@ -76,6 +78,39 @@ class Command:
         self.process.join(PATIENCE)
         assert not self.is_running(), 'waited in vain'
         return self.process.exitcode, self.said('err')
+
+def _run_in_copy(command, env):
+    "The body of a `Copy`: `python -c code ...` or `python -m module ...`."
+    option, what, *arguments = command[1:]
+    status = 1
+    try:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for fd in map(int, os.listdir('/proc/self/fd')):        # files of the other process; their numbers stay in use
+            with contextlib.suppress(OSError):
+                if fd > 2 and fd != nothing: os.dup2(nothing, fd, inheritable=False)
+        os.environ.clear()
+        os.environ.update(env)
+        signal.set_wakeup_fd(-1)
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1): signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        asyncio._set_running_loop(None)
+        asyncio.set_event_loop(None)
+        sys.argv = [option, *arguments]
+        if option == '-c': exec(what, dict(__name__='__main__'))
+        else: runpy.run_module(what, run_name='__main__', alter_sys=True)
+        status = 0
+    except SystemExit as e: status = e.code if isinstance(e.code, int) else bool(e.code)
+    except BaseException: traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr): stream.flush()
+        os._exit(status)
+
+class Copy(subprocess.Popen):
+    "In place of `Popen`: a new interpreter is a copy of this process, which has imported everything."
+    def __init__(self, command, *args, env=None, **kw):
+        is_python = not isinstance(command, str) and command[0] == sys.executable and command[1] in ('-c', '-m')
+        if is_python: kw['preexec_fn'] = partial(_run_in_copy, command, dict(os.environ if env is None else env))
+        super().__init__(command, *args, env=env, **kw)
 
 def _exit_status(run, name, arguments):
     with patch.object(sys, 'argv', [str(name), *map(str, arguments)]), warnings.catch_warnings():
