@@ -88,6 +88,7 @@ def _run_in_copy(command, env):
         for fd in map(int, os.listdir('/proc/self/fd')):        # files of the other process; their numbers stay in use
             with contextlib.suppress(OSError):
                 if fd > 2 and fd != nothing: os.dup2(nothing, fd, inheritable=False)
+        sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, 1, closefd=False) for fd, mode in enumerate('rww'))
         os.environ.clear()
         os.environ.update(env)
         signal.set_wakeup_fd(-1)
