@@ -346,7 +346,8 @@ def failing_together(
     _Interruptions.reach_others = not exchanging
     try:
         if not exchanging and (error := _Interruptions.take()): raise error
-        with ending_together() if exchanging else nullcontext(): yield
+        together = ending_together() if exchanging else nullcontext()
+        with together: yield
     except ProcessError: raise                                                  # the others have heard of it
     except (Exception, KeyboardInterrupt) as e: error = e
     finally: _Interruptions.reach_others = False

@@ -171,7 +171,8 @@ def _value_at(metric, turn):
     def value_of(row):
         value = row.get(metric, ...)
         if not isinstance(value, list): return value
-        return value[turn - 1 if turn else -1] if len(value) >= (turn or 1) else ...
+        if len(value) < (turn or 1): return ...
+        return value[turn - 1 if turn else -1]
     return value_of
 
 # %% ../../nbs/data/05_plots.ipynb #7e05a015

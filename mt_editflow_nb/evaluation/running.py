@@ -34,8 +34,9 @@ def equal_length_batches(
     only=None,      # indices of those that are wanted; None: all
 ) -> list:          # lists of indices into `sessions`
     "Sessions in their order, cut into batches, each of sessions of one length and with pictures of one shape."
+    if only is None: only = range(len(sessions))
     alike = {}
-    for i in range(len(sessions)) if only is None else only:
+    for i in only:
         s = sessions[i]
         alike.setdefault((len(s.instructions), s.has_image and s.image_size), []).append(i)
     return [indices[k:k + batch] for indices in alike.values() for k in range(0, len(indices), batch)]

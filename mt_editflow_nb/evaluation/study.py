@@ -143,7 +143,8 @@ class RatingWidget:
         self.box = widgets.Text(placeholder='click here, then 1, 2, 0 or u', layout=widgets.Layout(width='16rem'))
         self.box.observe(self.typed, 'value')
         buttons = [widgets.Button(description=d) for d in ('1 upper', '2 lower', '0 no difference', 'u back')]
-        for button in buttons: button.on_click(lambda clicked: self.press(clicked.description[0]))
+        def press(clicked): self.press(clicked.description[0])
+        for button in buttons: button.on_click(press)
         self.view = widgets.VBox([self.image, widgets.HBox([self.box, *buttons, self.status])])
         self.draw()
 

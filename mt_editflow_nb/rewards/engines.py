@@ -222,7 +222,8 @@ class Local:
         where = _checkpoint(name)
         self.path, self.quantize, self.batch = str(where), quantize, batch
         self.max_tokens, self.temperature = max_tokens, temperature
-        self.device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+        there = 'cuda' if torch.cuda.is_available() else 'cpu'
+        self.device = there if device == 'auto' else device
         self.model = f'{Path(name).name}#{fingerprint(where)}' if isinstance(where, Path) else name
         if quantize: self.model += f'+{quantize}'
         self.identity = self.model     # what an answer depends on; the settings below change the calls themselves

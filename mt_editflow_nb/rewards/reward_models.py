@@ -138,7 +138,8 @@ class RewardHeads:
         self.questions = head_questions(kind, questions)
         local = (Path(name)/'config.json').is_file()
         self.base = base or (name if local else HEAD_MODELS[kind].base)
-        self.device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+        there = 'cuda' if torch.cuda.is_available() else 'cpu'
+        self.device = there if device == 'auto' else device
         self.model = f'{kind}:{Path(name).name}#{fingerprint(name)}' if Path(name).is_dir() else f'{kind}:{name}'
         self.identity = json.dumps([self.model, self.questions], sort_keys=True)
         self._lock = threading.Lock()

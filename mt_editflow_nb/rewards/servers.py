@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http import HTTPStatus
 from importlib.util import find_spec
+from operator import attrgetter
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment
 import numpy as np
@@ -455,7 +456,7 @@ class _Dispatcher:
         while True:
             there = [c for c in self.clients if c not in tried and c.url not in self.server.absent]
             quick = [c for c in there if self.server.slow.get(c.url, 0) <= time.monotonic()]
-            if there: return min(quick or there, key=lambda c: c.busy)
+            if there: return min(quick or there, key=attrgetter('busy'))
             if tried or not await self.presence.wait(): return None
 
     def counted(self, reply):

@@ -663,7 +663,7 @@ def saved_evaluation(
     report = FirstBatch(ctx.c, ctx.run, name, int(turns_of(heldout).max()), ctx.progress)
     evaluation = run_evaluation(ctx, name, editor, heldout, report)
     def keep():
-        for target in (file, shared) if shared else (file,): write_outcomes(target, *evaluation)
+        for target in filter(None, (file, shared)): write_outcomes(target, *evaluation)
         shutil.rmtree(ctx.run/'evaluations'/name, ignore_errors=True)  # it is whole: the parts are not needed
     from_first(keep)
 
