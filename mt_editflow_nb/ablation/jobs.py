@@ -130,6 +130,7 @@ def _stop_on_request(record, time_limit):
     if time_limit: _in_background(wait_for_limit)
     signal.signal(signal.SIGTERM, lambda *_: _in_background(record.stop, 'cut', None, STOPPED))
 
+# %% ../../nbs/ablation/01_jobs.ipynb #9cdcd43b
 def _execute(message, record):
     "Run the notebook; returns what `JobRecord.end` takes."
     skip_url_grammar()
