@@ -1,6 +1,6 @@
 "What several files of tests need: patience, and commands in processes of their own that start quickly."
 import asyncio, contextlib, faulthandler, gc, importlib, multiprocessing, os, runpy, signal, subprocess, sys, time
-import traceback, warnings
+import threading, traceback, warnings
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -31,6 +31,7 @@ def _forked_interpreter(executable, arguments, kept):
     if pid: return pid
     try:
         faulthandler.disable()
+        forkserver._forkserver._lock = threading.RLock()         # the other one is held by whoever starts a server
         sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
         for fd in map(int, os.listdir('/proc/self/fd')):
             if fd > 2 and fd not in kept:
