@@ -28,11 +28,7 @@ def most(name):
     "A tree of a million answers is a little deeper than one of a thousand."
     return 1.05 if name in linear else .15
 
-# The committed numbers of this line are of the time when each answer was indexed at once; it is to be measured again.
-outgrown = pytest.mark.xfail(reason='answers kept, each indexed at once: exponent 1.17 [1.08, 1.26]', strict=True)
-
-@pytest.mark.parametrize('name', [pytest.param(x, marks=outgrown) if x == 'answers kept' else x
-                                  for x in linear | constant])
+@pytest.mark.parametrize('name', linear | constant)
 def test_no_line_grows_faster_than_its_work(name):
     assert lowest_exponent(measured[measured.line == name]) <= most(name)
 
