@@ -31,7 +31,7 @@ browser: ## install the system's Chromium, which tests drive JupyterLab with
 	  echo 'No Chromium, and it cannot be installed from here: tests in a browser will be skipped.'
 
 # Chapters and flows in one pool of processes; each takes the next test when it is done, the longest first (tests/conftest.py).
-# One process more than the two cores that the time limit is for: some tests wait for servers, browsers and other processes.
+# As many processes as the two cores that the time limit is for.
 # Where bytecode is not written, each of the processes would compile the package again.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadscope --no-loadscope-reorder
 
