@@ -1,5 +1,5 @@
 "Fixtures that several files of tests share."
-import gc, os, signal
+import gc, signal
 from mt_editflow_nb.data.files import skip_url_grammar
 skip_url_grammar()                                 # before anything imports jsonschema
 from concurrent.futures import ProcessPoolExecutor
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from xdist.scheduler import LoadScopeScheduling
-from helpers import fork_server, processes
+from helpers import processes
 
 # Files whose tests share what takes long to make, and other tests that take longest. These begin first, so that in the
 # end no core waits for one of them; a file of the first kind runs in one process, which makes what is shared once.
@@ -33,10 +33,6 @@ def pytest_xdist_make_scheduler(config, log):
             return file if file in TOGETHER else nodeid
     return Scheduling(config, log)
 
-def pytest_sessionstart(session):
-    "Where tests run side by side, nearly every process of them needs processes of its own."
-    if hasattr(session.config, 'workerinput'): fork_server()
-
 def pytest_collection_finish():
     """Tests load copies of the tiny editor.
 
@@ -48,7 +44,6 @@ def prepare_runner():
     "Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them."
     import copied                      # noqa: F401 as below
     gc.freeze()
-    os.environ.pop('TORCHDYNAMO_DISABLE', None)
     InteractiveShell.atexit_operations = lambda shell: None
 
 @pytest.fixture(scope='session')

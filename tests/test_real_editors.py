@@ -9,7 +9,6 @@ from mt_editflow_nb.algorithm.iterate import grpo_terms, make_batch, sampling_op
 from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
 from mt_editflow_nb.editing.loading import load_editor
-from mt_editflow_nb.editing.lora import add_lora
 from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.evaluation.running import trained_with, training_of
 from mt_editflow_nb.training.monitor import identity_edits
@@ -27,15 +26,6 @@ def test_copies_of_the_tiny_editor_are_what_is_read():
         assert a.keys() == c.keys() and all(torch.equal(a[k], c[k]) for k in c)
         assert not any(a[k].data_ptr() == b[k].data_ptr() for k in a)
         assert not any(p.requires_grad for p in part.parameters())
-
-def test_copies_with_an_adapter_are_what_add_lora_makes():
-    one, another, made = load_editor(lora_rank=2, seed=3), load_editor(lora_rank=2, seed=3), load_editor()
-    add_lora(made, 2, seed=3)
-    a, b, c = (editor.transformer.state_dict() for editor in (one, another, made))
-    assert list(a) == list(c) and all(torch.equal(a[k], c[k]) for k in c)
-    assert not any(a[k].data_ptr() == b[k].data_ptr() for k in a) and one.pipe.transformer is one.transformer
-    trained, expected = ([n for n, p in e.transformer.named_parameters() if p.requires_grad] for e in (one, made))
-    assert trained == expected and all('lora_' in n for n in trained)
 
 # --- the average of the adapter
 

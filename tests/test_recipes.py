@@ -451,7 +451,6 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
         about = editor_configs(name)
         return about | dict(transformer=about['transformer'] | dict(num_layers=1, num_single_layers=1))
     monkeypatch.setattr(bench_gpu, 'editor_configs', one_block_of_each_kind)
-    monkeypatch.delenv('TORCHDYNAMO_DISABLE', raising=False)
     monkeypatch.setattr('sys.argv', ['bench_gpu.py', *argv])
     bench_gpu.main()
     file = tmp_path/'bench_tiny_toy.json'

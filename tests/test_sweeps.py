@@ -1,8 +1,8 @@
 "Sweeps as a user runs them: two slots, a kill in the middle, a failing job, a wrong spec, two sweeps at once, Ray."
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-import jupyter_client.launcher, nbformat, psutil, pytest, yaml
-from helpers import PATIENCE, Copy, wait_for
+import nbformat, psutil, pytest, yaml
+from helpers import PATIENCE, wait_for
 from mt_editflow_nb.ablation import jobs as jobs_module
 from mt_editflow_nb.ablation import sweeps
 from mt_editflow_nb.ablation.jobs import (
@@ -72,12 +72,7 @@ def starts(job):
     file = job.folder/'starts'
     return len(file.read_text()) if file.is_file() else 0
 
-@pytest.fixture
-def copies(monkeypatch):
-    "Jobs and their kernels are processes of their own, but need not import everything; those of a command do."
-    for module in (subprocess, jupyter_client.launcher): monkeypatch.setattr(module, 'Popen', Copy)
-
-def test_a_failing_job_and_a_silent_one(folder, copies, capsys):
+def test_a_failing_job_and_a_silent_one(folder, capsys):
     "The rest goes on, reasons are kept, the exit status says so; afterwards nothing that is done runs again."
     path = spec(folder, points=[dict(label='fails', fail=True), dict(label='good'), dict(label='silent', silent=True)])
     assert main([str(path), '--out', str(folder/'runs'), '--slots', '2']) == 1          # the third takes a used slot
@@ -92,7 +87,7 @@ def test_a_failing_job_and_a_silent_one(folder, copies, capsys):
     assert main([str(path), '--out', str(folder/'runs')]) == 1
     assert [starts(j) for j in (fails, good, silent)] == [1, 1, 1]
 
-def test_time_limit(folder, copies, capsys):
+def test_time_limit(folder, capsys):
     path = spec(folder, fixed=dict(iterations=10_000, seconds=.05), time_limit='4s')
     assert main([str(path), '--out', str(folder/'runs')]) == 1
     slow, = plan_sweep(path, folder/'runs').jobs
@@ -144,7 +139,7 @@ def test_two_sweeps_share_a_folder(folder):
     assert {p.name for p in (folder/'runs').glob('*.json')} == {'a.json', 'b.json'}
     assert len([p for p in (folder/'runs').iterdir() if p.is_dir()]) == 2
 
-def test_the_tasks_of_an_array_share_a_sweep(folder, copies):
+def test_the_tasks_of_an_array_share_a_sweep(folder):
     """`--jobs 1/2` and `--jobs 2/2` run all jobs, each once, and leave the plan of all of them.
 
     What a job costs besides its own time is printed."""
@@ -227,7 +222,7 @@ def test_a_job_is_known_by_everything_that_its_result_depends_on(folder):
     (folder/'data.jsonl').write_text('{"a": 1}')
     assert folder_name() == first
 
-def test_a_changed_notebook_leaves_nothing_done(folder, copies):
+def test_a_changed_notebook_leaves_nothing_done(folder):
     path = spec(folder, seeds=[1])
     assert main([str(path), '--out', str(folder/'runs')]) == 0
     write_notebook(folder/'small.ipynb', work=WORK.replace('x=x', 'x=10*x'))

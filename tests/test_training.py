@@ -1,12 +1,12 @@
 "Whole runs: killed, interrupted, out of disk, from a user's own files, and from the command line."
-import importlib, json, os, random, resource, shutil, signal, subprocess, time
+import importlib, json, os, random, resource, shutil, signal, time
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, psutil, pytest, torch
 from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from helpers import PATIENCE, Command, Copy, wait_for
+from helpers import PATIENCE, Command, wait_for
 import mt_editflow_nb
 from mt_editflow_nb.editing import loading
 from mt_editflow_nb.editing.loading import load_editor
@@ -298,18 +298,11 @@ def test_a_stop_in_an_evaluation_says_how_to_go_on(tmp_path, capsys):
     results = [json.loads((tmp_path/n/'results.json').read_text())['table'] for n in ('run', 'whole')]
     assert results[0] == results[1]
 
-def main_in_copies(argv):
-    "`mtef_train`; papermill and its kernel are processes of their own, but need not import everything again."
-    import jupyter_client.launcher
-    for module in (subprocess, jupyter_client.launcher): module.Popen = Copy       # in this process alone
-    return main(argv)
-
 @pytest.mark.skipif(not Path('experiments/train.ipynb').is_file(), reason='runs from the top of the repository')
 @pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_notebook_does_not_train_on_as_an_orphan(tmp_path, sent):
     run = tmp_path/'run'
-    job = Command(main_in_copies, [*pairs(iterations=500), '--notebook', 'experiments/train.ipynb', '--run', str(run)],
-                  run.with_name('log'))
+    job = start(run, *pairs(iterations=500), '--notebook', 'experiments/train.ipynb')
     wait_for_iteration(job, run, 2)
     family = psutil.Process(job.pid).children(recursive=True)
     assert len(family) >= 2                                        # papermill and its kernel
