@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shape_detect', 'shape_ask', 'unreliable', 'edival_words', 'attempts', 'judge_rules', 'judge_images', 'rule_table',
-           'pixel_features', 'damaged', 'consistency_against_truth', 'spearman', 'rank_correlation', 'edival_session',
+           'pixel_features', 'damaged', 'consistency_against_truth', 'rank_correlation', 'edival_session',
            'edival_outcomes']
 
 # %% ../../nbs/evaluation/05_truth.ipynb #3a2ecf6f
@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 import numpy as np, pandas as pd, torch
 from PIL import Image
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 from ..data.sessions import Session
 from ..data.shapeworld import (BACKGROUNDS, OBJECTS, WORLD_SIDE, Edit, Scene, apply_edit, parse_edit,
                                             read_scene, recognise, render, shape_sessions)
@@ -264,15 +264,6 @@ def consistency_against_truth(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evaluation/05_truth.ipynb #dd266e4e
-def spearman(
-    x: np.ndarray, # numbers
-    y: np.ndarray, # as many numbers
-) -> float:
-    "Spearman's rank correlation; NaN where all x or all y are equal."
-    x, y = (rankdata(v) - (len(v) + 1)/2 for v in (x, y))       # ranks that are shared are averaged: their mean is this
-    scale = np.sqrt((x @ x)*(y @ y))
-    return float(x @ y/scale) if scale else np.nan
-
 def rank_correlation(
     x,                 # numbers; pairs with a NaN are left out
     y,                 # as many numbers
@@ -286,8 +277,8 @@ def rank_correlation(
     x, y = pairs.x.to_numpy(), pairs.y.to_numpy()
     of, rng = list(pairs.groupby('session').indices.values()), np.random.default_rng(seed)
     picks = [np.concatenate([of[i] for i in rng.integers(len(of), size=len(of))]) for _ in range(n_boot)]
-    low, high = percentile_interval(np.array([spearman(x[pick], y[pick]) for pick in picks])[:, None])
-    return Interval(spearman(x, y), float(low[0]), float(high[0]))
+    low, high = percentile_interval(np.array([spearmanr(x[pick], y[pick]).statistic for pick in picks])[:, None])
+    return Interval(float(spearmanr(x, y).statistic), float(low[0]), float(high[0]))
 
 # %% ../../nbs/evaluation/05_truth.ipynb #4e0bef97
 def edival_session(
