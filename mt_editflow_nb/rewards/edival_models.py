@@ -16,7 +16,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image
 from ..data.files import InputError, content_hash, expect, first_line, one_line, read_text
-from .engines import Ask, fingerprint, require_all_weights
+from .engines import Ask, fingerprint, require_all_weights, resolve_device
 from .judges import MODES, ask_and_parse, load_mode
 from .loading import load_engine
 from .reward_models import RewardHeads, text_constants
@@ -115,16 +115,12 @@ def _load(cls, name, what, device):
     except (OSError, ValueError) as e:
         raise InputError(f'{what}: expected a model that can be loaded, received {name}: {first_line(e)}') from e
     require_all_weights(info, f'{what}: {name}')
-    return model.requires_grad_(False).eval().to(_device(device))
+    return model.requires_grad_(False).eval().to(resolve_device(device))
 
 def _processor(cls, name, what):
     try: return cls.from_pretrained(str(name))
     except (OSError, ValueError, ImportError) as e:  # Qwen2-VL's processor needs torchvision for videos, and says so
         raise InputError(f'{what}: expected a model with its processor, received {name}: {first_line(e)}') from e
-
-def _device(device):
-    if device != 'auto': return device
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def _chunks(items, size): return [items[i:i + size] for i in range(0, len(items), size)]
 
@@ -409,7 +405,7 @@ def load_features(
 def _hpsv3_package(device):
     "HPSv3 as its own package has it. Raises `ImportError` where that is not installed."
     from hpsv3 import HPSv3RewardInferencer
-    model = HPSv3RewardInferencer(device=_device(device))
+    model = HPSv3RewardInferencer(device=resolve_device(device))
     def quality(images):
         with tempfile.TemporaryDirectory() as folder:
             files = [str(Path(folder)/f'{i}.png') for i in range(len(images))]

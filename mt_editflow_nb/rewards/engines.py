@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY_JUDGE', 'Ask', 'Reply', 'JudgeFailed', 'fingerprint', 'base_model', 'require_all_weights', 'load_vlm',
-           'choice_tokens', 'with_settings', 'call_batches', 'Local']
+           'choice_tokens', 'resolve_device', 'with_settings', 'call_batches', 'Local']
 
 # %% ../../nbs/rewards/00_engines.ipynb #57d5ff97
 import hashlib, json, threading, time
@@ -177,6 +177,13 @@ def _answer_batch(model, processor, asks, identity):
     return replies
 
 # %% ../../nbs/rewards/00_engines.ipynb #b1a40007
+def resolve_device(
+    device: str, # 'auto' is the GPU where there is one
+) -> str:
+    "The name of the device that is meant."
+    if device != 'auto': return device
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
 def _check_device(device):
     "A device that this machine has."
     try:
@@ -222,8 +229,7 @@ class Local:
         where = _checkpoint(name)
         self.path, self.quantize, self.batch = str(where), quantize, batch
         self.max_tokens, self.temperature = max_tokens, temperature
-        there = 'cuda' if torch.cuda.is_available() else 'cpu'
-        self.device = there if device == 'auto' else device
+        self.device = resolve_device(device)
         self.model = f'{Path(name).name}#{fingerprint(where)}' if isinstance(where, Path) else name
         if quantize: self.model += f'+{quantize}'
         self.identity = self.model     # what an answer depends on; the settings below change the calls themselves

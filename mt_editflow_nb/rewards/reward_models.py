@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from ..data.files import InputError, expect, one_line, one_of, read_text
-from .engines import Ask, Reply, fingerprint
+from .engines import Ask, Reply, fingerprint, resolve_device
 from .judges import Verdict, ask_and_parse
 
 # %% ../../nbs/rewards/01b_reward_models.ipynb #44286aee
@@ -138,8 +138,7 @@ class RewardHeads:
         self.questions = head_questions(kind, questions)
         local = (Path(name)/'config.json').is_file()
         self.base = base or (name if local else HEAD_MODELS[kind].base)
-        there = 'cuda' if torch.cuda.is_available() else 'cpu'
-        self.device = there if device == 'auto' else device
+        self.device = resolve_device(device)
         self.model = f'{kind}:{Path(name).name}#{fingerprint(name)}' if Path(name).is_dir() else f'{kind}:{name}'
         self.identity = json.dumps([self.model, self.questions], sort_keys=True)
         self._lock = threading.Lock()
