@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['RECORD_FILE', 'LOCK_FILE', 'LANGUAGES', 'file_key', 'are_many', 'recorded_keys', 'record_keys', 'one_at_a_time',
            'file_keys', 'folder_of', 'picture_keys', 'sessions_hash', 'take_sessions', 'split_by_picture',
-           'language_of', 'read_range', 'matches', 'sample_indices', 'read_for_selection', 'write_selection']
+           'language_of', 'read_range', 'matches', 'TextLimit', 'cut_texts', 'sample_indices', 'read_for_selection',
+           'write_selection']
 
 # %% ../../nbs/data/07_selecting.ipynb #004cccf5
 import fcntl, os, sqlite3
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -227,6 +230,26 @@ def matches(
     if chained and 'input_turn' in session.meta: return False
     if side and not _within(min(image_size(session.image_path)), side): return False
     return language is None or language_of(session) == language
+
+# %% ../../nbs/data/07_selecting.ipynb #e4839b1a
+@dataclass(frozen=True)
+class TextLimit:
+    "How much of an instruction an editor reads."
+    editor: str             # its name
+    tokens: int = None      # None: all of it
+    count: Callable = None  # list of texts -> list of tokens; None: the tokenizer is not at hand
+
+def cut_texts(
+    texts: list,      # instructions
+    limit: TextLimit, # of an editor
+) -> tuple: # (how many are cut, or may be cut where tokens cannot be counted; tokens or bytes of the longest)
+    "How many instructions an editor would not read to their end."
+    different = list(dict.fromkeys(texts))
+    if limit.count: lengths = dict(zip(different, limit.count(different)))
+    else: lengths = {text: len(text.encode()) + 1 for text in different}
+    longest = max(lengths.values())
+    if limit.tokens is None: return 0, longest
+    return sum(lengths[text] > limit.tokens for text in texts), longest
 
 # %% ../../nbs/data/07_selecting.ipynb #bc3ca92a
 def sample_indices(

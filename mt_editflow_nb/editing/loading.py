@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import safetensors, torch
 from ..data.files import InputError, expect, one_line, one_of
-from ..data.overview import TextLimit
+from ..data.selecting import TextLimit
 from .editor import hub_errors, set_size
 from .flux2 import Flux2Editor
 from .kontext import KontextEditor

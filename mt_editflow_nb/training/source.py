@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from ..data.files import InputError, content_hash, expect
-from ..data.overview import NEAR_COPY_RMS
+from ..data.copies import NEAR_COPY_RMS
 from ..data.selecting import are_many, picture_keys, sessions_hash, split_by_picture
 from ..data.sessions import PrefetchedBatches, Sessions
 from ..data.shapeworld import WORLDS, parse_edit
