@@ -161,14 +161,14 @@ def plot_turns(
     results: Results,                      # from `load_results`
     metrics=('O', 'IF', 'CC', 'marginal'), # a panel each
 ) -> Figure:
-    "Scores over turns; grey: before training."
+    "Scores over turns; black: before training."
     fig = Figure(figsize=(3*len(metrics) + 2, 3.2), layout='constrained')
     axs, points = fig.subplots(1, len(metrics), squeeze=False)[0], _shown(results)
     turns = range(1, points[0].after.success_IT.shape[-1] + 1)
     before, after = seed_scores(points[0].before), [seed_scores(point.after) for point in points]
     for ax, metric in zip(axs, metrics):
         m = METRICS.index(metric)
-        ax.plot(turns, before[0, :, m], color='.6', lw=3, label='before training')
+        ax.plot(turns, before[0, :, m], color='k', lw=2.5, label='before training')
         for i, (point, scores) in enumerate(zip(points, after)):
             style = line_style(i) | dict(marker=_markers[i % 7], ms=4)
             _band(ax, turns, scores[..., m], point.label, style, 100)
