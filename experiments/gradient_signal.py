@@ -179,40 +179,72 @@ def cosine_of_halves(gradient_BX):
     return float(np.mean(cosines))
 
 def cosine_of_means(a_BX, b_BX):
-    "Cosine between the expectations of two estimates on the same batches, noise of one batch left out."
+    """Cosine between the expectations of two estimates on the same batches, without the bias of their noise.
+
+    None where one of them is lost in its noise."""
     def inner(x, y):
         products = x@y.T
         return (products.sum() - products.diagonal().sum()).item()
-    return inner(a_BX, b_BX)/max(1e-30, inner(a_BX, a_BX)*inner(b_BX, b_BX))**.5
+    for x in (a_BX, b_BX):
+        snr, error = signal_to_noise(x[:, None])
+        if snr < 2*error: return None
+    return inner(a_BX, b_BX)/(inner(a_BX, a_BX)*inner(b_BX, b_BX))**.5
+
+def strength(gradient_BKX, passes):
+    "How much of a gradient is signal, alone and per 1,000 passes, with its jackknife error."
+    snr, error = signal_to_noise(gradient_BKX)
+    return dict(batches=len(gradient_BKX), snr=snr, snr_error=error,
+                snr_per_1000_passes=1000*snr/passes, error_per_1000_passes=1000*error/passes)
+
+def rule_rows(batches_of, stage):
+    "Rules of credit and fusion, and numbers of members, at levels of noise that are drawn as training draws them."
+    reference_BX = batch_gradients(batches_of['chains'], RULES['broadcast, adaptive'], G, False)[0][:, 0]
+    for structure, rules in (('chains', RULES), ('branching', BRANCHING_RULES)):
+        for (name, rule), members in product(rules.items(), (8, 4, 2)):
+            if structure == 'branching' and rule['credit'] == 'to_go' and members < G: continue
+            gradient_BKX, counted = batch_gradients(batches_of[structure], rule, members, structure == 'branching')
+            passes = P*members*T*(3 + 3)        # three denoising steps, and forward plus backward counted as three
+            row = dict(what='rule', stage=stage, structure=structure, rule=name, members=members, counted=counted,
+                       cosine_of_halves=cosine_of_halves(gradient_BKX[:, 0]), **strength(gradient_BKX, passes))
+            if members == G: row['cosine_with_broadcast'] = cosine_of_means(gradient_BKX[:, 0], reference_BX)
+            yield row
+
+def level_rows(batches_of, stage):
+    "Levels of noise that are trained at, and draws of noise at each; level 0 is pure noise."
+    for structure, draws, levels in product(DRAWS, (1, 2), ((0,), (1,), (2,), (0, 1), (0, 1, 2))):
+        if draws > DRAWS[structure]: continue
+        branching, sketch = structure == 'branching', partial(mean_sketch, levels=levels, draws=draws)
+        gradient_BKX, _ = batch_gradients(batches_of[structure], RULES['local, adaptive'], G, branching, sketch)
+        alike = branching and levels == (0,)                                # a row trained for all members of a group
+        passes = P*T*(G*3 + 3*len(levels)*draws*(1 if alike else G))
+        yield dict(what='level', stage=stage, structure=structure, levels=levels, draws=draws,
+                   **strength(gradient_BKX, passes))
+
+def reward_rows(batches_of, stage):
+    "What each reward asks for, alone and weighed against the other, with turn branching at pure noise."
+    sketch, passes = partial(mean_sketch, levels=(0,), draws=1), P*T*(G*3 + 3)
+    def asked(weights):
+        rule = dict(fusion='reward', credit='local', std='none', weights=weights)
+        return batch_gradients(batches_of['branching'], rule, G, True, sketch)[0]
+    alone = {name: asked(weights) for name, weights in (('if', [1, 0]), ('cc', [0, 1]))}
+    cosine = cosine_of_means(*(x[:, 0] for x in alone.values()))
+    for name, gradient_BKX in (*alone.items(), *((f'.{w}, .{10 - w}', asked([w/10, 1 - w/10])) for w in (1, 3, 5))):
+        B = len(gradient_BKX)
+        products = gradient_BKX[:, 0]@gradient_BKX[:, 0].T
+        square = (products.sum() - products.diagonal().sum()).item()/(B*(B - 1))
+        yield dict(what='reward', stage=stage, reward=name, norm=max(square, 0)**.5, cosine_of_rewards=cosine,
+                   **strength(gradient_BKX, passes))
 
 def report_stage(folder, stage):
     "Yields a row for each cell of a stage."
     def read(structure): return [load_file(f) for f in sorted((folder/'batches'/stage/structure).glob('*.safetensors'))]
-    if len(read('chains')) < 4: return
-    whole = batch_gradients(read('chains'), RULES['broadcast, adaptive'], G, False)[0][:, 0]
-    for structure, rules in (('chains', RULES), ('branching', BRANCHING_RULES)):
-        batches = read(structure)[:len(whole)]
-        for (name, rule), members in product(rules.items(), (8, 4, 2)):
-            if structure == 'branching' and rule['credit'] == 'to_go' and members < G: continue
-            gradient_BKX, counted = batch_gradients(batches, rule, members, structure == 'branching')
-            snr, error = signal_to_noise(gradient_BKX)
-            passes = P*members*T*(3 + 3)        # three denoising steps, and forward plus backward counted as three
-            row = dict(stage=stage, structure=structure, rule=name, members=members, batches=len(batches), snr=snr,
-                       snr_error=error, snr_per_1000_passes=1000*snr/passes, error_per_1000_passes=1000*error/passes,
-                       cosine_of_halves=cosine_of_halves(gradient_BKX[:, 0]), counted=counted)
-            if members == G: row['cosine_with_broadcast'] = cosine_of_means(gradient_BKX[:, 0], whole[:len(batches)])
-            yield row
-    for structure, draws, levels in product(DRAWS, (1, 2), ((0,), (1,), (2,), (0, 1), (0, 1, 2))):
-        if draws > DRAWS[structure]: continue
-        branching, sketch = structure == 'branching', partial(mean_sketch, levels=levels, draws=draws)
-        gradient_BKX, _ = batch_gradients(read(structure), RULES['local, adaptive'], G, branching, sketch)
-        snr, error = signal_to_noise(gradient_BKX)
-        alike = branching and levels == (0,)                                # a row trained for all members of a group
-        passes = P*T*(G*3 + 3*len(levels)*draws*(1 if alike else G))
-        yield dict(stage=stage, structure=structure, rule='local, adaptive', members=G, levels=levels, draws=draws,
-                   batches=len(gradient_BKX), norm=gradient_BKX[:, 0].mean(0).norm().item(), snr=snr, snr_error=error,
-                   snr_per_1000_passes=1000*snr/passes, error_per_1000_passes=1000*error/passes)
-    yield dict(stage=stage, groups=group_facts(read('chains')), ceiling=ceiling(read('best')))
+    batches_of = {structure: read(structure) for structure in STRUCTURES}
+    together = min(len(batches_of[structure]) for structure in DRAWS)
+    if together < 4: return
+    for structure in DRAWS: batches_of[structure] = batches_of[structure][:together]
+    for rows in (rule_rows, level_rows, reward_rows): yield from rows(batches_of, stage)
+    yield dict(what='groups', stage=stage, **group_facts(batches_of['chains']))
+    yield dict(what='ceiling', stage=stage, **ceiling(batches_of['best']))
 
 def group_facts(batches):
     "Of groups of 8 at each turn: all members right, all wrong, and no spread in the graded rewards."
@@ -225,7 +257,6 @@ def group_facts(batches):
 
 def ceiling(batches):
     "The best of 8 going on at every turn: share of sessions all right so far, and cc, of the member that went on."
-    if not batches: return None
     right, kept = [], []
     for b in batches:
         best_PT = (b['rewards_PGTM']@torch.tensor([.35, .65])).argmax(1)[:, None]
