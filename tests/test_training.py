@@ -318,6 +318,7 @@ bad = {
     'no such aggregation': (['aggregation=median'], 'aggregation'), 'group of one': (['group=1'], 'group'),
     'plan of a folder': (['--plan'], '--plan: expected no --run'),
     'no notebook': (['--notebook', '/etc/hostname'], 'notebook: /etc/hostname: expected a notebook'),
+    'option without dashes': (['resume=x'], "resume: expected an option, --resume, received 'resume=x'"),
     'no name': (['=3'], "field=value, for example aggregation=min, received '=3'"),
     'run in a file': (['--run', '/dev/null/run'], '--run: expected a folder'),
     'judge option': (['judge_options={max_tokens: lots}', 'judge=tiny:think'], 'judge_options: max_tokens'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LICENCES', 'HUB_CARD', 'STRIPS_ON_CARD', 'without_address', 'without_folder', 'public_config', 'licence_of',
-           'base_of', 'numbers_table', 'card_head', 'hub_card', 'check_finished', 'Published', 'after_O',
+           'base_of', 'numbers_table', 'how_trained', 'card_head', 'hub_card', 'check_finished', 'Published', 'after_O',
            'best_iteration', 'evaluated_at', 'turns_scored', 'last_weights', 'best_weights', 'copy_file', 'hub_folder',
            'check_repo', 'upload', 'main']
 
@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment
+from ..algorithm.config import RL
 from ..data.files import (InputError, at_home, atomic_write, content_hash, expect, log_rows, one_line,
                                        read_json, to_json)
 from ..data.plots import save_figure
@@ -99,8 +100,7 @@ _card_results = '''\
 
 # {{ title }}
 
-{{ what }} for {{ base }}, trained with reinforcement learning on sessions of {{ results.turns }} turns:
-every turn edits the result of the one before.
+{{ what }} for {{ base }}, trained {{ how }}.
 Made with [mt_editflow_nb](https://mt-editflow-nb.github.io/mt_editflow_nb).
 
 ## What it does
@@ -178,15 +178,26 @@ def numbers_table(
                  difference=text(r, 'difference', 'low', 'high', '+')) for r in results['table']]
     return pd.DataFrame(rows).set_index(['turn', 'metric'])
 
+def how_trained(
+    config: dict, # of the run
+) -> str:         # what follows on 'trained'
+    "The method and the sessions of a run in words, those that it was trained on and not those of its evaluation."
+    other = dict(sft='on perfect pictures', distill='by on-policy distillation')
+    method = other.get(config['algorithm'], 'with reinforcement learning')
+    turns = config['turns'] or (3 if config['sessions'] in WORLDS else 'several')
+    if turns == 1: return f'{method}, on single edits'
+    return f'{method}, on sessions of {turns} turns, each of which edits the result of the one before'
+
 def card_head(
-    base: str,           # from `base_of`
-    licence: dict,       # from `licence_of`
-    whole: bool = False, # a transformer, not an adapter
-) -> str:                # YAML
+    base: str,     # from `base_of`
+    licence: dict, # from `licence_of`
+    config: dict,  # of the run
+) -> str:          # YAML
     "What the hub reads of a card."
     known = {} if base in SHIPPED_EDITORS else dict(base_model=base)
-    tags = ['image-editing', 'multi-turn', 'reinforcement-learning', 'mt_editflow_nb']
-    if not whole: tags.insert(0, 'lora')
+    tags = ['image-editing', 'multi-turn', 'mt_editflow_nb']
+    if config['algorithm'] in RL: tags.insert(2, 'reinforcement-learning')
+    if config['lora_rank'] is not None: tags.insert(0, 'lora')
     fields = dict(library_name='diffusers', pipeline_tag='image-to-image', tags=tags)
     return ModelCardData(**fields, **known, **licence).to_yaml()
 
@@ -205,9 +216,10 @@ def hub_card(
     if content and content not in WORLDS: data += f' (hash of the content: {content[:16]})'
     environment, whole = Environment(keep_trailing_newline=True), config['lora_rank'] is None
     return environment.from_string(HUB_CARD).render(
-        head=card_head(base, licence, whole), title=repo.rpartition('/')[2], base=base, results=results, config=config,
-        repo=repo, data=data, chosen=published.chosen, whole=whole, strips=[file.name for file in published.strips],
-        what='A transformer' if whole else 'A LoRA', table=markdown_table(numbers_table(results)),
+        head=card_head(base, licence, config), how=how_trained(config), title=repo.rpartition('/')[2], base=base,
+        results=results, config=config, repo=repo, data=data, chosen=published.chosen, whole=whole,
+        strips=[file.name for file in published.strips], what='A transformer' if whole else 'A LoRA',
+        table=markdown_table(numbers_table(results)),
         notes=published.missing + same_judge_sentences(config['eval_judge'], config['judge']))
 
 # %% ../../nbs/cli/05_push.ipynb #0c413855

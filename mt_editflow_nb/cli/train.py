@@ -217,6 +217,7 @@ def _chosen(a) -> tuple: # (`Config`, run folder)
         return _resumed(a.resume)
     values = {}
     for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
+    for name, value in values.items(): expect(name not in vars(a), name, f'an option, --{name}', f'{name}={value}')
     c = make_config(values)
     if a.plan: return c, None
     run = at_home(Path(a.run or 'runs'))
