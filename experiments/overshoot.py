@@ -22,7 +22,7 @@ from mt_editflow_nb.evaluation.running import evaluate, read_outcomes, write_out
 from mt_editflow_nb.evaluation.scores import Outcomes
 from mt_editflow_nb.rewards.cube import load_judge
 
-SPLITS = dict(training=dict(n=384, T=3, start=400_000), heldout=dict(n=512, T=8, split='heldout', seed=2))
+SPLITS = dict(training=dict(n=384, turns=3, start=400_000), heldout=dict(n=512, turns=8, split='heldout', seed=2))
 NOISE, STEPS = dict(training=7, heldout=1234), 3          # those of experiments/tune.py, and of the comparison
 
 def outcomes(run, scale, split):
