@@ -1,9 +1,10 @@
 """What every method gains at equal passes, from finished sweeps:
 
     python experiments/recipe.py runs/sweeps/recipe.json [MORE.json ...] --ours turn-branching
+    python experiments/recipe.py --pool recipe_first_seeds recipe_fresh_seeds    # of reports whose runs are gone
     python experiments/recipe.py --show mt-editflow      # print a method of the committed results, run nothing
 
-Writes experiments/results/recipe.json and recipe.png. Seeds of one label are put together. `tuning_runs` are the lines
+Writes experiments/results/NAME.json and NAME.png. Seeds of one label are put together. `tuning_runs` are the lines
 of experiments/results/tuning.jsonl with that label. `turn1_success_by_type` shows which edits an editor can do when it
 is given the first picture."""
 import argparse, shlex, sys
@@ -58,6 +59,39 @@ def summary(point, tuning_runs):
                 O_before=overall(point.before), O_after=overall(point.after),
                 turn1_success_by_type=success_by_type(point, point.after), tuning_runs=tuning_runs)
 
+def mean_of(values, seeds):
+    "A mean over seeds of numbers, or of each of the numbers in lists or dictionaries; None where one is missing."
+    first = values[0]
+    if isinstance(first, dict): return {key: mean_of([v[key] for v in values], seeds) for key in first}
+    if isinstance(first, list): return [mean_of(list(each), seeds) for each in zip(*values)]
+    if any(v is None for v in values): return None
+    return round(float(np.average(values, weights=seeds)), 6)
+
+def pooled_method(parts):
+    """One method of several reports. An interval is the mean of theirs, which is at least as wide as that of all seeds.
+
+    (The standard error of a mean is at most the mean of the standard errors, however the parts are related.)"""
+    seeds = [m['seeds'] for m in parts]
+    alike = {name: parts[0][name] for name in ('learns_from', 'tuning_runs')}
+    numbers = {name: mean_of([m[name] for m in parts], seeds) for name in parts[0] if name not in ('seeds', *alike)}
+    return dict(seeds=sum(seeds)) | numbers | alike
+
+def pooled(reports):
+    "Several reports as one, of other seeds on the same sessions."
+    first = reports[0]
+    for name in ('ours', 'sessions', 'turn1_success_by_type'):
+        expect(all(r[name] == first[name] for r in reports), f'--pool: {name}', 'the same in all reports',
+               [r[name] for r in reports])
+    labels = dict.fromkeys(label for r in reports for label in r['methods'])
+    methods = {label: pooled_method([r['methods'][label] for r in reports if label in r['methods']])
+               for label in labels}
+    return first | provenance() | dict(passes=max(m['passes'] for m in methods.values()), methods=methods)
+
+def provenance():
+    "How a report was made."
+    command = shlex.join(['python', 'experiments/recipe.py', *sys.argv[1:]])
+    return dict(command=command, commit=environment()['commit'])
+
 def plot(report):
     "Left: the gain at turn 3 with its interval. Right: how the overall score decays over turns."
     figure, (gains, decay) = plt.subplots(1, 2, figsize=(11, 3.6), layout='constrained')
@@ -92,8 +126,7 @@ def make_report(sweeps, ours, results):
     one_of('--ours', ours, points)
     tuned = Counter(row['method'] for row in read_json_lines(results/'tuning.jsonl'))
     methods = {label: summary(together(each), tuned[label]) for label, each in points.items()}
-    command = shlex.join(['python', 'experiments/recipe.py', *sys.argv[1:]])
-    return dict(command=command, commit=environment()['commit'], passes=max(m['passes'] for m in methods.values()),
+    return dict(**provenance(), passes=max(m['passes'] for m in methods.values()),
                 sessions=points[ours][0].after.success_IT.shape[1], ours=ours,
                 turn1_success_by_type=success_by_type(points[ours][0], points[ours][0].before), methods=methods)
 
@@ -104,16 +137,19 @@ def run(a):
         one_of('--show', a.show, methods)
         print('committed results:', line(a.show, methods[a.show]))
         return
-    expect(a.sweeps and a.ours, 'recipe.py', 'SWEEP.json and --ours, or --show', 'neither')
-    report = make_report(a.sweeps, a.ours, a.results)
-    atomic_write(a.results/'recipe.json', to_json(report, indent=1))
-    save_figure(a.results/'recipe.png', plot(report))
+    expect(a.pool or a.sweeps and a.ours, 'recipe.py', 'SWEEP.json and --ours, --pool, or --show', 'none of them')
+    if a.pool: report = pooled([read_json(a.results/f'{name}.json') for name in a.pool])
+    else: report = make_report(a.sweeps, a.ours, a.results)
+    atomic_write(a.results/f'{a.name}.json', to_json(report, indent=1))
+    save_figure(a.results/f'{a.name}.png', plot(report))
     for label, m in report['methods'].items(): print(line(label, m))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('sweeps', nargs='*', type=Path)
     parser.add_argument('--ours', help="the label that is this project's own")
+    parser.add_argument('--name', default='recipe', help='of the report (default: recipe)')
+    parser.add_argument('--pool', nargs='+', metavar='NAME', help='reports of other seeds, to be put together')
     parser.add_argument('--show', metavar='METHOD', help='a label of the committed results')
     parser.add_argument('--results', type=Path, default=Path(__file__).resolve().parent/'results')
     a = parser.parse_args()

@@ -150,6 +150,15 @@ def test_the_recipe_is_the_gain_per_pass_of_finished_sweeps(tmp_path, capsys):
     assert run_script(recipe, '--show', 'a', *results) == 0
     assert 'O at turn 3 +90.0 [+90.0, +90.0]' in capsys.readouterr().out
     assert run_script(recipe, *sweeps, '--ours', 'c', *results) != 0
+    other = report | dict(methods=dict(a=a | dict(seeds=6, turn3_O_gain=50., turn3_O_gain_ci=[38., 62.])))
+    (tmp_path/'other.json').write_text(json.dumps(other))
+    assert run_script(recipe, '--pool', 'recipe', 'other', '--name', 'both', *results) == 0    # 2 seeds and 6
+    both = json.loads((tmp_path/'both.json').read_text())['methods']
+    assert (both['a']['seeds'], both['a']['turn3_O_gain'], both['a']['turn3_O_gain_ci']) == (8, 60, [51, 69])
+    assert both['a']['tuning_runs'] == 2 and both['b'] == b and (tmp_path/'both.png').is_file()
+    (tmp_path/'other.json').write_text(json.dumps(other | dict(sessions=5)))
+    assert run_script(recipe, '--pool', 'recipe', 'other', *results) == 2
+    assert '--pool: sessions: expected the same in all reports' in capsys.readouterr().err
 
 def test_the_best_of_several_samples_is_the_one_that_succeeds_and_keeps_most():
     sys.path.insert(0, str(root/'experiments'))
