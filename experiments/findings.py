@@ -56,7 +56,7 @@ def table(name, turn=None):
 TYPES = Template('''\
 | success at turn 1, percent | {{ types|join(' | ')|replace('_', ' ') }} |
 |---|{{ '--:|'*types|length }}
-{% for label, success in rows.items() %}| {{ label }} | {{ success.values()|join(' | ') }} |
+{% for label, success in rows.items() %}| {{ label }} | {{ success.values()|map('round', 1)|join(' | ') }} |
 {% endfor %}''')
 
 def table_of_types():

@@ -9,7 +9,6 @@ from mt_editflow_nb.algorithm.iterate import grpo_terms, make_batch, sampling_op
 from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
 from mt_editflow_nb.editing.loading import load_editor
-from mt_editflow_nb.editing.lora import ADAPTER_FILE
 from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.evaluation.running import trained_with, training_of
 from mt_editflow_nb.training.monitor import identity_edits
@@ -47,19 +46,6 @@ def test_the_moving_average_is_the_one_computed_by_hand(tmp_path, monkeypatch):
     for k, plain in enumerate(lora_of(editors[0])):                # training itself does not see the average
         assert torch.equal(plain, saved(3)[f'param.{k}'])
     assert not any(torch.equal(a, b) for a, b in zip(lora_of(editors[.75])[1::2], lora_of(editors[0])[1::2]))
-
-def test_the_adapter_is_scaled_where_it_is_handed_out_and_not_in_training(tmp_path):
-    "Of two equal runs one hands out every second matrix half as large; what training goes on with is the same."
-    settings = dict(sessions_per_iteration=1, group=2, turns=1, num_steps=2, lora_rank=2, iterations=2, eval_sessions=2,
-                    lr=1e-3)
-    editors = [train(make_config(settings | dict(lora_scale=k)), tmp_path/str(k), progress=False) for k in (1., .5)]
-    whole, half = [load_file(tmp_path/name/'lora'/ADAPTER_FILE) for name in ('1.0', '0.5')]
-    kept = [load_file(tmp_path/name/'checkpoints'/'000002'/'state.safetensors') for name in ('1.0', '0.5')]
-    assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
-    assert whole.keys() == half.keys() and all(x.any() for x in whole.values())
-    for key, x in whole.items(): assert torch.equal(half[key], x/2 if 'lora_B' in key else x)
-    for (name, x), (_, y) in zip(*(e.transformer.named_parameters() for e in editors)):     # what `train` returns
-        if 'lora_' in name: assert torch.equal(y, x/2 if 'lora_B' in name else x)
 
 def test_settings_of_training_are_found_wherever_an_adapter_lies(tmp_path):
     "RUN/lora, what keep_best has kept, and the adapter of a checkpoint; beside a config.json that is no run's, none."

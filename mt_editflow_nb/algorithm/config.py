@@ -142,8 +142,6 @@ class RunFields(BaseModel):
     save_every: int = Field(10, ge=1, description='iterations between checkpoints')
     ema: float = Field(0., ge=0, lt=1, description=(
         'EMA decay of the adapter, an iteration; evaluated and handed out is the average; 0: none'))
-    lora_scale: float = Field(1., gt=0, le=1, description=(
-        'what the adapter is multiplied by where it is evaluated and handed out; less than 1 takes back an overshoot'))
     eval_every: int = Field(0, ge=0, description=(
         'iterations between evaluations on the held-out sessions; 0: only before and after'))
     keep_best: int = Field(0, ge=0, description=(
@@ -223,8 +221,6 @@ def check_adapter(
     "Raises `InputError` for unknown names of layers, compilers or kernels. What layers there are, the editor knows."
     if isinstance(config.lora_targets, str): one_of('lora_targets', config.lora_targets, LORA_TARGETS)
     expect(config.lora_targets, 'lora_targets', 'at least one end of a name', config.lora_targets)
-    expect(config.lora_scale == 1 or not config.init_lora, 'lora_scale', '1 beside init_lora, which it shrinks as well',
-           config.lora_scale)
     if config.compile is not None: one_of('compile', config.compile, torch._dynamo.list_backends(exclude_tags=()))
     if config.attention_backend is None: return
     from diffusers.models.attention_dispatch import AttentionBackendName
@@ -233,8 +229,7 @@ def check_adapter(
 # %% ../../nbs/algorithm/03_config.ipynb #97c03972
 ADAPTER_ONLY = dict(    # fields that lora_rank=none has no use for -> why
     quantize='4-bit weights cannot be trained', lora_alpha='there is no adapter', init_lora='there is no adapter',
-    lora_scale='there is no adapter', lora_targets='all layers are trained', merge='there is no adapter',
-    autocast='it is that of an adapter',
+    lora_targets='all layers are trained', merge='there is no adapter', autocast='it is that of an adapter',
     adam8bit='its states cannot be shared among processes', compile='blocks are shared among processes',
     keep_best='what is kept are adapters', learn_as_judged='all processes must make equally many passes')
 

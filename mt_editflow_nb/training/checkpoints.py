@@ -338,15 +338,9 @@ class RunState:
         self.iteration += 1
         self.remember()
 
-    def handed_out(self) -> list: # of tensors
-        "The weights that are evaluated and saved: the averaged ones if there are any, with the adapter scaled."
-        named, scale = zip(self.policy.names, self.average or self.policy.params), self.c.lora_scale
-        return [x.detach()*scale if 'lora_B' in name and scale != 1 else x for name, x in named]
-
     def evaluated(self):
-        "A context in which the editor has the weights that are evaluated, where they differ from those in training."
-        differs = self.average or self.c.lora_scale != 1
-        return self.policy.acting(self.handed_out()) if differs else nullcontext()
+        "A context in which the editor has the weights that are evaluated: the averaged ones, if there are any."
+        return self.policy.acting(self.average) if self.average else nullcontext()
 
     def save(self):
         "Write a checkpoint, if this iteration has none yet; all processes call this."

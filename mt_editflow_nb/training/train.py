@@ -538,7 +538,7 @@ def train_from_checkpoint(
             bar.set_postfix({k: f'{metrics[k][-1]:.2f}' for k in ('all_right', 'cc') if k in metrics})
             bar.update()
     if first: say_untrained(ctx.run)
-    policy.become(state.handed_out())
+    if state.average: policy.become(state.average)
     save_trained(ctx.run, policy)
     return policy.editor
 
