@@ -1,0 +1,37 @@
+"How much of a gradient is signal, against gradients whose signal is known."
+import sys
+import pytest, torch
+from readme import root
+
+@pytest.fixture(scope='module')
+def measures():
+    sys.path.insert(0, str(root/'experiments'))
+    try: import gradient_signal
+    finally: sys.path.pop(0)
+    return gradient_signal
+
+def draws(mean_X, B, K, of_batch=0., seed=0):
+    "Gradients of K groups of B batches: a mean, noise that the groups of a batch share, and noise of their own."
+    generator = torch.Generator().manual_seed(seed)
+    def noise(*shape): return torch.randn(*shape, len(mean_X), generator=generator, dtype=torch.double)
+    return mean_X + of_batch*noise(B, 1) + noise(B, K)
+
+def test_signal_is_the_mean_and_nothing_that_a_batch_has_in_common(measures):
+    "A mean of squared length 5 in 50 numbers of variance 1, and then of variance 1 + 3: .1 and .025."
+    mean_X = torch.full((50,), .1**.5).double()
+    for of_batch, expected in ((0, .1), (3**.5, .025)):
+        snr, error = measures.signal_to_noise(draws(mean_X, 1000, 2, of_batch))
+        assert snr == pytest.approx(expected, abs=3*error) and error < .15*expected
+
+def test_noise_alone_is_no_signal(measures):
+    snr, error = measures.signal_to_noise(draws(torch.zeros(50).double(), 200, 4, of_batch=2.))
+    assert abs(snr) < 3*error
+    assert measures.cosine_of_means(*(draws(torch.zeros(50).double(), 200, 1, seed=k)[:, 0] for k in (1, 2))) is None
+
+def test_the_cosine_of_two_means_is_free_of_the_noise_that_both_have(measures):
+    "60 degrees apart; noise that both estimates share, as on the same batches, would make them look alike."
+    a_X, b_X = torch.zeros(50).double(), torch.zeros(50).double()
+    a_X[0], b_X[0], b_X[1] = 2, 1, 3**.5
+    noise_BX = draws(torch.zeros(50).double(), 1000, 1)[:, 0]
+    assert measures.cosine_of_means(a_X + noise_BX, b_X + noise_BX) == pytest.approx(.5, abs=.05)
+    assert torch.cosine_similarity(a_X + noise_BX, b_X + noise_BX).mean() > .9
