@@ -2,14 +2,14 @@
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a folder of experiments/results/sweeps, and a
 number after it is the turn, where it is not the last at which all settings have an overall score. The table `types` is
-made from experiments/results/recipe.json. With --check nothing is written, and the exit status is 1 if a table in the
-text is not the one of the files."""
+made from experiments/results/recipe.json, and `signal` from signal.jsonl. With --check nothing is written, and the exit
+status is 1 if a table in the text is not the one of the files."""
 import argparse, re, sys
 from pathlib import Path
 import pandas as pd
 from jinja2 import Template
 from mt_editflow_nb.ablation.results import last_turn
-from mt_editflow_nb.data.files import InputError, atomic_write, read_json
+from mt_editflow_nb.data.files import InputError, atomic_write, read_json, read_json_lines
 
 here = Path(__file__).resolve().parent
 results, findings = here/'results'/'sweeps', here/'FINDINGS.md'
@@ -66,11 +66,37 @@ def table_of_types():
     after = {label: m['turn1_success_by_type'] for label, m in report['methods'].items()}
     return TYPES.render(types=list(before), rows={'before training': before} | after).rstrip()
 
+SIGNAL = Template('''\
+| SNR per 1,000 passes | {{ stages|join(' | ') }} |
+|---|{{ '---|'*stages|length }}
+{% for label, cells in rows.items() %}| {{ label }} | {{ cells|join(' | ') }} |
+{% endfor %}''')
+
+def signal_label(row):
+    "What a line of signal.jsonl is called in the table; None: it is not in it."
+    branching = ', turn branching' if row['structure'] == 'branching' else ''
+    if row['what'] == 'rule' and row['members'] == 8: return row['rule'] + branching
+    if row['what'] == 'level' and row['levels'] == [0] and row['draws'] == 1:
+        return f'local, adaptive{branching}, trained at pure noise alone'
+
+def table_of_signal():
+    "Markdown: how much of a gradient is signal, by rule and stage of a run."
+    rows, stages = {}, []
+    for row in read_json_lines(here/'results'/'signal.jsonl'):
+        if row['what'] not in ('rule', 'level') or not (label := signal_label(row)): continue
+        stage = 'before training' if row['stage'] == 'base' else f'after {row["stage"]} iterations'
+        if stage not in stages: stages.append(stage)
+        cell = f'{row["snr_per_1000_passes"]:.2f} ± {row["error_per_1000_passes"]:.2f}'
+        rows.setdefault(label, []).append(cell)
+    return SIGNAL.render(stages=stages, rows=rows).rstrip()
+
+GENERATED = dict(types=table_of_types, signal=table_of_signal)
+
 def filled(text):
     "The text with every table made anew."
     def fill(match):
         opening, name, turn, end = match.groups()
-        made = table_of_types() if name == 'types' else table(name, turn and int(turn))
+        made = GENERATED[name]() if name in GENERATED else table(name, turn and int(turn))
         return f'{opening}\n{made}\n\n{end}'
     return re.sub(r'(<!-- table (\S+)(?: (\d+))? -->\n).*?(<!-- end -->)', fill, text, flags=re.S)
 
