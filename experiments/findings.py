@@ -86,9 +86,9 @@ def table_of_signal():
         if row['what'] not in ('rule', 'level') or not (label := signal_label(row)): continue
         stage = 'before training' if row['stage'] == 'base' else f'after {row["stage"]} iterations'
         if stage not in stages: stages.append(stage)
-        cell = f'{row["snr_per_1000_passes"]:.2f} ± {row["error_per_1000_passes"]:.2f}'
-        rows.setdefault(label, []).append(cell)
-    return SIGNAL.render(stages=stages, rows=rows).rstrip()
+        rows.setdefault(label, {})[stage] = f'{row["snr_per_1000_passes"]:.2f} ± {row["error_per_1000_passes"]:.2f}'
+    cells = {label: [of_stage.get(stage, '') for stage in stages] for label, of_stage in rows.items()}
+    return SIGNAL.render(stages=stages, rows=cells).rstrip()
 
 GENERATED = dict(types=table_of_types, signal=table_of_signal)
 

@@ -1,13 +1,14 @@
 """How much of a gradient is signal, by credit, fusion, members and stage of a run:
 
-    python experiments/gradient_signal.py measure --folder runs/signal [--stages base 20 60] [--batches 32]
+    python experiments/gradient_signal.py measure --folder runs/signal [--stages base 20 60] [--batches 64]
     python experiments/gradient_signal.py report --folder runs/signal
 
 `measure` trains once (60 iterations, adaptive fusion, return to go) to have stages, then draws batches of 8 training
 sessions and 8 members, as chains and with turn branching, and keeps the rewards and a sketch of the NFT gradient of
-every row and turn at every noise level, for chains with two draws of noise, a file a batch: stopped and called again it
-goes on. `report` compares rules of credit, noise levels and draws on what is kept, and writes
-experiments/results/signal.jsonl, a line a cell."""
+every row and turn at every noise level, for chains with two draws of noise, a file a batch: stopped and called again, it
+goes on. `report` compares rules of credit, noise levels, draws and rewards on what is kept, and writes
+experiments/results/signal.jsonl, a line a cell. Before training an adapter's second matrices are zero, so that they
+alone have a gradient there; later the first ones have one, too."""
 import argparse
 from functools import partial
 from itertools import product
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.algorithm.iterate import continuation, iterate, turn_advantages
 from mt_editflow_nb.algorithm.policy import Policy
-from mt_editflow_nb.data.files import append_json_line
+from mt_editflow_nb.data.files import atomic_write, expect, to_json
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import load_lora, save_lora
@@ -240,7 +241,7 @@ def report_stage(folder, stage):
     def read(structure): return [load_file(f) for f in sorted((folder/'batches'/stage/structure).glob('*.safetensors'))]
     batches_of = {structure: read(structure) for structure in STRUCTURES}
     together = min(len(batches_of[structure]) for structure in DRAWS)
-    if together < 4: return
+    expect(together >= 4 and batches_of['best'], f'{folder}: {stage}', 'at least 4 batches of each kind', together)
     for structure in DRAWS: batches_of[structure] = batches_of[structure][:together]
     for rows in (rule_rows, level_rows, reward_rows): yield from rows(batches_of, stage)
     yield dict(what='groups', stage=stage, **group_facts(batches_of['chains']))
@@ -272,14 +273,13 @@ def main():
     parser.add_argument('what', choices=['measure', 'report'])
     parser.add_argument('--folder', type=Path, default=Path('runs/signal'))
     parser.add_argument('--stages', nargs='+', default=['base', '20', '60'])
-    parser.add_argument('--batches', type=int, default=32)
+    parser.add_argument('--batches', type=int, default=64)
     a = parser.parse_args()
     a.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if a.what == 'measure': return measure(a.folder, a.stages, a.batches)
-    file = Path('experiments/results/signal.jsonl')
-    file.unlink(missing_ok=True)
-    for stage in a.stages:
-        for row in report_stage(a.folder, stage): append_json_line(file, row)
+    rows = [row for stage in a.stages for row in report_stage(a.folder, stage)]
+    file = Path(__file__).resolve().parent/'results'/'signal.jsonl'
+    atomic_write(file, ''.join(f'{to_json(row)}\n' for row in rows))
 
 if __name__ == '__main__': main()

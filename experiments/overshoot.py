@@ -1,6 +1,6 @@
 """Does training go too far? The adapters of a finished sweep, multiplied by a number below one:
 
-    python experiments/overshoot.py runs/sweeps/recipe_confirm.json [--scales .7 .5]
+    python experiments/overshoot.py runs/sweeps/recipe_confirm.json [--scales .7]
 
 On the sweep's own held-out sessions, with the noise of its own evaluation, so that a scale of 1 is what the sweep has
 found. Every evaluation is kept in its run's folder and is not made again. Writes experiments/results/overshoot.jsonl, a
@@ -32,7 +32,7 @@ def scaled_outcomes(run, scale):
         load_lora(editor, run/'lora')
         for name, p in editor.transformer.named_parameters():
             if 'lora_B' in name: p.data *= scale
-        sessions = WORLDS[c.sessions](c.eval_sessions, c.eval_turns or 3, 'heldout', seed=c.eval_seed)
+        sessions = WORLDS[c.sessions](c.eval_sessions, c.eval_turns or c.turns or 3, 'heldout', seed=c.eval_seed)
         outcomes, _ = evaluate(editor, sessions, load_judge(c.eval_judge), seed=NOISE,
                                num_steps=c.eval_steps or c.num_steps)
         write_outcomes(file, outcomes, [])
@@ -65,8 +65,8 @@ def plot(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('sweep', type=Path)
-    parser.add_argument('--scales', nargs='+', type=float, default=[.7, .5])
+    parser.add_argument('sweep', type=Path, help='NAME.json of a sweep that the exact verifier scores')
+    parser.add_argument('--scales', nargs='+', type=float, default=[.7], help='(default: 0.7)')
     parser.add_argument('--results', type=Path, default=Path(__file__).resolve().parent/'results')
     a = parser.parse_args()
     torch.set_num_threads(1)

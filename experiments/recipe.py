@@ -1,12 +1,13 @@
 """What every method gains at equal passes, from finished sweeps:
 
     python experiments/recipe.py runs/sweeps/recipe.json [MORE.json ...] --ours turn-branching
-    python experiments/recipe.py --pool recipe_first_seeds recipe_fresh_seeds    # of reports whose runs are gone
+    python experiments/recipe.py runs/sweeps/recipe_confirm.json --ours turn-branching --name recipe_fresh_seeds
+    python experiments/recipe.py --pool recipe_first_seeds recipe_fresh_seeds    # reports of runs that are gone
     python experiments/recipe.py --show mt-editflow      # print a method of the committed results, run nothing
 
-Writes experiments/results/NAME.json and NAME.png. Seeds of one label are put together. `tuning_runs` are the lines
-of experiments/results/tuning.jsonl with that label. `turn1_success_by_type` shows which edits an editor can do when it
-is given the first picture."""
+Writes a report and a picture of it into experiments/results: recipe.json and recipe.png, or those of `--name`. Seeds of
+one label are put together. `tuning_runs` are the lines of experiments/results/tuning.jsonl with that label.
+`turn1_success_by_type` shows which edits an editor can do when it is given the first picture."""
 import argparse, shlex, sys
 from collections import Counter
 from pathlib import Path
