@@ -5,8 +5,8 @@
 
 `measure` trains once (60 iterations, adaptive fusion, return to go) to have stages, then draws batches of 8 training
 sessions and 8 members, as chains and with turn branching, and keeps the rewards and a sketch of the NFT gradient of
-every row and turn at every noise level, for chains with two draws of noise, a file a batch: stopped and called again, it
-goes on. `report` compares rules of credit, noise levels, draws and rewards on what is kept, and writes
+every row and turn at every noise level, for chains with two draws of noise, a file a batch; what is there is not made
+again. `report` compares rules of credit, noise levels, draws and rewards on what is kept, and writes
 experiments/results/signal.jsonl, a line a cell. Before training an adapter's second matrices are zero, so that they
 alone have a gradient there; later the first ones have one, too."""
 import argparse
