@@ -1,7 +1,9 @@
 "How much of a gradient is signal, against gradients whose signal is known."
 import sys
 import pytest, torch
+from helpers import run_notebook
 from readme import root
+from mt_editflow_nb.data.files import read_json_lines
 
 @pytest.fixture(scope='module')
 def measures():
@@ -35,3 +37,14 @@ def test_the_cosine_of_two_means_is_free_of_the_noise_that_both_have(measures):
     noise_BX = draws(torch.zeros(50).double(), 1000, 1)[:, 0]
     assert measures.cosine_of_means(a_X + noise_BX, b_X + noise_BX) == pytest.approx(.5, abs=.05)
     assert torch.cosine_similarity(a_X + noise_BX, b_X + noise_BX).mean() > .9
+
+def test_the_notebook_shows_the_committed_numbers(runner):
+    results = root/'experiments/results'
+    executed = runner.submit(run_notebook, root/'experiments/limit.ipynb', dict(results=str(results))).result()
+    outputs = [o for c in executed.cells for o in c.get('outputs', [])]
+    text = ''.join(''.join(o.get('text', '')) for o in outputs)
+    rewards = [r for r in read_json_lines(results/'signal.jsonl') if r['what'] == 'reward']
+    base = next(r for r in rewards if r['stage'] == 'base')
+    assert f"before training: {base['batches']} batches" in text
+    assert f"before training: {base['cosine_of_rewards']:.2f}" in text
+    assert sum('image/png' in o.get('data', {}) for o in outputs) == 5
