@@ -179,17 +179,20 @@ def cosine_of_halves(gradient_BX):
         cosines.append(torch.cosine_similarity(*halves, 0).item())
     return float(np.mean(cosines))
 
+def inner_of_means(a_BX, b_BX):
+    "Inner product of the expectations of two estimates on the same batches, without the bias of their noise."
+    B, products = len(a_BX), a_BX@b_BX.T
+    return (products.sum() - products.diagonal().sum()).item()/(B*(B - 1))
+
 def cosine_of_means(a_BX, b_BX):
     """Cosine between the expectations of two estimates on the same batches, without the bias of their noise.
 
     None where one of them is lost in its noise."""
-    def inner(x, y):
-        products = x@y.T
-        return (products.sum() - products.diagonal().sum()).item()
     for x in (a_BX, b_BX):
         snr, error = signal_to_noise(x[:, None])
         if snr < 2*error: return None
-    return inner(a_BX, b_BX)/(inner(a_BX, a_BX)*inner(b_BX, b_BX))**.5
+    lengths = inner_of_means(a_BX, a_BX)*inner_of_means(b_BX, b_BX)
+    return inner_of_means(a_BX, b_BX)/lengths**.5
 
 def strength(gradient_BKX, passes):
     "How much of a gradient is signal, alone and per 1,000 passes, with its jackknife error."
@@ -230,9 +233,7 @@ def reward_rows(batches_of, stage):
     alone = {name: asked(weights) for name, weights in (('if', [1, 0]), ('cc', [0, 1]))}
     cosine = cosine_of_means(*(x[:, 0] for x in alone.values()))
     for name, gradient_BKX in (*alone.items(), *((f'.{w}, .{10 - w}', asked([w/10, 1 - w/10])) for w in (1, 3, 5))):
-        B = len(gradient_BKX)
-        products = gradient_BKX[:, 0]@gradient_BKX[:, 0].T
-        square = (products.sum() - products.diagonal().sum()).item()/(B*(B - 1))
+        square = inner_of_means(gradient_BKX[:, 0], gradient_BKX[:, 0])
         yield dict(what='reward', stage=stage, reward=name, norm=max(square, 0)**.5, cosine_of_rewards=cosine,
                    **strength(gradient_BKX, passes))
 

@@ -89,8 +89,10 @@ def pooled(reports):
     return first | provenance() | dict(passes=max(m['passes'] for m in methods.values()), methods=methods)
 
 def provenance():
-    "How a report was made."
-    command = shlex.join(['python', 'experiments/recipe.py', *sys.argv[1:]])
+    "How a report was made; the folder of results is left out, which belongs to one machine."
+    words = sys.argv[1:]
+    if '--results' in words: del words[words.index('--results'):words.index('--results') + 2]
+    command = shlex.join(['python', 'experiments/recipe.py', *words])
     return dict(command=command, commit=environment()['commit'])
 
 def plot(report):
