@@ -131,6 +131,10 @@ def cost_table(
 # %% ../../nbs/ablation/02_report.ipynb #5f5a6c40
 _markers = 'osDvP*X'
 
+def _mark(i):
+    "Colour and marker of the i-th setting of a figure; the first 49 are all different."
+    return dict(color=PALETTE[i % 7], marker=_markers[(i + i//7) % 7])
+
 def _shown(results):
     "The points to draw, first the baseline."
     first = results.points[results.plan['baseline']]
@@ -170,7 +174,7 @@ def plot_turns(
         m = METRICS.index(metric)
         ax.plot(turns, before[0, :, m], color='k', lw=2.5, label='before training')
         for i, (point, scores) in enumerate(zip(points, after)):
-            style = line_style(i) | dict(marker=_markers[i % 7], ms=4)
+            style = line_style(i) | _mark(i) | dict(ms=4)
             _band(ax, turns, scores[..., m], point.label, style, 100)
         ax.set(title=dict(marginal='marginal success').get(metric, metric), xlabel='turn', xticks=list(turns))
     axs[0].set_ylabel('percent')
@@ -195,11 +199,11 @@ def plot_plane(
     fig, turn, points = Figure(figsize=(7, 4), layout='constrained'), _last_turn_of(results), _shown(results)
     ax, axes = fig.subplots(), [METRICS.index('IF'), METRICS.index('CC')]
     base = seed_scores(points[0].before)[0, turn - 1, axes]
-    ax.scatter(*base, color='.6', marker='o', s=120, label='before training')
+    ax.scatter(*base, color='k', marker='o', s=120, label='before training')
     for i, point in enumerate(points):
-        scores, style = seed_scores(point.after)[:, turn - 1, axes], dict(color=PALETTE[i % 7], marker=_markers[i % 7])
-        ax.scatter(*scores.T, s=12, alpha=.5, **style)
-        ax.scatter(*scores.mean(0), s=70, label=plain_label(point.label), **style)
+        scores = seed_scores(point.after)[:, turn - 1, axes]
+        ax.scatter(*scores.T, s=12, alpha=.5, **_mark(i))
+        ax.scatter(*scores.mean(0), s=70, label=plain_label(point.label), **_mark(i))
     _iso_O(ax)
     ax.set(xlabel=f'IF at turn {turn}', ylabel=f'CC at turn {turn}')
     _legend(fig)
