@@ -15,7 +15,7 @@ from .passes import common_turn, pass_curve
 from .results import (
     METRICS, Results, compare_points, last_turn, load_results, seed_scores)
 from ..data.files import InputError, atomic_write, expect, read_json, shipped, skip_url_grammar
-from ..data.plots import BAD, GOOD, NEUTRAL, PALETTE, line_style, plain_label, plot_learning_curves
+from ..data.plots import BAD, GOOD, NEUTRAL, line_style, plain_label, plot_learning_curves
 from ..evaluation.scores import Outcomes
 from ..evaluation.statistics import detectable, holm, power, t_quantile
 from ..training.monitor import find_hacking
@@ -133,7 +133,7 @@ _markers = 'osDvP*X'
 
 def _mark(i):
     "Colour and marker of the i-th setting of a figure; the first 49 are all different."
-    return dict(color=PALETTE[i % 7], marker=_markers[(i + i//7) % 7])
+    return dict(color=line_style(i)['color'], marker=_markers[(i + i//7) % 7])
 
 def _shown(results):
     "The points to draw, first the baseline."
