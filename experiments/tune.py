@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from mt_editflow_nb.ablation.passes import count_passes
 from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.algorithm.imitation import first_imitation, right_edits
 from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.cli.train import parse_overrides
 from mt_editflow_nb.data.files import append_json_line, log_rows
@@ -19,7 +20,8 @@ from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.evaluation.running import evaluate
 from mt_editflow_nb.evaluation.scores import edival_scores
 from mt_editflow_nb.rewards.cube import load_judge
-from mt_editflow_nb.training.train import STEPS
+from mt_editflow_nb.training.own_results import edit_batches
+from mt_editflow_nb.training.train import step_of
 
 FIRST_TESTED, TESTED = 400_000, 384       # sessions of the training split that no run here is trained on
 
@@ -37,9 +39,12 @@ def try_settings(values, look_every):
     tested = shape_sessions(TESTED, 3, start=FIRST_TESTED)
     steps = config.eval_steps or config.num_steps
     passes, curve = 0, [dict(iteration=0, passes=0) | look(policy, tested, judge, steps)]
+    first, right = first_imitation(config), []
     for i in tqdm(range(config.iterations), desc='training'):
-        sessions = shape_sessions(P, T, start=50_000*config.seed % FIRST_TESTED + P*i)
-        step = STEPS[config.algorithm](config, policy, sessions, judge, i)
+        if i < first: sessions = shape_sessions(P, T, start=50_000*config.seed % FIRST_TESTED + P*i)
+        else: sessions = edit_batches(right, P*config.group, config.seed)(i - first)
+        step = step_of(config, i)(config, policy, sessions, judge, i)
+        if config.imitate and i < first: right += right_edits(config, sessions, step)
         passes += count_passes(step.metrics, config.model_dump(), T)
         if (i + 1) % look_every == 0 or i + 1 == config.iterations:
             curve.append(dict(iteration=i + 1, passes=passes) | look(policy, tested, judge, steps))

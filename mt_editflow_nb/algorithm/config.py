@@ -129,6 +129,8 @@ class LossFields(BaseModel):
 class RunFields(BaseModel):
     "Length, optimiser, evaluation and checkpoints of a run."
     iterations: int = Field(110, ge=0, description='rollout-and-update rounds')
+    imitate: float = Field(0., ge=0, lt=1, description=(
+        'share of the iterations, the last ones, that repeat own right results of the earlier ones, which is cheaper'))
     updates: int = Field(1, ge=1, description='optimiser steps an iteration')
     lr: float = Field(1e-3, gt=0, le=1, description='AdamW learning rate')
     weight_decay: float = Field(1e-4, ge=0, le=1, description='of AdamW')
@@ -183,7 +185,7 @@ class Config(RunFields, LossFields, AdvantageFields, RolloutFields, SessionField
 RL = ('nft', 'grpo')
 EFFECTIVE = {   # field -> (other field, the values of the other under which this one has an effect)
     **dict.fromkeys(('aggregation', 'fusion', 'credit', 'weights', 'std', 'whiten', 'min_std', 'gamma', 'adv_max',
-                     'keep', 'kl_weight', 'branching', 'learn_as_judged'), ('algorithm', RL)),
+                     'keep', 'kl_weight', 'branching', 'learn_as_judged', 'imitate'), ('algorithm', RL)),
     **dict.fromkeys(('beta', 'old_decay'), ('algorithm', ('nft',))),
     **dict.fromkeys(('train_timesteps', 'train_levels'), ('algorithm', ('nft', 'distill'))),
     **dict.fromkeys(('noise_level', 'window', 'clip', 'guard'), ('algorithm', ('grpo',))),

@@ -24,6 +24,7 @@ from ..editing.lora import add_lora, lora_parameters, target_layers
 from ..rewards.engines import Local
 from ..rewards.cube import load_judge
 from ..rewards.edival_tools import LocalTools
+from ..algorithm.imitation import first_imitation
 from ..algorithm.processes import shard_of
 
 # %% ../../nbs/training/01_budget.ipynb #0d2bae35
@@ -251,13 +252,19 @@ def count_rows(
     c,          # a run's configuration
     turns: int, # T
 ) -> dict:      # `sampled`, `compared` and `trained`
-    "Rows that pass through the transformer in an iteration; `trained` ones pass forward and backward, others forward."
+    """Rows that pass through the transformer in an iteration, a mean over a run's iterations.
+
+    `trained` ones pass forward and backward, others forward."""
     sampled = c.sessions_per_iteration*c.group*turns
     trained = c.sessions_per_iteration*(c.keep or c.group)*turns
     trained *= c.train_timesteps if c.algorithm == 'nft' else c.window or c.num_steps - 1
     if c.branching != 'none' and c.train_levels == 1: trained //= c.keep or c.group    # alike at pure noise
     comparisons = (c.algorithm == 'nft') + (c.kl_weight > 0)              # the old policy's velocity, the base editor's
-    return dict(sampled=sampled*c.num_steps, trained=trained, compared=trained*comparisons)
+    rows = dict(sampled=sampled*c.num_steps, trained=trained, compared=trained*comparisons)
+    sampling = first_imitation(c)
+    if sampling == c.iterations: return rows
+    repeated = c.sessions_per_iteration*c.group*(c.iterations - sampling)
+    return {name: (n*sampling + repeated*(name == 'trained'))/c.iterations for name, n in rows.items()}
 
 def evaluation_steps(
     c, # a run's configuration

@@ -8,9 +8,10 @@ __all__ = ['STOP_WITH_VARIABLE', 'BEST_STRIPS', 'STEPS', 'prepare', 'opened_run'
            'RunContext', 'exact_scores', 'iteration_signals', 'save_group_figure', 'peak_memory', 'log_iteration',
            'find_common_batch', 'evaluation_batch', 'run_evaluation', 'is_whole_picture', 'draw_sessions',
            'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch', 'say_log_gaps', 'say_untrained', 'say_findings',
-           'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'answers_file', 'train',
-           'base_file', 'FirstBatch', 'warn_of_mismatches', 'saved_evaluation', 'before_after_table', 'trained_content',
-           'results_of', 'draw_heldout', 'track_results', 'is_finished', 'run_stages', 'write_results', 'experiment']
+           'step_of', 'one_iteration', 'saving_before_stop', 'train_from_checkpoint', 'train_in', 'answers_file',
+           'train', 'base_file', 'FirstBatch', 'warn_of_mismatches', 'saved_evaluation', 'before_after_table',
+           'trained_content', 'results_of', 'draw_heldout', 'track_results', 'is_finished', 'run_stages',
+           'write_results', 'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
 import gc, json, os, resource, shutil, sys, time
@@ -39,6 +40,7 @@ from ..rewards.engines import JudgeFailed
 from ..algorithm.config import RL, Config
 from ..algorithm.distill import distill
 from ..algorithm.as_judged import iterate_as_judged
+from ..algorithm.imitation import first_imitation, imitate, right_edits
 from ..algorithm.iterate import iterate
 from ..algorithm.policy import Policy, require_bitsandbytes
 from ..algorithm.processes import (collect_answers, exchange, failing_together, from_first, interrupt,
@@ -56,6 +58,7 @@ from ..evaluation.scores import (Outcomes, compare_scores, edival_scores, score_
 from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
 from .checkpoints import RunState, check_configuration, last_checkpoint, retry_with_half_the_rows
 from .monitor import hacking_signals
+from .own_results import keep_right_edits, with_own_results
 from .progress import clocked, estimate_seconds, estimate_text, note_progress
 from .runs import (cut_log, environment, followed_run, log_gaps, note_environment, open_run,
                                           run_identity)
@@ -68,7 +71,8 @@ def prepare(
 ) -> tuple:    # (its `SessionSource`, its identity)
     "Check whatever can be checked before a model is loaded or a folder created. Raises `InputError`."
     shard = shard_of(c.sessions_per_iteration, c.group)
-    for name, whole_groups in dict(branching=c.branching != 'none', learn_as_judged=c.learn_as_judged).items():
+    needs_groups = dict(branching=c.branching != 'none', learn_as_judged=c.learn_as_judged, imitate=c.imitate > 0)
+    for name, whole_groups in needs_groups.items():
         expect(not whole_groups or len(shard.members) == c.group, 'sessions_per_iteration',
                f'a multiple of the {processes()[1]} processes with {name}', c.sessions_per_iteration)
     expect(not c.keep_best or c.eval_every, 'keep_best', 'none without eval_every', c.keep_best)
@@ -470,6 +474,14 @@ def say_findings(
 # %% ../../nbs/training/04_train.ipynb #944d562b
 STEPS = dict(nft=iterate, grpo=iterate, sft=supervise, distill=distill)     # an iteration of each `algorithm`
 
+def step_of(
+    c: Config,      # of the run
+    iteration: int, # from 0
+):                  # (config, policy, sessions, judge, iteration) -> `Iteration`
+    "What an iteration does."
+    if iteration >= first_imitation(c): return imitate
+    return iterate_as_judged if c.learn_as_judged else STEPS[c.algorithm]
+
 def one_iteration(
     ctx: RunContext,   # a run at work
     state: RunState,   # where it stands; goes one further
@@ -478,15 +490,16 @@ def one_iteration(
     "Train on the next sessions; log, save and draw what is due. Writing is not interrupted."
     c, run, stop, i = ctx.c, ctx.run, ctx.stop, state.iteration
     sessions = ctx.source.batch(i)
-    step = iterate_as_judged if c.learn_as_judged else STEPS[c.algorithm]
     with clocked(state.policy.editor) as clock:
-        metrics, rolled, scores, adv_PGT = step(c, state.policy, sessions, ctx.judge, i)
-    first = processes()[0] == 0
+        step = step_of(c, i)(c, state.policy, sessions, ctx.judge, i)
+    metrics, rolled, scores, adv_PGT = step
+    first, compares = processes()[0] == 0, i < first_imitation(c) and c.algorithm in RL
+    if c.imitate and compares: keep_right_edits(run, i, right_edits(c, sessions, step))
     usage = sum_statistics(judge_usage(scores, c.judge_options.get('price')), largest=())
     with failing_together(), stop.deferred():
         state.advance()
         if first and ctx.source.skipped: add_missing_lines(run/'skipped.txt', ctx.source.skipped.values())
-        if first and c.algorithm in RL:
+        if first and compares:
             metrics |= iteration_signals(c, state.policy.editor, sessions, rolled, scores, adv_PGT)
         if first: log_iteration(ctx, clock, metrics, usage, evaluation)
     if state.iteration % c.save_every and state.iteration != c.iterations: return metrics
@@ -525,7 +538,8 @@ def train_from_checkpoint(
         say_log_gaps(ctx.run, state.iteration)
         cut_log(ctx.run/'heldout.jsonl', state.iteration + 1)
     from_first(cut_logs)
-    ctx = ctx._replace(c=c, source=ctx.source.for_editor(policy.editor, c.eval_size))
+    source = with_own_results(ctx.source.for_editor(policy.editor, c.eval_size), c, ctx.run)
+    ctx = ctx._replace(c=c, source=source)
     first = processes()[0] == 0
     with (tqdm(total=c.iterations, initial=state.iteration, desc='training', disable=not (ctx.progress and first),
                mininterval=1) as bar, saving_before_stop(ctx.stop, state)):
