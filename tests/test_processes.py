@@ -86,8 +86,10 @@ split_groups = ['algorithm=grpo', 'clip=1e-2', 'lr=1e-4', 'sessions_per_iteratio
 
 as_judged = ['learn_as_judged=true', 'updates=1', 'std=group', 'whiten=false', 'batch=3']        # a session a piece
 
-@pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], split_groups, as_judged],
-                         ids=['nft', 'grpo', 'as_judged'])
+imitating = ['imitate=.5', 'branching=random', 'credit=local', 'turns=3']            # the second iteration repeats
+
+@pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], split_groups, as_judged, imitating],
+                         ids=['nft', 'grpo', 'as_judged', 'imitating'])
 def test_two_processes_are_one(tmp_path, extra):
     "The adapter, the log and both evaluations, with whole groups on a process and with groups that they share."
     status, said = play(tmp_path, ['nothing'], [*settings, *extra])
@@ -103,7 +105,7 @@ def test_two_processes_are_one(tmp_path, extra):
     assert len(a) == len(b) == 2
     for x, y in zip(a, b):
         assert x['rows'] == y['rows'] and x['passes'] == y['passes']
-        assert x['if'] == pytest.approx(y['if'], abs=1e-4) and abs(x['loss'] - y['loss']) < 1e-4
+        assert x.get('if') == pytest.approx(y.get('if'), abs=1e-4) and abs(x['loss'] - y['loss']) < 1e-4
     for name in ('before', 'after'):
         x, y = (load_arrays(tmp_path/n/f'{name}.safetensors') for n in ('one', 'nothing'))
         assert np.abs(x['images'].astype(int) - y['images']).max() <= 1 and x['images'].shape == y['images'].shape

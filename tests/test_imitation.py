@@ -1,0 +1,94 @@
+"The last iterations of a run repeat its own right results, and a run that is cut goes on with the same ones."
+import json
+import numpy as np, pytest, torch
+from PIL import Image
+from safetensors.torch import load_file
+from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.cli.train import main
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data.sessions import load_sessions
+from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.training import train as train_chapter
+from mt_editflow_nb.training.budget import count_rows
+from mt_editflow_nb.training.train import train
+
+small = dict(sessions_per_iteration=2, group=3, turns=3, num_steps=2, lora_rank=2, iterations=6, imitate=.5,
+             save_every=1, branching='random', credit='local')
+verifier = load_judge('verifier')
+
+def adapter(run): return load_file(run/'lora'/'pytorch_lora_weights.safetensors')
+
+def rows(run): return [json.loads(line) for line in (run/'metrics.jsonl').read_text().splitlines()]
+
+def kept(run): return [s for file in sorted(run.glob('right/*/sessions.jsonl')) for s in load_sessions(file)]
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A run that was not cut."
+    run = tmp_path_factory.mktemp('imitation')/'whole'
+    train(make_config(small), run, progress=False)
+    return run
+
+def test_samples_first_and_repeats_then(whole):
+    log = rows(whole)
+    assert [row['passes'].get('sampled', 0) for row in log] == [2*3*3*2]*3 + [0]*3
+    assert [row['passes']['trained'] for row in log[3:]] == [2*3]*3              # sessions times members
+    assert [('if' in row, 'push' in row) for row in log] == [(True, True)]*3 + [(False, False)]*3
+
+def test_what_is_kept_is_right(whole):
+    edits = kept(whole)
+    images_PGTHWC = np.stack([np.asarray(e.target_images()[0]) for e in edits])[:, None, None]
+    assert len(edits) > 3 and verifier(edits, images_PGTHWC).success_PGT.all()
+    turns = {e.id.split(':')[0].split('/')[2] for e in edits}
+    assert turns > {'1'}                                                          # later turns, too
+
+@pytest.mark.parametrize('cut', [1, 4], ids=['while it samples', 'while it repeats'])
+def test_cut_and_resumed(whole, tmp_path, monkeypatch, cut):
+    real = train_chapter.step_of
+    def stops(c, iteration):
+        if iteration == cut: raise KeyboardInterrupt
+        return real(c, iteration)
+    monkeypatch.setattr(train_chapter, 'step_of', stops)
+    with pytest.raises(KeyboardInterrupt): train(make_config(small), tmp_path/'run', progress=False)
+    monkeypatch.undo()
+    train(make_config(small), tmp_path/'run', progress=False)
+    assert rows(tmp_path/'run') == rows(whole) and len(rows(whole)) == 6
+    a, b = adapter(tmp_path/'run'), adapter(whole)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert [e.id for e in kept(tmp_path/'run')] == [e.id for e in kept(whole)]
+
+def test_another_run_learns_from_them(whole, tmp_path):
+    together = tmp_path/'right.jsonl'
+    lines = [json.loads(line) | dict(folder=str(file.parent)) for file in sorted(whole.glob('right/*/sessions.jsonl'))
+             for line in file.read_text().splitlines()]
+    for line in lines:
+        folder = line.pop('folder')
+        line |= dict(image=f"{folder}/{line['image']}", targets=[f'{folder}/{x}' for x in line['targets']])
+    together.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    assert main([f'sessions={together}', 'allow_outside=true', 'heldout=training', 'algorithm=sft', 'iterations=1',
+                 'sessions_per_iteration=2', 'group=2', 'judge=verifier', '--run', str(tmp_path/'run')]) == 0
+    assert rows(tmp_path/'run')[0]['rows'] == 4
+
+def test_nothing_right(tmp_path):
+    def strict(sessions, images_PGTHWC):
+        scores = verifier(sessions, images_PGTHWC)
+        scores.success_PGT[:] = 0
+        return scores
+    with pytest.raises(InputError, match='imitate: expected right results of the 3 iterations before, .*none') as e:
+        train(make_config(small), tmp_path/'run', judge=strict, progress=False)
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize(('wrong', 'words'), [
+    (dict(imitate=1.), 'imitate: expected .*less than 1'),
+    (dict(imitate=-.1), 'imitate: expected .*0'),
+    (dict(imitate=.5, algorithm='sft', branching='none', credit='broadcast'), 'imitate: expected algorithm=nft or grpo')])
+def test_refused_with_one_line(wrong, words):
+    with pytest.raises(InputError, match=words) as e: make_config(small | wrong)
+    assert '\n' not in str(e.value)
+
+def test_the_plan_counts_both_kinds():
+    "Of six iterations three sample 36 rows and train 6 (members are alike at pure noise), three repeat 6."
+    counted = count_rows(make_config(small | dict(train_levels=1)), 3)
+    assert counted == dict(sampled=18, trained=(3*6 + 3*6)/6, compared=3)
+    without = count_rows(make_config(small | dict(imitate=0., train_levels=1)), 3)
+    assert without == dict(sampled=36, trained=6, compared=6)
