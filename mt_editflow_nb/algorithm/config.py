@@ -327,9 +327,10 @@ def check_advantage(
            f'a rule that collapses turns for credit {config.credit!r}', 'none')
 
 # %% ../../nbs/algorithm/03_config.ipynb #4f0c2a12
+_TURN_BRANCHING = dict(branching='random', credit='local', fusion='adaptive', std='none', train_levels=1)
 CONFIG_PRESETS = PRESETS | {
-    'turn-branching': dict(branching='random', credit='local', fusion='adaptive', std='none', weights=[.1, .9],
-                           train_levels=1)}
+    'turn-branching': _TURN_BRANCHING | dict(weights=[.1, .9]),
+    'self-imitation': _TURN_BRANCHING | dict(weights=[.15, .85], imitate=.83)}
 
 # %% ../../nbs/algorithm/03_config.ipynb #59adc37f
 RENAMED = {'times': 'train_timesteps'}     # fields of older runs and recipes
