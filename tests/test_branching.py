@@ -47,6 +47,14 @@ def test_members_edit_one_picture():
         expected = verifier(shape_sessions(2, 3), turn_histories(made.images_PGTHWC, t, made.goes_on_PT))
         assert torch.equal(scores.rewards_PGTM[:, :, t], expected.rewards_PGTM[:, :, t])
 
+def test_one_session_an_iteration():
+    "As a process has it where there are as many of them as sessions."
+    config = make_config(small | branching | dict(sessions_per_iteration=1))
+    _, made, scores, _ = iterate(config, Policy(config, load_editor(lora_rank=2)), shape_sessions(1, 3), verifier, 0)
+    of_two = one_iteration(**branching)
+    assert made.images_PGTHWC.shape == (1, 3, 3, 48, 48, 3) and torch.equal(made.goes_on_PT, of_two.rollout.goes_on_PT[:1])
+    assert (made.images_PGTHWC == of_two.rollout.images_PGTHWC[:1]).all()
+
 def test_a_judge_of_turns_and_one_of_sessions_are_asked_alike():
     class ByTurn:
         by_turn, rewards = True, ('if', 'cc')

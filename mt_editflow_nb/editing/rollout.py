@@ -275,7 +275,8 @@ def next_inputs(
         parts = [editor.encode_image(pictures_NHWC[part]) for part in row_slices(len(pictures_NHWC), batch)]
         return pictures_NHWC, torch.cat(parts)
     firsts = torch.arange(len(goes_on_P))*group                        # the row of each session's first member
-    return share_pictures(editor, pictures_NHWC[firsts + goes_on_P], group)
+    chosen = (firsts + goes_on_P).numpy()               # to index an array; a tensor of one number would drop the axis
+    return share_pictures(editor, pictures_NHWC[chosen], group)
 
 # %% ../../nbs/editing/07_rollout.ipynb #4f7f218d
 @torch.no_grad()
