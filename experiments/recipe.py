@@ -2,12 +2,12 @@
 
     python experiments/recipe.py runs/sweeps/recipe.json [MORE.json ...] --ours turn-branching
     python experiments/recipe.py runs/sweeps/recipe_confirm.json --ours turn-branching --name recipe_fresh_seeds
-    python experiments/recipe.py --pool recipe_first_seeds recipe_fresh_seeds    # reports of runs that are gone
+    python experiments/recipe.py --pool imitation recipe_first_seeds recipe_fresh_seeds --ours self-imitation
     python experiments/recipe.py --show mt-editflow      # print a method of the committed results, run nothing
 
 Writes a report and a picture of it into experiments/results: recipe.json and recipe.png, or those of `--name`. Seeds of
-one label are put together. `tuning_runs` are the lines of experiments/results/tuning.jsonl with that label.
-`turn1_success_by_type` shows which edits an editor can do when it is given the first picture."""
+one label are put together; `--pool` does that with reports whose runs are gone. `tuning_runs` are the lines of
+experiments/results/tuning.jsonl with that label. `turn1_success_by_type` shows which edits an editor can do when it is given the first picture."""
 import argparse, shlex, sys
 from collections import Counter
 from pathlib import Path
@@ -77,15 +77,16 @@ def pooled_method(parts):
     numbers = {name: mean_of([m[name] for m in parts], seeds) for name in parts[0] if name not in ('seeds', *alike)}
     return dict(seeds=sum(seeds)) | numbers | alike
 
-def pooled(reports):
-    "Several reports as one, of other seeds on the same sessions."
-    first = reports[0]
-    for name in ('ours', 'sessions', 'turn1_success_by_type'):
+def pooled(reports, ours=None):
+    "Several reports as one, of other seeds or methods on the same sessions."
+    first = reports[0] | (dict(ours=ours) if ours else {})
+    for name in ('sessions', 'turn1_success_by_type', *([] if ours else ['ours'])):
         expect(all(r[name] == first[name] for r in reports), f'--pool: {name}', 'the same in all reports',
                [r[name] for r in reports])
     labels = dict.fromkeys(label for r in reports for label in r['methods'])
     methods = {label: pooled_method([r['methods'][label] for r in reports if label in r['methods']])
                for label in labels}
+    one_of('--ours', first['ours'], methods)
     return first | provenance() | dict(passes=max(m['passes'] for m in methods.values()), methods=methods)
 
 def provenance():
@@ -141,7 +142,7 @@ def run(a):
         print('committed results:', line(a.show, methods[a.show]))
         return
     expect(a.pool or a.sweeps and a.ours, 'recipe.py', 'SWEEP.json and --ours, --pool, or --show', 'none of them')
-    if a.pool: report = pooled([read_json(a.results/f'{name}.json') for name in a.pool])
+    if a.pool: report = pooled([read_json(a.results/f'{name}.json') for name in a.pool], a.ours)
     else: report = make_report(a.sweeps, a.ours, a.results)
     atomic_write(a.results/f'{a.name}.json', to_json(report, indent=1))
     save_figure(a.results/f'{a.name}.png', plot(report))

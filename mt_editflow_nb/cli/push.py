@@ -184,6 +184,7 @@ def how_trained(
     "The method and the sessions of a run in words, those that it was trained on and not those of its evaluation."
     other = dict(sft='on perfect pictures', distill='by on-policy distillation')
     method = other.get(config['algorithm'], 'with reinforcement learning')
+    if config.get('imitate'): method += ' and imitation of own right results'
     turns = config['turns'] or (3 if config['sessions'] in WORLDS else 'several')
     if turns == 1: return f'{method}, on single edits'
     return f'{method}, on sessions of {turns} turns, each of which edits the result of the one before'
