@@ -7,7 +7,8 @@
 
 Writes a report and a picture of it into experiments/results: recipe.json and recipe.png, or those of `--name`. Seeds of
 one label are put together; `--pool` does that with reports whose runs are gone. `tuning_runs` are the lines of
-experiments/results/tuning.jsonl with that label. `turn1_success_by_type` shows which edits an editor can do when it is given the first picture."""
+experiments/results/tuning.jsonl with that label. `turn1_success_by_type` shows which edits an editor can do when it is
+given the first picture."""
 import argparse, shlex, sys
 from collections import Counter
 from pathlib import Path

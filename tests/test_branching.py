@@ -52,7 +52,8 @@ def test_one_session_an_iteration():
     config = make_config(small | branching | dict(sessions_per_iteration=1))
     _, made, scores, _ = iterate(config, Policy(config, load_editor(lora_rank=2)), shape_sessions(1, 3), verifier, 0)
     of_two = one_iteration(**branching)
-    assert made.images_PGTHWC.shape == (1, 3, 3, 48, 48, 3) and torch.equal(made.goes_on_PT, of_two.rollout.goes_on_PT[:1])
+    assert made.images_PGTHWC.shape == (1, 3, 3, 48, 48, 3)
+    assert torch.equal(made.goes_on_PT, of_two.rollout.goes_on_PT[:1])
     assert (made.images_PGTHWC == of_two.rollout.images_PGTHWC[:1]).all()
 
 def test_a_judge_of_turns_and_one_of_sessions_are_asked_alike():

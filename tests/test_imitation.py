@@ -1,7 +1,6 @@
 "The last iterations of a run repeat its own right results, and a run that is cut goes on with the same ones."
 import json
 import numpy as np, pytest, torch
-from PIL import Image
 from safetensors.torch import load_file
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.train import main
@@ -81,7 +80,7 @@ def test_nothing_right(tmp_path):
 @pytest.mark.parametrize(('wrong', 'words'), [
     (dict(imitate=1.), 'imitate: expected .*less than 1'),
     (dict(imitate=-.1), 'imitate: expected .*0'),
-    (dict(imitate=.5, algorithm='sft', branching='none', credit='broadcast'), 'imitate: expected algorithm=nft or grpo')])
+    (dict(algorithm='sft', branching='none', credit='broadcast'), 'imitate: expected algorithm=nft or grpo')])
 def test_refused_with_one_line(wrong, words):
     with pytest.raises(InputError, match=words) as e: make_config(small | wrong)
     assert '\n' not in str(e.value)

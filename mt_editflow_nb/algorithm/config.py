@@ -108,9 +108,9 @@ class AdvantageFields(BaseModel):
     min_std: float = Field(1e-3, ge=0, lt=.5, description='a reward with a smaller group std contributes nothing')
     gamma: float | None = Field(None, gt=0, le=1, description="of aggregation 'discounted'")
 
-# %% ../../nbs/algorithm/03_config.ipynb #a79629ff
+# %% ../../nbs/algorithm/03_config.ipynb #a79629fe
 class LossFields(BaseModel):
-    "The losses of GRPO and NFT."
+    "What is learned from the advantages, and after them."
     adv_max: float = Field(2., gt=0, description='advantages are clamped to +- this')
     beta: float = Field(1., gt=0, le=1000, description='NFT: strength of the implicit policies')
     train_timesteps: int = Field(1, ge=1, description='NFT: noise levels at which each turn is trained')
@@ -125,12 +125,13 @@ class LossFields(BaseModel):
     clip: float = Field(1e-3, gt=0, description='GRPO: clip range of the ratio')
     guard: bool = Field(False, description="GRPO: GRPO-Guard's centred ratios and re-weighted steps")
     kl_weight: float = Field(0., ge=0, le=10_000, description='pull towards the base editor')
+    imitate: float = Field(0., ge=0, lt=1, description=(
+        'share of the iterations, the last ones, that repeat own right results of the earlier ones, which is cheaper'))
 
+# %% ../../nbs/algorithm/03_config.ipynb #a79629ff
 class RunFields(BaseModel):
     "Length, optimiser, evaluation and checkpoints of a run."
     iterations: int = Field(110, ge=0, description='rollout-and-update rounds')
-    imitate: float = Field(0., ge=0, lt=1, description=(
-        'share of the iterations, the last ones, that repeat own right results of the earlier ones, which is cheaper'))
     updates: int = Field(1, ge=1, description='optimiser steps an iteration')
     lr: float = Field(1e-3, gt=0, le=1, description='AdamW learning rate')
     weight_decay: float = Field(1e-4, ge=0, le=1, description='of AdamW')

@@ -11,7 +11,7 @@ from PIL import Image
 from ..data.sessions import Session
 from ..rewards.cube import Scores
 from .config import Config
-from .iterate import Iteration, weighted_scores
+from .iterate import Iteration, member_scores
 from .policy import Policy
 from .supervised import supervise
 
@@ -28,7 +28,7 @@ def best_right(
     scores: Scores, # of sessions and members
 ) -> torch.Tensor:  # [P, T], numbers of members; -1: none was right
     "The best of the members that did what was asked. One that could not be scored is not chosen."
-    score_PGT = weighted_scores(config, scores)
+    score_PGT = member_scores(config, scores)
     usable_PGT = (scores.success_PGT == 1) & ~score_PGT.isnan()
     best_PT = score_PGT.where(usable_PGT, -torch.inf).argmax(1)
     return best_PT.where(usable_PGT.any(1), -1)

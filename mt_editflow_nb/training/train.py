@@ -471,7 +471,7 @@ def say_findings(
         if iteration - c.save_every < f.iteration <= iteration:
             tqdm.write(f'monitor: iteration {f.iteration}: {f.name}: {f.text}', file=sys.stderr)
 
-# %% ../../nbs/training/04_train.ipynb #944d562b
+# %% ../../nbs/training/04_train.ipynb #944d562a
 STEPS = dict(nft=iterate, grpo=iterate, sft=supervise, distill=distill)     # an iteration of each `algorithm`
 
 def step_of(
@@ -482,6 +482,7 @@ def step_of(
     if iteration >= first_imitation(c): return imitate
     return iterate_as_judged if c.learn_as_judged else STEPS[c.algorithm]
 
+# %% ../../nbs/training/04_train.ipynb #944d562b
 def one_iteration(
     ctx: RunContext,   # a run at work
     state: RunState,   # where it stands; goes one further
