@@ -95,9 +95,9 @@ def curve_mean(
 
 # %% ../../nbs/ablation/01c_passes.ipynb #7ba9b6f5
 def _curves(point, turn):
-    "The learning curves of a point's seeds that have one."
-    curves = [pass_curve(rows, config, turn) for rows, config in zip(point.curves, point.configs)]
-    return [curve for curve in curves if len(curve[0])]
+    "The learning curves of a point's seeds that have one up to the end of the run."
+    runs = [run for run in zip(point.curves, point.configs) if run[0] and 'all_right' in run[0][-1]]
+    return [curve for curve in (pass_curve(*run, turn) for run in runs) if len(curve[0])]
 
 def common_turn(
     results: Results, # from `load_results`
@@ -129,7 +129,8 @@ def pass_table(
     """The gain and the cost of every point, in percent points of O.
 
     `passes` and `to_reach` are in thousands, means over seeds; `reached` of the seeds have reached `reach`;
-    `area` is the mean of O over the passes that all points have had, both at `common_turn`."""
+    `area` is the mean of O over the passes that all points have had, both at `common_turn`. They are NaN for runs that
+    end with iterations which nobody scores, such as imitation."""
     first = results.points[results.plan['baseline']]
     turn = turn or _last_turn_with_O(first)
     at = common_turn(results)

@@ -324,6 +324,8 @@ def check_advantage(
         expect(0 < max(weights) <= 1000, 'weights', 'numbers of at most 1000, not all 0', weights)
     expect(config.aggregation != 'discounted' or config.gamma is not None, 'gamma',
            "a number in (0, 1] with aggregation 'discounted'", None)
+    coarse = config.judge.endswith(':coarse')
+    expect(not (config.imitate and coarse), 'judge', 'one that scores every turn, with imitate', config.judge)
     expect(config.aggregation != 'none' or config.credit not in ('broadcast', 'to_go'), 'aggregation',
            f'a rule that collapses turns for credit {config.credit!r}', 'none')
 

@@ -20,7 +20,7 @@ def first_imitation(
     config: Config, # `imitate` and `iterations` are read
 ) -> int:           # from 0; `iterations` where there is none
     "The first iteration that repeats own right results."
-    return config.iterations - int(config.imitate*config.iterations)
+    return config.iterations - int(round(config.imitate*config.iterations, 6))
 
 # %% ../../nbs/algorithm/10_imitation.ipynb #e1000009
 def best_right(

@@ -94,8 +94,9 @@ def member_scores(
     config: Config, # `weights` are read
     scores: Scores, # of sessions and members
 ) -> torch.Tensor:  # [P, G, T]; NaN where a reward could not be given
-    "One number for every turn's result: its rewards, weighted and added."
-    return scores.rewards_PGTM@torch.tensor(config.weights or [1.]*len(scores.names))
+    "One number for every turn's result: its rewards, weighted and added; one without weight may be missing."
+    weights_M = torch.tensor(config.weights or [1.]*len(scores.names))
+    return scores.rewards_PGTM[..., weights_M != 0]@weights_M[weights_M != 0]
 
 def continuation(
     config: Config,     # `branching`, `group` and `weights` are read

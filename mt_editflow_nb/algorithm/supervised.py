@@ -14,7 +14,7 @@ from ..data.sizes import fit_picture
 from ..data.shapeworld import teacher_images
 from ..editing.editor import set_shape
 from ..editing.noise import normal_noise, random_generator, session_keys, torch_generator
-from ..editing.rollout import Rollout, Shard, rollout
+from ..editing.rollout import Rollout, Shard, rollout, row_slices
 from ..rewards.cube import Scores
 from .config import Config
 from .iterate import Batch, Iteration
@@ -93,10 +93,11 @@ def perfect_rollout(
     target_NHWC, input_NHWC = (x.reshape(-1, *x.shape[2:]) for x in (target_PTHWC, input_PTHWC))
     text = editor.encode_text([instruction for s in sessions for instruction in s.instructions], input_NHWC)
     none = torch.zeros(0)
-    return Rollout(target_PTHWC[:, None], [text], editor.encode_image(input_NHWC)[None],
-                   editor.encode_image(target_NHWC)[None], none, none, none, none, [],
-                   editor.sigmas(config.num_steps), session_keys(sessions, config.seed, iteration),
-                   Shard(range(len(sessions)), [0]))
+    slices = list(row_slices(len(input_NHWC), config.batch))                   # as many at once as go on together
+    def encoded(pictures): return torch.cat([editor.encode_image(pictures[part]) for part in slices])
+    return Rollout(target_PTHWC[:, None], [text], encoded(input_NHWC)[None], encoded(target_NHWC)[None],
+                   none, none, none, none, [], editor.sigmas(config.num_steps),
+                   session_keys(sessions, config.seed, iteration), Shard(range(len(sessions)), [0]))
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #ffb05111
 def supervised_terms(

@@ -6,14 +6,16 @@
 __all__ = ['keep_right_edits', 'kept_right_edits', 'edit_batches', 'with_own_results']
 
 # %% ../../nbs/training/03d_own_results.ipynb #e2000004
+import shutil
 from functools import cache
 from pathlib import Path
+import numpy as np
 from ..algorithm.config import Config
 from ..algorithm.imitation import first_imitation
-from ..algorithm.processes import exchange, from_first, gather_to_first
-from ..data.files import expect
+from ..algorithm.processes import exchange, failing_together, from_first, gather_to_first
+from ..data.files import content_hash, expect
 from ..data.sessions import load_sessions, save_sessions
-from .source import SessionSource, buckets_of, kind_batches, kind_weights, turns_of
+from .source import SessionSource, kind_batches, kind_weights, turns_of
 
 # %% ../../nbs/training/03d_own_results.ipynb #e2000006
 def keep_right_edits(
@@ -25,8 +27,9 @@ def keep_right_edits(
     exchange(len(edits))                                              # all are there
     parts = gather_to_first(edits)
     def write():
-        together = [edit for part in parts for edit in part]
-        if together: save_sessions(together, Path(run)/'right'/f'{iteration:06d}')
+        folder, together = Path(run)/'right'/f'{iteration:06d}', [edit for part in parts for edit in part]
+        shutil.rmtree(folder, ignore_errors=True)                     # of the same iteration, made before
+        if together: save_sessions(together, folder)
     from_first(write)
 
 def kept_right_edits(
@@ -46,7 +49,8 @@ def edit_batches(
     seed: int,   # of the run
 ):               # number of the iteration of imitation, from 0 -> edits
     "Which edits an iteration repeats: a function of the seed and the iteration alone."
-    buckets = buckets_of(edits)
+    sizes = [s.image_size for s in edits]
+    buckets = np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1)       # one for each size
     numbers = kind_batches(edits, kind_weights(turns_of(edits), buckets), buckets, size, seed)
     return lambda k: [edits[n] for n in numbers(k)]
 
@@ -58,5 +62,9 @@ def with_own_results(
     "A source whose last iterations repeat the run's own right results. They are read when the first one is asked for."
     first = first_imitation(c)
     @cache
-    def own(): return edit_batches(kept_right_edits(run, first), c.sessions_per_iteration*c.group, c.seed)
+    def own():
+        with failing_together(): edits = kept_right_edits(run, first)
+        alike = len(set(exchange(content_hash([edit.id for edit in edits])))) == 1
+        expect(alike, 'run', 'a folder that all processes see, with imitate', run)
+        return edit_batches(edits, c.sessions_per_iteration*c.group, c.seed)
     return source._replace(batch=lambda i: source.batch(i) if i < first else own()(i - first))
