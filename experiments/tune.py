@@ -4,7 +4,8 @@
 
 Trains in the shape world, evaluates on 384 other sessions of the training split, and adds a line to
 experiments/results/tuning.jsonl: the method, what differs from the defaults, and scores over passes. A line that is
-there already is not made again. The number of lines of a method is what its tuning has cost."""
+there already is not made again. The number of lines of a method is what its tuning has cost; those with `scratch` among
+their settings were trials with code that is not here (see LOG.md)."""
 import argparse
 from pathlib import Path
 import torch
