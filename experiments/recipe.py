@@ -114,7 +114,7 @@ def plot(report):
               xlabel=f'gain in O at turn 3, points, after {report["passes"]:,.0f} passes')
     gains.invert_yaxis()
     decay.set(xlabel='turn', ylabel='O, percent', xticks=range(1, len(O) + 1))
-    decay.legend(fontsize='small')
+    decay.legend(fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
     return figure
 
 def line(label, m):
