@@ -42,8 +42,9 @@ def try_settings(values, look_every):
     passes, curve = 0, [dict(iteration=0, passes=0) | look(policy, tested, judge, steps)]
     first, right = first_imitation(config), []
     for i in tqdm(range(config.iterations), desc='training'):
+        if i == first: repeated = edit_batches(right, P*config.group, config.seed)
         if i < first: sessions = shape_sessions(P, T, start=50_000*config.seed % FIRST_TESTED + P*i)
-        else: sessions = edit_batches(right, P*config.group, config.seed)(i - first)
+        else: sessions = repeated(i - first)
         step = step_of(config, i)(config, policy, sessions, judge, i)
         if config.imitate and i < first: right += right_edits(config, sessions, step)
         passes += count_passes(step.metrics, config.model_dump(), T)

@@ -80,6 +80,7 @@ def test_nothing_right(tmp_path):
 @pytest.mark.parametrize(('wrong', 'words'), [
     (dict(imitate=1.), 'imitate: expected .*less than 1'),
     (dict(imitate=-.1), 'imitate: expected .*0'),
+    (dict(judge='tiny:logit:coarse', branching='none', credit='broadcast'), 'judge: expected .* with imitate'),
     (dict(algorithm='sft', branching='none', credit='broadcast'), 'imitate: expected algorithm=nft or grpo')])
 def test_refused_with_one_line(wrong, words):
     with pytest.raises(InputError, match=words) as e: make_config(small | wrong)

@@ -6,7 +6,7 @@
 __all__ = ['RL', 'EFFECTIVE', 'OF_FILES', 'ADAPTER_ONLY', 'CONFIG_PRESETS', 'RENAMED', 'PLAIN_WORDS', 'EditorFields',
            'SessionFields', 'RolloutFields', 'AdvantageFields', 'LossFields', 'RunFields', 'Config',
            'refuse_ineffective', 'check_adapter', 'check_whole', 'check_track', 'check_sessions', 'check_rollout',
-           'check_branching', 'check_learn_as_judged', 'check_advantage', 'make_config']
+           'check_branching', 'check_scored_turns', 'check_learn_as_judged', 'check_advantage', 'make_config']
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
 import difflib
@@ -297,8 +297,15 @@ def check_branching(
            "'local' or 'to_go' with branching, where members share pictures and not sessions", config.credit)
     expect(config.credit == 'local' or config.aggregation == 'mean', 'aggregation',
            "'mean' for credit to_go with branching", config.aggregation)
-    expect(not config.judge.endswith(':coarse'), 'judge', 'one that scores every turn, with branching', config.judge)
     expect(config.turns != 1, 'branching', 'turns above 1, without which it has no effect', f'turns={config.turns}')
+
+def check_scored_turns(
+    config: Config, # to check
+):
+    "Raises `InputError` for a judge of whole sessions where every turn must have its own score."
+    if not config.judge.endswith(':coarse'): return
+    for name, needs_every_turn in dict(branching=config.branching != 'none', imitate=config.imitate > 0).items():
+        expect(not needs_every_turn, 'judge', f'one that scores every turn, with {name}', config.judge)
 
 def check_learn_as_judged(
     config: Config, # to check
@@ -324,8 +331,6 @@ def check_advantage(
         expect(0 < max(weights) <= 1000, 'weights', 'numbers of at most 1000, not all 0', weights)
     expect(config.aggregation != 'discounted' or config.gamma is not None, 'gamma',
            "a number in (0, 1] with aggregation 'discounted'", None)
-    coarse = config.judge.endswith(':coarse')
-    expect(not (config.imitate and coarse), 'judge', 'one that scores every turn, with imitate', config.judge)
     expect(config.aggregation != 'none' or config.credit not in ('broadcast', 'to_go'), 'aggregation',
            f'a rule that collapses turns for credit {config.credit!r}', 'none')
 
@@ -379,6 +384,7 @@ def make_config(
     check_rollout(config)
     check_advantage(config)
     check_branching(config)
+    check_scored_turns(config)
     if strict: refuse_ineffective(config)
     check_learn_as_judged(config)
     _check_judge('', config.judge, config.judge_options)
