@@ -29,8 +29,8 @@ from PIL import Image
 from mt_editflow_nb.data.files import atomic_write, one_line, to_json
 from mt_editflow_nb.data.sessions import Session
 from mt_editflow_nb.editing.editor import RepeatedText, Text, deduplicate, to_vae
-from mt_editflow_nb.editing.loading import (KEPT_IN_16_BITS, TILE_ABOVE, autocast_velocity, find_editor, quantize_nf4,
-                                            use_attention)
+from mt_editflow_nb.editing.loading import (KEPT_IN_16_BITS, TILE_ABOVE, autocast_velocity, avoid_cudnn_attention,
+                                            find_editor, quantize_nf4, use_attention)
 from mt_editflow_nb.editing.lora import add_lora, lora_parameters, merged
 from mt_editflow_nb.editing.samplers import sigma_schedule
 from mt_editflow_nb.rewards.cube import Scores
@@ -119,7 +119,7 @@ def with_option(option, editor, device):
     "Switch an option on; on the CPU by what stands for it there."
     cuda = device.type == 'cuda'
     if option == 'compile': editor.transformer.compile_repeated_blocks(backend='inductor' if cuda else 'eager')
-    if option == 'attention': use_attention(editor, '_native_cudnn' if cuda else '_native_math')
+    if option == 'attention': use_attention(editor, '_native_efficient' if cuda else '_native_math')
     if option == 'autocast': autocast_velocity(editor)
     torch.backends.cuda.matmul.allow_tf32 = option == 'tf32'
 
@@ -172,10 +172,11 @@ def flops_of_a_row(c, configs):
     add_lora(editor, 1)
     return profile_row(editor, weightless_text(editor, configs['words']))['flops_forward']
 
-def measure_options(c, configs, nf4, device, dtype, repeat):
+def measure_options(c, configs, nf4, device, dtype, repeat, options=OPTIONS):
     "A row for every option, or why there is none: one that fails spoils no other."
     rows, exact = [], None
     for option in options_of(c, device, dtype, nf4):
+        if option not in options: continue
         failed = dict(weights=weights_name(nf4, dtype), option=option)
         try: row, velocity = measure(c, configs, nf4, option, device, dtype, repeat, exact)
         except torch.OutOfMemoryError: row = dict(failed, error='out of memory')
@@ -249,7 +250,7 @@ def run_iterations(c, configs, nf4, device, dtype, iterations=3):
 FLUX_AUTOENCODER = dict(
     block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',)*4,
     up_block_types=('UpDecoderBlock2D',)*4, layers_per_block=2, latent_channels=16, use_quant_conv=False,
-    use_post_quant_conv=False)
+    use_post_quant_conv=False, scaling_factor=.3611, shift_factor=.1159)
 
 def autoencoder_of(editor_name, family):
     "An autoencoder without weights."
@@ -350,33 +351,38 @@ def main():
                         metavar='RECIPE.yaml | field=value')
     parser.add_argument('--toy', action='store_true', help="the tiny editor's configuration")
     parser.add_argument('--repeat', type=int, default=5)
+    parser.add_argument('--options', nargs='+', choices=OPTIONS, default=OPTIONS, help='to measure (default: all)')
     parser.add_argument('--out', default='experiments/results')
     a = parser.parse_args()
     values = {}
     for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    avoid_cudnn_attention()
     toy = a.toy or device.type == 'cpu'
     if toy: values |= dict(lora_rank=4, batch=2, sessions_per_iteration=2, group=2, keep=None, num_steps=3)
     if toy and not Path(str(values.get('editor'))).is_dir(): values |= dict(editor='tiny', size=48)
     c = make_config(values)
     configs, dtype = editor_configs(c.editor), torch.bfloat16
-    rows, iterations, parts = [], {}, {}
-    for nf4 in (True, False):
-        weights, here = weights_name(nf4, dtype), c.model_copy(update=dict(quantize='nf4' if nf4 else None))
-        rows += measure_options(here, configs, nf4, device, dtype, a.repeat)
-        iterations[weights], measured = run_iterations(here, configs, nf4, device, dtype)
-        parts[weights] = compare_parts(plan(here)['memory'], measured)
-        show(f'{weights}: three iterations', pd.DataFrame(iterations[weights]))
-        show(f'{weights}: memory by part{PLAN_OF_TOY if toy else ""}', parts[weights])
-    show('rows, by option', pd.DataFrame(rows).T, header=False)
-    encoders = measure_encoders(c, configs, device, dtype, a.repeat)
-    show('text encoders and autoencoder', pd.DataFrame(encoders).T, header=False)
     planned, name = plan(c), Path(c.editor).name + ('_toy' if toy else '')
     machine = torch.cuda.get_device_name() if device.type == 'cuda' else f'{platform.machine()} CPU'
-    report = dict(device=machine, toy=toy, torch=torch.__version__, config=c.model_dump(), rows=rows,
-                  encoders=encoders, iterations=iterations, parts={k: t.to_dict('index') for k, t in parts.items()},
-                  planned_GB={k: v/1e9 for k, v in planned['memory'].items()}, planned_minutes=planned['minutes'])
-    atomic_write(Path(a.out)/f'bench_{name}.json', to_json(report, indent=1))
+    report = dict(device=machine, toy=toy, torch=torch.__version__, config=c.model_dump(), rows=[], encoders=[],
+                  iterations={}, parts={}, planned_GB={k: v/1e9 for k, v in planned['memory'].items()},
+                  planned_minutes=planned['minutes'])
+    def save(): atomic_write(Path(a.out)/f'bench_{name}.json', to_json(report, indent=1))    # what is measured is kept
+    for nf4 in (True, False):
+        weights, here = weights_name(nf4, dtype), c.model_copy(update=dict(quantize='nf4' if nf4 else None))
+        report['rows'] += measure_options(here, configs, nf4, device, dtype, a.repeat, a.options)
+        save()
+        report['iterations'][weights], measured = run_iterations(here, configs, nf4, device, dtype)
+        parts = compare_parts(plan(here)['memory'], measured)
+        report['parts'][weights] = parts.to_dict('index')
+        save()
+        show(f'{weights}: three iterations', pd.DataFrame(report['iterations'][weights]))
+        show(f'{weights}: memory by part{PLAN_OF_TOY if toy else ""}', parts)
+    show('rows, by option', pd.DataFrame(report['rows']).T, header=False)
+    report['encoders'] = measure_encoders(c, configs, device, dtype, a.repeat)
+    save()
+    show('text encoders and autoencoder', pd.DataFrame(report['encoders']).T, header=False)
     note = ' (toy size: these numbers say nothing about a GPU)' if toy else ''
     print(f"planned: {sum(planned['memory'].values())/1e9:.3f} GB with text encoders and autoencoder{note}")
 

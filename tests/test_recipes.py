@@ -475,6 +475,31 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     assert errors == [None, 'NotImplementedError: no compiler', None, None, None, 'NotImplementedError: no compiler',
                       None, None, None]
 
+def test_a_recipe_on_a_card_before_anything_is_downloaded(tmp_path, monkeypatch, capsys):
+    "A pipeline with random weights, made, loaded and trained; small here, of the published size on a card."
+    monkeypatch.syspath_prepend(str(root/'experiments'))
+    import bench_gpu, try_card
+    name = 'black-forest-labs/FLUX.1-Kontext-dev'
+    small = dict(num_layers=1, num_single_layers=1, num_attention_heads=2, joint_attention_dim=32,
+                 pooled_projection_dim=32)
+    text = [('CLIPTextModel', dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)),
+            ('T5EncoderModel', dict(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2))]
+    published = PUBLISHED_EDITORS[name]
+    shrunk = published | dict(transformer=published['transformer'] | small, text=text)
+    monkeypatch.setitem(PUBLISHED_EDITORS, name, shrunk)
+    monkeypatch.setattr(bench_gpu, 'FLUX_AUTOENCODER', bench_gpu.FLUX_AUTOENCODER | dict(block_out_channels=(32,)*4))
+    few = ['size=32', 'turns=2', 'group=2', 'num_steps=2', 'eval_steps=2', 'lora_rank=2', 'quantize=null',
+           'sampler=flow']
+    recipe = str(root/'experiments/recipes/kontext_nft.yaml')
+    monkeypatch.setattr('sys.argv', ['try_card.py', recipe, *few, '--out', str(tmp_path), '--folder', str(tmp_path)])
+    try_card.main()
+    report = json.loads((tmp_path/'card_FLUX.1-Kontext-dev.json').read_text())
+    assert len(report['timings']) == 2 and all(np.isfinite(step['loss']) for step in report['steps'])
+    assert report['held_GB'] is None or report['held_GB'] > 0
+    assert 'an iteration took' in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1     # the rest is gone
+    monkeypatch.setattr('sys.argv', ['try_card.py', str(root/'experiments/recipes/klein_4b_nft.yaml')])
+    with pytest.raises(InputError, match='editor: expected one of black-forest-labs/FLUX.1'): try_card.main()
+
 def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch):
     "Settings that are not given are those of training; others are used, with a warning."
     command = importlib.import_module('mt_editflow_nb.cli.eval')

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np, torch
 from ..data.files import InputError, atomic_write, expect, read_json, to_json
 from ..data.sizes import PREFERRED_SIZES, bucket_sizes
-from ..editing.editor import Text, adopt_pipeline, set_shape
+from ..editing.editor import Text, adopt_pipeline, check_finite, set_shape
 from ..editing.loading import FAMILIES, TRANSFORMER_CLASSES, find_editor
 from ..editing.lora import add_lora, lora_parameters, target_layers
 from ..rewards.engines import Local
@@ -616,7 +616,8 @@ def trial_step(
     """Run the most expensive step of an iteration with n rows.
 
     A velocity with gradients, another without, the backward pass, and an optimiser step of size 0, while the rollouts
-    of an iteration and the optimiser's state are held. Nothing that is trained changes."""
+    of an iteration and the optimiser's state are held. Nothing that is trained changes. Raises `InputError` where a
+    gradient is not finite."""
     keep = allocate_rollouts(c, editor, turns or c.turns or 3) if c is not None else []
     x, image = (torch.zeros(n, *editor.latent_shape, device=editor.device) for _ in range(2))
     blank = np.zeros((n, editor.height, editor.width, 3), np.uint8)
@@ -625,6 +626,8 @@ def trial_step(
     v = editor.velocity(x, sigma, text, image)
     with torch.no_grad(): old = editor.velocity(x, sigma, text, image)
     (v - old).square().mean().backward()
+    for p in lora_parameters(editor):
+        if p.grad is not None: check_finite('trial step: a gradient on this card', p.grad)
     if optimizer is not None: _allocate_state(optimizer)
     for p in lora_parameters(editor): p.grad = None
     del keep
