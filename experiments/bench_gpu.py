@@ -29,8 +29,8 @@ from PIL import Image
 from mt_editflow_nb.data.files import atomic_write, one_line, to_json
 from mt_editflow_nb.data.sessions import Session
 from mt_editflow_nb.editing.editor import RepeatedText, Text, deduplicate, to_vae
-from mt_editflow_nb.editing.loading import (KEPT_IN_16_BITS, TILE_ABOVE, autocast_velocity, avoid_cudnn_attention,
-                                            find_editor, quantize_nf4, use_attention)
+from mt_editflow_nb.editing.loading import (KEPT_IN_16_BITS, TILE_ABOVE, autocast_velocity, find_editor, quantize_nf4,
+                                            use_attention)
 from mt_editflow_nb.editing.lora import add_lora, lora_parameters, merged
 from mt_editflow_nb.editing.samplers import sigma_schedule
 from mt_editflow_nb.rewards.cube import Scores
@@ -173,10 +173,10 @@ def flops_of_a_row(c, configs):
     return profile_row(editor, weightless_text(editor, configs['words']))['flops_forward']
 
 def measure_options(c, configs, nf4, device, dtype, repeat, options=OPTIONS):
-    "A row for every option, or why there is none: one that fails spoils no other."
-    rows, exact = [], None
+    "A row for every option, as it is measured, or why there is none: one that fails spoils no other."
+    exact = None
     for option in options_of(c, device, dtype, nf4):
-        if option not in options: continue
+        if option != 'plain' and option not in options: continue       # the errors of others are against it
         failed = dict(weights=weights_name(nf4, dtype), option=option)
         try: row, velocity = measure(c, configs, nf4, option, device, dtype, repeat, exact)
         except torch.OutOfMemoryError: row = dict(failed, error='out of memory')
@@ -184,8 +184,7 @@ def measure_options(c, configs, nf4, device, dtype, repeat, options=OPTIONS):
             if option == 'plain': raise
             row = dict(failed, error=f'{type(e).__name__}: {one_line(e)[:200]}')
         else: exact = velocity if option == 'plain' else exact
-        rows.append(row)
-    return rows
+        yield row
 
 # --- three iterations, and the plan's parts
 
@@ -316,7 +315,7 @@ def autoencoder_row(c, configs, size, device, dtype, repeat):
 def measure_encoders(c, configs, device, dtype, repeat):
     "A row for each text encoder (the large one also in 4 bits) and the autoencoder; one that fails spoils no other."
     editor = weightless_editor(configs, size=c.size or configs.get('size'), guidance=c.guidance)
-    T, P, rows = c.turns or 3, c.sessions_per_iteration, []
+    T, P = c.turns or 3, c.sessions_per_iteration
     many = dict(seconds_a_prompt=P*T, seconds_a_picture_seen=P*c.group*T, seconds_to_encode=P*c.group*T,
                 seconds_to_decode=P*c.group*T)
     jobs = [partial(encoder_row, name, config, configs['words'], False) for name, config in configs['text']]
@@ -329,8 +328,7 @@ def measure_encoders(c, configs, device, dtype, repeat):
         except torch.OutOfMemoryError: row = dict(part=str(job.args[0])[:40], error='out of memory')
         except Exception as e: row = dict(part=str(job.args[0])[:40], error=f'{type(e).__name__}: {one_line(e)[:200]}')
         else: row['seconds_an_iteration'] = sum(n*row[k] for k, n in many.items() if k in row)
-        rows.append(row)
-    return rows
+        yield row
 
 def compare_parts(planned, measured):
     "The plan's parts beside what was held: gigabytes, and the plan's error."
@@ -351,13 +349,13 @@ def main():
                         metavar='RECIPE.yaml | field=value')
     parser.add_argument('--toy', action='store_true', help="the tiny editor's configuration")
     parser.add_argument('--repeat', type=int, default=5)
-    parser.add_argument('--options', nargs='+', choices=OPTIONS, default=OPTIONS, help='to measure (default: all)')
+    parser.add_argument('--options', nargs='+', choices=OPTIONS, default=OPTIONS,
+                        help='to measure beside `plain`, behind the recipe (default: all)')
     parser.add_argument('--out', default='experiments/results')
     a = parser.parse_args()
     values = {}
     for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    avoid_cudnn_attention()
     toy = a.toy or device.type == 'cpu'
     if toy: values |= dict(lora_rank=4, batch=2, sessions_per_iteration=2, group=2, keep=None, num_steps=3)
     if toy and not Path(str(values.get('editor'))).is_dir(): values |= dict(editor='tiny', size=48)
@@ -365,14 +363,18 @@ def main():
     configs, dtype = editor_configs(c.editor), torch.bfloat16
     planned, name = plan(c), Path(c.editor).name + ('_toy' if toy else '')
     machine = torch.cuda.get_device_name() if device.type == 'cuda' else f'{platform.machine()} CPU'
-    report = dict(device=machine, toy=toy, torch=torch.__version__, config=c.model_dump(), rows=[], encoders=[],
-                  iterations={}, parts={}, planned_GB={k: v/1e9 for k, v in planned['memory'].items()},
+    report = dict(finished=False, device=machine, toy=toy, torch=torch.__version__, config=c.model_dump(), rows=[],
+                  encoders=[], iterations={}, parts={},
+                  planned_GB={k: v/1e9 for k, v in planned['memory'].items()},
                   planned_minutes=planned['minutes'])
-    def save(): atomic_write(Path(a.out)/f'bench_{name}.json', to_json(report, indent=1))    # what is measured is kept
+    def save(): atomic_write(Path(a.out)/f'bench_{name}.json', to_json(report, indent=1))
+    def keep(rows, where):
+        for row in rows:
+            where.append(row)
+            save()
     for nf4 in (True, False):
         weights, here = weights_name(nf4, dtype), c.model_copy(update=dict(quantize='nf4' if nf4 else None))
-        report['rows'] += measure_options(here, configs, nf4, device, dtype, a.repeat, a.options)
-        save()
+        keep(measure_options(here, configs, nf4, device, dtype, a.repeat, a.options), report['rows'])
         report['iterations'][weights], measured = run_iterations(here, configs, nf4, device, dtype)
         parts = compare_parts(plan(here)['memory'], measured)
         report['parts'][weights] = parts.to_dict('index')
@@ -380,7 +382,8 @@ def main():
         show(f'{weights}: three iterations', pd.DataFrame(report['iterations'][weights]))
         show(f'{weights}: memory by part{PLAN_OF_TOY if toy else ""}', parts)
     show('rows, by option', pd.DataFrame(report['rows']).T, header=False)
-    report['encoders'] = measure_encoders(c, configs, device, dtype, a.repeat)
+    keep(measure_encoders(c, configs, device, dtype, a.repeat), report['encoders'])
+    report['finished'] = True
     save()
     show('text encoders and autoencoder', pd.DataFrame(report['encoders']).T, header=False)
     note = ' (toy size: these numbers say nothing about a GPU)' if toy else ''

@@ -491,9 +491,16 @@ def test_a_recipe_on_a_card_before_anything_is_downloaded(tmp_path, monkeypatch,
     few = ['size=32', 'turns=2', 'group=2', 'num_steps=2', 'eval_steps=2', 'lora_rank=2', 'quantize=null',
            'sampler=flow']
     recipe = str(root/'experiments/recipes/kontext_nft.yaml')
-    monkeypatch.setattr('sys.argv', ['try_card.py', recipe, *few, '--out', str(tmp_path), '--folder', str(tmp_path)])
+    asked = ['try_card.py', recipe, *few, '--out', str(tmp_path), '--folder', str(tmp_path)]
+    if not torch.cuda.is_available():
+        monkeypatch.setattr('sys.argv', asked)
+        with pytest.raises(InputError, match='card: expected a GPU'): try_card.main()
+    monkeypatch.setattr(try_card, 'card', lambda: (torch.device('cpu'), 'a CPU'))
+    monkeypatch.setattr('sys.argv', [*asked, 'grup=2'])
+    with pytest.raises(InputError, match='did you mean `group`'): try_card.main()
+    monkeypatch.setattr('sys.argv', asked)
     try_card.main()
-    report = json.loads((tmp_path/'card_FLUX.1-Kontext-dev.json').read_text())
+    report = json.loads((tmp_path/'card_kontext_nft_CPU.json').read_text())
     assert len(report['timings']) == 2 and all(np.isfinite(step['loss']) for step in report['steps'])
     assert report['held_GB'] is None or report['held_GB'] > 0
     assert 'an iteration took' in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1     # the rest is gone

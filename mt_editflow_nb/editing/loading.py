@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['TINY_EDITOR', 'SHIPPED_EDITORS', 'TILE_ABOVE', 'FAMILIES', 'TRANSFORMER_CLASSES', 'TOKENIZERS', 'HUB_EDITORS',
            'READ_TOKENS', 'KEPT_IN_16_BITS', 'WITHOUT_MASKS', 'DTYPES', 'find_index', 'find_editor', 'text_limit',
-           'nf4_config', 'quantize_nf4', 'offload_encoders', 'save_memory', 'autocast_velocity',
-           'avoid_cudnn_attention', 'use_attention', 'compile_blocks', 'allow_tf32', 'choose_device', 'choose_dtype',
-           'outline_editor', 'no_missing_weights', 'quiet_libraries', 'load_pipeline', 'check_quantize', 'add_options',
-           'check_adapter_fits', 'load_editor']
+           'nf4_config', 'quantize_nf4', 'offload_encoders', 'save_memory', 'autocast_velocity', 'use_attention',
+           'compile_blocks', 'allow_tf32', 'choose_device', 'choose_dtype', 'outline_editor', 'no_missing_weights',
+           'quiet_libraries', 'load_pipeline', 'check_quantize', 'add_options', 'check_adapter_fits', 'load_editor']
 
 # %% ../../nbs/editing/05_loading.ipynb #3d434a63
 import json, logging, re, warnings
@@ -141,7 +140,7 @@ def save_memory(
     checkpointing: bool, # gradient checkpointing
     offload: bool,       # text encoders rest in host memory
 ):
-    "Hold less: pictures one at a time on a GPU, large ones in tiles, and what was asked for."
+    "The autoencoder takes pictures one at a time on a GPU, large ones in tiles; the rest is what was asked for."
     if torch.device(editor.device).type != 'cpu': editor.vae.enable_slicing()
     if editor.size > TILE_ABOVE: editor.vae.enable_tiling()
     if checkpointing: editor.transformer.enable_gradient_checkpointing()
@@ -156,12 +155,6 @@ def autocast_velocity(
     def in_bfloat16(x, sigma, text, image):
         with torch.autocast(torch.device(editor.device).type, torch.bfloat16): return velocity(x, sigma, text, image)
     editor.velocity = in_bfloat16
-
-def avoid_cudnn_attention():
-    """Let no attention of this process run on cuDNN, unless it is asked for by name.
-
-    Torch prefers it on Hopper cards, where its backward pass gives NaN (pytorch/pytorch#196678)."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 # kernels of diffusers' dispatcher that refuse a mask; the families whose texts have one do without it
 WITHOUT_MASKS = ('flash', '_flash', 'sage', '_sage', 'aiter', '_native_flash', '_native_xla')
@@ -180,7 +173,6 @@ def use_attention(
     except (ImportError, RuntimeError, ValueError) as e:
         raise InputError(f'attention_backend: {backend} cannot be used here: {one_line(e)}') from None
 
-# %% ../../nbs/editing/05_loading.ipynb #65d31c88
 def compile_blocks(
     editor,       # of any family, with its adapter
     backend: str, # of torch.compile; 'inductor' is the usual one
@@ -367,7 +359,6 @@ def load_editor(
         add_options(outline_editor(name_or_path), *options)      # what does not fit is refused before weights are read
     if compile: one_of('compile', compile, torch._dynamo.list_backends(exclude_tags=()))
     if tf32: allow_tf32(device)
-    avoid_cudnn_attention()
     pipe, cls = load_pipeline(name_or_path, quantize, device, choose_dtype(dtype, device))
     editor = cls(pipe, guidance)
     if size is not None: set_size(editor, size)

@@ -20,7 +20,7 @@ from ..data.files import InputError, atomic_write, expect, read_json, to_json
 from ..data.sizes import PREFERRED_SIZES, bucket_sizes
 from ..editing.editor import Text, adopt_pipeline, check_finite, set_shape
 from ..editing.loading import FAMILIES, TRANSFORMER_CLASSES, find_editor
-from ..editing.lora import add_lora, lora_parameters, target_layers
+from ..editing.lora import add_lora, target_layers
 from ..rewards.engines import Local
 from ..rewards.cube import load_judge
 from ..rewards.edival_tools import LocalTools
@@ -625,11 +625,12 @@ def trial_step(
     sigma = torch.full((n,), .5, device=editor.device)
     v = editor.velocity(x, sigma, text, image)
     with torch.no_grad(): old = editor.velocity(x, sigma, text, image)
-    (v - old).square().mean().backward()
-    for p in lora_parameters(editor):
+    (v + old).square().mean().backward()
+    trained = [p for p in editor.transformer.parameters() if p.requires_grad]
+    for p in trained:
         if p.grad is not None: check_finite('trial step: a gradient on this card', p.grad)
     if optimizer is not None: _allocate_state(optimizer)
-    for p in lora_parameters(editor): p.grad = None
+    for p in trained: p.grad = None
     del keep
 
 # %% ../../nbs/training/01_budget.ipynb #0fcff580
