@@ -61,6 +61,24 @@ def summary(point, tuning_runs):
                 O_before=overall(point.before), O_after=overall(point.after),
                 turn1_success_by_type=success_by_type(point, point.after), tuning_runs=tuning_runs)
 
+def times_the_gain(ours, other, draws=500):
+    """How many times the gain of `other` ours is, in O at turn 3: the ratio, and its 95 % interval.
+
+    Drawn are seeds and sessions, the same of both. None where seeds differ, or the other gains nothing in a draw."""
+    if ours.seeds != other.seeds: return None
+    S, I = ours.after.success_IT.shape[:2]
+    rng = np.random.default_rng(0)
+    drawn = [(rng.integers(S, size=S), rng.integers(I, size=I)) for _ in range(draws)]
+    def O(outcomes, seeds, sessions):
+        sample = Outcomes(*(x[seeds][:, sessions, :3] for x in outcomes))
+        return seed_scores(sample)[:, 2, METRICS.index('O')].mean()
+    def gain(point, sample): return O(point.after, *sample) - O(point.before, *sample)
+    once = np.arange(S), np.arange(I)
+    gains = np.array([(gain(ours, sample), gain(other, sample)) for sample in (once, *drawn)])
+    if (gains[:, 1] <= 0).any(): return None
+    ratios = gains[:, 0]/gains[:, 1]
+    return [float(x) for x in (ratios[0], *np.percentile(ratios[1:], [2.5, 97.5]))]
+
 def mean_of(values, seeds):
     "A mean over seeds of numbers, or of each of the numbers in lists or dictionaries; None where one is missing."
     first = values[0]
@@ -88,6 +106,7 @@ def pooled(reports, ours=None):
     methods = {label: pooled_method([r['methods'][label] for r in reports if label in r['methods']])
                for label in labels}
     one_of('--ours', first['ours'], methods)
+    first.pop('ours_gains_times', None)                                # of runs, which are gone
     return first | provenance() | dict(passes=max(m['passes'] for m in methods.values()), methods=methods)
 
 def provenance():
@@ -130,10 +149,12 @@ def make_report(sweeps, ours, results):
         for label, point in load_results(sweep).points.items(): points.setdefault(label, []).append(point)
     one_of('--ours', ours, points)
     tuned = Counter(row['method'] for row in read_json_lines(results/'tuning.jsonl'))
-    methods = {label: summary(together(each), tuned[label]) for label, each in points.items()}
+    points = {label: together(each) for label, each in points.items()}
+    methods = {label: summary(point, tuned[label]) for label, point in points.items()}
+    times = {label: times_the_gain(points[ours], point) for label, point in points.items() if label != ours}
     return dict(**provenance(), passes=max(m['passes'] for m in methods.values()),
-                sessions=points[ours][0].after.success_IT.shape[1], ours=ours,
-                turn1_success_by_type=success_by_type(points[ours][0], points[ours][0].before), methods=methods)
+                sessions=points[ours].after.success_IT.shape[1], ours=ours, ours_gains_times=times,
+                turn1_success_by_type=success_by_type(points[ours], points[ours].before), methods=methods)
 
 def run(a):
     "What the options ask for. Raises `InputError` for what is not there."
@@ -148,6 +169,8 @@ def run(a):
     atomic_write(a.results/f'{a.name}.json', to_json(report, indent=1))
     save_figure(a.results/f'{a.name}.png', plot(report))
     for label, m in report['methods'].items(): print(line(label, m))
+    for label, times in report.get('ours_gains_times', {}).items():
+        if times: print('{} gains {:.2f} [{:.2f}, {:.2f}] times as much as {}'.format(report['ours'], *times, label))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
