@@ -77,7 +77,7 @@ def train_and_report(c, run, device, name):
                 held_GB=torch.cuda.max_memory_allocated()/1e9 if device.type == 'cuda' else None,
                 planned_seconds=planned['minutes'] and 60*planned['minutes'],
                 timings=log_rows(run/'timings.jsonl'),
-                steps=[{name: row[name] for name in ('loss', 'grad_norm')} for row in steps])
+                steps=[{key: row[key] for key in ('loss', 'grad_norm')} for row in steps])
 
 def say(report):
     "Two lines of a report."
