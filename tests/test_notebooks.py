@@ -87,6 +87,8 @@ def test_links_of_texts_exist(path):
     links = re.findall(r'\]\((?![a-z]+:|#)([^)#\s]+)', path.read_text(encoding='utf-8'))
     missing = [link for link in links if not (path.parent/link).exists()]
     assert not missing
+    folders = [link for link in links if (path.parent/link).is_dir()]
+    assert not folders or path.parent.name != 'experiments'              # a page of the site cannot lead to a folder
 
 @each(notebooks)
 def test_links_between_files_exist(path):
