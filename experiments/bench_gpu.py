@@ -41,11 +41,11 @@ from mt_editflow_nb.training.budget import (PEAK_FLOPS, PUBLISHED_EDITORS, count
                                             profile_row, weightless_editor, weightless_encoder, weightless_text)
 from mt_editflow_nb.cli.train import parse_overrides, read_recipe
 
-def fill(module, device):
-    "Random weights on the device."
-    module.to_empty(device=device)
+def fill(module, device, home=None):
+    "Random weights, drawn on the device; they stay there, or are held at `home`, tensor by tensor."
+    module.to_empty(device=home or device)
     for name, p in module.named_parameters():
-        if p.ndim > 1: p.data.normal_(0, .02)
+        if p.ndim > 1: p.data.copy_(torch.empty_like(p, device=device).normal_(0, .02))
         else: p.data.fill_(1. if 'norm' in name else 0.)
     for buffer in module.buffers(): buffer.zero_()
 

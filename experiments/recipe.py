@@ -21,6 +21,7 @@ from mt_editflow_nb.data.files import InputError, atomic_write, expect, one_of, 
 from mt_editflow_nb.data.plots import save_figure
 from mt_editflow_nb.data.shapeworld import WORLDS
 from mt_editflow_nb.evaluation.scores import Outcomes
+from mt_editflow_nb.evaluation.statistics import percentile_interval
 from mt_editflow_nb.training.runs import environment
 
 def together(points):
@@ -76,8 +77,8 @@ def times_the_gain(ours, other, draws=500):
     once = np.arange(S), np.arange(I)
     gains = np.array([(gain(ours, sample), gain(other, sample)) for sample in (once, *drawn)])
     if (gains[:, 1] <= 0).any(): return None
-    ratios = gains[:, 0]/gains[:, 1]
-    return [float(x) for x in (ratios[0], *np.percentile(ratios[1:], [2.5, 97.5]))]
+    ratios = gains[:, :1]/gains[:, 1:]
+    return [float(x[0]) for x in (ratios[0], *percentile_interval(ratios[1:]))]
 
 def mean_of(values, seeds):
     "A mean over seeds of numbers, or of each of the numbers in lists or dictionaries; None where one is missing."

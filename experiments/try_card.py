@@ -12,7 +12,7 @@ import argparse, shutil, sys, tempfile
 from pathlib import Path
 import torch
 from PIL import Image
-from bench_gpu import autoencoder_of, random_judge
+from bench_gpu import autoencoder_of, fill, random_judge
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.train import parse_overrides, read_recipe
 from mt_editflow_nb.data.files import InputError, atomic_write, expect, log_rows, one_of, read_json, to_json
@@ -33,11 +33,7 @@ def card():
 def save_random(module, folder, device):
     "Random weights in bfloat16, drawn on the card and kept in host memory: the card need not hold them all."
     torch.nn.Module.to(module, torch.bfloat16)
-    module.to_empty(device='cpu')
-    for name, p in module.named_parameters():
-        if p.ndim > 1: p.data.copy_(.02*torch.randn(p.shape, device=device, dtype=p.dtype))
-        else: p.data.fill_(1. if 'norm' in name else 0.)
-    for buffer in module.buffers(): buffer.zero_()
+    fill(module, device, home='cpu')
     if hasattr(module, 'tie_weights'): module.tie_weights()
     module.save_pretrained(folder)
 
@@ -97,12 +93,12 @@ def main():
     values = read_recipe(a.recipe) | SMALL | parse_overrides(a.settings)
     one_of('editor', values.get('editor'), [EDITOR])
     expect(not a.folder or Path(a.folder).is_dir(), 'folder', 'a folder', a.folder)
-    make_config(values)                                                    # what is wrong is said before the work
+    c = make_config(values)                                                # what is wrong is said before the work
     device, name = card()
     with tempfile.TemporaryDirectory(dir=a.folder) as temporary:
         temporary = Path(temporary)
         make_pipeline(temporary/'pipeline', device)
-        sessions = make_sessions(temporary/'sessions', make_config(values))
+        sessions = make_sessions(temporary/'sessions', c)
         c = make_config(values | dict(editor=str(temporary/'pipeline'), sessions=str(sessions),
                                       heldout=values['eval_sessions']))
         report = train_and_report(c, temporary/'run', device, name) | dict(settings=values)
