@@ -21,7 +21,7 @@ $(STAMP): settings.ini pyproject.toml setup.py constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP) ## train the tiny editor on the shape world, evaluate, and show where the results are
-	$(BIN)/mtef_train --notebook experiments/train.ipynb preset=self-imitation num_steps=2 eval_steps=3 lr=0.002 iterations=163 --run runs/demo
+	$(BIN)/mtef_train --notebook experiments/train.ipynb preset=self-imitation num_steps=2 eval_steps=3 lr=0.002 iterations=563 --run runs/demo
 	@$(BIN)/python experiments/recipe.py --show mt-editflow
 
 # Only where it can be done without asking: as root, on a system with apt-get. Without a browser its tests are skipped, and say so.

@@ -34,6 +34,12 @@ def test_samples_first_and_repeats_then(whole):
     assert [row['passes']['trained'] for row in log[3:]] == [2*3]*3              # sessions times members
     assert [('if' in row, 'push' in row) for row in log] == [(True, True)]*3 + [(False, False)]*3
 
+def test_small_steps_at_a_rate_of_their_own(tmp_path):
+    train(make_config(small | dict(lr=.003, imitate_edits=4, imitate_lr=.01)), tmp_path/'run', progress=False)
+    log = rows(tmp_path/'run')
+    assert [row['rows'] for row in log[3:]] == [4]*3
+    assert [row['lr'] for row in log] == pytest.approx([.003, .003*5/6, .003*4/6, .01, .01*2/3, .01/3])
+
 def test_what_is_kept_is_right(whole):
     edits = kept(whole)
     images_PGTHWC = np.stack([np.asarray(e.target_images()[0]) for e in edits])[:, None, None]

@@ -6,7 +6,8 @@
 __all__ = ['RL', 'EFFECTIVE', 'OF_FILES', 'ADAPTER_ONLY', 'CONFIG_PRESETS', 'RENAMED', 'PLAIN_WORDS', 'EditorFields',
            'SessionFields', 'RolloutFields', 'AdvantageFields', 'LossFields', 'RunFields', 'Config',
            'refuse_ineffective', 'check_adapter', 'check_whole', 'check_track', 'check_sessions', 'check_rollout',
-           'check_branching', 'check_scored_turns', 'check_learn_as_judged', 'check_advantage', 'make_config']
+           'check_branching', 'check_scored_turns', 'check_learn_as_judged', 'check_advantage', 'make_config',
+           'first_imitation']
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
 import difflib
@@ -127,6 +128,10 @@ class LossFields(BaseModel):
     kl_weight: float = Field(0., ge=0, le=10_000, description='pull towards the base editor')
     imitate: float = Field(0., ge=0, lt=1, description=(
         'share of the iterations, the last ones, that repeat own right results of the earlier ones, which is cheaper'))
+    imitate_edits: int | None = Field(None, ge=1, le=65_536, description=(
+        'imitate: right results that such an iteration repeats; None: P times G'))
+    imitate_lr: float | None = Field(None, gt=0, le=1, description=(
+        'imitate: learning rate of the first such iteration, from where it falls to 0; None: what `lr` has come to'))
 
 # %% ../../nbs/algorithm/03_config.ipynb #a79629ff
 class RunFields(BaseModel):
@@ -212,6 +217,9 @@ def refuse_ineffective(
            'algorithm=grpo with cps, without which it has no effect', f'algorithm={config.algorithm}')
     expect(not config.keep_best or config.eval_every, 'keep_best',
            'eval_every above 0, without which it has no effect', config.keep_best)
+    for name in ('imitate_edits', 'imitate_lr'):
+        expect(config.imitate or getattr(config, name) is None, name,
+               'imitate above 0, without which it has no effect', getattr(config, name))
     for name in OF_FILES:
         has_default = getattr(config, name) == Config.model_fields[name].default
         expect(has_default or config.sessions not in WORLDS, name, 'sessions=FILE, without which it has no effect',
@@ -338,7 +346,7 @@ def check_advantage(
 _TURN_BRANCHING = dict(branching='random', credit='local', fusion='adaptive', std='none', train_levels=1)
 CONFIG_PRESETS = PRESETS | {
     'turn-branching': _TURN_BRANCHING | dict(weights=[.1, .9]),
-    'self-imitation': _TURN_BRANCHING | dict(weights=[.15, .85], imitate=.83)}
+    'self-imitation': _TURN_BRANCHING | dict(weights=[.15, .85], imitate=.95, imitate_edits=16, imitate_lr=4e-3)}
 
 # %% ../../nbs/algorithm/03_config.ipynb #59adc37f
 RENAMED = {'times': 'train_timesteps'}     # fields of older runs and recipes
@@ -390,3 +398,10 @@ def make_config(
     _check_judge('', config.judge, config.judge_options)
     _check_judge('eval_', config.eval_judge, config.eval_judge_options)
     return config
+
+# %% ../../nbs/algorithm/03_config.ipynb #1a1a0002
+def first_imitation(
+    config: Config, # `imitate` and `iterations` are read
+) -> int:           # from 0; `iterations` where there is none
+    "The first iteration that repeats own right results."
+    return config.iterations - int(round(config.imitate*config.iterations, 6))

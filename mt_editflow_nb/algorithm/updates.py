@@ -10,7 +10,7 @@ __all__ = ['IDLE_ITERATIONS', 'micro_batches', 'learning_rate', 'require_finite'
 import warnings
 import torch
 from ..data.files import InputError
-from .config import Config
+from .config import Config, first_imitation
 from .processes import failing_together, sum_gradients
 from .sharding import full_value, is_sharded
 
@@ -23,11 +23,15 @@ def micro_batches(
     if len(rows): yield from rows.split(size)
 
 def learning_rate(
-    config: Config, # `lr` and `iterations` are read
+    config: Config, # `lr`, `iterations`, `imitate` and `imitate_lr` are read
     iteration: int, # from 0
 ) -> float:
-    "The learning rate of an iteration; it falls linearly towards 0, so that the noise of single steps averages out."
-    return config.lr*(1 - iteration/config.iterations)
+    """The learning rate of an iteration; it falls linearly towards 0, so that the noise of single steps averages out.
+
+    `imitate_lr` begins anew with the first iteration that repeats own right results."""
+    first = first_imitation(config)
+    if config.imitate_lr is None or iteration < first: return config.lr*(1 - iteration/config.iterations)
+    return config.imitate_lr*(config.iterations - iteration)/(config.iterations - first)
 
 # %% ../../nbs/algorithm/06_updates.ipynb #252095dd
 def require_finite(

@@ -24,7 +24,8 @@ from ..editing.lora import add_lora, target_layers
 from ..rewards.engines import Local
 from ..rewards.cube import load_judge
 from ..rewards.edival_tools import LocalTools
-from ..algorithm.imitation import first_imitation
+from ..algorithm.config import first_imitation
+from ..algorithm.imitation import edits_an_iteration
 from ..algorithm.processes import shard_of
 
 # %% ../../nbs/training/01_budget.ipynb #0d2bae35
@@ -263,7 +264,7 @@ def count_rows(
     rows = dict(sampled=sampled*c.num_steps, trained=trained, compared=trained*comparisons)
     sampling = first_imitation(c)
     if sampling == c.iterations: return rows
-    repeated = c.sessions_per_iteration*c.group*(c.iterations - sampling)
+    repeated = edits_an_iteration(c)*(c.iterations - sampling)
     return {name: (n*sampling + repeated*(name == 'trained'))/c.iterations for name, n in rows.items()}
 
 def evaluation_steps(

@@ -10,12 +10,13 @@ import shutil
 from functools import cache
 from pathlib import Path
 import numpy as np
-from ..algorithm.config import Config
-from ..algorithm.imitation import first_imitation
+from ..algorithm.config import Config, first_imitation
+from ..algorithm.imitation import edits_an_iteration
 from ..algorithm.processes import exchange, failing_together, from_first, gather_to_first
 from ..data.files import content_hash, expect
 from ..data.sessions import load_sessions, save_sessions
-from .source import SessionSource, kind_batches, kind_weights, turns_of
+from ..editing.noise import random_generator
+from .source import SessionSource
 
 # %% ../../nbs/training/03d_own_results.ipynb #e2000006
 def keep_right_edits(
@@ -48,11 +49,16 @@ def edit_batches(
     size: int,   # how many an iteration takes
     seed: int,   # of the run
 ):               # number of the iteration of imitation, from 0 -> edits
-    "Which edits an iteration repeats: a function of the seed and the iteration alone."
-    sizes = [s.image_size for s in edits]
-    buckets = np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1)       # one for each size
-    numbers = kind_batches(edits, kind_weights(turns_of(edits), buckets), buckets, size, seed)
-    return lambda k: [edits[n] for n in numbers(k)]
+    "Which edits an iteration repeats, of one size: a function of the seed and the iteration alone."
+    sizes = np.unique([e.image_size for e in edits], axis=0, return_inverse=True)[1].reshape(-1)
+    failure_E = np.array([e.meta['failure_rate'] for e in edits])
+    def batch(k):
+        rng = random_generator(seed, k, 'own right results')
+        first = rng.choice(len(edits), p=failure_E/failure_E.sum())
+        alike_E = failure_E*(sizes == sizes[first])
+        few = np.count_nonzero(alike_E) < size
+        return [edits[n] for n in rng.choice(len(edits), size, replace=few, p=alike_E/alike_E.sum())]
+    return batch
 
 def with_own_results(
     source: SessionSource, # of a run
@@ -66,5 +72,5 @@ def with_own_results(
         with failing_together(): edits = kept_right_edits(run, first)
         alike = len(set(exchange(content_hash([edit.id for edit in edits])))) == 1
         expect(alike, 'run', 'a folder that all processes see, with imitate', run)
-        return edit_batches(edits, c.sessions_per_iteration*c.group, c.seed)
+        return edit_batches(edits, edits_an_iteration(c), c.seed)
     return source._replace(batch=lambda i: source.batch(i) if i < first else own()(i - first))

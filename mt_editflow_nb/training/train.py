@@ -37,10 +37,10 @@ from ..editing.whole import gather_transformer, save_transformer, train_whole
 from ..editing.rollout import turn_histories
 from ..rewards.cube import JUDGES, TurnScorer, judge_usage, load_judge
 from ..rewards.engines import JudgeFailed
-from ..algorithm.config import RL, Config
+from ..algorithm.config import RL, Config, first_imitation
 from ..algorithm.distill import distill
 from ..algorithm.as_judged import iterate_as_judged
-from ..algorithm.imitation import first_imitation, imitate, right_edits
+from ..algorithm.imitation import imitate, right_edits
 from ..algorithm.iterate import iterate
 from ..algorithm.policy import Policy, require_bitsandbytes
 from ..algorithm.processes import (collect_answers, exchange, failing_together, from_first, interrupt,
