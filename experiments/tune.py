@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from mt_editflow_nb.ablation.passes import count_passes
 from mt_editflow_nb.algorithm.config import first_imitation, make_config
-from mt_editflow_nb.algorithm.imitation import edits_an_iteration, right_edits
+from mt_editflow_nb.algorithm.imitation import edits_per_iteration, right_edits
 from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.cli.train import parse_overrides
 from mt_editflow_nb.data.files import append_json_line, log_rows
@@ -42,7 +42,7 @@ def try_settings(values, look_every):
     passes, curve = 0, [dict(iteration=0, passes=0) | look(policy, tested, judge, steps)]
     first, right = first_imitation(config), []
     for i in tqdm(range(config.iterations), desc='training'):
-        if i == first: repeated = edit_batches(right, edits_an_iteration(config), config.seed)
+        if i == first: repeated = edit_batches(right, edits_per_iteration(config), config.seed)
         if i < first: sessions = shape_sessions(P, T, start=50_000*config.seed % FIRST_TESTED + P*i)
         else: sessions = repeated(i - first)
         step = step_of(config, i)(config, policy, sessions, judge, i)

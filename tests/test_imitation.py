@@ -1,5 +1,6 @@
 "The last iterations of a run repeat its own right results, and a run that is cut goes on with the same ones."
 import json
+from dataclasses import replace
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from mt_editflow_nb.algorithm.config import make_config
@@ -9,6 +10,7 @@ from mt_editflow_nb.data.sessions import load_sessions
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.training import train as train_chapter
 from mt_editflow_nb.training.budget import count_rows
+from mt_editflow_nb.training.own_results import edit_batches
 from mt_editflow_nb.training.train import train
 
 small = dict(sessions_per_iteration=2, group=3, turns=3, num_steps=2, lora_rank=2, iterations=6, imitate=.5,
@@ -62,6 +64,13 @@ def test_cut_and_resumed(whole, tmp_path, monkeypatch, cut):
     assert all(torch.equal(a[name], b[name]) for name in b)
     assert [e.id for e in kept(tmp_path/'run')] == [e.id for e in kept(whole)]
 
+def test_a_run_folder_from_before_there_were_rates(whole, tmp_path):
+    "What was kept without a failure rate is repeated evenly."
+    edits = [replace(edit, meta={}) for edit in kept(whole)]
+    single = edit_batches(edits, 1, seed=0)
+    drawn = [single(k)[0].id for k in range(200*len(edits))]
+    assert all(abs(drawn.count(edit.id) - 200) < 5*200**.5 for edit in edits)
+
 def test_another_run_learns_from_them(whole, tmp_path):
     together = tmp_path/'right.jsonl'
     lines = [json.loads(line) | dict(folder=str(file.parent)) for file in sorted(whole.glob('right/*/sessions.jsonl'))
@@ -86,6 +95,7 @@ def test_nothing_right(tmp_path):
 @pytest.mark.parametrize(('wrong', 'words'), [
     (dict(imitate=1.), 'imitate: expected .*less than 1'),
     (dict(imitate=-.1), 'imitate: expected .*0'),
+    (dict(imitate=0., imitate_lr=.01), 'imitate_lr: expected null for .* with imitate=0'),
     (dict(judge='tiny:logit:coarse', branching='none', credit='broadcast'), 'judge: expected .* with imitate'),
     (dict(algorithm='sft', branching='none', credit='broadcast'), 'imitate: expected algorithm=nft or grpo')])
 def test_refused_with_one_line(wrong, words):
@@ -96,5 +106,7 @@ def test_the_plan_counts_both_kinds():
     "Of six iterations three sample 36 rows and train 6 (members are alike at pure noise), three repeat 6."
     counted = count_rows(make_config(small | dict(train_levels=1)), 3)
     assert counted == dict(sampled=18, trained=(3*6 + 3*6)/6, compared=3)
+    few = count_rows(make_config(small | dict(imitate_edits=4, train_levels=1)), 3)
+    assert few == counted | dict(trained=(3*6 + 3*4)/6)
     without = count_rows(make_config(small | dict(imitate=0., train_levels=1)), 3)
     assert without == dict(sampled=36, trained=6, compared=6)

@@ -86,7 +86,8 @@ split_groups = ['algorithm=grpo', 'clip=1e-2', 'lr=1e-4', 'sessions_per_iteratio
 
 as_judged = ['learn_as_judged=true', 'updates=1', 'std=group', 'whiten=false', 'batch=3']        # a session a piece
 
-imitating = ['imitate=.5', 'branching=random', 'credit=local', 'turns=3']            # the second iteration repeats
+# the second iteration repeats three edits, which two processes share
+imitating = ['imitate=.5', 'imitate_edits=3', 'imitate_lr=.001', 'branching=random', 'credit=local', 'turns=3']
 
 @pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], split_groups, as_judged, imitating],
                          ids=['nft', 'grpo', 'as_judged', 'imitating'])

@@ -129,9 +129,9 @@ class LossFields(BaseModel):
     imitate: float = Field(0., ge=0, lt=1, description=(
         'share of the iterations, the last ones, that repeat own right results of the earlier ones, which is cheaper'))
     imitate_edits: int | None = Field(None, ge=1, le=65_536, description=(
-        'imitate: right results that such an iteration repeats; None: P times G'))
+        'imitate: own right results per iteration of imitation; None: P times G'))
     imitate_lr: float | None = Field(None, gt=0, le=1, description=(
-        'imitate: learning rate of the first such iteration, from where it falls to 0; None: what `lr` has come to'))
+        'imitate: learning rate at the first iteration of imitation, from where it falls to 0; None: `lr` goes on'))
 
 # %% ../../nbs/algorithm/03_config.ipynb #a79629ff
 class RunFields(BaseModel):
@@ -219,7 +219,8 @@ def refuse_ineffective(
            'eval_every above 0, without which it has no effect', config.keep_best)
     for name in ('imitate_edits', 'imitate_lr'):
         expect(config.imitate or getattr(config, name) is None, name,
-               'imitate above 0, without which it has no effect', getattr(config, name))
+               'null for imitate_edits and imitate_lr with imitate=0, where they have no effect',
+               getattr(config, name))
     for name in OF_FILES:
         has_default = getattr(config, name) == Config.model_fields[name].default
         expect(has_default or config.sessions not in WORLDS, name, 'sessions=FILE, without which it has no effect',

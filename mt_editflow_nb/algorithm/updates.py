@@ -28,7 +28,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of an iteration; it falls linearly towards 0, so that the noise of single steps averages out.
 
-    `imitate_lr` begins anew with the first iteration that repeats own right results."""
+    With `imitate_lr`, `lr` falls as if it went on to the end, but the first iteration that repeats own right results
+    has that rate, which falls to 0 from there."""
     first = first_imitation(config)
     if config.imitate_lr is None or iteration < first: return config.lr*(1 - iteration/config.iterations)
     return config.imitate_lr*(config.iterations - iteration)/(config.iterations - first)

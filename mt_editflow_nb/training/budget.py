@@ -25,7 +25,7 @@ from ..rewards.engines import Local
 from ..rewards.cube import load_judge
 from ..rewards.edival_tools import LocalTools
 from ..algorithm.config import first_imitation
-from ..algorithm.imitation import edits_an_iteration
+from ..algorithm.imitation import edits_per_iteration
 from ..algorithm.processes import shard_of
 
 # %% ../../nbs/training/01_budget.ipynb #0d2bae35
@@ -264,7 +264,7 @@ def count_rows(
     rows = dict(sampled=sampled*c.num_steps, trained=trained, compared=trained*comparisons)
     sampling = first_imitation(c)
     if sampling == c.iterations: return rows
-    repeated = edits_an_iteration(c)*(c.iterations - sampling)
+    repeated = edits_per_iteration(c)*(c.iterations - sampling)
     return {name: (n*sampling + repeated*(name == 'trained'))/c.iterations for name, n in rows.items()}
 
 def evaluation_steps(
@@ -456,8 +456,9 @@ def plan(
     targets = c.lora_targets if isinstance(c.lora_targets, str) else tuple(c.lora_targets)
     longest, turns, shape, share = worst_and_mean(kinds or if_square, size, configs['token'])
     profile = transformer_profile(str(c.editor), size, c.guidance, c.lora_rank, targets, real, shape)
-    row, rows = profile.row, {name: round(n) for name, n in count_rows(c, turns).items()}
-    flops = share*_flops_of_rows(rows, row, c.checkpointing)
+    row, mean_rows = profile.row, count_rows(c, turns)
+    flops = share*_flops_of_rows(mean_rows, row, c.checkpointing)
+    rows = {name: round(n) for name, n in mean_rows.items()}
     evaluated = row
     if c.eval_size and c.eval_size != size:
         expect(c.eval_size % configs['token'] == 0, 'eval_size', f"a multiple of {configs['token']}", c.eval_size)
@@ -471,6 +472,7 @@ def plan(
         gpu=card, memory=memory_of_each(memory, c, processes), passes=profile.passes, processes=processes,
         resting=_text_encoder_bytes(c, configs, element, real) if c.offload else 0, iterations=c.iterations,
         kinds=_kinds_text(longest, turns, shape, share) if kinds else '', found=found is not None,
+        imitates=first_imitation(c) < c.iterations,
         minutes=flops/speed/60 if speed else None, evaluation_hours=evaluation/speed/3600 if speed else None,
         hours=(flops*c.iterations + evaluation)/speed/3600 if speed else None,
         uncounted=sorted(j for j in {c.judge, c.eval_judge} if judge_bytes(j, size, element) is None),
@@ -530,7 +532,7 @@ def plan_text(
         sampled, trained, compared = (f'{rows[kind]//n:,}' for kind in ('sampled', 'trained', 'compared'))
         work = f"{p['flops']/n/1e12:,.1f} Tera-operations"
         return f'{sampled} rows sampled, {trained} trained, {compared} compared; {passes}; {work}'
-    lines += ['', f'an iteration: {counted(1)}']
+    lines += ['', f"an iteration{', on average' if p['imitates'] else ''}: {counted(1)}"]
     if count > 1: lines += [f'of this each process: {counted(count)}']
     lines += _time_lines(p)
     if p['gpu_bytes'] and total > p['gpu_bytes']:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 import numpy as np
 from ..algorithm.config import Config, first_imitation
-from ..algorithm.imitation import edits_an_iteration
+from ..algorithm.imitation import edits_per_iteration
 from ..algorithm.processes import exchange, failing_together, from_first, gather_to_first
 from ..data.files import content_hash, expect
 from ..data.sessions import load_sessions, save_sessions
@@ -51,7 +51,7 @@ def edit_batches(
 ):               # number of the iteration of imitation, from 0 -> edits
     "Which edits an iteration repeats, of one size: a function of the seed and the iteration alone."
     sizes = np.unique([e.image_size for e in edits], axis=0, return_inverse=True)[1].reshape(-1)
-    failure_E = np.array([e.meta['failure_rate'] for e in edits])
+    failure_E = np.array([e.meta.get('failure_rate', [.5])[0] for e in edits])      # Laplace's of an unseen group
     def batch(k):
         rng = random_generator(seed, k, 'own right results')
         first = rng.choice(len(edits), p=failure_E/failure_E.sum())
@@ -72,5 +72,5 @@ def with_own_results(
         with failing_together(): edits = kept_right_edits(run, first)
         alike = len(set(exchange(content_hash([edit.id for edit in edits])))) == 1
         expect(alike, 'run', 'a folder that all processes see, with imitate', run)
-        return edit_batches(edits, edits_an_iteration(c), c.seed)
+        return edit_batches(edits, edits_per_iteration(c), c.seed)
     return source._replace(batch=lambda i: source.batch(i) if i < first else own()(i - first))
