@@ -326,8 +326,10 @@ def dependent_chain(
         unused = unused or rng.permutation(DEPENDENT_TYPES).tolist()
         obj = edits[-1].new or edits[-1].obj
         others = set(scenes[-1].cells) - {obj}
-        edits.append(random_edit(rng, scenes[-1], unused.pop(), others))
-        scenes.append(apply_edit(scenes[-1], edits[-1]))
+        edit = random_edit(rng, scenes[-1], unused.pop(), others)
+        if edit is None: continue           # its shape is there in every other colour
+        edits.append(edit)
+        scenes.append(apply_edit(scenes[-1], edit))
     return scenes, edits
 
 def dependent_sessions(
