@@ -456,9 +456,8 @@ def plan(
     targets = c.lora_targets if isinstance(c.lora_targets, str) else tuple(c.lora_targets)
     longest, turns, shape, share = worst_and_mean(kinds or if_square, size, configs['token'])
     profile = transformer_profile(str(c.editor), size, c.guidance, c.lora_rank, targets, real, shape)
-    row, mean_rows = profile.row, count_rows(c, turns)
-    flops = share*_flops_of_rows(mean_rows, row, c.checkpointing)
-    rows = {name: round(n) for name, n in mean_rows.items()}
+    row, rows = profile.row, count_rows(c, turns)
+    flops = share*_flops_of_rows(rows, row, c.checkpointing)
     evaluated = row
     if c.eval_size and c.eval_size != size:
         expect(c.eval_size % configs['token'] == 0, 'eval_size', f"a multiple of {configs['token']}", c.eval_size)
@@ -472,9 +471,8 @@ def plan(
         gpu=card, memory=memory_of_each(memory, c, processes), passes=profile.passes, processes=processes,
         resting=_text_encoder_bytes(c, configs, element, real) if c.offload else 0, iterations=c.iterations,
         kinds=_kinds_text(longest, turns, shape, share) if kinds else '', found=found is not None,
-        imitates=first_imitation(c) < c.iterations,
         minutes=flops/speed/60 if speed else None, evaluation_hours=evaluation/speed/3600 if speed else None,
-        hours=(flops*c.iterations + evaluation)/speed/3600 if speed else None,
+        hours=(flops*c.iterations + evaluation)/speed/3600 if speed else None, imitates=first_imitation(c) < c.iterations,
         uncounted=sorted(j for j in {c.judge, c.eval_judge} if judge_bytes(j, size, element) is None),
         gpu_bytes=torch.cuda.get_device_properties(0).total_memory if found else None)
 
@@ -529,7 +527,7 @@ def plan_text(
     passes = f"{p['passes']} transformer pass{'es' if p['passes'] > 1 else ''} a row"
     if p['kinds']: lines += ['', p['kinds']]
     def counted(n):
-        sampled, trained, compared = (f'{rows[kind]//n:,}' for kind in ('sampled', 'trained', 'compared'))
+        sampled, trained, compared = (f'{round(rows[kind])//n:,}' for kind in ('sampled', 'trained', 'compared'))
         work = f"{p['flops']/n/1e12:,.1f} Tera-operations"
         return f'{sampled} rows sampled, {trained} trained, {compared} compared; {passes}; {work}'
     lines += ['', f"an iteration{', on average' if p['imitates'] else ''}: {counted(1)}"]
