@@ -472,7 +472,7 @@ def plan(
         resting=_text_encoder_bytes(c, configs, element, real) if c.offload else 0, iterations=c.iterations,
         kinds=_kinds_text(longest, turns, shape, share) if kinds else '', found=found is not None,
         minutes=flops/speed/60 if speed else None, evaluation_hours=evaluation/speed/3600 if speed else None,
-        hours=(flops*c.iterations + evaluation)/speed/3600 if speed else None, imitates=first_imitation(c) < c.iterations,
+        hours=(flops*c.iterations + evaluation)/speed/3600 if speed else None, sampling=first_imitation(c),
         uncounted=sorted(j for j in {c.judge, c.eval_judge} if judge_bytes(j, size, element) is None),
         gpu_bytes=torch.cuda.get_device_properties(0).total_memory if found else None)
 
@@ -530,7 +530,7 @@ def plan_text(
         sampled, trained, compared = (f'{round(rows[kind])//n:,}' for kind in ('sampled', 'trained', 'compared'))
         work = f"{p['flops']/n/1e12:,.1f} Tera-operations"
         return f'{sampled} rows sampled, {trained} trained, {compared} compared; {passes}; {work}'
-    lines += ['', f"an iteration{', on average' if p['imitates'] else ''}: {counted(1)}"]
+    lines += ['', f"an iteration{', on average' if p['sampling'] < p['iterations'] else ''}: {counted(1)}"]
     if count > 1: lines += [f'of this each process: {counted(count)}']
     lines += _time_lines(p)
     if p['gpu_bytes'] and total > p['gpu_bytes']:
