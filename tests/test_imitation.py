@@ -64,7 +64,7 @@ def test_cut_and_resumed(whole, tmp_path, monkeypatch, cut):
     assert all(torch.equal(a[name], b[name]) for name in b)
     assert [e.id for e in kept(tmp_path/'run')] == [e.id for e in kept(whole)]
 
-def test_a_run_folder_from_before_there_were_rates(whole, tmp_path):
+def test_a_run_folder_from_before_there_were_rates(whole):
     "What was kept without a failure rate is repeated evenly."
     edits = [replace(edit, meta={}) for edit in kept(whole)]
     single = edit_batches(edits, 1, seed=0)
