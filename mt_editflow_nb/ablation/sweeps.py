@@ -300,12 +300,13 @@ def _named_files(values):
 
 def job_hash(
     notebook: JobNotebook, # from `read_notebook`
-    parameters: dict,      # all but `run`
+    parameters: dict,      # all but `run`; None is as good as absent, so that a notebook can get a new parameter
     content,               # what `check_point` returned
 ) -> str:                  # 64 hexadecimal digits
     "The identity of a job: whatever its result depends on."
-    files = {k: v for k, v in parameters.items() if k != 'seed'}
-    everything = [notebook.path.name, notebook.body, parameters, content, dict(_named_files(files))]
+    known = {k: v for k, v in parameters.items() if v is not None}
+    files = {k: v for k, v in known.items() if k != 'seed'}
+    everything = [notebook.path.name, notebook.body, known, content, dict(_named_files(files))]
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #2adb71dc
