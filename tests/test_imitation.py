@@ -4,13 +4,18 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.algorithm.imitation import best_right
+from mt_editflow_nb.algorithm.iterate import iterate
+from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.cli.train import main
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import load_sessions
+from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.training import train as train_chapter
 from mt_editflow_nb.training.budget import count_rows
 from mt_editflow_nb.training.own_results import edit_batches
+from mt_editflow_nb.training.source import session_source
 from mt_editflow_nb.training.train import train
 
 small = dict(sessions_per_iteration=2, group=3, turns=3, num_steps=2, lora_rank=2, iterations=6, imitate=.5,
@@ -70,6 +75,30 @@ def test_a_run_folder_from_before_there_were_rates(whole):
     single = edit_batches(edits, 1, seed=0)
     drawn = [single(k)[0].id for k in range(200*len(edits))]
     assert all(abs(drawn.count(edit.id) - 200) < 5*200**.5 for edit in edits)
+
+def test_the_consistency_that_an_edit_has_lost(whole):
+    "The judge's consistency of the turn before, of the member that went on, minus that of the result."
+    sessions = session_source(make_config(small)).batch(0)
+    policy = Policy(make_config(small), load_editor(lora_rank=2))
+    step = iterate(make_config(small), policy, sessions, verifier, 0)
+    cc_PGT, best_PT = step.scores.rewards_PGTM[..., 1], best_right(make_config(small), step.scores)
+    before = {f'0/{p}/1': 1. for p in range(2)}
+    before |= {f'0/{p}/{t + 2}': cc_PGT[p, step.rollout.goes_on_PT[p, t], t].item() for p in range(2) for t in range(2)}
+    first = [e for e in kept(whole) if e.id.startswith('0/')]
+    assert len(first) == (best_PT >= 0).sum() > 1
+    for edit in first:
+        name = edit.id.split(':')[0]
+        p, t = int(name.split('/')[1]), int(name.split('/')[2]) - 1
+        lost = before[name] - cc_PGT[p, best_PT[p, t], t].item()
+        assert edit.meta['consistency_lost'] == [pytest.approx(lost, abs=1e-4)] and edit.meta['turn'] == [t + 1]
+
+def test_what_has_damaged_the_rest_is_not_repeated(whole):
+    "It is kept in the folder, where the others are, and no batch has it."
+    usual = [dict(turn=[1], consistency_lost=[.06 + .01*(n % 3)]) for n in range(len(kept(whole)))]
+    edits = [replace(edit, meta=edit.meta | lost) for edit, lost in zip(kept(whole), usual)]
+    edits[2].meta['consistency_lost'] = [.2]
+    single = edit_batches(edits, 1, seed=0)
+    assert {single(k)[0].id for k in range(100*len(edits))} == {e.id for e in edits} - {edits[2].id}
 
 def test_another_run_learns_from_them(whole, tmp_path):
     together = tmp_path/'right.jsonl'
