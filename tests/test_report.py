@@ -194,3 +194,13 @@ def test_the_best_of_one_sample_is_where_the_comparison_starts():
 def test_findings_are_those_of_the_files():
     "The tables of FINDINGS.md are made from the committed results."
     assert run_script(root/'experiments/findings.py', '--check') == 0, 'run python experiments/findings.py'
+
+def test_readme_has_the_numbers_of_the_comparison():
+    "Its table is an output of a notebook, which somebody has to run again when the results are new."
+    methods = read_json(root/'experiments/results/recipe.json')['methods']
+    tried = [row['method'] for row in read_json_lines(root/'experiments/results/tuning.jsonl')]
+    readme = (root/'README.md').read_text(encoding='utf-8')
+    for name, m in methods.items():
+        assert m['tuning_runs'] == tried.count(name)
+        low, high = m['turn3_O_gain_ci']
+        assert f"| {m['seeds']} | {m['turn3_O_gain']:+.1f} [{low:+.1f}, {high:+.1f}] |" in readme, name
