@@ -9,7 +9,7 @@ __all__ = ['STOP_WITH_VARIABLE', 'BEST_STRIPS', 'STEPS', 'check_imitation', 'pre
            'log_iteration', 'find_common_batch', 'evaluation_batch', 'run_evaluation', 'is_whole_picture',
            'draw_sessions', 'heldout_row', 'keep_best', 'evaluate_heldout', 'fit_batch', 'say_log_gaps',
            'say_untrained', 'say_findings', 'step_of', 'keep_right', 'one_iteration', 'saving_before_stop',
-           'train_from_checkpoint', 'train_in', 'answers_file', 'train', 'base_file', 'FirstBatch',
+           'train_until', 'train_from_checkpoint', 'train_in', 'answers_file', 'train', 'base_file', 'FirstBatch',
            'warn_of_mismatches', 'saved_evaluation', 'before_after_table', 'trained_content', 'results_of',
            'draw_heldout', 'track_results', 'is_finished', 'run_stages', 'write_results', 'experiment']
 
@@ -545,6 +545,28 @@ def saving_before_stop(
         raise
     finally: stop.before_stop = None
 
+# %% ../../nbs/training/04_train.ipynb #79a60657
+def train_until(
+    ctx: RunContext, # a run at work
+    state: RunState, # where it stands
+    last: int,       # iterations that are to be done then
+    words: str,      # what they do
+    current: dict,   # is told the `iteration` that is worked on, for messages
+):
+    "Train up to an iteration, behind a progress bar: iterations that sample and those that do not take other seconds."
+    if state.iteration >= last: return
+    first = processes()[0] == 0
+    with tqdm(total=last, initial=state.iteration, desc=words, disable=not (ctx.progress and first),
+              mininterval=1) as bar:
+        while state.iteration < last:
+            current.update(iteration=state.iteration)
+            start = time.monotonic()
+            evaluate_heldout(ctx, state)
+            metrics = one_iteration(ctx, state, evaluation=time.monotonic() - start)
+            if first: note_progress(ctx.run, 'training', state.iteration, ctx.c.iterations)
+            bar.set_postfix({k: f'{metrics[k][-1]:.2f}' for k in ('all_right', 'cc') if k in metrics})
+            bar.update()
+
 # %% ../../nbs/training/04_train.ipynb #79a60656
 def train_from_checkpoint(
     ctx: RunContext, # a run at work
@@ -562,18 +584,10 @@ def train_from_checkpoint(
     from_first(cut_logs)
     source = with_own_results(ctx.source.for_editor(policy.editor, c.eval_size), c, ctx.run)
     ctx = ctx._replace(c=c, source=source)
-    first = processes()[0] == 0
-    with (tqdm(total=c.iterations, initial=state.iteration, desc='training', disable=not (ctx.progress and first),
-               mininterval=1) as bar, saving_before_stop(ctx.stop, state)):
-        while state.iteration < c.iterations:
-            current.update(iteration=state.iteration)
-            start = time.monotonic()
-            evaluate_heldout(ctx, state)
-            metrics = one_iteration(ctx, state, evaluation=time.monotonic() - start)
-            if first: note_progress(ctx.run, 'training', state.iteration, c.iterations)
-            bar.set_postfix({k: f'{metrics[k][-1]:.2f}' for k in ('all_right', 'cc') if k in metrics})
-            bar.update()
-    if first: say_untrained(ctx.run)
+    with saving_before_stop(ctx.stop, state):
+        train_until(ctx, state, first_imitation(c), 'training', current)
+        train_until(ctx, state, c.iterations, 'repeating own right results', current)
+    if processes()[0] == 0: say_untrained(ctx.run)
     if state.average: policy.become(state.average)
     save_trained(ctx.run, policy)
     return policy.editor
