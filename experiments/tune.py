@@ -21,7 +21,7 @@ from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.evaluation.running import evaluate
 from mt_editflow_nb.evaluation.scores import edival_scores
 from mt_editflow_nb.rewards.cube import load_judge
-from mt_editflow_nb.training.own_results import edit_batches
+from mt_editflow_nb.training.own_results import edit_batches, without_damage
 from mt_editflow_nb.training.train import step_of
 
 FIRST_TESTED, TESTED = 400_000, 384       # sessions of the training split that no run here is trained on
@@ -42,11 +42,11 @@ def try_settings(values, look_every):
     passes, curve = 0, [dict(iteration=0, passes=0) | look(policy, tested, judge, steps)]
     first, right = first_imitation(config), []
     for i in tqdm(range(config.iterations), desc='training'):
-        if i == first: repeated = edit_batches(right, edits_per_iteration(config), config.seed)
+        if i == first: repeated = edit_batches(without_damage(right), edits_per_iteration(config), config.seed)
         if i < first: sessions = shape_sessions(P, T, start=50_000*config.seed % FIRST_TESTED + P*i)
         else: sessions = repeated(i - first)
         step = step_of(config, i)(config, policy, sessions, judge, i)
-        if config.imitate and i < first: right += right_edits(config, sessions, step)
+        if config.imitate and i < first: right += right_edits(config, sessions, step, judge)
         passes += count_passes(step.metrics, config.model_dump(), T)
         if (i + 1) % look_every == 0 or i + 1 == config.iterations:
             curve.append(dict(iteration=i + 1, passes=passes) | look(policy, tested, judge, steps))

@@ -1,20 +1,23 @@
 "The last iterations of a run repeat its own right results, and a run that is cut goes on with the same ones."
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 import numpy as np, pytest, torch
+from PIL import Image
 from safetensors.torch import load_file
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.algorithm.imitation import best_right
+from mt_editflow_nb.algorithm.imitation import best_right, right_edits
 from mt_editflow_nb.algorithm.iterate import iterate
 from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.cli.train import main
 from mt_editflow_nb.data.files import InputError
-from mt_editflow_nb.data.sessions import load_sessions
+from mt_editflow_nb.data.sessions import Session, load_sessions
 from mt_editflow_nb.editing.loading import load_editor
-from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.editing.rollout import Shard
+from mt_editflow_nb.rewards.cube import Scores, load_judge
 from mt_editflow_nb.training import train as train_chapter
 from mt_editflow_nb.training.budget import count_rows
-from mt_editflow_nb.training.own_results import edit_batches
+from mt_editflow_nb.training.own_results import edit_batches, with_own_results, without_damage
 from mt_editflow_nb.training.source import session_source
 from mt_editflow_nb.training.train import train
 
@@ -97,8 +100,43 @@ def test_what_has_damaged_the_rest_is_not_repeated(whole):
     usual = [dict(turn=[1], consistency_lost=[.06 + .01*(n % 3)]) for n in range(len(kept(whole)))]
     edits = [replace(edit, meta=edit.meta | lost) for edit, lost in zip(kept(whole), usual)]
     edits[2].meta['consistency_lost'] = [.2]
-    single = edit_batches(edits, 1, seed=0)
-    assert {single(k)[0].id for k in range(100*len(edits))} == {e.id for e in edits} - {edits[2].id}
+    assert [e.id for e in without_damage(edits)] == [e.id for n, e in enumerate(edits) if n != 2]
+    again = make_config(small)
+    source = with_own_results(session_source(again), again, whole)
+    repeated = {e.id for i in range(3, 6) for e in source.batch(i)}
+    assert repeated <= {e.id for e in without_damage(kept(whole))}
+
+def scored(cc, **terms):
+    "Scores of one session, one member and as many turns as there are numbers."
+    cc_PGT = torch.tensor([[cc]])
+    unknown_PGT = torch.full_like(cc_PGT, torch.nan)
+    rewards_PGTM = torch.stack([torch.ones_like(cc_PGT), cc_PGT], -1)
+    terms = {f'{name}_cc_PGT': torch.tensor([[values]]) for name, values in terms.items()}
+    given = dict(object_cc_PGT=unknown_PGT, background_cc_PGT=unknown_PGT) | terms
+    return Scores(('if', 'cc'), rewards_PGTM, torch.ones_like(cc_PGT), **given)
+
+nan = float('nan')
+
+def lost(scores, judge=verifier):
+    "What each turn of one chain has lost; None where it is not known."
+    images = np.zeros((1, 1, 3, 2, 2, 3), np.uint8)
+    sampled = SimpleNamespace(shard=Shard([0], [0]), goes_on_PT=None, images_PGTHWC=images)
+    session = Session('s', Image.new('RGB', (2, 2)), ['a', 'b', 'c'])
+    step = SimpleNamespace(rollout=sampled, scores=scores, metrics=dict(iteration=0))
+    edits = right_edits(make_config(dict(weights=[1., 0.])), [session], step, judge)
+    return [e.meta.get('consistency_lost', [None])[0] for e in edits]
+
+def test_what_is_not_known_is_not_called_lost():
+    assert lost(scored([.9, .7, .6])) == pytest.approx([.1, .2, .1], abs=1e-4)
+    assert lost(scored([.9, nan, .6])) == [pytest.approx(.1, abs=1e-4), None, None]
+    # nothing to compare at turn 2, where a judge with terms gives .5
+    assert lost(scored([.9, .5, .6], object=[.9, nan, .6])) == [pytest.approx(.1, abs=1e-4), None, None]
+    without = scored([.9, .5, .6])
+    without.names = ('if', 'quality')
+    assert lost(without) == [None]*3
+
+def test_a_joint_judge_has_seen_the_turn_alone():
+    assert lost(scored([.9, .4, .4]), SimpleNamespace(joint=True)) == pytest.approx([.1, .6, .6], abs=1e-4)
 
 def test_another_run_learns_from_them(whole, tmp_path):
     together = tmp_path/'right.jsonl'

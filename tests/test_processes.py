@@ -89,6 +89,11 @@ as_judged = ['learn_as_judged=true', 'updates=1', 'std=group', 'whiten=false', '
 # the second iteration repeats three edits, which two processes share
 imitating = ['imitate=.5', 'imitate_edits=3', 'imitate_lr=.001', 'branching=random', 'credit=local', 'turns=3']
 
+def right_results(run):
+    "What a run has kept: the name of each edit -> the consistency that it has lost."
+    lines = [line for file in run.glob('right/*/sessions.jsonl') for line in file.read_text().splitlines()]
+    return {edit['id']: edit['meta']['consistency_lost'] for edit in map(json.loads, lines)}
+
 @pytest.mark.parametrize('extra', [['algorithm=nft', 'train_timesteps=1'], split_groups, as_judged, imitating],
                          ids=['nft', 'grpo', 'as_judged', 'imitating'])
 def test_two_processes_are_one(tmp_path, extra):
@@ -111,6 +116,9 @@ def test_two_processes_are_one(tmp_path, extra):
         x, y = (load_arrays(tmp_path/n/f'{name}.safetensors') for n in ('one', 'nothing'))
         assert np.abs(x['images'].astype(int) - y['images']).max() <= 1 and x['images'].shape == y['images'].shape
         np.testing.assert_array_equal(x['success_IT'], y['success_IT'])
+    a, b = (right_results(tmp_path/n) for n in ('one', 'nothing'))
+    assert a.keys() == b.keys() and bool(a) == (extra is imitating)
+    for name, lost in a.items(): assert lost == pytest.approx(b[name], abs=1e-3)
 
 # --- one fails, all fail
 

@@ -300,7 +300,7 @@ def _named_files(values):
 
 def job_hash(
     notebook: JobNotebook, # from `read_notebook`
-    parameters: dict,      # all but `run`; None is as good as absent, so that a notebook can get a new parameter
+    parameters: dict,      # all but `run`; None is as good as absent
     content,               # what `check_point` returned
 ) -> str:                  # 64 hexadecimal digits
     "The identity of a job: whatever its result depends on."

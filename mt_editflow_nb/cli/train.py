@@ -19,7 +19,7 @@ from ..algorithm.config import CONFIG_PRESETS, Config, make_config
 from ..algorithm.processes import ProcessError, broadcast_path, hearing_others, processes
 from ..ablation.sweeps import read_notebook, read_resources
 from ..training.budget import PUBLISHED_EDITORS, advice, plan, plan_text, savings_text
-from ..training.progress import read_progress
+from ..training.progress import STAGES, read_progress
 from ..training.runs import new_run_folder, read_config, results_table
 from ..training.source import session_source
 from ..training.train import STOP_WITH_VARIABLE, experiment, prepare
@@ -74,16 +74,11 @@ def start_notebook(
         return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
 # %% ../../nbs/cli/00_train.ipynb #d9ef2f9d
-def _stage_bar(stage, total):
-    "The bar of an evaluation, or of training."
-    label = stage if stage == 'training' else f'evaluating {stage}'
-    return tqdm(total=total, desc=label, mininterval=1)
-
 def show_progress(
     job: subprocess.Popen, # from `start_notebook`
     run: Path,             # its folder
 ):
-    "A bar for each evaluation and one for training, until the job ends; all that were finished end at 100 %."
+    "A bar for each evaluation and each stage of training, until the job ends; all that were finished end at 100 %."
     bar, stage, last_text = None, None, ''
     try:
         while True:
@@ -96,7 +91,7 @@ def show_progress(
                     bar.update(bar.total - bar.n)
                     bar.close()
                 stage = now['stage']
-                bar = _stage_bar(stage, now['total'])
+                bar = tqdm(total=now['total'], desc=STAGES[stage], mininterval=1)
             if bar: bar.update(now['done'] - bar.n)
             if ended: break
             time.sleep(.3)

@@ -44,10 +44,13 @@ def read_training(
     "The current progress of a run, as its folder tells it."
     run = Path(run)
     begun = (run/'config.json').is_file()
-    planned = read_json(run/'config.json')['config']['iterations'] if begun else None
+    config = read_json(run/'config.json')['config'] if begun else {}
+    planned = config.get('iterations')
     rows, findings = followed_run(run)
     seconds = [row['seconds'] for row in _timings(run.resolve())()[-20:]]
-    left = (planned - len(rows))*sum(seconds)/len(seconds) if begun and seconds else None
+    imitates = config.get('imitate') or 0.
+    others_ahead = imitates and len(rows) <= planned*(1 - imitates)   # iterations of another kind take other seconds
+    left = (planned - len(rows))*sum(seconds)/len(seconds) if begun and seconds and not others_ahead else None
     return dict(iterations=len(rows), planned=planned or 0, rows=rows, seconds_left=left,
                 state=_state(len(rows), planned, (run/'results.json').is_file()),
                 findings=findings, strip=_latest_group(run/'rollouts'))

@@ -6,13 +6,13 @@
 __all__ = ['keep_right_edits', 'kept_right_edits', 'without_damage', 'edit_batches', 'with_own_results']
 
 # %% ../../nbs/training/03d_own_results.ipynb #e2000004
-import shutil
+import shutil, sys
 from functools import cache
 from pathlib import Path
 import numpy as np
 from ..algorithm.config import Config, first_imitation
 from ..algorithm.imitation import edits_per_iteration
-from ..algorithm.processes import exchange, failing_together, from_first, gather_to_first
+from ..algorithm.processes import exchange, failing_together, from_first, gather_to_first, processes
 from ..data.files import content_hash, expect
 from ..data.sessions import load_sessions, save_sessions
 from ..editing.noise import random_generator
@@ -54,18 +54,16 @@ def without_damage(
     for turn in np.unique(turn_E[~np.isnan(lost_E)]):
         here_E = turn_E == turn
         lower, upper = np.nanquantile(lost_E[here_E], [.25, .75])
-        damaged_E |= here_E & (lost_E > upper + 1.5*(upper - lower))
+        if lower < upper: damaged_E |= here_E & (lost_E > upper + 1.5*(upper - lower))
     return [edit for edit, damaged in zip(edits, damaged_E) if not damaged]
-
 
 # %% ../../nbs/training/03d_own_results.ipynb #e2000010
 def edit_batches(
-    edits: list, # own right results
+    edits: list, # own right results, from `without_damage`
     size: int,   # how many an iteration takes
     seed: int,   # of the run
 ):               # number of the iteration of imitation, from 0 -> edits
     "Which edits an iteration repeats, of one size: a function of the seed and the iteration alone."
-    edits = without_damage(edits)
     sizes = np.unique([e.image_size for e in edits], axis=0, return_inverse=True)[1].reshape(-1)
     failure_E = np.array([e.meta.get('failure_rate', [.5])[0] for e in edits])      # Laplace's of an unseen group
     def batch(k):
@@ -88,5 +86,9 @@ def with_own_results(
         with failing_together(): edits = kept_right_edits(run, first)
         alike = len(set(exchange(content_hash([edit.id for edit in edits])))) == 1
         expect(alike, 'run', 'a folder that all processes see, with imitate', run)
-        return edit_batches(edits, edits_per_iteration(c), c.seed)
+        harmless = without_damage(edits)
+        if len(harmless) < len(edits) and not processes()[0]:
+            print(f'{len(harmless)} of {len(edits)} right results are repeated; the others have lost far more '
+                  'consistency than most', file=sys.stderr)
+        return edit_batches(harmless, edits_per_iteration(c), c.seed)
     return source._replace(batch=lambda i: source.batch(i) if i < first else own()(i - first))

@@ -81,7 +81,8 @@ def estimate_text(
             f'evaluations of {evaluation} before and after')
 
 # %% ../../nbs/training/03b_progress.ipynb #aad52e2a
-STAGES = ('before', 'training', 'after')
+STAGES = dict(before='evaluating before', training='training', repeating='repeating own right results',
+              after='evaluating after')
 
 def note_progress(
     run,            # a run folder

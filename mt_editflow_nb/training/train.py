@@ -59,7 +59,7 @@ from .budget import evaluation_steps, find_batch, remembered_batch, trial_step
 from .checkpoints import RunState, check_configuration, last_checkpoint, retry_with_half_the_rows
 from .monitor import hacking_signals
 from .own_results import keep_right_edits, with_own_results
-from .progress import clocked, estimate_seconds, estimate_text, note_progress
+from .progress import STAGES, clocked, estimate_seconds, estimate_text, note_progress
 from .runs import (cut_log, environment, followed_run, log_gaps, note_environment, open_run,
                                           run_identity)
 from .source import SessionSource, session_source, turns_of
@@ -499,7 +499,7 @@ def keep_right(
     step,            # the `Iteration`
 ):
     "Keep what an iteration got right, for the iterations that will repeat it; all processes call this."
-    with failing_together(): edits = right_edits(ctx.c, sessions, step)
+    with failing_together(): edits = right_edits(ctx.c, sessions, step, ctx.judge)
     keep_right_edits(ctx.run, step.metrics['iteration'], edits)
 
 # %% ../../nbs/training/04_train.ipynb #944d562b
@@ -549,21 +549,22 @@ def saving_before_stop(
 def train_until(
     ctx: RunContext, # a run at work
     state: RunState, # where it stands
-    last: int,       # iterations that are to be done then
-    words: str,      # what they do
+    stage: str,      # 'training' or 'repeating'
+    first: int,      # the stage's first iteration
+    last: int,       # the first one after it
     current: dict,   # is told the `iteration` that is worked on, for messages
 ):
-    "Train up to an iteration, behind a progress bar: iterations that sample and those that do not take other seconds."
+    "Train through a stage, behind a progress bar of its own: iterations that sample take longer than others."
     if state.iteration >= last: return
-    first = processes()[0] == 0
-    with tqdm(total=last, initial=state.iteration, desc=words, disable=not (ctx.progress and first),
-              mininterval=1) as bar:
+    shows = processes()[0] == 0
+    with tqdm(total=last - first, initial=state.iteration - first, desc=STAGES[stage],
+              disable=not (ctx.progress and shows), mininterval=1) as bar:
         while state.iteration < last:
             current.update(iteration=state.iteration)
             start = time.monotonic()
             evaluate_heldout(ctx, state)
             metrics = one_iteration(ctx, state, evaluation=time.monotonic() - start)
-            if first: note_progress(ctx.run, 'training', state.iteration, ctx.c.iterations)
+            if shows: note_progress(ctx.run, stage, state.iteration - first, last - first)
             bar.set_postfix({k: f'{metrics[k][-1]:.2f}' for k in ('all_right', 'cc') if k in metrics})
             bar.update()
 
@@ -584,9 +585,10 @@ def train_from_checkpoint(
     from_first(cut_logs)
     source = with_own_results(ctx.source.for_editor(policy.editor, c.eval_size), c, ctx.run)
     ctx = ctx._replace(c=c, source=source)
+    repeats = first_imitation(c)
     with saving_before_stop(ctx.stop, state):
-        train_until(ctx, state, first_imitation(c), 'training', current)
-        train_until(ctx, state, c.iterations, 'repeating own right results', current)
+        train_until(ctx, state, 'training', 0, repeats, current)
+        train_until(ctx, state, 'repeating', repeats, c.iterations, current)
     if processes()[0] == 0: say_untrained(ctx.run)
     if state.average: policy.become(state.average)
     save_trained(ctx.run, policy)
@@ -617,7 +619,7 @@ def train(
     c: Config,             # from `make_config`
     run,                   # folder to create, or to continue
     judge=None,            # (sessions, images) -> `Scores`; None: the one that `c.judge` names
-    progress: bool = True, # a progress bar with time left
+    progress: bool = True, # progress bars with the time left
 ):                         # the trained editor
     """Train, or go on training, and leave everything in the run folder.
 
