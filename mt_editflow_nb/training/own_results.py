@@ -54,7 +54,7 @@ def without_damage(
     for turn in np.unique(turn_E[~np.isnan(lost_E)]):
         here_E = turn_E == turn
         lower, upper = np.nanquantile(lost_E[here_E], [.25, .75])
-        if lower < upper: damaged_E |= here_E & (lost_E > upper + 1.5*(upper - lower))
+        damaged_E |= here_E & (lost_E > upper + 1.5*(upper - lower))
     return [edit for edit, damaged in zip(edits, damaged_E) if not damaged]
 
 # %% ../../nbs/training/03d_own_results.ipynb #e2000010
