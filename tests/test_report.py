@@ -1,5 +1,5 @@
 "`mtef_report` on job folders whose truth is known: a page, tables and pictures that say what is in them."
-import json, sys
+import json, re, sys
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from helpers import run_module, run_script
@@ -195,12 +195,17 @@ def test_findings_are_those_of_the_files():
     "The tables of FINDINGS.md are made from the committed results."
     assert run_script(root/'experiments/findings.py', '--check') == 0, 'run python experiments/findings.py'
 
-def test_readme_has_the_numbers_of_the_comparison():
-    "Its table is an output of a notebook, which somebody has to run again when the results are new."
+def test_texts_have_the_numbers_of_the_comparison():
+    "The tables of README and of the main job are outputs of notebooks, which somebody has to run again."
     methods = read_json(root/'experiments/results/recipe.json')['methods']
     tried = [row['method'] for row in read_json_lines(root/'experiments/results/tuning.jsonl')]
     readme = (root/'README.md').read_text(encoding='utf-8')
+    outputs = [o for c in read_json(root/'experiments/train.ipynb')['cells'] for o in c.get('outputs', [])]
+    main_job = '\n'.join(''.join(o['data']['text/plain']) for o in outputs if 'data' in o)
     for name, m in methods.items():
         assert m['tuning_runs'] == tried.count(name)
         low, high = m['turn3_O_gain_ci']
-        assert f"| {m['seeds']} | {m['turn3_O_gain']:+.1f} [{low:+.1f}, {high:+.1f}] |" in readme, name
+        gain = f"| {m['seeds']} | {m['turn3_O_gain']:+.1f} [{low:+.1f}, {high:+.1f}] |"
+        assert any(gain in line and line.endswith(f"| {m['tuning_runs']} |") for line in readme.splitlines()), name
+        row = rf"^{name} +{m['learns_from']} +{m['seeds']} +\S+ +{m['turn3_O_gain']:.2f} "
+        assert re.search(row, main_job, re.MULTILINE), name
