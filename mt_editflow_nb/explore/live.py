@@ -12,9 +12,10 @@ import time
 from functools import lru_cache
 from pathlib import Path
 import ipywidgets as widgets
-from ..data.files import GrowingLog, duration_text, read_json
+from ..algorithm.config import first_imitation
+from ..data.files import GrowingLog, duration_text
 from ..data.plots import figure_png, plot_learning_curves
-from ..training.runs import followed_run
+from ..training.runs import followed_run, read_config
 from .pages import WHOLE_LABEL, View, as_url, checkbox, dropdown, page, template
 
 # %% ../../nbs/explore/05_live.ipynb #457619dc
@@ -44,12 +45,11 @@ def read_training(
     "The current progress of a run, as its folder tells it."
     run = Path(run)
     begun = (run/'config.json').is_file()
-    config = read_json(run/'config.json')['config'] if begun else {}
-    planned = config.get('iterations')
+    config = read_config(run) if begun else None
+    planned = config.iterations if begun else None
     rows, findings = followed_run(run)
     seconds = [row['seconds'] for row in _timings(run.resolve())()[-20:]]
-    imitates = config.get('imitate') or 0.
-    others_ahead = imitates and len(rows) <= planned*(1 - imitates)   # iterations of another kind take other seconds
+    others_ahead = begun and len(rows) <= first_imitation(config) < planned   # another kind takes other seconds
     left = (planned - len(rows))*sum(seconds)/len(seconds) if begun and seconds and not others_ahead else None
     return dict(iterations=len(rows), planned=planned or 0, rows=rows, seconds_left=left,
                 state=_state(len(rows), planned, (run/'results.json').is_file()),
