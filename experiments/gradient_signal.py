@@ -161,14 +161,16 @@ def signal_to_noise(gradient_BKX):
 
     Only gradients of different batches are multiplied: groups of one batch have the same sessions."""
     B, K, _ = gradient_BKX.shape
-    inner_BB = torch.einsum('bkx,cjx->bc', gradient_BKX, gradient_BKX)/K**2
+    product_BB = torch.einsum('bkx,cjx->bc', gradient_BKX, gradient_BKX)/K**2
+    product_BB.fill_diagonal_(0)
     square_B = (gradient_BKX**2).sum(-1).mean(1)
-    def estimate(kept):
-        n, inner = len(kept), inner_BB[kept][:, kept]
-        signal = (inner.sum() - inner.diagonal().sum())/(n*(n - 1))
-        return (signal/(square_B[kept].mean() - signal)).item()
-    left_out = np.array([estimate([c for c in range(B) if c != b]) for b in range(B)])
-    return estimate(list(range(B))), float(np.sqrt((B - 1)/B*((left_out - left_out.mean())**2).sum()))
+    def estimate(products, squares, batches):
+        "From the sum of all products, and of all squares."
+        signal = products/(batches*(batches - 1))
+        return signal/(squares/batches - signal)
+    snr = estimate(product_BB.sum(), square_B.sum(), B)
+    without_B = estimate(product_BB.sum() - 2*product_BB.sum(1), square_B.sum() - square_B, B - 1)
+    return snr.item(), ((B - 1)*without_B.var(correction=0)).sqrt().item()
 
 def cosine_of_halves(gradient_BX):
     "Mean cosine between the mean gradients of two random halves of the batches."
