@@ -237,6 +237,8 @@ def check_adapter(
     if config.attention_backend is None: return
     from diffusers.models.attention_dispatch import AttentionBackendName
     one_of('attention_backend', config.attention_backend, [backend.value for backend in AttentionBackendName])
+    expect('cudnn' not in config.attention_backend, 'attention_backend',
+           "a kernel to train with (cuDNN's gave gradients of NaN on a Hopper card)", config.attention_backend)
 
 # %% ../../nbs/algorithm/03_config.ipynb #97c03972
 ADAPTER_ONLY = dict(    # fields that lora_rank=none has no use for -> why
