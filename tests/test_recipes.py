@@ -2,6 +2,7 @@
 
 The plan's numbers stand against independent counts."""
 import gc, importlib, json, re
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -16,16 +17,19 @@ from mt_editflow_nb.editing.lora import add_lora, lora_parameters, save_lora
 from mt_editflow_nb.editing.flux2 import tiny_klein
 from mt_editflow_nb.editing.editor import Text
 from mt_editflow_nb.training.budget import (DECODER_NUMBERS, PEAK_FLOPS, PUBLISHED_EDITORS, TRANSFORMER_CLASSES, advice,
-                                            count_rows, editor_configs, find_batch, judge_bytes, plan, plan_text,
-                                            profile_row, weightless_editor, weightless_encoder, weightless_text)
+                                            count_evaluations, count_rows, editor_configs, find_batch, judge_bytes, plan,
+                                            plan_text, profile_row, weightless_editor, weightless_encoder,
+                                            weightless_text)
 from mt_editflow_nb.editing.qwen import tiny_qwen
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import Session
+from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.algorithm.iterate import iterate
 from mt_editflow_nb.algorithm import policy as policies
 from mt_editflow_nb.algorithm.policy import Policy, make_optimizer
+from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.training.runs import judge_fingerprint
-from mt_editflow_nb.training.train import load_configured_editor
+from mt_editflow_nb.training.train import load_configured_editor, step_of
 from mt_editflow_nb.cli.train import main, read_recipe
 from mt_editflow_nb.algorithm.config import make_config
 
@@ -79,6 +83,21 @@ def test_recipe(path, twins):
     planned = count_rows(c, 2)
     assert sum(n for n, grad in passes if grad) == planned['trained']
     assert sum(n for n, grad in passes if not grad) == planned['sampled'] + planned['compared']
+
+@pytest.mark.parametrize('settings', [dict(algorithm='sft'), dict(algorithm='sft', exposure_turns=2),
+                                      dict(algorithm='distill', train_timesteps=2)], ids=str)
+def test_the_plan_counts_what_other_algorithms_pass(settings):
+    "As an iteration counts it: pictures that are given are not sampled, and a perfect state needs no teacher."
+    c = make_config(settings | dict(sessions_per_iteration=2, group=2, num_steps=3, turns=3, lora_rank=2))
+    policy = Policy(c, load_editor(lora_rank=2))
+    step = step_of(c, 0)(c, policy, shape_sessions(2, 3), load_judge('verifier'), 0)
+    planned, passes = count_rows(c, 3), Counter(step.metrics['passes'])
+    assert planned['sampled'] == passes['sampled'] and planned['trained'] == passes['trained'] > 0
+    assert planned['compared'] == passes['old'] + passes['reference']
+
+def test_evaluations_are_counted_as_they_are_made():
+    "Before and after, and in between every four iterations, but not once more at the last one."
+    assert [count_evaluations(make_config(dict(iterations=8, eval_every=n))) for n in (0, 3, 4, 8)] == [2, 4, 3, 2]
 
 @pytest.mark.parametrize('path', [p for p in recipes if 'Expected hours' in p.read_text()], ids=lambda p: p.stem)
 def test_expected_hours_and_card_of_a_recipe(path):

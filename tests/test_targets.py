@@ -73,6 +73,19 @@ def test_sessions_without_targets_are_refused_before_anything_is_loaded(tmp_path
         train(c, tmp_path/'run', progress=False)
     assert not (tmp_path/'run').exists()
 
+def test_targets_of_a_large_table_are_asked_for_without_decoding_it(tmp_path):
+    "Above some thousand rows pictures are decoded when they are needed; that a row has none is known at once."
+    world = shape_sessions(3, 2)
+    taught = replace(world[1], targets=[Image.fromarray(x) for x in teacher_images(world[1])])
+    save_table(world, tmp_path/'none.parquet')
+    save_table([world[0], taught, world[2]], tmp_path/'one.parquet')
+    for name in ('none', 'one'):
+        with pytest.raises(InputError, match=f'{name}.parquet: row 0: `targets`: expected the right results'):
+            open_sessions(tmp_path/f'{name}.parquet', targets=True, decode=False)
+    with pytest.warns(UserWarning, match='2 sessions left out'):
+        kept = open_sessions(tmp_path/'one.parquet', targets=True, decode=False, on_bad='skip')
+    assert [s.id for s in kept] == [taught.id]
+
 def test_sessions_in_parquet_are_batches_of_the_same_sessions(tmp_path):
     world = shape_sessions(5, 2, seed=3)
     file = save_sessions(world, tmp_path/'lines')

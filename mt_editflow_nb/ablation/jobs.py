@@ -227,7 +227,7 @@ def job_slots(
 def start_local(
     plan: Plan, # of the sweep
 ):              # (job, environment) -> (poll, stop); poll() is an exit status or None, stop(force) ends the job
-    "Start jobs as processes of this machine."
+    "A function that starts a job as a process on this machine."
     def start(job, env):
         process = job_process(job_message(job, plan), env)
         def stop(force=False):
@@ -255,7 +255,7 @@ def start_ray(
     plan: Plan,          # of the sweep
     address: str = None, # of a running cluster; None: RAY_ADDRESS, or one that starts here
 ):                       # (job, environment) -> (poll, stop), as `start_local`
-    "Start jobs on a Ray cluster, which decides where and when they run."
+    "A function that starts a job on a Ray cluster, which decides where and when it runs."
     ray, resources = _connect_ray(address), plan.sweep.resources
     @ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)
     def work(message, env):

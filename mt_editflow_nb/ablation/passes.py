@@ -126,10 +126,10 @@ def pass_table(
     reach: float = None, # O in percent on the training sessions, at `common_turn`; None: what the baseline ends with
     n_boot: int = 1000,  # bootstrap draws
 ) -> pd.DataFrame:       # index point
-    """The gain and the cost of every point, in percent points of O.
+    """The gain and the cost of every point, in percentage points of O.
 
     `passes` and `to_reach` are in thousands, means over seeds; `reached` of the seeds have reached `reach`;
-    `area` is the mean of O over the passes that all points have had, both at `common_turn`. They are NaN for runs that
+    `area` (at `common_turn`) is the mean O over the passes that all have had. It and `to_reach` are NaN for runs that
     end with iterations which nobody scores, such as imitation."""
     first = results.points[results.plan['baseline']]
     turn = turn or _last_turn_with_O(first)

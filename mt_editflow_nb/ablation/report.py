@@ -102,7 +102,7 @@ def save_report_table(
 # %% ../../nbs/ablation/02_report.ipynb #a0f92ee9
 def power_range(
     chosen: pd.DataFrame, # from `verdicts`
-    effect: float,        # percent points
+    effect: float,        # percentage points
 ) -> tuple:               # (lowest, highest) over the points, in [0, 1]
     "The lowest and the highest probability that this sweep would have found an effect, over its points."
     chances = [power(effect, se, df) for se, df in zip(chosen.se, chosen.df)]

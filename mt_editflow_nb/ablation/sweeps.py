@@ -19,7 +19,7 @@ from ..data.files import (
 class Resources(BaseModel, extra='forbid'):
     "What one job occupies."
     cpus: int = Field(1, ge=1, description='cores, and threads of torch')
-    gpus: float = Field(0., ge=0, description='GPUs; below 1, that many jobs share one')
+    gpus: float = Field(0., ge=0, description='GPUs; below 1, a share of one: with 0.25 four jobs share a GPU')
 
 class Sweep(BaseModel, extra='forbid'):
     "The fields of a sweep file."
@@ -243,9 +243,6 @@ class Plan(NamedTuple):
     points: dict     # label -> what tells the point from others
     kernel: str = 'python3'  # of the notebook
 
-# %% ../../nbs/ablation/00_sweeps.ipynb #50b2a5fa
-#| export
-
 # %% ../../nbs/ablation/00_sweeps.ipynb #7fe8dbb7
 def _value_text(value):
     "A value as it stands in labels and names of folders."
@@ -277,7 +274,7 @@ def baseline_label(
     sweep: Sweep, # from `read_sweep`
     points: dict, # from `sweep_points`
 ) -> str:
-    "The one point that `baseline` names, by its label or by some of its values. Raises `InputError` if it is not one."
+    "The point that `baseline` names by label or values; the first if it names none. Raises `InputError` for no match."
     baseline = sweep.baseline
     def fits(label, point):
         if isinstance(baseline, str): return label == baseline
@@ -372,9 +369,6 @@ def plan_sweep(
         jobs = _plan_jobs(sweep, points, notebook, Path(out))
     except InputError as e: raise InputError(f'{path}: {e}') from None
     return Plan(path.stem, sweep, notebook.path.resolve(), jobs, baseline, points, notebook.kernel)
-
-# %% ../../nbs/ablation/00_sweeps.ipynb #cbc8820b
-#| export
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #6c4ff31e
 def save_plan(

@@ -45,7 +45,7 @@ def iterate_as_judged(
     judge,          # from `load_judge`, or (sessions, images_PGTHWC) -> `Scores`
     iteration: int, # from 0; with the run's seed it determines everything random
 ) -> Iteration:
-    "As `iterate`, with an update that begins before the last score. Raises `InputError` for what is not finite."
+    "One iteration of MT-EditFlow, updating before the last score is there. Raises `InputError` for what is not finite."
     with turn_scorer(config, sessions, judge, iteration) as scorer:
         # act, and have the turns judged
         with policy.sampling():

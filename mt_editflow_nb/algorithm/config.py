@@ -86,12 +86,12 @@ class RolloutFields(BaseModel):
     sessions_per_iteration: int = Field(8, ge=1, le=65_536, description='P')
     group: int = Field(8, ge=2, le=4096, description='G, members a session')
     keep: int | None = Field(None, ge=1, description=(
-        'members a group that are trained on, those with the largest advantages; None: all'))
+        'members per group that are trained on, those with the largest absolute advantages; None: all'))
     num_steps: int = Field(3, ge=1, le=1000, description='denoising steps, in rollouts and in evaluation')
     branching: Literal[BRANCHINGS] = Field('none', description=(
         "the member whose picture all members of a group edit next; 'none': each edits its own"))
     learn_as_judged: bool = Field(False, description=(
-        'the update begins with the sessions that are judged while others still are'))
+        'the update begins with sessions that have been judged, while others are still being judged'))
 
 class AdvantageFields(BaseModel):
     "How rewards become advantages."
@@ -111,12 +111,12 @@ class AdvantageFields(BaseModel):
 
 # %% ../../nbs/algorithm/03_config.ipynb #a79629fe
 class LossFields(BaseModel):
-    "What is learned from the advantages, and after them."
+    "The loss, its sampler, and the iterations of imitation at the end of a run."
     adv_max: float = Field(2., gt=0, description='advantages are clamped to +- this')
     beta: float = Field(1., gt=0, le=1000, description='NFT: strength of the implicit policies')
-    train_timesteps: int = Field(1, ge=1, description='NFT: noise levels at which each turn is trained')
+    train_timesteps: int = Field(1, ge=1, description='NFT, distill: noise levels at which each turn is trained')
     train_levels: int | None = Field(None, ge=1, description=(
-        'NFT: they are drawn from so many of the highest noise levels; None: from all'))
+        'NFT, distill: `train_timesteps` are drawn from so many of the highest noise levels; None: from all'))
     old_decay: float = Field(0., ge=0, le=1, description='NFT: EMA decay of the old policy, an iteration')
     sampler: Literal['flow', 'cps', 'dpm2'] = Field('flow', description=(
         "GRPO: kind of the stochastic steps, 'flow' or 'cps'; NFT: 'dpm2' samples by DPM-Solver++ 2M, not by Euler"))
@@ -142,7 +142,7 @@ class RunFields(BaseModel):
     weight_decay: float = Field(1e-4, ge=0, le=1, description='of AdamW')
     max_grad_norm: float = Field(1., ge=1e-6, description='gradients are clipped to this norm')
     batch: int = Field(64, ge=1, description='rows a transformer call')
-    eval_sessions: int = Field(512, ge=1, description='held-out sessions of the shape world')
+    eval_sessions: int = Field(512, ge=1, description='held-out sessions; of a file, at most so many')
     eval_seed: int = Field(0, ge=0, lt=2**32, description='which held-out sessions of the shape world those are')
     eval_turns: int | None = Field(None, ge=1, le=MAX_TURNS, description='their turns; None: as in training')
     eval_steps: int | None = Field(None, ge=1, le=1000, description='denoising steps in evaluation; None: `num_steps`')
@@ -156,7 +156,7 @@ class RunFields(BaseModel):
         'how many adapters with the best held-out scores are kept, with `eval_every`'))
     track: list[str] = Field([], description=(
         "trackers that are sent what the run folder gains, such as [tensorboard]; any that accelerate knows"))
-    seed: int = Field(0, ge=0, lt=2**32, description='of everything')
+    seed: int = Field(0, ge=0, lt=2**32, description='of everything random in training; not in evaluation')
 
 # %% ../../nbs/algorithm/03_config.ipynb #c1b912a0
 # pydantic takes the fields of the last base first
@@ -269,7 +269,7 @@ def check_track(
 def check_sessions(
     config: Config, # to check
 ):
-    "Raises `InputError` for more held-out sessions than anybody waits for."
+    "Raises `InputError` for more than `MAX_SESSIONS` held-out sessions of the shape world."
     made = config.eval_sessions if config.sessions in WORLDS else 0
     expect(made <= MAX_SESSIONS, 'eval_sessions', f'at most {MAX_SESSIONS} sessions of the shape world', made)
 

@@ -38,7 +38,7 @@ def draw_members(
 # %% ../../nbs/algorithm/01a_credit.ipynb #d4f2af57
 def values_to_come(
     r_PGTM: torch.Tensor, # rewards under branching; NaN is a score that failed
-) -> torch.Tensor:        # [P, T, M]; NaN where all siblings of a later turn failed to be scored
+) -> torch.Tensor:        # [P, T, M]; NaN where no sibling of this turn, or of a later one, could be scored
     "The value of what follows each turn: the siblings' mean rewards, summed over the later turns; 0 after the last."
     mean_PTM = r_PGTM.nanmean(1)
     return mean_PTM.flip(1).cumsum(1).flip(1) - mean_PTM

@@ -46,7 +46,7 @@ def failure_rate(
 def known_consistency(
     scores: Scores, # of sessions and members
 ) -> torch.Tensor:  # [P, G, T], in [0, 1]; NaN where it is not known
-    "The content consistency that a judge gives, without the .5 for results of which it had nothing to compare."
+    "The content consistency that a judge gives; NaN in place of the .5 that stands for nothing to compare."
     if 'cc' not in scores.names: return torch.full_like(scores.success_PGT, torch.nan)
     cc_PGT = scores.rewards_PGTM[..., scores.names.index('cc')]
     void_PGT = scores.object_cc_PGT.isnan() & scores.background_cc_PGT.isnan()

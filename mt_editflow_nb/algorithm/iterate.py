@@ -43,11 +43,11 @@ def turn_advantages(
                       gamma=config.gamma, success_PGT=scores.success_PGT)
 
 def choose_rows(
-    config: Config,             # `keep`, `updates` and `algorithm` are read
+    config: Config,             # `keep`, `group`, `updates`, `algorithm` and `train_levels` are read
     adv_PGT: torch.Tensor,      # advantages [P, G, T]
     generator: torch.Generator, # of the order
 ) -> tuple:                     # row numbers p G + g, a tensor for each optimiser step; () if there are none
-    "The rows that can teach, in the order in which they are trained on."
+    "The rows to train on: those with an advantage; all, for GRPO with one update and no `keep`, if any row has one."
     size_PG = adv_PGT.abs().amax(-1)
     threshold_P1 = size_PG.topk(config.keep or config.group, 1).values[:, -1:]
     rows = ((size_PG > 0) & (size_PG >= threshold_P1)).flatten().nonzero()[:, 0]

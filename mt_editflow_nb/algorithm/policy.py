@@ -147,7 +147,7 @@ class Policy(Weights):
         text,      # `Text` of N rows
         image,     # [N, L, C] latents of the pictures to edit
     ) -> torch.Tensor: # [N, L, C]
-        "The velocity that the transformer predicts with its current weights; equal rows go through it once."
+        "The velocity that the current weights predict; with `train_levels=1`, a run of equal rows passes only once."
         once, of_N = slice(None), slice(None)
         if self.pure_noise: once, of_N = distinct_rows(x, sigma, image, text.embeds, text.pooled)
         self.passes.count(kind, text[once])

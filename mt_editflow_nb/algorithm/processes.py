@@ -132,7 +132,7 @@ _BEAT = .5      # seconds between two signs of life
 _SILENT = 3.    # seconds without one, after which a process has ended or stands still
 
 class SignsOfLife:
-    "What each process writes into the store through which all have found each other, so that they know who has ended."
+    "Heartbeats that each process writes into torch.distributed's store, so that the others notice when it has ended."
     here = None                                # those of this process
     def __init__(
         self,
@@ -242,7 +242,7 @@ def gather_to_first(
 def lost_connection(
     error: Exception, # that an exchange has raised
 ) -> bool:
-    "Whether it says that another process has ended."
+    "Whether an error means that another process has ended."
     from torch.distributed import DistError
     if isinstance(error, torch.OutOfMemoryError): return False
     return isinstance(error, DistError) or bool(re.search('gloo|nccl|connection (closed|reset)', str(error), re.I))
@@ -374,7 +374,7 @@ def from_first(
 
 # %% ../../nbs/algorithm/04_processes.ipynb #1c986c86
 def collect_answers(
-    file: Path, # of the first process; None: nobody is asked whose answers are kept
+    file: Path, # of the first process; None: no judge's answers are kept
 ):
     "Collect the judges' answers of all processes in the file of the first; no disk needs to be shared."
     process, count = processes()
@@ -387,7 +387,7 @@ def collect_answers(
     from_first(keep)
 
 def share_answers(
-    file: Path, # of the first process; None: nobody is asked whose answers are kept
+    file: Path, # of the first process; None: no judge's answers are kept
 ):
     "Let every process begin with the answers that all of them have received before."
     process, count = processes()

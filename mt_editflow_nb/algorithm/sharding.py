@@ -53,21 +53,21 @@ def is_sharded(
 def local_piece(
     x: torch.Tensor, # whole, or shared among processes
 ) -> torch.Tensor:   # without a gradient; it shares its memory with `x`
-    "The piece of a tensor that is here."
+    "This process's shard of a tensor; all of a tensor that is not sharded."
     x = x.detach()
     return x.to_local() if isinstance(x, DTensor) else x
 
 def full_value(
     x, # a tensor, or a number
 ):
-    "The value that all processes have pieces of; called in all of them."
+    "A sharded tensor gathered from all processes, which must all call this; any other value is returned as it is."
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 def shard_like(
     piece: torch.Tensor, # of a new tensor, the one that is here
     x: torch.Tensor,     # a tensor of the same shape, shared or whole
 ) -> torch.Tensor:
-    "A piece as part of a tensor that is shared as `x` is."
+    "Make a local piece one shard of a tensor that is sharded as `x` is; if `x` is not sharded, return the piece."
     if not isinstance(x, DTensor): return piece
     return DTensor.from_local(piece, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
 

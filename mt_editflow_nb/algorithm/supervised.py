@@ -80,7 +80,7 @@ def turn_inputs(
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #b92f6076
 def perfect_rollout(
-    config: Config, # `num_steps`, `seed` and `exposure_turns` are read
+    config: Config, # `num_steps`, `seed`, `batch` and `exposure_turns` are read
     editor,         # from `load_editor`
     sessions: list, # P `Session`s with targets, or of the shape world, whose pictures have the editor's size
     iteration: int, # from 0; of the random numbers that they are trained with

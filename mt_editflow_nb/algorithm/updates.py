@@ -89,7 +89,7 @@ def add_gradients(
     count: int,             # rows of all terms and processes together
     statistics: Statistics, # of the iteration, changed in place
 ):
-    "The gradient of the mean of `count` losses, as far as they are this process's. Raises `InputError`."
+    "Compute this process's part of the gradient of the mean loss. Raises `InputError` for a loss that is not finite."
     policy.optimizer.zero_grad()
     with failing_together(is_sharded(policy.params)):
         for loss, values, n in terms:

@@ -431,7 +431,7 @@ def judge_of_rules(
     judge: str,    # as `load_judge` takes it
     options: dict, # its settings
 ) -> str:          # of EdiVal's rules in one process, the model that they ask; else the judge
-    "Whose opinion a judge gives."
+    "The name of the model whose opinion a judge gives."
     return options.get('vlm') or EDIVAL_VLM if judge == 'edival' else judge
 
 def notes_about(
@@ -852,7 +852,7 @@ def evaluate_bench(
 def evaluation_answers(
     a,         # the options
     out: Path, # folder of the results
-) -> Path:     # None: nobody is asked whose answers are kept
+) -> Path:     # None: no judge's answers are kept
     "Where the first process keeps what judges answer."
     asks = a.sessions == 'edival' or a.bench == 'mice' or a.judge and not a.judge.startswith('verifier')
     return Path(a.cache or out/'judge.sqlite') if asks and not (a.offline or a.generate_only) else None

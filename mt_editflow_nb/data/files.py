@@ -214,7 +214,7 @@ def append_json_line(
     path: str|Path, # a log, created when missing
     row: dict,      # of JSON's types, arrays, tensors and paths
 ) -> Path:          # the path
-    "Append a line to a log, whole and on the disk when this returns, also beside others. An `OSError` names it."
+    "Append a line to a log, on disk on return; other processes may append too. An `OSError` names the file."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = to_json(row).encode() + b'\n'

@@ -302,7 +302,7 @@ def copied_from(
     picture: Path,  # of a file
     earlier: list,  # of paths of other files
 ) -> int:           # its number; None: it is a copy of none of them
-    "Which picture this one is a copy of, the latest of those that are alike: byte for byte, or saved once more."
+    "Which picture this one is a copy of: the latest that is the same file, else the one that looks most like it."
     same = [k for k, other in enumerate(earlier) if filecmp.cmp(picture, other, shallow=False)]
     if same: return same[-1]
     small = _thumbnail(picture)
@@ -436,7 +436,7 @@ def folder_records(
     name: str,    # of the set
     source: Path, # its table, or its folder
 ):
-    "Pictures with a text file beside them: (place, path of the picture). Raises `InputError` where there are none."
+    "Pictures with a text file beside them: (place, (path of the picture, its id)). Raises `InputError` for none."
     expect(source.is_dir(), str(source), 'a folder of pictures with a text file beside each', 'no folder')
     pictures = [p for p in sorted(source.rglob('*')) if p.suffix.lower() in PICTURE_ENDINGS]
     captioned = [p for p in pictures if p.with_suffix('.txt').is_file()]

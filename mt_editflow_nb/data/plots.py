@@ -197,7 +197,7 @@ def plot_learning_curves(
     window: int = None,                             # iterations that are averaged; None: a tenth of them
     transparent: bool = False,                      # no background, and text that can be read on white and on black
 ) -> Figure:
-    "Learning curves of one run or several, with a band each (see above)."
+    "Learning curves with bands: a 95 % interval over seeds or, for a single seed, two standard errors of the mean."
     runs = [rows for value in rows_by_run.values() for rows in _seeds(value)]
     shown = [m for m in metrics if any(m in row for rows in runs for row in rows)] or list(metrics[:1])
     fig = Figure(figsize=(1.2 + 2.9*len(shown), 2.7), layout='constrained')

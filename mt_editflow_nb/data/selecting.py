@@ -68,7 +68,7 @@ def recorded_keys(
     folder: Path, # that a file of sessions lies in
     paths: list,  # of pictures
 ) -> dict: # path -> key, of those that are on record and have not changed since
-    "What an earlier process has found; nothing where there is no record. One that is broken is thrown away."
+    "The keys of files that an earlier process has recorded, if any. A broken record is deleted."
     if not (folder/RECORD_FILE).is_file(): return {}
     try:
         with closing(sqlite3.connect(folder/RECORD_FILE)) as db:
@@ -132,7 +132,7 @@ def folder_of(
 
 def picture_keys(
     sessions,          # `Session`s
-    many: bool = None, # take files for pictures; None: as `are_many` says
+    many: bool = None, # compare files instead of pixels; None: as `are_many` says
 ) -> list:             # of texts
     "A key for the first picture of each session: equal for copies."
     if many is None: many = are_many(sessions)
@@ -144,7 +144,7 @@ def picture_keys(
 
 def sessions_hash(
     sessions,          # `Session`s, in order
-    many: bool = None, # take files for pictures; None: as `are_many` says
+    many: bool = None, # compare files instead of pixels; None: as `are_many` says
 ) -> str:
     "What identifies a set of sessions: their content and order, pictures included."
     if many is None: many = are_many(sessions)
@@ -237,7 +237,7 @@ class TextLimit:
     "How much of an instruction an editor reads."
     editor: str             # its name
     tokens: int = None      # None: all of it
-    count: Callable = None  # list of texts -> list of tokens; None: the tokenizer is not at hand
+    count: Callable = None  # list of texts -> the number of tokens of each; None: the tokenizer is not at hand
 
 def cut_texts(
     texts: list,      # instructions
@@ -258,7 +258,7 @@ def sample_indices(
     seed: int = 0,         # of the draw
     by_type: bool = False, # as many of each type, by the type of the first turn
 ) -> list: # of numbers, in order
-    "A draw without replacement. Raises `InputError` where there are fewer."
+    "Indices of `n` sessions drawn without replacement. Raises `InputError` where there are fewer than `n`."
     expect(0 < n <= len(sessions), 'n', f'1 to {len(sessions)} sessions', n)
     order = np.random.default_rng(seed).permutation(len(sessions))
     if not by_type: return sorted(order[:n].tolist())

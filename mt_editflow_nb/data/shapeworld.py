@@ -180,7 +180,7 @@ class Reading:
     codes: np.ndarray      # [images, 9] recognised object codes, -1 = not recognised
     background: np.ndarray # [images] index into `BACKGROUNDS`, -1 = not recognised
     rms: np.ndarray        # [images, 9, objects] RMS difference to every template on the nearest background
-    ground_rms: np.ndarray # [images, backgrounds] RMS difference of the rings to every background
+    ground_rms: np.ndarray # [images, backgrounds] RMS difference of the cells' median edge color to every background
     def __getitem__(self, i): return Reading(self.codes[i], self.background[i], self.rms[i], self.ground_rms[i])
 
 def closeness(

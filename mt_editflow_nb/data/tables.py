@@ -128,13 +128,18 @@ def _session_at(table, source, i):
     try: return row_session(table[int(i)])
     except InputError as e: raise InputError(f'{source}: row {i}: {e}') from None
 
-def _fault(table, source, i, targets):
+def _fault(table, source, i):
     "What is wrong with a row, or None."
-    try:
-        session = row_session(table[i])
-        open_image(session.image_file)
-        expect(session.targets or not targets, '`targets`', 'the right results', 'none')
+    try: open_image(row_session(table[i]).image_file)
     except InputError as e: return f'{source}: row {i}: {e}'
+
+def _without_targets(table):
+    "The rows that have no right results; no picture is read."
+    import datasets, pyarrow.compute
+    if 'targets' not in table.column_names: return range(len(table))
+    if not isinstance(table.features['targets'], datasets.List): return []         # reading a row says what is wrong
+    counts = pyarrow.compute.list_value_length(table.data.column('targets')).to_pylist()
+    return [i for i, count in enumerate(counts) if not count]
 
 # %% ../../nbs/data/09_tables.ipynb #d819997b
 def load_table(
@@ -148,11 +153,14 @@ def load_table(
     "Sessions of a table. Raises `InputError` with the row that is wrong."
     one_of('on_bad', on_bad, ('stop', 'skip'))
     table = open_table(source)
-    skipped, good = [], list(range(len(table)))
+    rows, fault_of = range(len(table)), {}
     if decode or (decode is None and len(table) <= DECODED_AT_LOAD):
-        fault_of = {i: _fault(table, source, i, targets) for i in good}
-        skipped = [fault for fault in fault_of.values() if fault]
-        good = [i for i in good if not fault_of[i]]
+        fault_of = {i: _fault(table, source, i) for i in rows}
+    if targets:
+        lacking = '`targets`: expected the right results, received none'
+        fault_of |= {i: fault_of.get(i) or f'{source}: row {i}: {lacking}' for i in _without_targets(table)}
+    good = [i for i in rows if not fault_of.get(i)]
+    skipped = [fault_of[i] for i in rows if fault_of.get(i)]
     if skipped and on_bad == 'stop': raise InputError(skipped[0])
     expect(good, source, 'at least one session', 'none')
     if skipped: warnings.warn(f'{len(skipped)} sessions left out, first {skipped[0]}', stacklevel=2)
@@ -164,7 +172,7 @@ def load_table(
 
 # %% ../../nbs/data/09_tables.ipynb #5a4faf81
 def open_sessions(
-    source: str|Path,            # a JSON Lines file, a parquet file, a folder of those, or hf:NAME[:SPLIT]
+    source: str|Path,            # a JSON Lines file, a parquet file, a folder of parquet files, or hf:NAME[:SPLIT]
     *,
     allow_outside: bool = False, # of a JSON Lines file: pictures may lie outside its folder
     **kw,                        # same_turns, on_bad, decode and targets, as in `load_sessions`

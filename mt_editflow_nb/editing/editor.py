@@ -72,7 +72,7 @@ def set_size(
     editor,    # of any family
     size: int, # pixels a side of a square; other pictures have about its area
 ):
-    "Set the size that an editor works at, first on squares. Raises `InputError` where its tokens do not fill them."
+    "Set the size that an editor works at, at first on squares. Raises `InputError` unless it is a multiple of a token."
     largest = getattr(editor, 'max_size', MAX_SIZE)
     fits = isinstance(size, (int, np.integer)) and 0 < size <= largest and size % editor.token_pixels == 0
     expect(fits, 'size', f'a multiple of {editor.token_pixels} up to {largest}', size)
@@ -84,7 +84,7 @@ def set_shape(
     width: int,  # pixels of the pictures that come next
     height: int, # of them
 ):
-    "Set the shape of the pictures that come next. Raises `InputError` where its tokens do not fill them."
+    "Set the shape of the pictures that come next. Raises `InputError` unless both sides are multiples of a token."
     pixels = editor.token_pixels
     expect(width % pixels == 0 and height % pixels == 0, 'pictures', f'multiples of {pixels} pixels a side',
            f'{width} x {height}')

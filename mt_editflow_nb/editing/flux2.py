@@ -73,7 +73,7 @@ def klein_positions(
 
 # %% ../../nbs/editing/02_flux2.ipynb #8a961cd6
 class Flux2Text:
-    "How the family reads instructions."
+    "How FLUX.2 klein reads instructions."
     text_encoders = ('text_encoder',)
 
     @cached_property
@@ -108,7 +108,7 @@ class Flux2Text:
 
 # %% ../../nbs/editing/02_flux2.ipynb #c09869ea
 class Flux2Pictures:
-    "How the family turns pictures into tokens, and tokens into pictures."
+    "How FLUX.2 klein turns pictures into tokens, and tokens into pictures."
     @torch.no_grad()
     def encode_image(
         self,
@@ -131,7 +131,7 @@ class Flux2Pictures:
 
 # %% ../../nbs/editing/02_flux2.ipynb #e2b74beb
 class Flux2Editor(Flux2Text, Flux2Pictures):
-    "A `Flux2KleinPipeline` as an editor: classifier-free guidance, two passes per step unless the guidance is 1."
+    "A `Flux2KleinPipeline` as an editor: classifier-free guidance, two passes per step where it is above 1."
     guidance = 4.                       # as the model cards of klein-base have it; distilled models take none
     max_size = 1024                     # the pipeline shrinks larger input pictures to this area
 

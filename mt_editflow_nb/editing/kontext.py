@@ -25,7 +25,7 @@ def kontext_positions(
 
 # %% ../../nbs/editing/01_kontext.ipynb #614efaea
 class KontextText:
-    "How the family reads instructions."
+    "How FLUX.1 Kontext reads instructions."
     text_encoders = ('text_encoder', 'text_encoder_2')    # the large one last
 
     @cached_property
@@ -54,7 +54,7 @@ class KontextText:
 
 # %% ../../nbs/editing/01_kontext.ipynb #407d1812
 class KontextPictures:
-    "How the family turns pictures into tokens, and tokens into pictures."
+    "How FLUX.1 Kontext turns pictures into tokens, and tokens into pictures."
     @torch.no_grad()
     def encode_image(
         self,

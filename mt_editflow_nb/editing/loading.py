@@ -150,7 +150,7 @@ def save_memory(
 def autocast_velocity(
     editor, # of any family, with an adapter
 ):
-    "Compute the adapter's matrix products in bfloat16. Its weights, and their gradients, stay float32."
+    "Predict velocities under bfloat16 autocast. The adapter's weights, and their gradients, stay float32."
     velocity = editor.velocity
     def in_bfloat16(x, sigma, text, image):
         with torch.autocast(torch.device(editor.device).type, torch.bfloat16): return velocity(x, sigma, text, image)
@@ -214,7 +214,7 @@ def choose_dtype(
 def outline_editor(
     name_or_path: str|Path, # 'tiny', a pipeline directory, or a hub name
 ) -> SimpleNamespace:       # `transformer`, on the meta device, and `pipe`, the class of its pipeline
-    "What an editor's configuration says of it, for `add_lora` and the like. Raises `InputError` if it cannot be read."
+    "An editor's architecture without weights, for `add_lora` and the like. Raises `InputError` if it cannot be read."
     import diffusers
     source, family = find_editor(name_or_path)
     cls = getattr(diffusers, TRANSFORMER_CLASSES[family])
@@ -316,7 +316,7 @@ def add_options(
     attention_backend: str,  # of diffusers; None: torch's own
     seed: int = 0,           # of the adapter's first factor
 ):
-    "Adapter and attention kernel. Raises `InputError` for what does not fit this editor, or this machine."
+    "Add an adapter and set the attention kernel. Raises `InputError` for what does not fit this editor or machine."
     if lora_rank is not None: add_lora(editor, lora_rank, seed, lora_alpha, lora_targets)
     if init_lora: start_from_adapter(editor, init_lora)
     if attention_backend: use_attention(editor, attention_backend)

@@ -118,7 +118,7 @@ def small_copy(
     pipe,               # a `QwenImageEditPlusPipeline`
     image: Image.Image, # to be edited
 ) -> list: # with one picture
-    "The picture as the text encoder of Plus is shown it."
+    "The picture at the size that the text encoder of Qwen-Image-Edit-Plus sees."
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
     width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, image.width/image.height)
     return [pipe.image_processor.resize(image, height, width)]
@@ -142,7 +142,7 @@ def video_statistics(
 
 # %% ../../nbs/editing/03_qwen.ipynb #c4f9bb1e
 class QwenText:
-    "How the family reads instructions: together with the pictures that they are about."
+    "How Qwen-Image-Edit reads instructions: together with the pictures that they are about."
     text_encoders = ('text_encoder',)
     max_text_tokens = None    # nothing is cut
 
@@ -166,7 +166,7 @@ class QwenText:
 
 # %% ../../nbs/editing/03_qwen.ipynb #844021ff
 class QwenPictures:
-    "How the family turns pictures into tokens, and tokens into pictures."
+    "How Qwen-Image-Edit turns pictures into tokens, and tokens into pictures."
     @torch.no_grad()
     def encode_image(
         self,

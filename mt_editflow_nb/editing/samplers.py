@@ -48,7 +48,7 @@ def step_logp(
     mean: torch.Tensor,   # [N, ...] where it goes on average
     std: torch.Tensor,    # 0-d or [N, 1, ...] scale of the noise
 ) -> torch.Tensor: # [N], 0 where `std` is 0
-    "Gaussian log-probability of where a step went, averaged over the latent dimensions."
+    "Gaussian log-probability of where a step went, averaged over the latent dimensions; for 'cps' only `-square`."
     square = (x_next.detach() - mean)**2
     scale = torch.where(std > 0, std, 1.)                 # keeps the masked entries, and their gradients, finite
     logp = -square if kind == 'cps' else -square/(2*scale**2) - scale.log() - math.log(2*math.pi)/2

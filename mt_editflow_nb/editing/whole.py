@@ -94,7 +94,7 @@ def check_trained(
     source: str|Path,       # as in `load_trained`
     quantize: str = None,   # how the editor is going to be stored
 ):
-    "Raises `InputError` for what cannot be loaded, or would change nothing, before an editor is."
+    "Raises `InputError` for an adapter that is unreadable or without effect, or a whole transformer with `quantize`."
     if not is_transformer(source):
         tensors, _, file = read_adapter(source)
         return check_effect(tensors, file)

@@ -63,7 +63,7 @@ def batches_of(
     batch: int,  # at a time
     shapes=None, # of their pictures; None: a batch may mix shapes
 ) -> list:       # lists of indices
-    "Items in their order, cut into batches of one number of turns, and of one shape."
+    "Batches of items, each of one number of turns and one picture shape; the order is kept within such a group."
     alike = {}
     for i, n in enumerate(turn_counts(sessions)): alike.setdefault((n, shapes and shapes[i]), []).append(i)
     return [indices[k:k + batch] for indices in alike.values() for k in range(0, len(indices), batch)]

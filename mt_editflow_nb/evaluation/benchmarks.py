@@ -207,7 +207,7 @@ def group_mean_draws(
     n_boot: int = 2000,   # draws of items
     seed: int = 0,        # of the draws
 ):                        # a `Bootstrap` of two quantities: mean of groups, mean of items
-    "Both overall means, and their bootstrap draws."
+    "The mean of the group means and the mean of all items, with their bootstrap draws."
     names, group_I = np.unique(np.asarray(groups_I), return_inverse=True)
     values = np.asarray(values_I, float)
     by_group = np.where(group_I[:, None] == np.arange(len(names)), values[:, None], np.nan)

@@ -42,7 +42,7 @@ def published_protocol(
 def protocol_differences(
     used: dict,      # steps, guidance, size, quantize; None: the published value
     published: dict, # from `published_protocol`
-) -> list:           # of texts such as 'steps 6 (published 28)'
+) -> list:           # of texts such as 'steps 6 (published: 28)'
     "Settings in which a generation differs from the published protocol."
     default = dict(size="the editor's own", quantize='not quantised')
     different = [name for name, value in published.items() if used.get(name) not in (None, value)]

@@ -172,7 +172,7 @@ def decay_table(
     n_boot: int = 2000, # draws
     seed: int = 0,      # of the draws
 ) -> pd.DataFrame:      # index (turn, quantity); value, low, high in percent, and over how many `sessions`
-    "What real images allow: free, given right, and `lost`, their difference, which stands in for the exposure gap."
+    "Success at each turn, the same given all right before, and their difference `lost`: a proxy of the exposure gap."
     free = np.asarray(success_IT, float)
     def quantities(weights_BI, *arrays):
         free, given_right, _ = _shares(weights_BI, *arrays)

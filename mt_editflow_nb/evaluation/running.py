@@ -33,7 +33,7 @@ def equal_length_batches(
     batch: int,     # sessions at a time
     only=None,      # indices of those that are wanted; None: all
 ) -> list:          # lists of indices into `sessions`
-    "Sessions in their order, cut into batches, each of sessions of one length and with pictures of one shape."
+    "Batches of sessions, each of one number of turns and one picture shape; the order is kept within such a group."
     if only is None: only = range(len(sessions))
     alike = {}
     for i in only:
@@ -87,9 +87,9 @@ class EvaluatedSession(NamedTuple):
 def evaluation_protocol(
     editor,         # from `load_editor`
     sessions: list, # I `Session`s
-    **settings,     # seed, num_steps, batch, and names of editor and judge
+    **settings,     # num_steps, seed, kind, names of editor and judge, ...
 ) -> dict:
-    "What the results of an evaluation depend on; `settings`: seed, num_steps, batch, and names of editor and judge."
+    "What the results of an evaluation depend on: sessions, trained adapter, picture size, and the given settings."
     adapter = [p.detach().float().cpu().numpy() for p in lora_parameters(editor)]
     return dict(sessions=content_hash(sessions), adapter=content_hash(adapter), size=editor.size) | settings
 

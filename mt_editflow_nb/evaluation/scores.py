@@ -74,7 +74,7 @@ def metric_arrays(
     outcomes: Outcomes, # `[I, T]`, or with seeds `[S, I, T]`
     turns_I=None,       # how many turns each session has; None: T
 ) -> tuple:             # (success, all right so far, object term, background term), float, of one shape
-    "What scores are means of. Unscored turns, and those that a session does not have, are NaN in all four."
+    "What scores are means of. Absent turns are NaN; so are unscored ones, but all right so far is 0 after a failure."
     success, *cc = (np.asarray(x, float) for x in outcomes)
     right = all_right_so_far(success)
     if turns_I is not None:                            # a session that failed has not failed at turns that it lacks

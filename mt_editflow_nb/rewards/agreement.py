@@ -82,8 +82,8 @@ def load_labels(
 class Judgements:
     "R opinions on N things."
     scores_RN: np.ndarray # NaN where there is none
-    tokens: float         # a score, read and written
-    seconds: float        # a score
+    tokens: float         # read and written, per score
+    seconds: float        # per score
 
 def ask_repeatedly(
     mode,             # from `load_mode`, or of a judge
@@ -118,7 +118,7 @@ def kappa(
     a, # N booleans
     b, # N booleans
 ) -> float:
-    "Cohen's kappa: agreement beyond that of chance; nan where both say the same of everything."
+    "Cohen's kappa: agreement beyond chance; nan where all values of both are True, or all are False."
     from statsmodels.stats.inter_rater import cohens_kappa
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     if len(np.unique([a, b])) < 2: return np.nan

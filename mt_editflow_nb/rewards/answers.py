@@ -94,7 +94,7 @@ def scores_in(
     scale: int,   # the highest score
     answer: str,  # where they were found, for the message
 ) -> dict:        # name -> score in [0, 1], or NaN where that one cannot be read
-    "Several scores, each missing by itself. Raises `ValueError` where all are."
+    "Several scores; one that cannot be read is NaN. Raises `ValueError` where none can be read."
     scores = dict.fromkeys(values, math.nan)
     for name, value in values.items():
         try: scores[name] = _score(value, scale, answer)

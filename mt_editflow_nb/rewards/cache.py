@@ -41,7 +41,7 @@ def open_cache(
 def make_tables(
     db, # from `open_cache`
 ):
-    "Those that are missing, in a new file or in one of an earlier version."
+    "Create the tables that are missing, in a new file or in one of an earlier version."
     for table in _tables: db.execute(table)
 
 def _table_names(db): return {name for name, in db.execute('select name from sqlite_master')}
@@ -201,7 +201,7 @@ def serving_identity(
     db,            # from `open_cache`
     identity: str, # of an engine
 ) -> str:
-    "What keys are made of. The model that a server had first has plain keys; another one under its name has others."
+    "The engine's part of cache keys: as given for the first model that a server had, different for any later one."
     first, now = db.execute('select first, now from serving where identity = ?', (identity,)).fetchone() or ('', '')
     return identity if first == now else json.dumps([identity, now])
 
@@ -210,7 +210,7 @@ def note_serving(
     identity: str, # of an engine
     now: str,      # what its server says about the model
 ) -> str:          # as `serving_identity`
-    "Keep what a server has."
+    "Record what a server says about its model, so that answers of another model get other keys."
     db.execute('insert or ignore into serving values (?, ?, ?)', (identity, now, now))
     db.execute('update serving set now = ? where identity = ?', (now, identity))
     return serving_identity(db, identity)

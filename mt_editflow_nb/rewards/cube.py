@@ -100,7 +100,7 @@ def check_scores(
     sessions: list,            # the P sessions that it was shown
     images_PGTHWC: np.ndarray  # their rollout
 ) -> Scores:                   # the same scores, as float32 in host memory
-    "The contract of a judge: `Scores` of the rollout's shape, floats in [0, 1] or NaN. Raises `InputError` otherwise."
+    "Raise `InputError` unless these are `Scores` of the rollout's shape in [0, 1], terms of CC in [-1, 1], or NaN."
     expect(isinstance(scores, Scores), 'judge', 'a judge that returns `Scores`', type(scores).__name__)
     return _check_shape(scores, (len(sessions), *images_PGTHWC.shape[1:3]))
 
@@ -271,7 +271,7 @@ def check_engine(
     prompts,     # `Prompts`
     aspect: str, # of an `Item`
 ):
-    "One small question, past any cache. Raises `InputError` where the engine cannot answer it in this mode."
+    "Raise `InputError` unless the engine can answer in this mode: a server is asked, a local model's tokenizer loaded."
     if getattr(engine, 'offline', False): return
     engine = getattr(engine, 'engine', engine)
     if isinstance(engine, Local):
@@ -418,7 +418,7 @@ REWARD_MODELS = dict(editscore='viescore', unifiedreward='viescore', # a kind of
 def check_judge_options(
     options: dict, # of a configuration: settings of `Local` or `Server`, and `max_failed`
 ):
-    "Raises `InputError` for what a configuration decides otherwise. The engine checks the rest."
+    "Raises `InputError` for options that a configuration sets elsewhere, such as `cache`. The engine checks the rest."
     for name in options:
         ours = isinstance(name, str) and name not in ('model', 'cache', 'offline', 'rewards')
         expect(ours, 'judge_options', 'settings of an engine, such as max_tokens', name)

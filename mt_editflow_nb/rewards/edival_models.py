@@ -127,7 +127,7 @@ def _chunks(items, size): return [items[i:i + size] for i in range(0, len(items)
 def weights_of(
     name: str, # a folder, or a hub name
 ) -> str:      # the name; of a folder its last part and a fingerprint of what is in it
-    "Which model this is, whatever its folder is called."
+    "What identifies a model, wherever its folder lies: the name, and for a folder also its content."
     folder = Path(name)
     return f'{folder.name}#{fingerprint(folder)}' if folder.is_dir() else str(name)
 

@@ -162,7 +162,7 @@ class Detect(NamedTuple):
     "A request to the detector: where are these things?"
     image: Image.Image
     names: tuple      # any of them counts
-    threshold: float  # the lowest score that counts
+    threshold: float  # a box counts if its score is above
 
 class Question(NamedTuple):
     "A request to the vision-language model."
@@ -175,7 +175,7 @@ class Describe(NamedTuple):
     images: tuple
 
 class NoAnswer(InputError):
-    "A question that the vision-language model did not answer."
+    "Raised, or returned in place of an answer, where a tool did not answer a request."
 
 class EdivalTools(NamedTuple):
     "The tools that score pictures. One that also has a method `many`, from requests to answers, is asked in batches."
@@ -374,7 +374,7 @@ def text_change(
     before, # the previous turn's result
     after,  # this turn's result
 ):
-    "Text: the new text can be read in the whole picture, or on the object that carried the old text."
+    "Text: the new text is read in the whole picture or, where an object is named, in the box that it had before."
     if len(slots) == 3:
         had = yield Detect(before, (slots[1],), .3)
         has = yield Detect(after, (slots[1],), .3)
@@ -433,7 +433,7 @@ def object_steps(
     first: Image.Image, # x_0
     now: Image.Image,   # x_t
     names: list,        # of the objects that no instruction has named
-):                      # a generator of requests that returns a float in [-1, 1]; NaN where there is no such object
+):                      # a generator of requests that returns a float in [-1, 1]; NaN where `names` is empty
     "EdiVal-CC, object term of one turn."
     if not names: return np.nan
     boxes = (yield Detect(first, tuple(names), .35)).boxes_N4
@@ -488,7 +488,7 @@ def object_term(
     names,    # of the objects that no instruction has named
     detect,   # (image, names, threshold) -> `Found`
     features, # (images) -> (one vector each, one a patch)
-) -> float:   # in [-1, 1]; NaN where there is no such object
+) -> float:   # in [-1, 1]; NaN where `names` is empty
     "The object term of one turn, with tools that answer one request at a time."
     return run_together([object_steps(first, now, names)], EdivalTools(detect, None, features))[0]
 

@@ -226,7 +226,7 @@ class RemoteTools(ToolsServer):
 
     @cached_property
     def tools(self):
-        "The three tools, which ask nothing twice; features are not kept: those of one picture are megabytes."
+        "The three tools. A cache keeps the answers of detector and model; features, megabytes a picture, are not kept."
         return EdivalTools(*(_RemoteTool(self, kind, self.cache) for kind in ('detect', 'ask')),
                            _RemoteTool(self, 'describe'))
 

@@ -22,9 +22,9 @@ class Ask:
     "One call of a vision-language model."
     images: tuple           # uint8 arrays [H, W, 3], shown before the text
     text: str               # the prompt
-    choices: tuple = ()     # answers of one token each, whose probabilities are wanted; none: free text is
+    choices: tuple = ()     # answers of one token each, whose probabilities are wanted; empty: free text
     max_tokens: int = 512   # of the answer
-    temperature: float = 0. # 0: the likeliest words; above: sampled
+    temperature: float = 0. # 0: greedy decoding; above: sampling
     seed: int = 0           # of the sample
 
     def key(
@@ -197,7 +197,7 @@ def with_settings(
     max_tokens: int = None,    # of an answer in words
     temperature: float = None, # of an answer in words
 ) -> Ask:
-    "A call in words with other settings; a question for probabilities has none."
+    "A free-text call with other settings; a call for probabilities stays as it is."
     if ask.choices: return ask
     if max_tokens: ask = replace(ask, max_tokens=max_tokens)
     return ask if temperature is None else replace(ask, temperature=temperature)
@@ -251,7 +251,7 @@ class Local:
         self,
         choices: tuple = (), # answers of one token each, of a mode that needs them
     ):
-        "Find out without loading weights whether the words are there and the choices are single tokens."
+        "Check, without loading weights, that the tokenizer loads and every choice is one token. Raises `InputError`."
         from transformers import AutoTokenizer
         try: tokenizer = AutoTokenizer.from_pretrained(base_model(self.path))
         except (OSError, ValueError) as e:

@@ -179,7 +179,7 @@ def ask_and_parse(
     asks: list, # of `Ask`
     parse,      # (`Reply`) -> what is wanted from it; raises `ValueError` for an answer of no use
 ) -> list:      # for each ask (what was parsed or None, its calls as dicts)
-    "Ask, parse, and ask again what could not be parsed. An answer of no use does not stay in a cache."
+    "Ask, parse, and ask again what could not be parsed. A cache gives such an answer again only offline."
     results = _ask_until_parsed(engine, asks, parse)
     failed = [i for i, (parsed, _) in enumerate(results) if parsed is None]
     forget = getattr(engine, 'forget', None)

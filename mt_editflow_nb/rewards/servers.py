@@ -209,7 +209,7 @@ def token_text(
 _no_probabilities = 'the server answered with something other than probabilities'
 
 def choice_probs(
-    likely,         # the tokens of an answer with their logarithms of probabilities, of a server's `logprobs`
+    likely,         # the tokens of an answer with their log-probabilities, from a server's `logprobs`
     choices: tuple, # words that one of them may be
 ) -> dict:          # None where they cannot be read
     "The probability of each choice to be the first token of an answer."

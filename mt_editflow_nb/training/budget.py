@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PUBLISHED_EDITORS', 'PUBLISHED_JUDGES', 'MEASURED_BLOCKS', 'DECODER_NUMBERS', 'PEAK_FLOPS', 'UTILISATION',
            'editor_configs', 'weightless_editor', 'weightless_text', 'SavedTensors', 'profile_row', 'weight_bytes',
-           'weightless_encoder', 'judge_bytes', 'count_rows', 'evaluation_steps', 'evaluation_rows',
-           'numbers_of_blocks', 'transformer_profile', 'memory_by_component', 'memory_of_each', 'worst_and_mean',
-           'plan', 'advice', 'plan_text', 'changes_worth_a_look', 'savings_text', 'remembered_batch', 'find_batch',
-           'allocate_rollouts', 'trial_step']
+           'weightless_encoder', 'judge_bytes', 'count_rows', 'evaluation_steps', 'count_evaluations',
+           'evaluation_rows', 'numbers_of_blocks', 'transformer_profile', 'count_rollouts', 'latents_a_turn',
+           'memory_by_component', 'memory_of_each', 'worst_and_mean', 'plan', 'advice', 'plan_text',
+           'changes_worth_a_look', 'savings_text', 'remembered_batch', 'find_batch', 'allocate_rollouts', 'trial_step']
 
 # %% ../../nbs/training/01_budget.ipynb #662f3dfd
 from functools import lru_cache, partial
@@ -256,8 +256,14 @@ def count_rows(
     """Rows that pass through the transformer in an iteration, a mean over a run's iterations.
 
     `trained` ones pass forward and backward, others forward."""
-    sampled = c.sessions_per_iteration*c.group*turns
-    trained = c.sessions_per_iteration*(c.keep or c.group)*turns
+    P, members = c.sessions_per_iteration, c.sessions_per_iteration*c.group
+    if c.algorithm == 'sft':                                              # sampled: inputs that are the editor's own
+        return dict(sampled=P*(turns - 1)*c.exposure_turns*c.num_steps, trained=members*turns, compared=0)
+    sampled = members*turns
+    if c.algorithm == 'distill':                                          # the first turn's state is perfect already
+        trained = members*(turns - 1)*c.train_timesteps
+        return dict(sampled=sampled*c.num_steps, trained=trained, compared=trained)
+    trained = P*(c.keep or c.group)*turns
     trained *= c.train_timesteps if c.algorithm == 'nft' else c.window or c.num_steps - 1
     if c.branching != 'none' and c.train_levels == 1: trained //= c.keep or c.group    # alike at pure noise
     comparisons = (c.algorithm == 'nft') + (c.kl_weight > 0)              # the old policy's velocity, the base editor's
@@ -273,13 +279,19 @@ def evaluation_steps(
     "Denoising steps of an evaluation: `eval_steps`, or those of training."
     return getattr(c, 'eval_steps', None) or c.num_steps
 
+def count_evaluations(
+    c, # a run's configuration
+) -> int:
+    "How often a run evaluates: before and after training, and in between every `eval_every` iterations."
+    every = getattr(c, 'eval_every', 0)
+    return 2 + ((c.iterations - 1)//every if every else 0)
+
 def evaluation_rows(
     c,          # a run's configuration
     turns: int, # T
 ) -> int:       # rows that go through the transformer in all evaluations of a run
     "Rows of the evaluations before and after training, and every `eval_every` iterations."
-    between = c.iterations//c.eval_every if getattr(c, 'eval_every', 0) else 0
-    return c.eval_sessions*(getattr(c, 'eval_turns', None) or turns)*evaluation_steps(c)*(2 + between)
+    return c.eval_sessions*(getattr(c, 'eval_turns', None) or turns)*evaluation_steps(c)*count_evaluations(c)
 
 # %% ../../nbs/training/01_budget.ipynb #17b5bcf8
 MEASURED_BLOCKS = 2, 1     # of the first kind and of the second, besides those that show what one more adds
@@ -355,15 +367,26 @@ def _text_encoder_bytes(c, configs, element, real) -> int:
     small = sum(weight_bytes(m, False, element) for m in encoders[:-1])
     return small + weight_bytes(encoders[-1], real and c.quantize == 'nf4', element)     # the last is the large one
 
+def count_rollouts(
+    c, # a run's configuration
+) -> int:
+    "Rollouts that an iteration keeps for training: sessions times members; supervised training has one a session."
+    return c.sessions_per_iteration*(1 if c.algorithm == 'sft' else c.group)
+
+def latents_a_turn(
+    c, # a run's configuration
+) -> int:
+    "Latents that a turn of a rollout keeps for training: input and result, and for GRPO three a stochastic step."
+    return 2 + 3*(c.window or c.num_steps - 1)*(c.algorithm == 'grpo')
+
 def _rollout_bytes(c, configs, profile, turns, element) -> int:
-    "Bytes that a rollout keeps for training: latents around each stochastic step, and the encoded instructions."
-    (L, C), N = profile.latent_shape, c.sessions_per_iteration*c.group
-    steps = 0 if c.algorithm == 'nft' else c.window or c.num_steps - 1
+    "Bytes that the rollouts of an iteration keep for training: latents, and the encoded instructions."
+    (L, C), N = profile.latent_shape, count_rollouts(c)
     sees = 'Qwen' in configs['pipeline']      # its texts are those of one picture, which members share at first
     a_text = profile.text_numbers*element*(2 if sees and profile.passes > 1 else 1)
     texts = c.sessions_per_iteration + (turns - 1)*(N if sees else c.sessions_per_iteration)
     if profile.passes > 1 and not sees: texts += turns        # the empty instruction, one row a turn
-    return N*turns*(2 + 3*steps)*L*C*4 + texts*a_text
+    return N*turns*latents_a_turn(c)*L*C*4 + texts*a_text
 
 # %% ../../nbs/training/01_budget.ipynb #fac8d91a
 def memory_by_component(
@@ -415,7 +438,7 @@ def worst_and_mean(
     size: int,     # side of the square that has the area of the pictures
     multiple: int, # pixels a side of a token
 ) -> tuple: # (turns of the longest, their mean, largest (width, height), mean area as a share of the largest)
-    "What memory must suffice for, and what time is spent on."
+    "The longest sessions and largest pictures, which memory must hold, and the means, which determine the time."
     kinds = {kind: share for kind, share in kinds.items() if share}
     sizes = bucket_sizes(size, multiple)
     areas = {bucket: sizes[bucket][0]*sizes[bucket][1] for _, bucket in kinds}
@@ -541,7 +564,7 @@ def plan_text(
 def changes_worth_a_look(
     c,     # a run's configuration
 ) -> dict: # what is changed, in words -> fields
-    "Settings that would cost less than those of this configuration."
+    "Single changes to a configuration that may save time or memory; some of them save one and cost the other."
     size = c.size or 0
     options = {
         'size=384': dict(size=384) if size > 384 else None,
@@ -602,24 +625,34 @@ def allocate_rollouts(
     turns: int, # T
 ) -> list:      # tensors, to be dropped after the trial
     "Allocate the memory that the latents of an iteration's rollouts take while it trains."
-    steps = 0 if c.algorithm == 'nft' else c.window or c.num_steps - 1
-    N = c.sessions_per_iteration*c.group
-    return [torch.zeros(N, *editor.latent_shape, device=editor.device) for _ in range(turns*(2 + 3*steps))]
+    N = count_rollouts(c)
+    return [torch.zeros(N, *editor.latent_shape, device=editor.device) for _ in range(turns*latents_a_turn(c))]
 
 # %% ../../nbs/training/01_budget.ipynb #e4d5d4d2
 def trial_step(
     editor,            # with an adapter, set to the shape of the largest pictures
     n: int,            # rows
-    c=None,            # a run's configuration: its optimiser's state and rollouts are in place too
+    c=None,            # a run's configuration, whose rollouts are held
     optimizer=None,    # of the adapter's tensors
     turns: int = None, # T of the longest sessions; None: those of the configuration, or 3
 ):
     """Run the most expensive step of an iteration with n rows.
 
-    A velocity with gradients, another without, the backward pass, and an optimiser step of size 0, while the rollouts
-    of an iteration and the optimiser's state are held. Nothing that is trained changes. Raises `InputError` where a
-    gradient is not finite."""
+    A velocity with gradients, another without, and the backward pass, while the rollouts of an iteration and the
+    optimiser's state are held, as in every iteration but the first. Nothing that is trained changes. Raises
+    `InputError` where a gradient is not finite."""
     keep = allocate_rollouts(c, editor, turns or c.turns or 3) if c is not None else []
+    trained = [p for p in editor.transformer.parameters() if p.requires_grad]
+    try:
+        if optimizer is not None: _allocate_state(optimizer)
+        _pass_both_ways(editor, n, trained)
+    finally:
+        for p in trained: p.grad = None
+        if optimizer is not None: optimizer.state.clear()
+        del keep
+
+def _pass_both_ways(editor, n, trained):
+    "A velocity with gradients, another without, and the backward pass."
     x, image = (torch.zeros(n, *editor.latent_shape, device=editor.device) for _ in range(2))
     blank = np.zeros((n, editor.height, editor.width, 3), np.uint8)
     text = editor.encode_text(['a long instruction '*8]*n, blank)
@@ -627,19 +660,18 @@ def trial_step(
     v = editor.velocity(x, sigma, text, image)
     with torch.no_grad(): old = editor.velocity(x, sigma, text, image)
     (v + old).square().mean().backward()
-    trained = [p for p in editor.transformer.parameters() if p.requires_grad]
     for p in trained:
         if p.grad is not None: check_finite('trial step: a gradient on this card', p.grad)
-    if optimizer is not None: _allocate_state(optimizer)
-    for p in trained: p.grad = None
-    del keep
 
 # %% ../../nbs/training/01_budget.ipynb #0fcff580
 def _allocate_state(optimizer):
-    "Let an optimiser allocate its state, as its first step does, and drop it again."
-    rates = [group['lr'] for group in optimizer.param_groups]
-    decays = [group.get('weight_decay', 0) for group in optimizer.param_groups]
-    for group in optimizer.param_groups: group.update(lr=0., weight_decay=0.)
-    optimizer.step()
-    optimizer.state.clear()
-    for group, lr, decay in zip(optimizer.param_groups, rates, decays): group.update(lr=lr, weight_decay=decay)
+    "Let an optimiser allocate its state by a step of size 0."
+    groups = optimizer.param_groups
+    before = [dict(lr=group['lr'], weight_decay=group.get('weight_decay', 0)) for group in groups]
+    for group in groups:
+        group.update(lr=0., weight_decay=0.)
+        for p in group['params']: p.grad = torch.ones_like(p)
+    try: optimizer.step()
+    finally:
+        optimizer.zero_grad()
+        for group, values in zip(groups, before): group.update(values)

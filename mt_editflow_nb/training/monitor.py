@@ -121,7 +121,7 @@ def judge_gap(
 class Finding(NamedTuple):
     "Something the monitor has found."
     iteration: int # when it was first found
-    name: str      # as in the table above
+    name: str      # the kind of finding, such as 'identity edits'
     text: str      # a sentence with numbers
 
 def _mean_with_error(values):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from ..data.files import InputError, atomic_write, duration_text, read_json, to_json
-from .budget import count_rows, evaluation_steps
+from .budget import count_evaluations, count_rows, evaluation_steps
 
 # %% ../../nbs/training/03b_progress.ipynb #c7cc97a8
 class PhaseClock:
@@ -68,13 +68,13 @@ def estimate_seconds(
     compared = 0 if c.algorithm == 'nft' and not c.old_decay and not c.kl_weight else rows['compared']
     iteration = row_seconds*(rows['sampled'] + compared + TRAINED_ROW_COST*rows['trained'])
     evaluation = row_seconds*sessions*turns*evaluation_steps(c)
-    between = c.iterations//c.eval_every if c.eval_every else 0
-    return dict(evaluation=evaluation, iteration=iteration, total=(2 + between)*evaluation + c.iterations*iteration)
+    total = count_evaluations(c)*evaluation + c.iterations*iteration
+    return dict(evaluation=evaluation, iteration=iteration, total=total)
 
 def estimate_text(
     c,              # a run's configuration
     estimate: dict, # from `estimate_seconds`
-) -> str:           # of a run's configuration, and from `estimate_seconds`
+) -> str:           # one line
     "The estimate of a job as a sentence."
     total, iteration, evaluation = (duration_text(max(1, estimate[k])) for k in ('total', 'iteration', 'evaluation'))
     return (f'about {total} on this machine, judged by the first batch: {c.iterations} iterations of {iteration}, '

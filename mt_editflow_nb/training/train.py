@@ -307,7 +307,7 @@ def find_common_batch(
     batch: int, # rows to begin with
     file,       # where the number is remembered
 ) -> int:       # rows that fit in every process
-    "`find_batch`, or what the first process remembers of it."
+    "A batch that fits in every process: found by a trial, or remembered from an earlier one."
     known = from_first(lambda: remembered_batch(file))
     if known: return min(batch, known)
     batch = min(exchange(find_batch(step, batch)))
@@ -726,7 +726,7 @@ def before_after_table(
     turns_I,                           # how many turns each session has
     cc_unscored: tuple = (None, None), # of either bool [I, T], where a question about consistency got no answer
 ):                                     # a frame, index (turn, metric)
-    "`compare_scores` with the interval of either side, and where sessions differ in length the number that count."
+    "Scores before and after with intervals, their differences, and how many sessions count where lengths differ."
     table = compare_scores(before, after, turns_I=turns_I, cc_unscored=cc_unscored)
     for name, outcomes in (('before', before), ('after', after)):
         table[[f'{name}_low', f'{name}_high']] = score_intervals(outcomes, turns_I=turns_I)[['low', 'high']]
