@@ -131,7 +131,7 @@ script = textwrap.dedent("""
     def resumed(rank): say(rank, 'resumed', main(['--resume', str(folder/'memory')]))
 
     print(in_processes(1, one), in_processes(2, two), in_processes(1, resumed_in_one))
-    print('bug', in_processes(2, bug), 'memory', in_processes(3, memory), 'resumed', in_processes(2, resumed))
+    print('bug', in_processes(2, bug), 'memory', in_processes(4, memory), 'resumed', in_processes(2, resumed))
 """)
 
 def run_path(argv):
@@ -185,7 +185,7 @@ def test_what_one_process_raises_ends_all(runs):
     assert said.count("process 1: KeyError: 'forgotten'; the last checkpoint is kept") == 1
     assert 'in rollout' in said                                                               # its own traceback
     assert said.count('mtef_train: process 0: OutOfMemoryError: scripted; the last checkpoint is kept') == 1
-    assert 'memory [0, 2, 2]' in said and '[memory 0: 2]' in said, said[-3000:]
+    assert 'memory [0, 2, 2, 2]' in said and '[memory 0: 2]' in said, said[-3000:]
     for name in ('bug', 'memory'): assert (folder/name/'checkpoints'/'000001').is_dir()
     assert json.loads((folder/'memory'/'batch.json').read_text()) == dict(batch=1)
     assert '[resumed 0: 0]' in said and '[resumed 1: 0]' in said, said[-3000:]
