@@ -3,7 +3,8 @@ import hashlib, json, math, multiprocessing, os, re, socket, subprocess, sys, th
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, transformers
+from packaging.version import Version
 from helpers import PATIENCE, wait_for
 from mt_editflow_nb.rewards.cache import Cached
 from mt_editflow_nb.rewards.engines import Ask, Local
@@ -208,6 +209,11 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
     url, log = f'http://127.0.0.1:{port}', open(tmp_path/'log', 'w')
     command = [str(Path(sys.executable).with_name('transformers')), 'serve', str(tiny_judge),
                '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
+    if Version(transformers.__version__) < Version('5.23'):     # reads no decision.json; pictures stand before the text
+        settings = dict(labels=json.loads((tiny_judge/'decision.json').read_text())['labels'],
+                        chat_template='<user>{% for _ in images %}<image>{% endfor %}{{ state }}<assistant>')
+        (tmp_path/'decision.json').write_text(json.dumps(settings))
+        command += ['--decision-config', str(tmp_path/'decision.json')]
     env = dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
     job = subprocess.Popen(command, stdout=log, stderr=log, env=env)
     try:

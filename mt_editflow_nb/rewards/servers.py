@@ -296,10 +296,12 @@ async def ask_systemone(
     import openai
     names = [f'<picture-{i}>' for i in range(len(pictures))]
     assets = [dict(type='image', format=format, data_base64=picture.split(',')[1]) for picture in pictures]
-    question = dict(type='score', criteria=list(ask.choices))
-    body = dict(model=model, state=''.join(names) + ask.text, questions=dict(answer=question),
-                assets=dict(zip(names, assets)))
-    try: out = await http.post('/systemone', body=body, cast_to=dict)
+    body = dict(model=model, questions=dict(answer=dict(type='score', criteria=list(ask.choices))))
+    with_assets = body | dict(state=''.join(names) + ask.text, assets=dict(zip(names, assets)))
+    try:
+        try: out = await http.post('/systemone', body=with_assets, cast_to=dict)
+        except openai.UnprocessableEntityError:             # transformers 5.20, the newest one for Python 3.10
+            out = await http.post('/systemone', body=body | dict(state=ask.text, images=pictures), cast_to=dict)
     except openai.NotFoundError:
         raise InputError(f'judge: {url} gives no token probabilities (neither top_logprobs nor /systemone), '
                          f'{_logprob_hint}') from None
