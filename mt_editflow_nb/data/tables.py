@@ -128,10 +128,10 @@ def _session_at(table, source, i):
     try: return row_session(table[int(i)])
     except InputError as e: raise InputError(f'{source}: row {i}: {e}') from None
 
-def _fault(table, source, i):
+def _fault(table, i):
     "What is wrong with a row, or None."
     try: open_image(row_session(table[i]).image_file)
-    except InputError as e: return f'{source}: row {i}: {e}'
+    except InputError as e: return str(e)
 
 def _without_targets(table):
     "The rows that have no right results; no picture is read."
@@ -153,14 +153,12 @@ def load_table(
     "Sessions of a table. Raises `InputError` with the row that is wrong."
     one_of('on_bad', on_bad, ('stop', 'skip'))
     table = open_table(source)
-    rows, fault_of = range(len(table)), {}
+    rows, faults = range(len(table)), {}
+    if targets: faults = dict.fromkeys(_without_targets(table), '`targets`: expected the right results, received none')
     if decode or (decode is None and len(table) <= DECODED_AT_LOAD):
-        fault_of = {i: _fault(table, source, i) for i in rows}
-    if targets:
-        lacking = '`targets`: expected the right results, received none'
-        fault_of |= {i: fault_of.get(i) or f'{source}: row {i}: {lacking}' for i in _without_targets(table)}
-    good = [i for i in rows if not fault_of.get(i)]
-    skipped = [fault_of[i] for i in rows if fault_of.get(i)]
+        faults |= {i: fault for i in rows if (fault := _fault(table, i))}
+    good = [i for i in rows if i not in faults]
+    skipped = [f'{source}: row {i}: {faults[i]}' for i in sorted(faults)]
     if skipped and on_bad == 'stop': raise InputError(skipped[0])
     expect(good, source, 'at least one session', 'none')
     if skipped: warnings.warn(f'{len(skipped)} sessions left out, first {skipped[0]}', stacklevel=2)

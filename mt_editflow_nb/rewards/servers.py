@@ -285,23 +285,26 @@ async def served_facts(
 
 # %% ../../nbs/rewards/00a_servers.ipynb #14078e6f
 async def ask_systemone(
+    server,         # a `Server`
     http,           # an `AsyncOpenAI`
-    url: str,       # of the server
-    model: str,     # its name there
+    url: str,       # one of the server's addresses
     ask,            # an `Ask` with choices
     pictures: list, # data URLs
-    format: str,    # of the pictures, one of `PICTURE_FORMATS`
 ) -> Reply:
     "The probabilities of the choices, from the endpoint that `transformers serve` has for them."
     import openai
     names = [f'<picture-{i}>' for i in range(len(pictures))]
-    assets = [dict(type='image', format=format, data_base64=picture.split(',')[1]) for picture in pictures]
-    body = dict(model=model, questions=dict(answer=dict(type='score', criteria=list(ask.choices))))
-    with_assets = body | dict(state=''.join(names) + ask.text, assets=dict(zip(names, assets)))
+    assets = [dict(type='image', format=server.picture, data_base64=x.split(',')[1]) for x in pictures]
+    placed = dict(state=''.join(names) + ask.text, assets=dict(zip(names, assets)))
+    first = dict(state=ask.text, images=pictures)           # transformers 5.20, the newest one for Python 3.10
+    body = dict(model=server.model, questions=dict(answer=dict(type='score', criteria=list(ask.choices))))
+    async def post(shown): return await http.post('/systemone', body=body | shown, cast_to=dict)
     try:
-        try: out = await http.post('/systemone', body=with_assets, cast_to=dict)
-        except openai.UnprocessableEntityError:             # transformers 5.20, the newest one for Python 3.10
-            out = await http.post('/systemone', body=body | dict(state=ask.text, images=pictures), cast_to=dict)
+        try: out = await post(placed if server.places_pictures else first)
+        except openai.UnprocessableEntityError:
+            if not server.places_pictures: raise
+            out = await post(first)
+            server.places_pictures = False                  # later calls need not find out again
     except openai.NotFoundError:
         raise InputError(f'judge: {url} gives no token probabilities (neither top_logprobs nor /systemone), '
                          f'{_logprob_hint}') from None
@@ -326,7 +329,7 @@ async def ask_server(
             reply = read_completion(await http.chat.completions.create(**chat_request(server, ask, pictures)), ask)
             if reply is not None: return reply
             server.has_no_logprobs = True
-        return await ask_systemone(http, url, server.model, ask, pictures, server.picture)
+        return await ask_systemone(server, http, url, ask, pictures)
     except (openai.AuthenticationError, openai.PermissionDeniedError):
         raise InputError(f'judge: {url} refused the key (OPENAI_API_KEY)') from None
     except openai.NotFoundError as e:
@@ -573,7 +576,7 @@ class Server:
         self.top_logprobs, self.extra_body = top_logprobs, extra_body or {}
         self.progress, self.price = progress, price
         self.picture, self.pictures = picture, EncodedPictures(picture)
-        self.has_no_logprobs = False  # probabilities come from /systemone
+        self.has_no_logprobs, self.places_pictures = False, True  # they come from /systemone; in its newer form
         self.absent, self.slow = {}, {}  # addresses: why nobody is there; until when one is asked last
         self.away = ''                # why there was nobody when patience ended
         self.stopped = threading.Event()
