@@ -160,26 +160,31 @@ def meet_and_lose(folder, rank, count, victim, signum, summing, environment):
 
 ended, silent = 'received the end of its connection', 'within 8 seconds, received none'
 
-@pytest.mark.parametrize('count,victim,signum,summing', [
-    (2, 0, signal.SIGKILL, False), (2, 1, signal.SIGKILL, True), (4, 2, signal.SIGKILL, False),
-    (2, 0, signal.SIGSTOP, False), (4, 1, signal.SIGSTOP, False)])
-def test_every_process_names_the_one_that_ended(tmp_path, count, victim, signum, summing):
-    "Killed or stopped, the first or another one, in an exchange or while gradients are summed; without a launcher."
+def lose(folder, count, victim, signum, summing):
+    "Start `count` processes that lose one of them; returns them."
     limit = 8 if signum == signal.SIGSTOP else PATIENCE
     there = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
                  MTEF_PROCESS_TIMEOUT=str(limit))
-    started = [helper_processes.Process(target=meet_and_lose, args=(tmp_path, i, count, victim, signum, summing, there))
+    folder.mkdir()
+    started = [helper_processes.Process(target=meet_and_lose, args=(folder, i, count, victim, signum, summing, there))
                for i in range(count)]
     for process in started: process.start()
-    others = [process for i, process in enumerate(started) if i != victim]
-    for process in others: process.join(PATIENCE)
-    started[victim].kill()
-    received = silent if signum == signal.SIGSTOP else ended
-    lines = {int(file.name): file.read_text() for file in tmp_path.iterdir()}
-    assert sorted(lines) == [i for i in range(count) if i != victim]
-    for line in lines.values():
-        assert line.startswith(f'process {victim}: expected an answer'), lines
-        assert line.endswith(f'{received}; the last checkpoint is kept'), lines
+    return started
+
+def test_every_process_names_the_one_that_ended(tmp_path):
+    "Killed or stopped, the first or another one, in an exchange or while gradients are summed; without a launcher."
+    cases = [(2, 0, signal.SIGKILL, False), (2, 1, signal.SIGKILL, True), (4, 2, signal.SIGKILL, False),
+             (2, 0, signal.SIGSTOP, False), (4, 1, signal.SIGSTOP, False)]
+    started = [lose(tmp_path/str(i), *case) for i, case in enumerate(cases)]        # at once: they mostly wait
+    for i, (count, victim, signum, summing) in enumerate(cases):
+        for process in [p for n, p in enumerate(started[i]) if n != victim]: process.join(PATIENCE)
+        started[i][victim].kill()
+        received = silent if signum == signal.SIGSTOP else ended
+        lines = {int(file.name): file.read_text() for file in (tmp_path/str(i)).iterdir()}
+        assert sorted(lines) == [n for n in range(count) if n != victim], cases[i]
+        for line in lines.values():
+            assert line.startswith(f'process {victim}: expected an answer'), (cases[i], lines)
+            assert line.endswith(f'{received}; the last checkpoint is kept'), (cases[i], lines)
 
 def test_a_process_that_hangs_is_named(tmp_path):
     status, said = play(tmp_path, ['hang'], MTEF_PROCESS_TIMEOUT='8')
