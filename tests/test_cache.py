@@ -1,7 +1,8 @@
 "The cache of answers: what is kept survives the process, whenever it ends, and costs the same however much there is."
 import os, signal, sqlite3
 import psutil, pytest
-from mt_editflow_nb.rewards import cache
+from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.rewards import cache, servers
 from mt_editflow_nb.rewards.cache import Cached, add_replies, copy_cache, merge_caches, new_replies
 from mt_editflow_nb.rewards.engines import Ask, Reply
 
@@ -108,3 +109,20 @@ def test_bytes_written_for_an_answer_do_not_grow(tmp_path, monkeypatch):
     few, many = bytes_of_an_answer(4096), bytes_of_an_answer(32768)
     print(f'{few:.0f} and {many:.0f} bytes')
     assert many < 1.5*few                                               # each at once: 3,800 and 9,100 bytes
+
+def test_what_was_answered_before_the_quota_ended_is_kept(tmp_path, monkeypatch):
+    "A key that is refused, or a quota at its end, loses no answer that has been paid for."
+    asked = []
+    async def answer(server, http, url, ask, pictures):
+        asked.append(ask.text)
+        if len(asked) > 30: raise InputError(f'judge: {url} has no quota left')
+        return Reply('7', tokens=1000)
+    monkeypatch.setattr(servers, 'ask_server', answer)
+    monkeypatch.setattr(servers.Server, 'served', lambda self: {})
+    engine = Cached(servers.Server('m', 'http://localhost:9/v1', concurrency=4), tmp_path/'judge.sqlite')
+    with pytest.raises(InputError, match='has no quota left'): engine(asks_of(range(100)))
+    paid = counts(tmp_path/'judge.sqlite')[-1]
+    assert paid == 30
+    asked.clear()
+    again = engine(asks_of(range(30)))
+    assert [reply.text for reply in again] == ['7']*30 and not asked

@@ -5,6 +5,7 @@ from PIL import Image
 from mt_editflow_nb.cli.data import main, read_type_weights
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import load_sessions
+from mt_editflow_nb.data.shapeworld import shape_sessions
 from test_judge_servers import Scripted, impatient  # noqa: F401 a fixture
 
 def said(request):
@@ -86,3 +87,17 @@ def test_what_cannot_be_asked_for(photos, capsys):
         with pytest.raises(InputError, match='did you mean|a weight above 0'): read_type_weights([text])
     assert main(['make', str(photos/'none'), 'o.jsonl', '--vlm', 'm@http://127.0.0.1:9/v1']) == 2
     assert 'a folder of pictures' in capsys.readouterr().err
+
+def test_options_of_stats_and_sample_that_cannot_be_used(photos, tmp_path, capsys):
+    "Before anything is read; a comparison that would compare nothing does not report 0."
+    for options, expected in ((['--heads', '--against', 'b.jsonl'], '--against: expected no --heads'),
+                              (['--picture', 'numbers.xyz'], '--picture: expected a file name that ends in one of')):
+        assert main(['stats', 'none.jsonl', *options]) == 2
+        assert capsys.readouterr().err.startswith(f'mtef_data: {expected}')
+    shape_sessions(2)[0].image.save(tmp_path/'one.png')
+    row = dict(id='a', image='one.png', instructions=['make it red'], meta=dict(licence=['CC0', 'MIT']))
+    (tmp_path/'s.jsonl').write_text(json.dumps(row) + '\n')
+    assert main(['stats', str(tmp_path/'s.jsonl')]) == 0
+    assert "['CC0', 'MIT']" in capsys.readouterr().out
+    assert main(['sample', str(tmp_path/'s.jsonl'), str(tmp_path/'t.jsonl'), '--n', '1', '--seed', '-1']) == 2
+    assert capsys.readouterr().err == 'mtef_data: seed: expected a number of at least 0, received -1\n'

@@ -1,6 +1,7 @@
 "EdiVal's rules as a training reward: scripted tools behind the real server, the tiny editor, values by hand."
 import socket, threading, time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
@@ -15,7 +16,7 @@ from mt_editflow_nb.evaluation.truth import edival_outcomes, edival_session, pix
 from mt_editflow_nb.rewards.cube import EdivalJudge, load_judge
 from mt_editflow_nb.rewards.edival_models import float_pixels
 from mt_editflow_nb.rewards.edival_rules import EdivalTools, Found, NoAnswer
-from mt_editflow_nb.rewards.edival_tools import tools_app
+from mt_editflow_nb.rewards.edival_tools import RemoteTools, tools_app
 from mt_editflow_nb.training.source import session_source
 from mt_editflow_nb.training.train import train
 from test_judge_servers import impatient  # noqa: F401 a fixture
@@ -177,3 +178,21 @@ def test_dinov3_sees_what_the_processor_of_transformers_makes():
     torch.testing.assert_close(float_pixels(pictures[2:3], (224, 224), *numbers), wanted[2:3], atol=5e-6, rtol=0)
     rounded = ViTImageProcessorPil(size=dict(height=224, width=224), image_mean=numbers[0], image_std=numbers[1])
     assert (rounded(images=pictures, return_tensors='pt')['pixel_values'] - wanted).abs().max() > .01
+
+def test_an_address_with_a_password_is_refused_and_not_repeated():
+    with pytest.raises(InputError, match='without a name and a password') as e: RemoteTools('http://me:hunter2@host:1')
+    assert 'hunter2' not in str(e.value)
+
+def test_a_web_server_of_another_kind_is_one_line():
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'<html>It works!</html>')
+        def log_message(self, *args): pass
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(InputError, match='^judge: expected JSON .*/tools, .*It works!'):
+            RemoteTools(f'http://127.0.0.1:{server.server_port}').about     # noqa: B018 what the server is, is asked here
+    finally: server.shutdown()

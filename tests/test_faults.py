@@ -3,12 +3,14 @@ import json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, psutil, pytest, torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 import mt_editflow_nb
 from mt_editflow_nb.ablation.notebook import config_content
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.train import stop_notebook
-from mt_editflow_nb.data.files import InputError
+from mt_editflow_nb.data import files
+from mt_editflow_nb.data.files import InputError, add_missing_lines, append_json_line, read_json_lines
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.data.tables import save_table
@@ -18,8 +20,12 @@ from mt_editflow_nb.editing.lora import (adapter_config, check_magnitude, find_a
                                          read_adapter, save_lora)
 from mt_editflow_nb.evaluation.running import read_outcomes, write_outcomes
 from mt_editflow_nb.evaluation.scores import Outcomes
+from mt_editflow_nb.training import train as train_chapter
 from mt_editflow_nb.training.checkpoints import last_checkpoint, save_checkpoint, write_checkpoint
-from mt_editflow_nb.rewards.engines import load_vlm
+from mt_editflow_nb.rewards.agreement import load_labels
+from mt_editflow_nb.rewards.cube import Judge
+from mt_editflow_nb.rewards.engines import JudgeFailed, Reply, load_vlm
+from mt_editflow_nb.rewards.judges import load_mode
 from mt_editflow_nb.rewards.answers import read_json_score, read_json_scores
 from mt_editflow_nb.training.budget import remembered_batch
 from mt_editflow_nb.training.runs import cut_log, open_run, read_config
@@ -255,6 +261,53 @@ def test_an_evaluation_without_a_score_is_not_the_best(tmp_path):
     for n in (1, 3):
         keep_best(c, tmp_path, rows[:n], SimpleNamespace(iteration=n, policy=SimpleNamespace(editor=editor)))
     assert [p.name for p in (tmp_path/'best').iterdir()] == ['000003']
+
+def test_the_best_adapter_is_kept_before_its_score_is_written(tmp_path, monkeypatch):
+    "A disk that is full just then costs no best adapter: the evaluation is not done yet."
+    c = make_config(dict(iterations=3, eval_sessions=2, turns=1, sessions_per_iteration=1, group=2, num_steps=2,
+                         lora_rank=2, batch=2, eval_every=2, keep_best=1, save_every=10))
+    full = [True]
+    def save(editor, folder):
+        if folder.parent.name == 'best' and full.pop(): raise OSError(28, 'No space left on device', str(folder))
+        return save_lora(editor, folder)
+    monkeypatch.setattr(train_chapter, 'save_lora', save)
+    with pytest.raises((InputError, OSError), match='No space left'): experiment(c, tmp_path/'run', progress=False)
+    full.append(False)
+    experiment(c, tmp_path/'run', progress=False)
+    rows = read_json_lines(tmp_path/'run'/'heldout.jsonl')
+    assert [row['iteration'] for row in rows] == [2] and (tmp_path/'run'/'best'/'000002').is_dir()
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def none(*args): raise OSError(37, 'No locks available')
+    monkeypatch.setattr(files.fcntl, 'flock', none)
+    for n in range(2): append_json_line(tmp_path/'log.jsonl', dict(n=n))
+    assert read_json_lines(tmp_path/'log.jsonl') == [dict(n=0), dict(n=1)]
+
+def test_ends_of_lines_that_are_none_stay_in_a_text(tmp_path):
+    "U+2028 and its like: in an instruction of a label, and in the name of a file that is listed."
+    picture = Image.new('RGB', (8, 8))
+    for name in ('a.png', 'b.png'): picture.save(tmp_path/name)
+    words = 'make it red\u2028and small\x85'
+    row = dict(before='a.png', after='b.png', instructions=[words], score=1)
+    (tmp_path/'labels.jsonl').write_text(json.dumps(row, ensure_ascii=False) + '\n', encoding='utf-8')
+    assert load_labels(tmp_path/'labels.jsonl').items[0].instructions == (words,)
+    for _ in range(2): add_missing_lines(tmp_path/'list.txt', [words, 'other'])
+    assert (tmp_path/'list.txt').read_text(encoding='utf-8') == f'{words}\nother\n'
+
+def test_one_lost_answer_does_not_end_an_evaluation_of_small_batches():
+    "Two scores of a session make a batch of their own; whether too many are lost is not seen in two."
+    sessions = shape_sessions(1, 1)
+    pictures = np.asarray(sessions[0].image)[None, None, None]
+    class Engine:
+        model = identity = 'stub'
+        def __call__(self, asks): return [Reply('7' if n else 'I cannot say') for n in range(len(asks))]
+    scores = Judge(Engine(), load_mode('direct'))(sessions, pictures)
+    assert scores.failed == 1 and scores.rewards_PGTM.isnan().sum() == 1
+    many = shape_sessions(10, 1)
+    class Silent(Engine):
+        def __call__(self, asks): return [Reply('I cannot say') for _ in asks]
+    with pytest.raises(JudgeFailed, match='20 of 20 scores failed'):
+        Judge(Silent(), load_mode('direct'))(many, np.repeat(pictures, 10, 0))
 
 # --- answers in the forms that models give
 

@@ -243,6 +243,7 @@ def test_edit_r2_refuses_lists_of_another_length(tmp_path):
     draw(tmp_path/'0b84.png', 'red')
     for changes, part in ((dict(turns=3), '`turns`'), (dict(all_objects=[['dog']]), '`all_objects`'),
                           (dict(instruction='Add a cup'), '`instruction`'),
+                          (dict(instruction=[], turns=0), '`instruction`: expected at least one'),
                           (dict(image='../0b84.png'), 'inside its folder')):
         file = write_lines(tmp_path/'cm/train_metadata.jsonl', [edit_r2_row('0b84', **changes)])
         refused('edit-r2', file, tmp_path/'s.jsonl', pictures=tmp_path, parts=[':1', part])

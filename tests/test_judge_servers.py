@@ -6,6 +6,7 @@ import numpy as np, pytest, torch
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.rewards import servers
 from mt_editflow_nb.rewards.cache import Cached, merge_caches
 from mt_editflow_nb.rewards.cube import Judge, Scores, TurnScorer, judge_usage, load_judge
 from mt_editflow_nb.rewards.engines import Ask, Reply
@@ -433,3 +434,10 @@ def test_scores_of_a_users_own_judge_are_checked_where_they_enter(change, reason
         scorer(0, slice(0, 2), images)
         scorer.scores(images)
     assert '\n' not in str(e.value)
+
+def test_a_key_is_masked_before_a_message_is_cut(monkeypatch):
+    key = 'sk-' + 'ab'*12
+    monkeypatch.setenv('OPENAI_API_KEY', key)
+    for before in range(160, 201):
+        line = servers._line(f'{"x"*before}{key} is refused')
+        assert 'sk-' not in line and len(line) <= 200

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_training import small
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.cli.push import main
+from mt_editflow_nb.cli.push import main, plain_options
 from mt_editflow_nb.data.files import content_hash
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
@@ -168,3 +168,8 @@ def test_a_whole_transformer_is_published_in_pieces(tmp_path, monkeypatch, capsy
     piece.write_bytes(piece.read_bytes()[:-4] + b'\0\0\0\1')
     assert main([str(run), 'ada/edits']) == 2
     assert 'the transformer that results.json is about' in capsys.readouterr().err
+
+def test_settings_of_a_judge_that_may_hold_secrets_stay_here():
+    options = dict(vlm='Qwen/Qwen2.5-VL-7B-Instruct@http://gpu7.intern:8000/v1', extra_body=dict(api_key='sk-1'),
+                   max_tokens=2000, price=None, progress=True, timeout=1.5)
+    assert plain_options(options) == dict(max_tokens=2000, price=None, progress=True, timeout=1.5)

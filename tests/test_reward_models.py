@@ -2,6 +2,7 @@
 import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import save_file
+from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.flux2 import byte_tokenizer
@@ -135,3 +136,12 @@ def test_unifiedreward_is_shown_the_turns_input_and_its_result():
     assert shown[0][1] == shown[1][0] and len(shown[0]) == len(shown[1]) == 2        # turn 2 begins where turn 1 ended
     for text, instruction in zip((r['messages'][0]['content'][-1]['text'] for r in requests), sessions[0].instructions):
         assert instruction in text and '0 to 25' in text
+
+def test_as_many_weights_as_rewards():
+    "Refused before anything is sampled; the default has two."
+    judge = 'hpsv3:MizzenAI/HPSv3'
+    with pytest.raises(InputError, match='^weights: expected a number for each reward of hpsv3:.*, quality; or null'):
+        make_config(dict(judge=judge))
+    with pytest.raises(InputError, match='^weights: expected a number for each reward of verifier, if and cc'):
+        make_config(dict(weights=[1.]))
+    for weights in ([2.], None): assert make_config(dict(judge=judge, weights=weights)).weights == weights

@@ -6,8 +6,8 @@
 __all__ = ['RL', 'EFFECTIVE', 'OF_FILES', 'ADAPTER_ONLY', 'CONFIG_PRESETS', 'RENAMED', 'PLAIN_WORDS', 'EditorFields',
            'SessionFields', 'RolloutFields', 'AdvantageFields', 'LossFields', 'RunFields', 'Config',
            'refuse_ineffective', 'check_adapter', 'check_whole', 'check_track', 'check_sessions', 'check_rollout',
-           'check_branching', 'check_scored_turns', 'check_learn_as_judged', 'check_advantage', 'make_config',
-           'first_imitation']
+           'check_branching', 'check_scored_turns', 'check_learn_as_judged', 'check_advantage', 'check_weights',
+           'make_config', 'first_imitation']
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
 import difflib
@@ -19,6 +19,7 @@ from ..data.sessions import MAX_TURNS
 from ..data.shapeworld import MAX_SESSIONS, WORLDS
 from ..editing.lora import LORA_TARGETS
 from ..rewards.cube import check_judge_options, load_judge
+from ..rewards.judges import JOINT_REWARDS
 from .aggregation import AGGREGATIONS
 from .credit import BRANCHINGS
 from .fusion import CREDITS, FUSIONS, PRESETS, STDS
@@ -337,13 +338,23 @@ def check_advantage(
     "Raises `InputError` for unusable weights, and for rules of aggregation and credit that do not fit together."
     weights = config.weights
     if weights is not None:
-        expect(len(weights) == 2, 'weights', 'two numbers, for if and cc', weights)
+        expect(weights, 'weights', 'a number for each reward of the judge', weights)
         expect(min(weights) >= 0, 'weights', 'at least 0 each (a negative one trains against its reward)', weights)
         expect(0 < max(weights) <= 1000, 'weights', 'numbers of at most 1000, not all 0', weights)
     expect(config.aggregation != 'discounted' or config.gamma is not None, 'gamma',
            "a number in (0, 1] with aggregation 'discounted'", None)
     expect(config.aggregation != 'none' or config.credit not in ('broadcast', 'to_go'), 'aggregation',
            f'a rule that collapses turns for credit {config.credit!r}', 'none')
+
+def check_weights(
+    config: Config, # to check
+    judge,          # from `load_judge`
+):
+    "Raises `InputError` where there are not as many weights as rewards that the judge gives."
+    if config.weights is None or config.algorithm not in RL: return
+    names = getattr(judge, 'rewards', JOINT_REWARDS)
+    wanted = f'a number for each reward of {config.judge}, {" and ".join(names)}; or null, for all alike'
+    expect(len(config.weights) == len(names), 'weights', wanted, config.weights)
 
 # %% ../../nbs/algorithm/03_config.ipynb #4f0c2a12
 _TURN_BRANCHING = dict(branching='random', credit='local', fusion='adaptive', std='none', train_levels=1)
@@ -368,10 +379,10 @@ def _explain(error: dict) -> str: # one line
     return f'{name}: unknown parameter, {hint}'
 
 def _check_judge(prefix, name, options):
-    "Raises `InputError` that names the field where a judge, of training or of evaluation, cannot be used."
+    "The judge. Raises `InputError` that names the field where one, of training or of evaluation, cannot be used."
     try:
         check_judge_options(options)
-        load_judge(name, **options)
+        return load_judge(name, **options)
     except InputError as e:
         raise InputError(f'{prefix}{e}' if str(e).startswith('judge') else str(e)) from None
 
@@ -398,7 +409,7 @@ def make_config(
     check_scored_turns(config)
     if strict: refuse_ineffective(config)
     check_learn_as_judged(config)
-    _check_judge('', config.judge, config.judge_options)
+    check_weights(config, _check_judge('', config.judge, config.judge_options))
     _check_judge('eval_', config.eval_judge, config.eval_judge_options)
     return config
 

@@ -49,8 +49,9 @@ def choose_rows(
 ) -> tuple:                     # row numbers p G + g, a tensor for each optimiser step; () if there are none
     "The rows to train on: those with an advantage; all, for GRPO with one update and no `keep`, if any row has one."
     size_PG = adv_PGT.abs().amax(-1)
-    threshold_P1 = size_PG.topk(config.keep or config.group, 1).values[:, -1:]
-    rows = ((size_PG > 0) & (size_PG >= threshold_P1)).flatten().nonzero()[:, 0]
+    largest_PG = size_PG.argsort(dim=1, descending=True, stable=True)[:, :config.keep]   # of equals, the first members
+    kept_PG = torch.zeros_like(size_PG, dtype=torch.bool).scatter(1, largest_PG, True)
+    rows = ((size_PG > 0) & kept_PG).flatten().nonzero()[:, 0]
     if not len(rows): return ()
     if config.algorithm == 'nft' or config.updates > 1: rows = rows[torch.randperm(len(rows), generator=generator)]
     elif not config.keep: rows = torch.arange(size_PG.numel())

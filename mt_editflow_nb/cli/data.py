@@ -9,6 +9,7 @@ __all__ = ['COMMANDS', 'read_type_weights', 'data_parser', 'main']
 import argparse, sys
 from collections import Counter
 from pathlib import Path
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from ..data.files import InputError, at_home, atomic_write, expect, one_line, one_of
 from ..data.importers import IMPORTERS, RowWriter, import_set
@@ -48,6 +49,10 @@ def _import_options(add):
 
 # %% ../../nbs/cli/06_data.ipynb #b21f92d0
 def _stats(a):
+    expect(not (a.heads and a.against), '--against', 'no --heads, with which no picture is compared', a.against)
+    formats = Figure().canvas.get_supported_filetypes()
+    fine = not a.picture or Path(a.picture).suffix[1:].lower() in formats
+    expect(fine, '--picture', f'a file name that ends in one of .{", .".join(sorted(formats))}', a.picture)
     benchmark = read_for_selection(a.against) if a.against else None
     editors = a.editor or list(HUB_EDITORS)
     found = overview(read_for_selection(a.file), benchmark=benchmark, decode=not a.heads,

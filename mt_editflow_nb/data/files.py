@@ -220,7 +220,8 @@ def append_json_line(
     line = to_json(row).encode() + b'\n'
     try:
         with open(path, 'a+b') as f:
-            fcntl.flock(f, fcntl.LOCK_EX)                 # so that what is half written was left by a dead process
+            with suppress(OSError): fcntl.flock(f, fcntl.LOCK_EX)   # some file systems have no locks
+            # where there is a lock, what is half written was left by a dead process
             _end_last_line(f)
             f.write(line)
             f.flush()
@@ -237,9 +238,9 @@ def add_missing_lines(
 ):
     "Append the lines that a list does not have yet, so that what an interrupted run has listed stays."
     path = Path(path)
-    known = read_text(path).splitlines() if path.is_file() else []
+    known = read_text(path).split('\n') if path.is_file() else []     # names may hold other ends of lines
     missing = [line for line in dict.fromkeys(lines) if line not in known]
-    if missing: atomic_write(path, ''.join(f'{line}\n' for line in [*known, *missing]))
+    if missing: atomic_write(path, ''.join(f'{line}\n' for line in [*filter(None, known), *missing]))
 
 # %% ../../nbs/data/00_files.ipynb #fc198be5
 class GrowingLog:

@@ -385,6 +385,7 @@ def edit_r2_row(
     "A session of Edit-R2."
     row = _object(record)
     instructions = _field(row, 'instruction', list)
+    expect(instructions, '`instruction`', 'at least one', instructions)
     turns = row.get('turns', len(instructions))
     expect(turns == len(instructions), '`turns`', f'{len(instructions)}, the number of instructions', turns)
     meta = dict(format_instructions=_field(row, 'formatted_instruction', list))
@@ -454,7 +455,7 @@ def folder_row(
 ) -> dict:
     "A picture and the instructions in the text file beside it."
     picture, id = record
-    instructions = [line.strip() for line in read_text(picture.with_suffix('.txt')).splitlines() if line.strip()]
+    instructions = [line.strip() for line in read_text(picture.with_suffix('.txt')).split('\n') if line.strip()]
     numbered = [picture.with_suffix(f'.{t}{picture.suffix}') for t in range(1, len(instructions) + 1)]
     there = [p for p in numbered if p.is_file()]
     expect(len(there) in (0, len(numbered)), 'targets', f'{len(numbered)} results, or none', f'{len(there)}')

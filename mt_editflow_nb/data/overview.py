@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from .copies import fingerprint_of, near_copies
-from .files import image_size
+from .files import expect, image_size
 from .plots import PALETTE, plain_label
 from .selecting import cut_texts, language_of
 
@@ -66,6 +66,8 @@ def overview(
     decode: bool = True, # look at the pictures; False: only at their heads, so that no copies are found
 ) -> Overview:
     "What is in a set of sessions. Raises `InputError` for a picture that cannot be read."
+    expect(decode or benchmark is None, 'benchmark', 'pictures that are looked at, to find those of the benchmark',
+           'only their heads')
     texts = [text for s in sessions for text in s.instructions]
     n, names = len(sessions), [s.id for s in sessions]
     types = Counter(kind for s in sessions for kind in s.task_types)
@@ -73,7 +75,7 @@ def overview(
     rows += _counted('sessions of turns', Counter(len(s.instructions) for s in sessions), n)
     rows += _counted('type of turn', types, len(texts))
     rows += _counted('language', Counter(map(language_of, sessions)), n)
-    rows += _counted('licence', Counter(s.meta.get('licence', 'not known') for s in sessions), n)
+    rows += _counted('licence', Counter(str(s.meta.get('licence', 'not known')) for s in sessions), n)
     rows.append(('targets', 'sessions with', has := sum(bool(s.targets) for s in sessions), has/n))
     prints = _fingerprints(sessions) if decode else []
     sizes = [x.size for x in prints] or [image_size(s.image_path) for s in sessions]

@@ -260,6 +260,7 @@ def sample_indices(
 ) -> list: # of numbers, in order
     "Indices of `n` sessions drawn without replacement. Raises `InputError` where there are fewer than `n`."
     expect(0 < n <= len(sessions), 'n', f'1 to {len(sessions)} sessions', n)
+    expect(seed >= 0, 'seed', 'a number of at least 0', seed)
     order = np.random.default_rng(seed).permutation(len(sessions))
     if not by_type: return sorted(order[:n].tolist())
     groups = defaultdict(list)

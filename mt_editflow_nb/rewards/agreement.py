@@ -71,7 +71,7 @@ def load_labels(
 ) -> Labels:
     "Labels of people or of another judge. Raises `InputError` that names the line."
     path = Path(path)
-    lines = enumerate(read_text(path).splitlines(), 1)
+    lines = enumerate(read_text(path).split('\n'), 1)     # an instruction may hold other ends of lines
     rows = [_label(line, f'{path}:{n}', path.parent) for n, line in lines if line.strip()]
     expect(rows, str(path), 'at least one label', 'none')
     items, *columns = zip(*rows)

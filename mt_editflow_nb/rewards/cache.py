@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tqdm.auto import tqdm
 from ..data.files import InputError, expect, to_json
-from .engines import Reply
+from .engines import CutShort, Reply
 
 # %% ../../nbs/rewards/00b_cache.ipynb #cac40006
 _COLUMNS = 'key, model, prompt, seed, answer, probs, tokens, seconds'
@@ -277,8 +277,11 @@ def _ask_and_keep(engine, path, recent, by_key):
     keys = list(by_key)
     for i in range(0, len(keys), KEPT_AT_ONCE):
         asks = {k: by_key[k] for k in keys[i:i + KEPT_AT_ONCE]}
-        replies = dict(zip(asks, engine(list(asks.values()))))
+        cut_short = None
+        try: replies = dict(zip(asks, engine(list(asks.values()))))
+        except CutShort as e: replies, cut_short = dict(zip(asks, e.replies)), e
         with open_cache(path) as db: _keep(db, recent, replies, asks, engine.model)
+        if cut_short: raise cut_short                                  # what has been paid for is kept
         yield replies
 
 # %% ../../nbs/rewards/00b_cache.ipynb #1bc786fc

@@ -161,6 +161,13 @@ def _refusal(response):
     except (ValueError, KeyError, TypeError): said = response.text
     return one_line(said)[:200] or f'status {response.status_code}'
 
+def _answer(response, address):
+    "What came back. Raises `InputError` for a web server of another kind."
+    try: return response.json()
+    except ValueError:
+        raise InputError(f'judge: expected JSON from {address}, as mtef_tools sends it, received '
+                         f'{one_line(response.text)[:60]!r}') from None
+
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #1564410b
 class ToolsServer:
     "Calls to a server of `mtef_tools`, which may be gone for a while."
@@ -190,7 +197,7 @@ class ToolsServer:
             except httpx2.HTTPError as e: error = f'{self.urls[0]}: {connection_cause(e, self.urls[0])}'
             else:
                 self.patience.end(self.urls[0])
-                if response.status_code == 200: return response.json()
+                if response.status_code == 200: return _answer(response, self.urls[0] + path)
                 error = f'{self.urls[0]}{path}: {_refusal(response)}'
                 if response.status_code not in _try_again: raise InputError(f'judge: {error}')
                 if n >= self.retries: return NoAnswer(error)
@@ -217,8 +224,9 @@ class RemoteTools(ToolsServer):
         concurrency: int = 4,     # calls on their way at once, of all processes of a run together
         batch: int = 64,          # requests a call
     ):
-        fine = url.startswith(('http://', 'https://')) and not any(c.isspace() for c in url)
-        expect(fine, 'judge', "edival@URL with an address such as 'http://localhost:8100'", url)
+        fine = url.startswith(('http://', 'https://')) and not any(c.isspace() or c == '@' for c in url)
+        wanted = "edival@URL with an address such as 'http://localhost:8100', without a name and a password"
+        expect(fine, 'judge', wanted, url.split('@')[-1])
         super().__init__(url, timeout, retries, judge_wait)
         self.concurrency = max(1, concurrency//int(os.environ.get('WORLD_SIZE') or 1))
         self.batch, self.model = batch, f'edival@{self.urls[0]}'

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 from ..data.files import InputError, expect, one_line, one_of
-from .engines import Ask, Reply, with_settings
+from .engines import Ask, CutShort, Reply, with_settings
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0006
 PICTURE_FORMATS = dict(png=dict(format='PNG'), jpeg=dict(format='JPEG', quality=95),
@@ -185,8 +185,9 @@ class Unreachable(Exception):
 
 def _line(e):
     "A message in one short line, without the key."
-    text, key = one_line(e)[:200], os.environ.get('OPENAI_API_KEY')
-    return text.replace(key, '***') if key else text
+    text, key = one_line(e), os.environ.get('OPENAI_API_KEY')
+    if key: text = text.replace(key, '***')                 # before it is cut: half a key is a secret, too
+    return text[:200]
 
 def _text_of(message):
     "The words of an answer, which some servers send as a list of parts."
@@ -471,6 +472,11 @@ class _Dispatcher:
         return reply
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0020
+def _answered(jobs, why):
+    "The replies of those that are through; the others were not asked."
+    through = [j.done() and not j.cancelled() and not j.exception() for j in jobs]
+    return [j.result() if done else Reply(error=f'not asked: {why}') for j, done in zip(jobs, through)]
+
 async def _ask_all(server, asks, shown):
     "Answer a batch; when the server's `stopped` is set, what is not through comes back with an error."
     dispatcher = _Dispatcher(server)
@@ -486,8 +492,8 @@ async def _ask_all(server, asks, shown):
     jobs = [asyncio.create_task(one(*x)) for x in zip(asks, shown)]
     helpers = [asyncio.create_task(dispatcher.presence.keep_looking()), asyncio.create_task(cancel_when_stopped())]
     try: return await asyncio.gather(*jobs)
-    except asyncio.CancelledError:
-        return [j.result() if j.done() and not j.cancelled() else Reply(error='not asked: stopped') for j in jobs]
+    except asyncio.CancelledError: return _answered(jobs, 'stopped')
+    except InputError as e: raise CutShort(str(e), _answered(jobs, one_line(e))) from None
     finally:
         for task in jobs + helpers: task.cancel()
         bar.close()

@@ -431,9 +431,9 @@ def evaluate_heldout(
         evaluation = run_evaluation(ctx, f'iteration {done}', state.policy.editor, ctx.source.heldout)
         row = heldout_row(done, evaluation[0], turns_of(ctx.source.heldout), evaluation[2])
         def keep():
-            append_json_line(file, row)
-            ctx.trackers.log(row, done - 1)                            # beside the iteration that led to it
             keep_best(c, ctx.run, [*rows, row], state, ctx.source, evaluation)
+            append_json_line(file, row)                                # now it is done
+            ctx.trackers.log(row, done - 1)                            # beside the iteration that led to it
         from_first(keep)
     if processes()[0]: return
     print(f"iteration {done}: held-out O {row['heldout_O']:.1f}, IF {row['heldout_IF']:.1f}, "
