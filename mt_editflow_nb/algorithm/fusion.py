@@ -45,38 +45,38 @@ def _as_success(success_PGT, r_PGTM):
 
 # %% ../../nbs/algorithm/01_fusion.ipynb #b25b72fc
 def _slots(r_MPGT, aggregation, credit, gamma):
-    "[M, P, G, S] with S slots that are compared within a group: one a turn, or one for all turns."
+    "[M, P, G, U] with U slots that are compared within a group: one a turn, or one for all turns."
     if credit == 'local' or aggregation == 'none': return r_MPGT
     if credit == 'to_go': return aggregate_to_go(r_MPGT, aggregation, gamma)
     return aggregate(r_MPGT, aggregation, gamma)[..., None]
 
-def _relative(R_MPGS, valid_PGS):
+def _relative(R_MPGU, valid_PGU):
     "Each reward in units of its mean over the batch."
-    level_M11S = R_MPGS.where(valid_PGS, 0).sum((1, 2), keepdim=True)/valid_PGS.sum((0, 1)).clamp(min=1)
-    return torch.where(level_M11S != 0, R_MPGS/level_M11S.abs(), R_MPGS)
+    level_M11U = R_MPGU.where(valid_PGU, 0).sum((1, 2), keepdim=True)/valid_PGU.sum((0, 1)).clamp(min=1)
+    return torch.where(level_M11U != 0, R_MPGU/level_M11U.abs(), R_MPGU)
 
-def _fuse(R_MPGS, w, fusion):
+def _fuse(R_MPGU, w, fusion):
     "Reward-level fusion of M rewards into one; the other levels keep the M."
-    if fusion in ('geometric', 'adaptive') and ((R_MPGS < 0).any() or (w < 0).any()):
+    if fusion in ('geometric', 'adaptive') and ((R_MPGU < 0).any() or (w < 0).any()):
         raise InputError(f'fusion: expected rewards and weights of at least 0 for {fusion}, received a negative one')
-    if fusion in ('reward', 'adaptive'): return (R_MPGS*w.reshape(-1, 1, 1, 1)).sum(0, keepdim=True), w.new_ones(1)
+    if fusion in ('reward', 'adaptive'): return (R_MPGU*w.reshape(-1, 1, 1, 1)).sum(0, keepdim=True), w.new_ones(1)
     if fusion == 'geometric':
-        return (R_MPGS**(w/w.sum()).reshape(-1, 1, 1, 1)).prod(0, keepdim=True), w.new_ones(1)
-    return R_MPGS, w
+        return (R_MPGU**(w/w.sum()).reshape(-1, 1, 1, 1)).prod(0, keepdim=True), w.new_ones(1)
+    return R_MPGU, w
 
-def _deviations(r_MPGS, valid_PGS):
-    "Deviation from the group's mean, its group std [M, P, 1, S] and batch std [M, 1, 1, 1] over the valid members."
-    r = r_MPGS.where(valid_PGS, 0)
+def _deviations(r_MPGU, valid_PGU):
+    "Deviation from the group's mean, its group std [M, P, 1, U] and batch std [M, 1, 1, 1] over the valid members."
+    r = r_MPGU.where(valid_PGU, 0)
     def spread(dims):
-        n = valid_PGS.expand_as(r).sum(dims, keepdim=True).clamp(min=1)
-        d = (r - r.sum(dims, keepdim=True)/n)*valid_PGS
+        n = valid_PGU.expand_as(r).sum(dims, keepdim=True).clamp(min=1)
+        d = (r - r.sum(dims, keepdim=True)/n)*valid_PGU
         return d, ((d**2).sum(dims, keepdim=True)/n).sqrt()
     (centred, group_std), (_, batch_std) = spread((2,)), spread((1, 2, 3))
     return centred, group_std, batch_std
 
-def _normalise(R_MPGS, valid_PGS, std, min_std, eps):
+def _normalise(R_MPGU, valid_PGU, std, min_std, eps):
     "Centre in the group and divide; 0 where a reward varies by less than `min_std`."
-    centred, group_std, batch_std = _deviations(R_MPGS, valid_PGS)
+    centred, group_std, batch_std = _deviations(R_MPGU, valid_PGU)
     scale = batch_std if std == 'global' else group_std
     varies = (group_std >= min_std) & (scale >= min_std) & (group_std > 0)
     return torch.where(varies, centred if std == 'none' else centred/(scale + eps), 0)
@@ -113,13 +113,13 @@ def advantages(
         raise InputError(f"aggregation: expected a rule that collapses turns for credit {credit}, received 'none'")
     failed = _as_success(success_PGT, r) == 0 if credit == 'until_failure' else None
 
-    R_MPGS, w = _slots(r[..., w != 0].movedim(-1, 0), aggregation, credit, gamma), w[w != 0]
-    valid_PGS = ~R_MPGS.isnan().any(0)
-    if fusion == 'adaptive': R_MPGS = _relative(R_MPGS, valid_PGS)
-    R_MPGS, w = _fuse(R_MPGS, w, fusion)
-    adv_PGS = (_normalise(R_MPGS, valid_PGS, std, min_std, eps)*w.reshape(-1, 1, 1, 1)).sum(0)
-    if whiten: adv_PGS = adv_PGS/(((adv_PGS**2).sum()/valid_PGS.sum().clamp(min=1)).sqrt() + eps)
-    adv_PGT = adv_PGS.expand(r.shape[:3]).clone()
+    R_MPGU, w = _slots(r[..., w != 0].movedim(-1, 0), aggregation, credit, gamma), w[w != 0]
+    valid_PGU = ~R_MPGU.isnan().any(0)
+    if fusion == 'adaptive': R_MPGU = _relative(R_MPGU, valid_PGU)
+    R_MPGU, w = _fuse(R_MPGU, w, fusion)
+    adv_PGU = (_normalise(R_MPGU, valid_PGU, std, min_std, eps)*w.reshape(-1, 1, 1, 1)).sum(0)
+    if whiten: adv_PGU = adv_PGU/(((adv_PGU**2).sum()/valid_PGU.sum().clamp(min=1)).sqrt() + eps)
+    adv_PGT = adv_PGU.expand(r.shape[:3]).clone()
     if failed is not None: adv_PGT[failed.cumsum(-1) - failed.long() > 0] = 0
     return adv_PGT.float()
 
