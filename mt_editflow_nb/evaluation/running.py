@@ -93,19 +93,26 @@ def evaluation_protocol(
     adapter = [p.detach().float().cpu().numpy() for p in lora_parameters(editor)]
     return dict(sessions=content_hash(sessions), adapter=content_hash(adapter), size=editor.size) | settings
 
+_noted_later = ('judge_mode',)   # what folders of older versions lack, though their results depend on it
+
 def check_protocol(
     folder,         # created when missing
     protocol: dict, # of JSON's types
 ):
-    "Note what a folder's results depend on. Raises `InputError` where it holds those of another protocol."
+    """Note what a folder's results depend on. Raises `InputError` where it holds those of another protocol.
+
+    What older versions did not note is noted with what they did."""
     file = Path(folder)/'protocol.json'
     if not file.is_file(): return atomic_write(file, to_json(protocol, indent=1))
     earlier = read_json(file)
+    later = {name: protocol[name] for name in _noted_later if name in protocol and name not in earlier}
+    earlier |= later
     for name in [*protocol, *earlier]:
         if name == 'batch' and name not in protocol: continue      # results of older versions depended on it
         if earlier.get(name) != protocol.get(name):
             raise InputError(f'{folder}: {name}: expected {earlier.get(name)!r}, as in the results that are there, '
                              f'received {protocol.get(name)!r}; choose another folder')
+    if later: atomic_write(file, to_json(earlier, indent=1))
 
 # %% ../../nbs/evaluation/01a_running.ipynb #a384a82b
 def pack_pictures(
