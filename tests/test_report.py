@@ -6,7 +6,7 @@ from helpers import run_module, run_script
 from safetensors.numpy import save_file
 from mt_editflow_nb.ablation.report import comparison_table, score_table
 from mt_editflow_nb.ablation.results import Outcomes, load_results
-from mt_editflow_nb.data.files import read_json, read_json_lines
+from mt_editflow_nb.data.files import InputError, read_json, read_json_lines
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.cli.report import main
 from readme import root
@@ -102,6 +102,26 @@ def test_damaged_jobs_are_named(runs, tmp_path, capsys):
         assert main([str(folder)]) == 2
         err = capsys.readouterr().err
         assert name in err and err.count('\n') == 1, err
+
+def test_points_that_were_tested_on_other_sessions_are_not_compared(tmp_path):
+    """Equally many sessions of equally many turns, but others: within a point, and across points.
+
+    Jobs of older versions, which do not say, are compared with all."""
+    def draw(p): return dict(zip(Outcomes._fields, np.full((3, 4, 2), p)))
+    points = [dict(label=label, values={}, jobs=[dict(seed=s, folder=f'{label}{s}') for s in (0, 1)]) for label in 'ab']
+    (tmp_path/'p.json').write_text(json.dumps(dict(sweep='p', baseline='b', points=points)))
+    def tested_on(**heldout):
+        for job in ('a0', 'a1', 'b0', 'b1'):
+            if not (tmp_path/job).is_dir(): write_job(tmp_path/job, draw, (0., 1.), [])
+            identity = dict(identity=dict(heldout=heldout[job])) if job in heldout else {}
+            (tmp_path/job/'config.json').write_text(json.dumps(dict(config=config, **identity)))
+        try: return load_results(tmp_path/'p.json')
+        except InputError as e: return str(e)
+    assert tested_on(a0='x', a1='x', b0='x', b1='x').points['a'].heldout == 'x'
+    assert tested_on(a0='x', b1='x').points['b'].heldout == 'x' and tested_on().points['a'].heldout is None
+    across, within = tested_on(a0='x', a1='x', b0='y', b1='y'), tested_on(a0='x', a1='y', b0='x', b1='x')
+    assert 'p.json: a: expected an evaluation on the same sessions' in across and 'b (identity.heldout' in across
+    assert 'a, seed 1: expected' in within and 'a, seed 0' in within
 
 def test_a_large_sweep_is_reported_in_time_that_grows_with_its_jobs(tmp_path):
     "Every point is compared with the baseline, and none with every other one: 100 points have 100 rows."

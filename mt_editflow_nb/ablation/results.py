@@ -27,6 +27,7 @@ class Point(NamedTuple):
     curves: list        # per seed the rows of `metrics.jsonl`
     seconds: list       # per seed, of training
     configs: list = ()  # per seed the fields of `config.json`
+    heldout: str = None # fingerprint of the held-out sessions; None: not known, as of jobs of older versions
 
 class Results(NamedTuple):
     "The results of a sweep, as far as it has been run."
@@ -41,17 +42,27 @@ def _load_outcomes(path):
         raise InputError(f'{path}: expected the outcomes of a run, received {one_line(e)[:100]}') from None
 
 def _load_job(folder):
-    "The results of a finished job: (before, after, curves, seconds, config)."
+    "The results of a finished job: (before, after, curves, seconds, config, fingerprint of its held-out sessions)."
     before, after = (_load_outcomes(folder/f'{name}.safetensors') for name in ('before', 'after'))
     seconds = sum(row['seconds'] for row in log_rows(folder/'timings.jsonl'))
-    config = read_json(folder/'config.json').get('config', {}) if (folder/'config.json').is_file() else {}
-    return before, after, log_rows(folder/'metrics.jsonl'), seconds, config
+    stored = read_json(folder/'config.json') if (folder/'config.json').is_file() else {}
+    heldout = (stored.get('identity') or {}).get('heldout')
+    return before, after, log_rows(folder/'metrics.jsonl'), seconds, stored.get('config', {}), heldout
 
 # %% ../../nbs/ablation/01b_results.ipynb #446d2def
 def _state(folder):
     "The record in `job.json`; {} where there is none that can be read."
     try: return read_json(folder/'job.json')
     except InputError: return {}
+
+def _one_heldout(named, expected):
+    "The one fingerprint of held-out sessions that is known of (name, fingerprint) pairs; None: none is known."
+    known = [(name, heldout) for name, heldout in named if heldout is not None]
+    for name, heldout in known:
+        if heldout == known[0][1]: continue
+        raise InputError(f'{name}: expected {expected}, received one on others than {known[0][0]} '
+                         '(identity.heldout in config.json differs)')
+    return known[0][1] if known else None
 
 def _load_point(point, folder):
     "(`Point` or None, what is missing of it)."
@@ -61,11 +72,13 @@ def _load_point(point, folder):
         if state.get('status') == 'done': done[job['seed']] = _load_job(folder/job['folder'])
         else: missing.append((point['label'], job['seed'], state.get('status', 'not run'), state.get('error') or ''))
     if not done: return None, missing
-    before, after, *lists = zip(*done.values())
+    before, after, *lists, heldout = zip(*done.values())
     shapes = {outcomes.success_IT.shape for outcomes in before + after}
     expect(len(shapes) == 1, point['label'], 'jobs that were evaluated on the same sessions', sorted(shapes))
     stacked = [Outcomes(*map(np.stack, zip(*outcomes))) for outcomes in (before, after)]
-    return Point(point['label'], point['values'], list(done), *stacked, *map(list, lists)), missing
+    names = [f'{point["label"]}, seed {seed}' for seed in done]
+    heldout = _one_heldout(zip(names, heldout), 'an evaluation on the same sessions as of the other seeds')
+    return Point(point['label'], point['values'], list(done), *stacked, *map(list, lists), heldout), missing
 
 def load_results(
     path: str|Path, # `NAME.json` of a sweep
@@ -86,6 +99,9 @@ def load_results(
     for point in points.values():
         received = point.after.success_IT.shape[1:]
         expect(received == shape, f'{path}: {point.label}', expected, received)
+    in_order = sorted(points.values(), key=lambda p: p.label != plan['baseline'])       # the baseline first
+    try: _one_heldout([(p.label, p.heldout) for p in in_order], 'an evaluation on the same sessions')
+    except InputError as e: raise InputError(f'{path}: {e}') from None
     return Results(plan, points, missing)
 
 # %% ../../nbs/ablation/01b_results.ipynb #93bd6cfe
