@@ -58,7 +58,7 @@ from ..evaluation.exposure import decay_table, half_life, structured_judge
 from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, trained_with,
                                                training_mismatches, training_of)
 from ..evaluation.scores import (Outcomes, compare, load_outcomes, save_outcomes, score_intervals,
-                                              unscored_by_reward)
+                                              stored_turns, unscored_by_reward)
 from ..evaluation.statistics import format_intervals
 from ..training.source import check_for_judge, trained_part
 
@@ -318,7 +318,9 @@ def compare_shared(
 ) -> tuple:            # (table of `compare`, over how many sessions)
     "Is a run better than another, over the sessions that both have? Raises `InputError` where they share none."
     (a, ids_a), (b, ids_b) = load_outcomes(against), load_outcomes(run)
-    if not ids_a or not ids_b: return compare(a, b), len(b.success_IT)
+    if not ids_a or not ids_b:
+        turns_I = [turns[id] for id in ids_b] if turns and ids_b else stored_turns(run)
+        return compare(a, b, turns_I=turns_I), len(b.success_IT)
     place = {id: i for i, id in enumerate(ids_a)}
     shared = [(place[id], i) for i, id in enumerate(ids_b) if id in place]
     expect(shared, '--against', f'a run over some of the same sessions, such as {ids_b[0]!r}', f'{ids_a[0]!r}, ...')
@@ -366,8 +368,8 @@ def finish_run(
     **card,             # title, images and why_IT of `write_card`
 ) -> pd.DataFrame:      # of `score_intervals`
     "Write scores, then draw the card; one that cannot be drawn is a warning."
-    save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions])
     turns_I = turn_counts(sessions)
+    save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions], turns_I)
     table = score_intervals(outcomes, turns_I=turns_I, cc_unscored_IT=cc_unscored_IT)
     atomic_write(out/'scores.csv', table.to_csv())
     unscored = unscored_by_reward(outcomes.success_IT, cc_unscored_IT, turns_I)

@@ -139,11 +139,13 @@ def write_outcomes(
     outcomes: Outcomes, # [I, T]
     images,             # of the first sessions, as `pack_pictures` takes them
     cc_unscored_IT=None,# bool, where a question about consistency got no answer; None: nowhere
+    turns_I=None,       # how many turns each session has; None: T
 ):
     "Write outcomes and pictures whole or not at all, with a hash of their content."
     from safetensors.numpy import save
     arrays = outcomes._asdict() | pack_pictures(images)
     if np.any(cc_unscored_IT): arrays |= dict(cc_unscored_IT=cc_unscored_IT)
+    if turns_I is not None and len(set(turns_I)) > 1: arrays |= dict(turns_I=np.asarray(turns_I, np.int64))
     arrays = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     atomic_write(file, save(arrays, dict(content=content_hash(arrays))))
 
