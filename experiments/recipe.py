@@ -32,6 +32,8 @@ def together(points):
            [p.values for p in points])
     seeds, curves, configs = ([x for p in points for x in getattr(p, name)] for name in ('seeds', 'curves', 'configs'))
     expect(len(set(seeds)) == len(seeds), first.label, 'each seed once', seeds)
+    heldout = [p.heldout for p in points if p.heldout]
+    expect(len(set(heldout)) <= 1, first.label, 'the same held-out sessions in all sweeps', heldout)
     return first._replace(seeds=seeds, before=joined('before'), after=joined('after'), curves=curves, configs=configs)
 
 def overall(outcomes): # [S, I, T] -> O at each turn
@@ -151,6 +153,9 @@ def make_report(sweeps, ours, results):
     one_of('--ours', ours, points)
     tuned = Counter(row['method'] for row in read_json_lines(results/'tuning.jsonl'))
     points = {label: together(each) for label, each in points.items()}
+    for label, p in points.items():
+        same = None in (p.heldout, points[ours].heldout) or p.heldout == points[ours].heldout
+        expect(same, label, f'the held-out sessions of {ours}', 'others')
     methods = {label: summary(point, tuned[label]) for label, point in points.items()}
     times = {label: times_the_gain(points[ours], point) for label, point in points.items() if label != ours}
     return dict(**provenance(), passes=max(m['passes'] for m in methods.values()),

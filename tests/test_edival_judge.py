@@ -7,6 +7,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.eval import main as mtef_eval
+from mt_editflow_nb.cli.tools import names_of_tools
 from mt_editflow_nb.data.files import InputError, read_json_lines
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.shapeworld import shape_sessions
@@ -16,7 +17,7 @@ from mt_editflow_nb.evaluation.truth import edival_outcomes, edival_session, pix
 from mt_editflow_nb.rewards.cube import EdivalJudge, load_judge
 from mt_editflow_nb.rewards.edival_models import float_pixels
 from mt_editflow_nb.rewards.edival_rules import EdivalTools, Found, NoAnswer
-from mt_editflow_nb.rewards.edival_tools import RemoteTools, tools_app
+from mt_editflow_nb.rewards.edival_tools import LocalTools, RemoteTools, tools_app
 from mt_editflow_nb.training.source import session_source
 from mt_editflow_nb.training.train import train
 from test_judge_servers import impatient  # noqa: F401 a fixture
@@ -48,6 +49,15 @@ class Counting:
     def many(self, requests):
         self.batches.append(len(requests))
         return [self.answer(r) for r in requests]
+
+def test_a_server_says_how_its_model_is_asked():
+    "Answers on file are those of a server that says the same: one that asks otherwise says something else."
+    modes = '', ':direct', ':logit', ':think@2', ':think@4'
+    names = [names_of_tools(LocalTools(vlm=f'tiny{mode}')) for mode in modes]
+    assert names[0] == names[1] and len({n['vlm'] for n in names}) == 4 and 'questions' not in names[0]
+    own = LocalTools(vlm='tiny')
+    own.asker.questions = own.asker.questions | {'added': 'is there one?'}
+    assert names_of_tools(own) | names[0] != names[0]
 
 @pytest.fixture(scope='module')
 def told():

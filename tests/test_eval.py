@@ -19,6 +19,7 @@ from mt_editflow_nb.evaluation.edival import made_from, turn_file
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.rewards.edival_models import load_detector, load_features, tiny_edival_models
 from mt_editflow_nb.evaluation.scores import load_outcomes
+from mt_editflow_nb.rewards.cube import judge_mode
 
 root = Path(__file__).resolve().parents[1]
 natural = ['Add cat', '"Change the count of cat to 1"', "Add text 'LAMB' on the image"]
@@ -125,6 +126,27 @@ def test_options_of_a_judge_and_pictures_elsewhere(tmp_path, capsys):
     results = json.loads((tmp_path/'out'/'results.json').read_text())
     assert results['unscored'] == 1                                # two tokens hold no score
     assert main([*command, '--allow-outside']) == 2 and 'judge_options' in capsys.readouterr().err
+
+def test_another_mode_of_a_judge_is_another_judge(tmp_path, capsys):
+    """One model asked otherwise gives other scores. A folder from before the mode was noted goes on, unless its results
+    name another one."""
+    out = tmp_path/'out'
+    command = ['--n', '2', '--turns', '1', '--steps', '1', '--out', str(out), '--judge']
+    assert main([*command, 'tiny:direct']) == 0, capsys.readouterr().err
+    for other in ('tiny:logit', 'tiny:direct:coarse'):
+        assert main([*command, other]) == 2
+        said = capsys.readouterr().err
+        assert 'direct' in said and 'choose another folder' in said
+    assert json.loads((out/'results.json').read_text())['facts']['Protocol']['judge'] == 'tiny:direct'
+    noted = out/'sessions'/'protocol.json'
+    older = json.loads(noted.read_text())
+    assert older.pop('judge_mode') == 'direct'
+    noted.write_text(json.dumps(older))
+    assert main([*command, 'tiny:logit']) == 2 and 'tiny:direct' in capsys.readouterr().err
+    assert main([*command, 'tiny:direct']) == 0 and json.loads(noted.read_text())['judge_mode'] == 'direct'
+    modes = {'verifier:binary': '', 'edival@http://a:1': '', 'a/b@http://c:8000/v1:think@4': 'think@4',
+             'tiny:logit:coarse': 'logit:coarse', 'editscore:a/b': 'viescore', 'hpsv3:a/b': ''}
+    assert {name: judge_mode(name) for name in modes} == modes
 
 def test_consistency_that_nobody_scored_is_counted(tmp_path, monkeypatch, capsys):
     "IF has its answer, CC has none: as of a judge whose second question fails. Table, card and results say so."

@@ -9,6 +9,7 @@ from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.data.sizes import FittedPicture
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.evaluation.running import evaluate
+from mt_editflow_nb.evaluation.scores import compare, stored_turns
 from mt_editflow_nb.explore.strips import read_strips, session_strip
 from mt_editflow_nb.rewards.cube import Scores, load_judge
 from mt_editflow_nb.training.runs import results_table
@@ -47,6 +48,10 @@ def test_a_run_over_sessions_of_two_and_three_turns(tmp_path):
     assert 'before: 1 of 14 turns could not be scored' in text
     assert read_json(tmp_path/'run'/'config.json')['config']['turn_weights'] == {'2': 1.0, '3': 1.0}
     assert experiment(c, tmp_path/'run', right_where_asked, progress=False) == results    # nothing is done twice
+    turns = [2, 2, 2, 2, 3, 3]
+    assert [stored_turns(tmp_path/'run'/f'{name}.safetensors') for name in ('before', 'after')] == [turns, turns]
+    against_itself = compare(tmp_path/'run', tmp_path/'run')
+    assert against_itself.a.xs('IF', level='metric').tolist() == [rows[t, 'IF']['after'] for t in (1, 2, 3)]
     strips = read_strips(tmp_path/'run')
     assert [session_strip(strips, p).count('alt="turn ') for p in (0, 5)] == [4, 6]
     assert len(list((tmp_path/'run'/'rollouts').glob('heldout_*.png'))) == 6

@@ -5,10 +5,13 @@ import numpy as np, pandas as pd, pytest, torch
 from helpers import run_module, run_script
 from safetensors.numpy import save_file
 from mt_editflow_nb.ablation.report import comparison_table, score_table
-from mt_editflow_nb.ablation.results import Outcomes, load_results
-from mt_editflow_nb.data.files import read_json, read_json_lines
+from mt_editflow_nb.ablation.passes import pass_curve, pass_table
+from mt_editflow_nb.ablation.results import Outcomes, compare_points, load_results
+from mt_editflow_nb.data.files import InputError, read_json, read_json_lines
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.cli.report import main
+from mt_editflow_nb.evaluation.card import session_scores
+from mt_editflow_nb.evaluation.scores import edival_scores
 from readme import root
 
 S, I, T = 5, 120, 2
@@ -102,6 +105,55 @@ def test_damaged_jobs_are_named(runs, tmp_path, capsys):
         assert main([str(folder)]) == 2
         err = capsys.readouterr().err
         assert name in err and err.count('\n') == 1, err
+
+def test_points_that_were_tested_on_other_sessions_are_not_compared(tmp_path):
+    """Equally many sessions of equally many turns, but others: within a point, and across points.
+
+    Jobs of older versions, which do not say, are compared with all."""
+    def draw(p): return dict(zip(Outcomes._fields, np.full((3, 4, 2), p)))
+    points = [dict(label=label, values={}, jobs=[dict(seed=s, folder=f'{label}{s}') for s in (0, 1)]) for label in 'ab']
+    (tmp_path/'p.json').write_text(json.dumps(dict(sweep='p', baseline='b', points=points)))
+    def tested_on(**heldout):
+        for job in ('a0', 'a1', 'b0', 'b1'):
+            if not (tmp_path/job).is_dir(): write_job(tmp_path/job, draw, (0., 1.), [])
+            identity = dict(identity=dict(heldout=heldout[job])) if job in heldout else {}
+            (tmp_path/job/'config.json').write_text(json.dumps(dict(config=config, **identity)))
+        try: return load_results(tmp_path/'p.json')
+        except InputError as e: return str(e)
+    assert tested_on(a0='x', a1='x', b0='x', b1='x').points['a'].heldout == 'x'
+    assert tested_on(a0='x', b1='x').points['b'].heldout == 'x' and tested_on().points['a'].heldout is None
+    across, within = tested_on(a0='x', a1='x', b0='y', b1='y'), tested_on(a0='x', a1='y', b0='x', b1='x')
+    assert 'p.json: a: expected an evaluation on the same sessions' in across and 'b (identity.heldout' in across
+    assert 'a, seed 1: expected' in within and 'a, seed 0' in within
+
+def test_sessions_of_different_lengths_in_a_report(tmp_path):
+    """Two sessions of one turn, one right and one wrong, two of three turns, right but for the last turn of one.
+
+    The failed short session counts at turn 1 alone: IF 75, 100, 50 and not 75, 67, 33."""
+    nan, turns = np.nan, np.array([1, 1, 3, 3])
+    after = np.array([[0, nan, nan], [1, nan, nan], [1, 1, 1], [1, 1, 0]])
+    def draw(p):
+        cc = np.where(np.isnan(after), nan, .81)
+        return dict(zip(Outcomes._fields, (after if p else after*0, cc, cc)), **(dict(turns_I=turns) if p else {}))
+    points = [dict(label=label, values={}, jobs=[dict(seed=0, folder=label)]) for label in 'ab']
+    metrics = [dict(iteration=i, passes=dict(sampled=100), all_right=x, cc=y) for i, (x, y) in enumerate(
+        [([.5, .4, .36], [.9, .8, 1]), ([.5], [.9]), ([.5, .4, .36], [.9, .8, None]), ([.5, .4, .64], [.9, .8, 1])])]
+    for label in 'ab': write_job(tmp_path/label, draw, (0., 1.), metrics)
+    (tmp_path/'p.json').write_text(json.dumps(dict(sweep='p', baseline='b', points=points)))
+    results = load_results(tmp_path/'p.json')
+    point = results.points['a']
+    assert point.turns_I == (1, 1, 3, 3)
+    scores = score_table(results).loc['a']
+    assert scores.IF.tolist() == [75, 100, 50] == edival_scores(*(x[0] for x in point.after), turns).IF.tolist()
+    gain = compare_points(point.before, point.after, n_boot=20, turns_I=point.turns_I).xs('IF', level='metric')
+    assert gain.difference.tolist() == [75, 100, 50]
+    assert pass_table(results, n_boot=20).gain['a'] == pytest.approx(90*.5**.5)
+    passes, O = pass_curve(metrics, {})
+    assert passes.tolist() == [100, 400] and O == pytest.approx([60, 80])
+    (tmp_path/'a'/'after.safetensors').write_bytes((tmp_path/'a'/'before.safetensors').read_bytes())
+    assert load_results(tmp_path/'p.json').points['a'].turns_I == (1, 1, 3, 3)        # an older file is told by another
+    session_scores_I = session_scores(Outcomes(*(x[0] for x in point.after)), turns)
+    assert session_scores_I[1] == session_scores_I[2] > session_scores_I[3] > session_scores_I[0]
 
 def test_a_large_sweep_is_reported_in_time_that_grows_with_its_jobs(tmp_path):
     "Every point is compared with the baseline, and none with every other one: 100 points have 100 rows."

@@ -1,11 +1,14 @@
 "A rater's choices survive whatever happens to the notebook."
 import signal, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
+import numpy as np, pandas as pd
 from helpers import run_notebook
 from mt_editflow_nb.data.files import append_json_line
 from mt_editflow_nb.rewards.agreement import load_labels
 from mt_editflow_nb.data.shapeworld import shape_sessions
-from mt_editflow_nb.evaluation.study import make_trials, read_choices
+from mt_editflow_nb.evaluation.study import (RatingQueue, choices_between, export_labels, make_trials,
+                                             rater_agreement, read_choices)
 
 root = Path(__file__).resolve().parents[1]
 
@@ -32,6 +35,41 @@ def test_killed_while_writing(tmp_path):
     append_json_line(path, dict(rater='ann', seed=0, trial=999_999, session='z', first='a', second='b', choice='tie',
                                 seconds=1., time=''))
     assert read_choices(path).trial.tolist() == trials + [999_999]
+
+def queue(path, names, n=8):
+    sessions = [replace(s, id=f's{i}') for i, s in enumerate(shape_sessions(n, 1, 'heldout'))]
+    return RatingQueue(sessions, {name: np.zeros((n, 1, 48, 48, 3), np.uint8) for name in names}, path, 'ann')
+
+def test_with_more_sessions_every_one_is_rated_once(tmp_path):
+    "Numbers of trials belong to other sessions then: what was rated is known by session and systems."
+    path = tmp_path/'choices.jsonl'
+    few = queue(path, 'ab', 6)
+    for _ in range(3): few.press('1')
+    more = queue(path, 'ab')
+    assert more.remaining == 5 and more.trial['session'] not in set(read_choices(path).session)
+    while more.trial: more.press('2')
+    assert sorted(read_choices(path).session) == [f's{i}' for i in range(8)]
+    assert queue(path, 'ab', 2).remaining == 0
+
+def test_two_pairs_of_systems_in_one_file(tmp_path):
+    "Each pair has trials of its own, and `u` takes back a choice between the two that are shown."
+    path = tmp_path/'choices.jsonl'
+    first = queue(path, ['base', 'one'])
+    while first.trial: first.press('1')
+    second = queue(path, ['base', 'two'])
+    assert second.remaining == 8
+    second.press('u')
+    assert len(read_choices(path)) == 8
+    for key in '21u': second.press(key)
+    choices = read_choices(path)
+    assert len(choices) == 9 and second.remaining == 7 and first.trial is None
+    assert len(choices_between(choices, {'two', 'base'})) == 1
+    both = choices.assign(rater='ben')                             # who agrees in everything
+    of_two = [rater_agreement(pd.concat([x, y])).mean for x, y in ((choices, both), (choices[:8], both[:8]))]
+    assert of_two == [1, 1]
+    images = {name: np.zeros((8, 1, 48, 48, 3), np.uint8) for name in ('base', 'one')}
+    labels = load_labels(export_labels(choices, [s for _, s in second.sessions.values()], images, tmp_path/'labels.jsonl'))
+    assert len(labels.items) == 16 and (labels.truth_N[::2] + labels.truth_N[1::2] == 1).all()
 
 def test_the_rating_notebook(runner, tmp_path):
     "The toy study with choices in its file: what the notebook says of them, and labels that the judges' chapter reads."

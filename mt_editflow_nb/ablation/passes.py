@@ -47,9 +47,15 @@ def count_passes(
 
 # %% ../../nbs/ablation/01c_passes.ipynb #a17ae30a
 def _turns(rows, config):
-    "T of a run's training sessions."
+    "T of a run's training sessions, the longest where they differ."
     lengths = [len(row['all_right']) for row in rows if 'all_right' in row]
-    return lengths[0] if lengths else _settings(config)['turns'] or 3
+    return max(lengths) if lengths else _settings(config)['turns'] or 3
+
+def _O_at(row, at):
+    "O of an iteration at a turn from 0, in percent; None where it has no such turn, or no number there."
+    try: right, kept = row['all_right'][at], row['cc'][at]
+    except (KeyError, IndexError): return None
+    return None if right is None or kept is None else 100*math.sqrt(max(0, right*kept))
 
 def passes_so_far(
     rows: list,   # of `metrics.jsonl`
@@ -57,7 +63,7 @@ def passes_so_far(
 ) -> np.ndarray:  # after every row
     "The passes of a run up to each of its iterations."
     T = _turns(rows, config)
-    return np.cumsum([count_passes(row, config, T) for row in rows])
+    return np.cumsum([count_passes(row, config, len(row.get('all_right', ())) or T) for row in rows])
 
 def pass_curve(
     rows: list,         # of `metrics.jsonl`
@@ -65,13 +71,12 @@ def pass_curve(
     turn: int = None,   # from 1; None: the last of training
     window: int = None, # iterations that are averaged; None: a tenth of them
 ) -> tuple:             # (passes so far, O in percent on the training sessions); empty where a run does not log them
-    "A learning curve over passes."
-    passes, known = passes_so_far(rows, config), [i for i, row in enumerate(rows) if 'all_right' in row and 'cc' in row]
-    if not known: return np.empty(0), np.empty(0)
+    "A learning curve over passes, of the iterations that have this turn and a number there."
     at = (turn or _turns(rows, config)) - 1
-    O = [100*math.sqrt(rows[i]['all_right'][at]*rows[i]['cc'][at]) for i in known]
-    last, means, _ = running_mean(O, window or max(1, len(O)//10))
-    return passes[np.array(known)[last]], means
+    O = {i: x for i, row in enumerate(rows) if (x := _O_at(row, at)) is not None}
+    if not O: return np.empty(0), np.empty(0)
+    last, means, _ = running_mean([*O.values()], window or max(1, len(O)//10))
+    return passes_so_far(rows, config)[np.array([*O])[last]], means
 
 # %% ../../nbs/ablation/01c_passes.ipynb #5ddf0ac0
 def passes_until(
@@ -111,12 +116,12 @@ def _mean(values):
 
 def _gain(point, turn, total, n_boot):
     "The gain of O on held-out sessions, and for 1,000 passes with its interval."
-    gain = compare_points(point.before, point.after, n_boot=n_boot).loc[turn, 'O']
+    gain = compare_points(point.before, point.after, n_boot=n_boot, turns_I=point.turns_I).loc[turn, 'O']
     each = [x/total*1000 if total else math.nan for x in (gain.difference, gain.low, gain.high)]
     return dict(zip(('gain', 'per_1000', 'low', 'high'), (gain.difference, *each)))
 
 def _last_turn_with_O(point):
-    O_T = seed_scores(point.after).mean(0)[:, METRICS.index('O')]
+    O_T = seed_scores(point.after, point.turns_I).mean(0)[:, METRICS.index('O')]
     return last_turn(pd.Series(O_T, pd.RangeIndex(1, len(O_T) + 1, name='turn')))
 
 # %% ../../nbs/ablation/01c_passes.ipynb #1abcf249

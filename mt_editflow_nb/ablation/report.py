@@ -21,9 +21,9 @@ from ..evaluation.statistics import detectable, holm, power, t_quantile
 from ..training.monitor import find_hacking
 
 # %% ../../nbs/ablation/02_report.ipynb #228e0fef
-def _point_scores(label, outcomes):
+def _point_scores(label, outcomes, turns_I):
     "Rows of `score_table`: turn -> metric -> mean and standard deviation over seeds."
-    scores = seed_scores(outcomes)
+    scores = seed_scores(outcomes, turns_I)
     S, T, _ = scores.shape
     sd = scores.std(0, ddof=1) if S > 1 else np.full(scores.shape[1:], np.nan)
     for t in range(T):
@@ -36,8 +36,8 @@ def score_table(
 ) -> pd.DataFrame: # index (point, turn); per metric its mean over seeds and, as `METRIC sd`, their standard deviation
     "Scores in percent of the base editor and of every point."
     first = results.points[results.plan['baseline']]
-    rows = dict(_point_scores('before training', Outcomes(*(x[:1] for x in first.before))))
-    for point in results.points.values(): rows |= _point_scores(point.label, point.after)
+    rows = dict(_point_scores('before training', Outcomes(*(x[:1] for x in first.before)), first.turns_I))
+    for point in results.points.values(): rows |= _point_scores(point.label, point.after, point.turns_I)
     table = pd.DataFrame(rows.values(), pd.MultiIndex.from_tuples(rows, names=['point', 'turn']))
     return table.astype(dict(seeds=int))
 
@@ -59,7 +59,7 @@ def comparison_table(
         seeds = [seed for seed in point.seeds if seed in set(base.seeds)]
         if point is base or not seeds: continue
         pair = _with_seeds(base, seeds), _with_seeds(point, seeds)
-        tables[point.label] = compare_points(*pair, n_boot=n_boot).assign(seeds=len(seeds))
+        tables[point.label] = compare_points(*pair, n_boot=n_boot, turns_I=base.turns_I).assign(seeds=len(seeds))
     if not tables: return pd.DataFrame()
     table = pd.concat(tables, names=['point'])
     table['p_holm'] = table.groupby(level=['turn', 'metric'], sort=False).p.transform(lambda p: holm(p.to_numpy()))
@@ -169,7 +169,8 @@ def plot_turns(
     fig = Figure(figsize=(3*len(metrics) + 2, 3.2), layout='constrained')
     axs, points = fig.subplots(1, len(metrics), squeeze=False)[0], _shown(results)
     turns = range(1, points[0].after.success_IT.shape[-1] + 1)
-    before, after = seed_scores(points[0].before), [seed_scores(point.after) for point in points]
+    before = seed_scores(points[0].before, points[0].turns_I)
+    after = [seed_scores(point.after, point.turns_I) for point in points]
     for ax, metric in zip(axs, metrics):
         m = METRICS.index(metric)
         ax.plot(turns, before[0, :, m], color='k', lw=2.5, label='before training')
@@ -198,10 +199,10 @@ def plot_plane(
     "IF against CC at the last turn with both: large marks are means, small ones seeds, lines have equal O."
     fig, turn, points = Figure(figsize=(7, 4), layout='constrained'), _last_turn_of(results), _shown(results)
     ax, axes = fig.subplots(), [METRICS.index('IF'), METRICS.index('CC')]
-    base = seed_scores(points[0].before)[0, turn - 1, axes]
+    base = seed_scores(points[0].before, points[0].turns_I)[0, turn - 1, axes]
     ax.scatter(*base, color='k', marker='o', s=120, label='before training')
     for i, point in enumerate(points):
-        scores = seed_scores(point.after)[:, turn - 1, axes]
+        scores = seed_scores(point.after, point.turns_I)[:, turn - 1, axes]
         ax.scatter(*scores.T, s=12, alpha=.5, **_mark(i))
         ax.scatter(*scores.mean(0), s=70, label=plain_label(point.label), **_mark(i))
     _iso_O(ax)
@@ -257,7 +258,8 @@ def _gains_of_grid(results, metric, turn):
     (name_y, ys), (name_x, xs) = axes
     gains, m = {}, METRICS.index(metric)
     for point in results.points.values():
-        gain = (seed_scores(point.after) - seed_scores(point.before))[:, turn - 1, m].mean()
+        before, after = (seed_scores(x, point.turns_I)[:, turn - 1, m] for x in (point.before, point.after))
+        gain = (after - before).mean()
         gains.setdefault((str(point.values.get(name_y)), str(point.values.get(name_x))), []).append(gain)
     return axes, np.array([[np.mean(gains.get((str(y), str(x)), [np.nan])) for x in xs] for y in ys])
 

@@ -27,6 +27,8 @@ class Point(NamedTuple):
     curves: list        # per seed the rows of `metrics.jsonl`
     seconds: list       # per seed, of training
     configs: list = ()  # per seed the fields of `config.json`
+    heldout: str = None # fingerprint of the held-out sessions; None: not known, as of jobs of older versions
+    turns_I: tuple = None # how many turns each held-out session has; None: T
 
 class Results(NamedTuple):
     "The results of a sweep, as far as it has been run."
@@ -35,23 +37,40 @@ class Results(NamedTuple):
     missing: list       # (label, seed, status, error) of jobs that are not done
 
 def _load_outcomes(path):
-    "Outcomes of one seed as float64."
-    try: return Outcomes(*(x.astype(float) for x in outcomes_from(load_file(path))))
+    "(Outcomes of one seed as float64, how many turns each session has or None)."
+    try:
+        arrays = load_file(path)
+        turns_I = tuple(arrays['turns_I'].tolist()) if 'turns_I' in arrays else None
+        return Outcomes(*(x.astype(float) for x in outcomes_from(arrays))), turns_I
     except (OSError, SafetensorError, InputError) as e:
         raise InputError(f'{path}: expected the outcomes of a run, received {one_line(e)[:100]}') from None
 
 def _load_job(folder):
-    "The results of a finished job: (before, after, curves, seconds, config)."
-    before, after = (_load_outcomes(folder/f'{name}.safetensors') for name in ('before', 'after'))
+    "The results of a finished job: those of `Point`, its held-out sessions being a pair of fingerprint and turns."
+    (before, _), (after, turns_I) = (_load_outcomes(folder/f'{name}.safetensors') for name in ('before', 'after'))
     seconds = sum(row['seconds'] for row in log_rows(folder/'timings.jsonl'))
-    config = read_json(folder/'config.json').get('config', {}) if (folder/'config.json').is_file() else {}
-    return before, after, log_rows(folder/'metrics.jsonl'), seconds, config
+    stored = read_json(folder/'config.json') if (folder/'config.json').is_file() else {}
+    heldout = (stored.get('identity') or {}).get('heldout')
+    return before, after, log_rows(folder/'metrics.jsonl'), seconds, stored.get('config', {}), (heldout, turns_I)
 
 # %% ../../nbs/ablation/01b_results.ipynb #446d2def
 def _state(folder):
     "The record in `job.json`; {} where there is none that can be read."
     try: return read_json(folder/'job.json')
     except InputError: return {}
+
+def _one_known(named, expected, what):
+    "The one value that is known of (name, value) pairs; None: none is known."
+    known = [(name, value) for name, value in named if value is not None]
+    for name, value in known:
+        if value == known[0][1]: continue
+        raise InputError(f'{name}: expected {expected}, received one on others than {known[0][0]} ({what} differs)')
+    return known[0][1] if known else None
+
+def _same_sessions(named, expected):
+    "(Fingerprint, turns) of held-out sessions out of (name, (fingerprint, turns)) pairs, as far as they are known."
+    whats = 'identity.heldout in config.json', 'turns_I in after.safetensors'
+    return [_one_known([(name, pair[k]) for name, pair in named], expected, what) for k, what in enumerate(whats)]
 
 def _load_point(point, folder):
     "(`Point` or None, what is missing of it)."
@@ -61,11 +80,13 @@ def _load_point(point, folder):
         if state.get('status') == 'done': done[job['seed']] = _load_job(folder/job['folder'])
         else: missing.append((point['label'], job['seed'], state.get('status', 'not run'), state.get('error') or ''))
     if not done: return None, missing
-    before, after, *lists = zip(*done.values())
+    before, after, *lists, heldout = zip(*done.values())
     shapes = {outcomes.success_IT.shape for outcomes in before + after}
     expect(len(shapes) == 1, point['label'], 'jobs that were evaluated on the same sessions', sorted(shapes))
     stacked = [Outcomes(*map(np.stack, zip(*outcomes))) for outcomes in (before, after)]
-    return Point(point['label'], point['values'], list(done), *stacked, *map(list, lists)), missing
+    names = [f'{point["label"]}, seed {seed}' for seed in done]
+    heldout = _same_sessions([*zip(names, heldout)], 'an evaluation on the sessions of the other seeds')
+    return Point(point['label'], point['values'], list(done), *stacked, *map(list, lists), *heldout), missing
 
 def load_results(
     path: str|Path, # `NAME.json` of a sweep
@@ -86,7 +107,11 @@ def load_results(
     for point in points.values():
         received = point.after.success_IT.shape[1:]
         expect(received == shape, f'{path}: {point.label}', expected, received)
-    return Results(plan, points, missing)
+    in_order = sorted(points.values(), key=lambda p: p.label != plan['baseline'])       # the baseline first
+    named = [(p.label, (p.heldout, p.turns_I)) for p in in_order]
+    try: _, turns_I = _same_sessions(named, 'an evaluation on the same sessions')
+    except InputError as e: raise InputError(f'{path}: {e}') from None
+    return Results(plan, {label: p._replace(turns_I=turns_I) for label, p in points.items()}, missing)
 
 # %% ../../nbs/ablation/01b_results.ipynb #93bd6cfe
 METRICS = (*EDIVAL_METRICS, 'kept')
@@ -100,10 +125,11 @@ def _weighted_metrics(weights_BI, *parts):
 
 def seed_scores(
     outcomes: Outcomes, # [S, I, T]
+    turns_I=None,       # how many turns each session has; None: T
 ) -> np.ndarray:        # [S, T, 5] in percent, in the order of `METRICS`
     "Scores of every seed."
     once = np.ones((1, outcomes.success_IT.shape[1]))
-    return np.stack([_weighted_metrics(once, *parts)[0] for parts in zip(*metric_arrays(outcomes))])
+    return np.stack([_weighted_metrics(once, *parts)[0] for parts in zip(*metric_arrays(outcomes, turns_I))])
 
 # %% ../../nbs/ablation/01b_results.ipynb #3a129625
 def last_turn(
@@ -118,9 +144,10 @@ def last_turn(
 # %% ../../nbs/ablation/01b_results.ipynb #35c3ad52
 class _Pair:
     "Two settings as arrays [S*I, T], scored with the same weights."
-    def __init__(self, base, other):
+    def __init__(self, base, other, turns_I):
         self.S, self.I, self.T = base.success_IT.shape
-        self.arrays = [[x.reshape(self.S*self.I, self.T) for x in metric_arrays(o)] for o in (base, other)]
+        both = [metric_arrays(o, turns_I) for o in (base, other)]
+        self.arrays = [[x.reshape(self.S*self.I, self.T) for x in arrays] for arrays in both]
 
     def scores(self, weights_BX):
         "The scores of both settings, [2, B, T*5]."
@@ -181,6 +208,7 @@ def compare_points(
     *,
     n_boot: int = 1000, # draws
     seed: int = 0,      # of the draws
+    turns_I=None,       # how many turns each session has; None: T
 ) -> pd.DataFrame:      # index (turn, metric); base, other, difference, se, df, low, high, p, g; in percentage points
     """Paired difference of two settings of a sweep, with its 95 % interval over seeds and sessions.
 
@@ -189,10 +217,10 @@ def compare_points(
     same = base.success_IT.ndim == 3 and base.success_IT.shape == other.success_IT.shape
     expected = f'the seeds, sessions and turns of base, {list(base.success_IT.shape)}'
     expect(same, 'other', expected, list(other.success_IT.shape))
-    pair = _Pair(base, other)
+    pair = _Pair(base, other, turns_I)
     value = pair.scores(np.ones((1, pair.S*pair.I)))[:, 0]
     draws, variance, df = _crossed(pair, n_boot, np.random.default_rng(seed))
-    per_seed = (seed_scores(other) - seed_scores(base)).reshape(pair.S, -1)
+    per_seed = (seed_scores(other, turns_I) - seed_scores(base, turns_I)).reshape(pair.S, -1)
     rows = [_compared(*value[:, i], draws[:, i], variance[i], df[i], per_seed[:, i]) for i in range(len(df))]
     index = pd.MultiIndex.from_product([range(1, pair.T + 1), METRICS], names=['turn', 'metric'])
     return pd.DataFrame(rows, index, _columns)

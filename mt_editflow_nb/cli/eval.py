@@ -6,8 +6,8 @@
 __all__ = ['MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_options', 'check_options', 'warn_of_training',
            'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared', 'check_against',
            'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
-           'run_free', 'check_answering', 'turns_to_make', 'check_verifier_size', 'evaluate_free', 'with_picture',
-           'edival_sessions', 'edival_judges', 'load_edival_tools', 'quality_to_ask', 'quality_table',
+           'check_older_mode', 'run_free', 'check_answering', 'turns_to_make', 'check_verifier_size', 'evaluate_free',
+           'with_picture', 'edival_sessions', 'edival_judges', 'load_edival_tools', 'quality_to_ask', 'quality_table',
            'evaluate_edival', 'import_published', 'fill_bench_settings', 'bench_items', 'evaluate_bench',
            'evaluation_answers', 'main']
 
@@ -29,7 +29,7 @@ from ..editing.editor import check_instructions, long_instructions
 from ..editing.loading import FAMILIES, check_adapter_fits, find_editor, load_editor
 from ..editing.whole import check_trained, is_transformer, load_trained
 from ..editing.rollout import resize_sessions
-from ..rewards.cube import check_judge_options, load_judge
+from ..rewards.cube import check_judge_options, judge_mode, load_judge
 from ..rewards.edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QUALITY, EDIVAL_VLM,
                                                   lacks_quality, load_detector, load_edival_vlm, load_features,
                                                   load_quality, read_edival_questions, weights_of)
@@ -58,7 +58,7 @@ from ..evaluation.exposure import decay_table, half_life, structured_judge
 from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, trained_with,
                                                training_mismatches, training_of)
 from ..evaluation.scores import (Outcomes, compare, load_outcomes, save_outcomes, score_intervals,
-                                              unscored_by_reward)
+                                              stored_turns, unscored_by_reward)
 from ..evaluation.statistics import format_intervals
 from ..training.source import check_for_judge, trained_part
 
@@ -318,7 +318,9 @@ def compare_shared(
 ) -> tuple:            # (table of `compare`, over how many sessions)
     "Is a run better than another, over the sessions that both have? Raises `InputError` where they share none."
     (a, ids_a), (b, ids_b) = load_outcomes(against), load_outcomes(run)
-    if not ids_a or not ids_b: return compare(a, b), len(b.success_IT)
+    if not ids_a or not ids_b:
+        turns_I = [turns[id] for id in ids_b] if turns and ids_b else stored_turns(run)
+        return compare(a, b, turns_I=turns_I), len(b.success_IT)
     place = {id: i for i, id in enumerate(ids_a)}
     shared = [(place[id], i) for i, id in enumerate(ids_b) if id in place]
     expect(shared, '--against', f'a run over some of the same sessions, such as {ids_b[0]!r}', f'{ids_a[0]!r}, ...')
@@ -366,8 +368,8 @@ def finish_run(
     **card,             # title, images and why_IT of `write_card`
 ) -> pd.DataFrame:      # of `score_intervals`
     "Write scores, then draw the card; one that cannot be drawn is a warning."
-    save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions])
     turns_I = turn_counts(sessions)
+    save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions], turns_I)
     table = score_intervals(outcomes, turns_I=turns_I, cc_unscored_IT=cc_unscored_IT)
     atomic_write(out/'scores.csv', table.to_csv())
     unscored = unscored_by_reward(outcomes.success_IT, cc_unscored_IT, turns_I)
@@ -459,6 +461,18 @@ def _keeping(judge, out): # a judge that writes the pictures that it is shown, b
         return judge(sessions, images_PGTHWC)
     return judge_and_keep
 
+def check_older_mode(
+    out: Path,  # folder of a run
+    judge: str, # as `load_judge` takes it
+):
+    "Raises `InputError` where results from before a judge's mode was noted with them say that it was another one."
+    noted, results = out/'sessions'/'protocol.json', out/'results.json'
+    if not (noted.is_file() and results.is_file()) or 'judge_mode' in read_json(noted): return
+    theirs = read_json(results).get('facts', {}).get('Protocol', {}).get('judge', judge)
+    if judge_mode(theirs) == judge_mode(judge): return
+    raise InputError(f'{out}: judge: expected {theirs!r}, as in the results that are there, received {judge!r}; '
+                     'choose another folder')
+
 def run_free(
     a,              # the options, filled
     editor,         # from `load_editor`
@@ -470,6 +484,8 @@ def run_free(
     model = getattr(getattr(judge, 'engine', None), 'model', a.judge)
     settings = dict(judge=model) | {'model' if k == 'editor' else k: v for k, v in made_with(a).items()}
     if a.judge_options: settings |= dict(judge_options=judge_options(a))
+    if mode := judge_mode(a.judge): settings |= dict(judge_mode=mode)
+    from_first(lambda: check_older_mode(out, a.judge))
     kw = dict(num_steps=a.steps, kind=a.sampler or 'ode', batch=a.batch, folder=out/'sessions', progress=True,
               settings=settings)
     size = sum(len(s.instructions) for s in sessions) * editor.size**2 * 3

@@ -21,7 +21,7 @@ from ..data.sessions import load_sessions
 from ..data.shapeworld import WORLD_SIDE, parse_edit, recognise
 from .edival import turn_file
 from .running import pack_pictures
-from .scores import (EDIVAL_METRICS, Outcomes, all_right_so_far, score_intervals,
+from .scores import (EDIVAL_METRICS, Outcomes, metric_arrays, score_intervals,
                                               unscored_by_reward)
 from .statistics import divide, format_intervals, wilson
 
@@ -85,11 +85,12 @@ def taxonomy(
 # %% ../../nbs/evaluation/06_card.ipynb #e6ae2f2b
 def session_scores(
     outcomes: Outcomes, # [I, T]
+    turns_I=None,       # how many turns each session has; None: T
 ) -> np.ndarray:        # [I], below 2
     "One number for each session: how long everything was right, then how much content was preserved."
     kept = np.stack([outcomes.object_cc_IT, outcomes.background_cc_IT])
     kept_I = np.nan_to_num(divide(np.nansum(kept, (0, 2)), (~np.isnan(kept)).sum((0, 2))))
-    right_IT = all_right_so_far(outcomes.success_IT)
+    right_IT = metric_arrays(outcomes, turns_I)[1]
     right_I = np.nan_to_num(divide(np.nansum(right_IT, 1), (~np.isnan(right_IT)).sum(1)))
     return right_I + .999 * kept_I / max(1, right_IT.shape[1])
 
@@ -314,7 +315,7 @@ def write_card(
     sections += [dict(head=head, text='', table=table) for head, table in (extra or {}).items()]
     sections.append(dict(head='Failures by instruction type', text=_about_failures,
                          table=taxonomy(types, success, why)))
-    shown = best_median_worst(session_scores(outcomes)) if images else {}
+    shown = best_median_worst(session_scores(outcomes, turns_I)) if images else {}
     strips = [card_strip(folder, name, sessions[i], images(i), success[i]) for name, i in shown.items()]
     about = _about_sessions if images else 'No pictures were published with these results.'
     return write_pages(folder, title=title, facts=facts, notes=list(notes), sections=sections, about_sessions=about,

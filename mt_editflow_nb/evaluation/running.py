@@ -93,19 +93,26 @@ def evaluation_protocol(
     adapter = [p.detach().float().cpu().numpy() for p in lora_parameters(editor)]
     return dict(sessions=content_hash(sessions), adapter=content_hash(adapter), size=editor.size) | settings
 
+_noted_later = ('judge_mode',)   # what folders of older versions lack, though their results depend on it
+
 def check_protocol(
     folder,         # created when missing
     protocol: dict, # of JSON's types
 ):
-    "Note what a folder's results depend on. Raises `InputError` where it holds those of another protocol."
+    """Note what a folder's results depend on. Raises `InputError` where it holds those of another protocol.
+
+    What older versions did not note is noted with what they did."""
     file = Path(folder)/'protocol.json'
     if not file.is_file(): return atomic_write(file, to_json(protocol, indent=1))
     earlier = read_json(file)
+    later = {name: protocol[name] for name in _noted_later if name in protocol and name not in earlier}
+    earlier |= later
     for name in [*protocol, *earlier]:
         if name == 'batch' and name not in protocol: continue      # results of older versions depended on it
         if earlier.get(name) != protocol.get(name):
             raise InputError(f'{folder}: {name}: expected {earlier.get(name)!r}, as in the results that are there, '
                              f'received {protocol.get(name)!r}; choose another folder')
+    if later: atomic_write(file, to_json(earlier, indent=1))
 
 # %% ../../nbs/evaluation/01a_running.ipynb #a384a82b
 def pack_pictures(
@@ -132,11 +139,13 @@ def write_outcomes(
     outcomes: Outcomes, # [I, T]
     images,             # of the first sessions, as `pack_pictures` takes them
     cc_unscored_IT=None,# bool, where a question about consistency got no answer; None: nowhere
+    turns_I=None,       # how many turns each session has; None: T
 ):
     "Write outcomes and pictures whole or not at all, with a hash of their content."
     from safetensors.numpy import save
     arrays = outcomes._asdict() | pack_pictures(images)
     if np.any(cc_unscored_IT): arrays |= dict(cc_unscored_IT=cc_unscored_IT)
+    if turns_I is not None and len(set(turns_I)) > 1: arrays |= dict(turns_I=np.asarray(turns_I, np.int64))
     arrays = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     atomic_write(file, save(arrays, dict(content=content_hash(arrays))))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDIVAL_METRICS', 'Outcomes', 'outcomes_from', 'all_right_so_far', 'metric_arrays', 'weighted_scores', 'edival_scores',
            'count_unscored', 'unscored_by_reward', 'score_intervals', 'compare_scores', 'plot_comparison',
-           'save_outcomes', 'load_outcomes', 'compare']
+           'save_outcomes', 'stored_turns', 'load_outcomes', 'compare']
 
 # %% ../../nbs/evaluation/01_scores.ipynb #6aad773e
 import json
@@ -247,19 +247,34 @@ def save_outcomes(
     path,               # of a safetensors file
     outcomes: Outcomes, # to write
     ids: list = None,   # of the sessions, so that only the same sessions are compared
+    turns_I=None,       # how many turns each session has; None: T
 ):
     "Write outcomes as safetensors."
     data = {k: np.ascontiguousarray(x) for k, x in outcomes._asdict().items()}
+    if turns_I is not None and len(set(turns_I)) > 1: data |= dict(turns_I=np.asarray(turns_I, np.int64))
     atomic_write(path, save(data, dict(ids=json.dumps(ids)) if ids else None))
+
+def _file_of(run):
+    "The file of a run's outcomes. Raises `InputError` where there is none."
+    files = [Path(run)] + [Path(run)/f'{name}.safetensors' for name in ('outcomes', 'after')]
+    file = next((f for f in files if f.is_file()), None)
+    expect(file, f'run: {run}', 'outcomes.safetensors or after.safetensors', 'neither')
+    return file
+
+def stored_turns(
+    run, # as for `load_outcomes`, which has read it
+) -> list: # how many turns each session has; None: all T, or it is not known
+    "The numbers of turns that are kept with outcomes, where sessions differ in them."
+    if isinstance(run, Outcomes): return None
+    with safe_open(str(_file_of(run)), 'numpy') as f:
+        return f.get_tensor('turns_I').tolist() if 'turns_I' in f.keys() else None
 
 def load_outcomes(
     run,    # a run folder, a safetensors file of outcomes, or `Outcomes`
 ) -> tuple: # (`Outcomes`, list of session ids or None). Raises `InputError` where there are no outcomes
     "Outcomes of a run."
     if isinstance(run, Outcomes): return run, None
-    files = [Path(run)] + [Path(run)/f'{name}.safetensors' for name in ('outcomes', 'after')]
-    file = next((f for f in files if f.is_file()), None)
-    expect(file, f'run: {run}', 'outcomes.safetensors or after.safetensors', 'neither')
+    file = _file_of(run)
     try:
         with safe_open(str(file), 'numpy') as f:
             ids = json.loads((f.metadata() or {}).get('ids', 'null'))
@@ -280,10 +295,11 @@ def _check_same_sessions(run_a, ids_a, run_b, ids_b):
 def compare(
     run_a,         # run folder, file, or `Outcomes`: the one to compare with
     run_b,         # the one that might be better
-    **kw,          # n_boot and seed of `compare_scores`
+    **kw,          # n_boot, seed and turns_I of `compare_scores`; turns that are kept with a run are known
 ) -> pd.DataFrame: # as `compare_scores`, with columns `a` and `b` for `before` and `after`
     "Is run b better than run a? Paired over sessions. Raises `InputError` for runs over different sessions."
     (a, ids_a), (b, ids_b) = load_outcomes(run_a), load_outcomes(run_b)
     if ids_a and ids_b: _check_same_sessions(run_a, ids_a, run_b, ids_b)
+    if kw.get('turns_I') is None: kw = kw | dict(turns_I=stored_turns(run_a) or stored_turns(run_b))
     names = dict(before='a', after='b', before_unscored='a_unscored', after_unscored='b_unscored')
     return compare_scores(a, b, **kw).rename(columns=names)

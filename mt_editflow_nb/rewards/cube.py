@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['JUDGES', 'REWARD_MODELS', 'Scores', 'verifier', 'check_scores', 'judge_items', 'check_instruction_length',
            'check_failures', 'check_rewards', 'Judge', 'check_engine', 'scores_of', 'EdivalJudge', 'judge_usage',
-           'check_judge_options', 'load_judge', 'of_last_turn', 'scores_of_turn', 'TurnScorer', 'scores_by_session']
+           'check_judge_options', 'judge_mode', 'load_judge', 'of_last_turn', 'scores_of_turn', 'TurnScorer',
+           'scores_by_session']
 
 # %% ../../nbs/rewards/02_cube.ipynb #c09409e5
 import math, time
@@ -422,6 +423,15 @@ def check_judge_options(
     for name in options:
         ours = isinstance(name, str) and name not in ('model', 'cache', 'offline', 'rewards')
         expect(ours, 'judge_options', 'settings of an engine, such as max_tokens', name)
+
+def judge_mode(
+    name: str, # as `load_judge` takes it
+) -> str:      # such as 'direct', 'think@4', 'viescore', 'logit:coarse'; '' for judges that have no modes
+    "How a judge asks, whichever model it asks and wherever that is served."
+    fine = name.removesuffix(':coarse')
+    kind = fine.partition(':')[0]
+    if name in JUDGES or kind in HEAD_MODELS or kind.partition('@')[0] == 'edival': return ''
+    return REWARD_MODELS.get(kind, fine.rpartition(':')[2]) + name[len(fine):]
 
 # %% ../../nbs/rewards/02_cube.ipynb #d8b1286d
 def _heads_judge(kind, model, cache, offline, rewards, max_failed, options):

@@ -702,20 +702,21 @@ def saved_evaluation(
     "Evaluate once per run, or once for all runs that share a file, into `before.safetensors` or `after.safetensors`."
     file = ctx.run/f'{name}.safetensors'
     heldout = ctx.source.for_editor(editor, ctx.c.eval_size).heldout
+    turns_I = turns_of(heldout).tolist()
     def has_all(file):
         evaluation = read_outcomes(file)
         return evaluation and len(evaluation[0].success_IT) == len(heldout) and evaluation
     def is_there():
         if has_all(file): return True
         evaluation = shared and has_all(shared)
-        if evaluation: write_outcomes(file, *evaluation, read_cc_unscored(shared))
+        if evaluation: write_outcomes(file, *evaluation, read_cc_unscored(shared), turns_I)
         return bool(evaluation)
     if from_first(is_there): return
     if name == 'before' and processes()[0] == 0: warn_of_mismatches(ctx.c, editor)
     report = FirstBatch(ctx.c, ctx.run, name, int(turns_of(heldout).max()), ctx.progress)
     evaluation = run_evaluation(ctx, name, editor, heldout, report)
     def keep():
-        for target in filter(None, (file, shared)): write_outcomes(target, *evaluation)
+        for target in filter(None, (file, shared)): write_outcomes(target, *evaluation, turns_I)
         shutil.rmtree(ctx.run/'evaluations'/name, ignore_errors=True)  # it is whole: the parts are not needed
     from_first(keep)
 
