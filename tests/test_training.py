@@ -63,6 +63,7 @@ def wait_for_iteration(job, run, n):
 
 @pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
 def test_stopped_at_a_random_moment_and_resumed(whole, tmp_path, sent):
+    "What stops a run is one function for all signals that can be answered: of these, SIGTERM is gone on from."
     run = tmp_path/'a folder'
     job = start(run, *pairs())
     moment = random.Random(sent)
@@ -73,6 +74,7 @@ def test_stopped_at_a_random_moment_and_resumed(whole, tmp_path, sent):
     if sent == signal.SIGKILL: assert status == -signal.SIGKILL
     else: assert status == 128 + sent and f'--resume {run}' in said
     assert len(lines(run)) < small['iterations']
+    if sent in (signal.SIGINT, signal.SIGUSR1): return
     assert Command(main, ['--resume', str(run)], tmp_path/'resumed').end()[0] == 0
     assert same_end(whole, run)
     assert table(run) == table(whole)
@@ -143,25 +145,17 @@ def copied(whole, folder):
     for name in ('before.safetensors', 'after.safetensors', 'results.json'): (folder/name).unlink()
     return folder
 
-def test_a_checkpoint_that_is_not_one(tmp_path, whole):
-    "With an older good one beside it the run goes on from there and ends as ever; without, it stops with one line."
-    run = copied(whole, tmp_path/'run')
-    (last_checkpoint(run)/'state.safetensors').write_bytes(b'not weights')
-    assert last_checkpoint(run).name == '000006'
-    with one_thread(): train(make_config(small), run, progress=False)
-    assert same_end(whole, run)
-    for folder in (run/'checkpoints').iterdir(): (folder/'state.safetensors').write_bytes(b'not weights')
-    with pytest.raises(InputError, match='checkpoint: .*000008 is not a checkpoint of this run') as e:
-        train(make_config(small), run, progress=False)
-    assert '\n' not in str(e.value)
-
 def test_without_a_good_checkpoint_nothing_is_loaded(tmp_path, whole, monkeypatch, capsys):
     run = copied(whole, tmp_path/'run')
     for folder in (run/'checkpoints').iterdir(): (folder/'state.safetensors').write_bytes(b'not weights')
     loaded = []
     monkeypatch.setattr(mt_editflow_nb.training.train, 'load_editor', lambda *a, **kw: loaded.append(a))
     assert main(['--resume', str(run)]) == 2 and not loaded
-    assert 'is not a checkpoint of this run' in capsys.readouterr().err
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith('mtef_train: checkpoint: ') and '000008 is not a checkpoint of this run' in last
+    with pytest.raises(InputError, match='checkpoint: .*000008 is not a checkpoint of this run') as e:
+        train(make_config(small), run, progress=False)
+    assert '\n' not in str(e.value)
 
 def flip(file):
     "Change one bit of a file."
@@ -175,9 +169,16 @@ def cut_in_half(file): file.write_bytes(file.read_bytes()[:len(file.read_bytes()
 @pytest.mark.parametrize('harm,name', [(flip, 'state.safetensors'), (cut_in_half, 'state.safetensors'),
                                        (says_another_iteration, 'state.json'), (cut_in_half, 'state.json')],
                          ids=lambda x: getattr(x, '__name__', x))
-def test_a_damaged_checkpoint_is_never_gone_on_from(whole, tmp_path, capsys, harm, name):
-    run = copied(whole, tmp_path/'run')
+def test_a_damaged_checkpoint_is_never_gone_on_from(whole, tmp_path, harm, name):
+    run, said = copied(whole, tmp_path/'run'), []
     harm(run/'checkpoints'/'000008'/name)
+    assert last_checkpoint(run, said.append).name == '000006'
+    line, = said
+    assert '000008 is not a checkpoint of this run' in line and 'going on from 000006' in line
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(whole, tmp_path, capsys):
+    run = copied(whole, tmp_path/'run')
+    flip(run/'checkpoints'/'000008'/'state.safetensors')
     with one_thread(): train(make_config(small), run, progress=False)
     said = capsys.readouterr().err
     assert '000008 is not a checkpoint of this run' in said and 'going on from 000006' in said
