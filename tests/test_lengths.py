@@ -57,16 +57,6 @@ def test_an_epoch_shows_every_session_once_in_an_order_of_its_own():
     assert shuffled_part(7, 5, 4, 3) == [*first[5:], *second[:2]]                     # across the end of an epoch
     assert first == np.random.default_rng((3, 0)).permutation(7).tolist()
 
-@pytest.mark.parametrize('processes', [1, 2, 4])
-def test_the_order_does_not_know_how_many_processes_there_are(tmp_path, monkeypatch, processes):
-    sessions = [*shape_sessions(6, 1, seed=1), *shape_sessions(6, 2, seed=2)]
-    file = save_sessions([replace(s, id=str(i)) for i, s in enumerate(sessions)], tmp_path, same_turns=False)
-    c = make_config(dict(sessions=str(file), heldout='training', sessions_per_iteration=4, seed=5))
-    monkeypatch.setenv('WORLD_SIZE', str(processes))
-    ids = [[s.id for s in session_source(c).batch(i)] for i in range(6)]
-    monkeypatch.delenv('WORLD_SIZE')
-    assert ids == [[s.id for s in session_source(c).batch(i)] for i in range(6)]
-
 def test_pictures_of_the_next_batch_are_opened_while_one_is_judged():
     "By another thread, one batch ahead and no further; the results are those of pictures in memory."
     made = shape_sessions(6, 1, 'heldout')
