@@ -22,7 +22,8 @@ from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.training.checkpoints import last_checkpoint
 from mt_editflow_nb.cli.train import _go_where_begun, main
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.training.train import experiment, train
+from mt_editflow_nb.training.train import experiment, opened_run, train
+from test_sweeps import write_notebook
 
 small = dict(sessions_per_iteration=1, group=2, turns=2, num_steps=2, lora_rank=2, iterations=8, save_every=2,
              eval_sessions=2)
@@ -299,20 +300,47 @@ def test_a_stop_in_an_evaluation_says_how_to_go_on(tmp_path, capsys):
     results = [json.loads((tmp_path/n/'results.json').read_text())['table'] for n in ('run', 'whole')]
     assert results[0] == results[1]
 
-@pytest.mark.skipif(not Path('experiments/train.ipynb').is_file(), reason='runs from the top of the repository')
-@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_a_notebook_does_not_train_on_as_an_orphan(tmp_path, sent):
-    run = tmp_path/'run'
-    job = start(run, *pairs(iterations=500), '--notebook', 'experiments/train.ipynb')
+def end_notebook(notebook, run, sent):
+    "Exit status of `mtef_train --notebook` that is sent a signal in its third iteration, and what it has said."
+    job = start(run, *pairs(iterations=500), '--notebook', str(notebook))
     wait_for_iteration(job, run, 2)
     family = psutil.Process(job.pid).children(recursive=True)
     assert len(family) >= 2                                        # papermill and its kernel
     job.send(sent)
-    status, said = job.end()
+    end = job.end()
     _, alive = psutil.wait_procs(family, PATIENCE)
     assert not alive
-    if sent == signal.SIGTERM: assert status == 143 and f'--resume {run}' in said
+    return end
+
+@pytest.mark.skipif(not Path('experiments/train.ipynb').is_file(), reason='runs from the top of the repository')
+def test_a_notebook_that_is_stopped_has_saved(tmp_path):
+    run = tmp_path/'run'
+    status, said = end_notebook('experiments/train.ipynb', run, signal.SIGTERM)
+    assert status == 143 and f'--resume {run}' in said
     assert last_checkpoint(run) is not None
+
+works_on = '''import os, time
+from pathlib import Path
+from mt_editflow_nb.data.signals import stop_requests, stop_with
+stop_with(int(os.environ['MTEF_FOLLOWED_BY']))
+try:
+    with stop_requests():
+        while True:
+            with open(Path(run)/'metrics.jsonl', 'a') as f: f.write('{}\\n')
+            time.sleep(.1)
+finally: (Path(run)/'saved').touch()'''
+
+def test_a_notebook_does_not_work_on_as_an_orphan(tmp_path):
+    "Beside `mtef_train` that is killed: one that does what training does when it begins, and no more."
+    notebook = write_notebook(tmp_path/'works_on.ipynb', "run: str = ''\nsettings: dict = {}", works_on)
+    status, _ = end_notebook(notebook, tmp_path/'run', signal.SIGKILL)
+    assert status == -signal.SIGKILL and (tmp_path/'run'/'saved').is_file()
+
+def test_training_in_a_notebook_ends_with_the_command(tmp_path, monkeypatch):
+    followed = []
+    monkeypatch.setenv('MTEF_FOLLOWED_BY', '12345')
+    monkeypatch.setattr(mt_editflow_nb.training.train, 'stop_with', followed.append)
+    with opened_run(make_config(small), tmp_path/'run', {}): assert followed == [12345]
 
 bad = {
     'unknown parameter': (['agregation=min'], 'agregation'), 'wrong type': (['lr=fast'], 'lr'),
