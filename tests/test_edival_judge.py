@@ -133,7 +133,8 @@ def test_a_server_of_tools_that_restarts_is_waited_for_with_one_line(told, waits
     "It is gone when the first call is made, and comes when it is waited for; who interrupts need not wait for it."
     pictures = np.stack([np.stack([np.asarray(s.image)]*3)[None] for s in told[:1]])
     port, tools = free_port(), [Counting(lambda r: same_box), Counting(lambda r: 'Yes'), Counting(constant)]
-    judge, began, over = load_judge(f'edival@http://127.0.0.1:{port}', retries=0, judge_wait=3600), [], threading.Event()
+    judge = load_judge(f'edival@http://127.0.0.1:{port}', retries=0, judge_wait=3600)
+    began, over = [], threading.Event()
     waits.then = lambda line: began.append(Served(*tools, port=port).__enter__())
     assert not judge.score(told[:1], pictures).rewards_PGTM[..., 1].isnan().any()
     began[0].__exit__()

@@ -189,7 +189,8 @@ def test_a_kernel_that_misses_the_first_signal_is_asked_again(tmp_path):
     "A stand-in for papermill, whose child listens after a second; and one without a child, which ends at once."
     child = ('import pathlib, signal, sys, time; signal.signal(2, signal.SIG_IGN); pathlib.Path(sys.argv[1]).touch(); '
              'time.sleep(1); signal.signal(2, signal.SIG_DFL); time.sleep(60)')
-    parent = f'import subprocess, sys; sys.exit(-subprocess.run([sys.executable, "-c", {child!r}, sys.argv[1]]).returncode)'
+    parent = ('import subprocess, sys; '
+              f'sys.exit(-subprocess.run([sys.executable, "-c", {child!r}, sys.argv[1]]).returncode)')
     job = subprocess.Popen([sys.executable, '-c', parent, str(tmp_path/'ignores')], start_new_session=True)
     wait_for((tmp_path/'ignores').is_file)
     family = psutil.Process(job.pid).children()

@@ -1,7 +1,7 @@
 "Sessions of different length in one file: trained on, evaluated, and reported turn by turn."
 import threading
 from dataclasses import replace
-import numpy as np, pytest, torch
+import numpy as np, torch
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import read_json
 from mt_editflow_nb.data.sessions import save_sessions
@@ -12,7 +12,7 @@ from mt_editflow_nb.evaluation.running import evaluate
 from mt_editflow_nb.explore.strips import read_strips, session_strip
 from mt_editflow_nb.rewards.cube import Scores, load_judge
 from mt_editflow_nb.training.runs import results_table
-from mt_editflow_nb.training.source import session_source, shuffled_part
+from mt_editflow_nb.training.source import shuffled_part
 from mt_editflow_nb.training.train import experiment
 from helpers import wait_for
 
