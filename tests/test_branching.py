@@ -71,14 +71,16 @@ def test_a_judge_of_turns_and_one_of_sessions_are_asked_alike():
 @pytest.mark.parametrize('rule', ['best', 'worst', 'failed'])
 def test_who_goes_on_is_chosen_by_score(rule):
     _, made, scores, _ = one_iteration(branching=rule, credit='local')
-    fused_PGT = scores.rewards_PGTM@torch.tensor([.35, .65])
+    fused_PGT, mixed = scores.rewards_PGTM@torch.tensor([.35, .65]), []
     for p in range(2):
         for t in range(2):
             g, of_members = made.goes_on_PT[p, t], fused_PGT[p, :, t]
             failed = scores.success_PGT[p, :, t] == 0
+            mixed.append(failed.any() and not failed.all())
             wanted = dict(best=of_members[g] == of_members.max(), worst=of_members[g] == of_members.min(),
                           failed=failed[g] or not failed.any())
             assert wanted[rule]
+    assert any(mixed)                                                     # where the rule has something to choose
 
 def test_advantages_by_hand():
     "Two sessions, two members, two turns; only if counts. What follows turn 1 is worth .5 and .1, on average .3."

@@ -5,6 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
+from helpers import PATIENCE, wait_for
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.eval import main as mtef_eval
 from mt_editflow_nb.cli.tools import names_of_tools
@@ -20,7 +21,7 @@ from mt_editflow_nb.rewards.edival_rules import EdivalTools, Found, NoAnswer
 from mt_editflow_nb.rewards.edival_tools import LocalTools, RemoteTools, tools_app
 from mt_editflow_nb.training.source import session_source
 from mt_editflow_nb.training.train import train
-from test_judge_servers import impatient  # noqa: F401 a fixture
+from test_judge_servers import impatient, waits  # noqa: F401 fixtures
 
 def free_port():
     with socket.socket() as s:
@@ -37,11 +38,15 @@ class Served:
         self.url, self.thread = f'http://127.0.0.1:{self.port}', threading.Thread(target=self.server.run, daemon=True)
     def __enter__(self):
         self.thread.start()
-        while not self.server.started: time.sleep(.01)
+        def has_started():
+            assert self.thread.is_alive(), 'the server has ended'
+            return self.server.started
+        wait_for(has_started)
         return self
     def __exit__(self, *_):
         self.server.should_exit = True
-        self.thread.join()
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive(), 'waited in vain'
 
 class Counting:
     "A tool that is asked in batches, and remembers how large they were."
@@ -135,18 +140,26 @@ def test_a_server_that_stays_away_is_one_line(told):
     judge = load_judge(f'edival@http://127.0.0.1:{free_port()}', retries=0)
     with pytest.raises(InputError, match='nobody listens there'): judge.check_ready(told)
 
-def test_a_server_of_tools_that_restarts_is_waited_for_with_one_line(told, capfd):
-    "It is gone when the first call is made, and comes half a second later; who interrupts need not wait for it."
+def test_a_server_of_tools_that_restarts_is_waited_for_with_one_line(told, waits, capfd):  # noqa: F811
+    "It is gone when the first call is made, and comes when it is waited for; who interrupts need not wait for it."
     pictures = np.stack([np.stack([np.asarray(s.image)]*3)[None] for s in told[:1]])
     port, tools = free_port(), [Counting(lambda r: same_box), Counting(lambda r: 'Yes'), Counting(constant)]
-    judge, began = load_judge(f'edival@http://127.0.0.1:{port}', retries=0, judge_wait=600), []
-    threading.Timer(.5, lambda: began.append(Served(*tools, port=port).__enter__())).start()
+    judge = load_judge(f'edival@http://127.0.0.1:{port}', retries=0, judge_wait=3600)
+    began, over = [], threading.Event()
+    waits.then = lambda line: began.append(Served(*tools, port=port).__enter__())
     assert not judge.score(told[:1], pictures).rewards_PGTM[..., 1].isnan().any()
     began[0].__exit__()
     said = capfd.readouterr().err
-    assert said.count('waiting up to 10 minutes') == said.count('answers again') == 1 and 'nobody listens' in said
-    threading.Timer(.5, judge.cancel).start()
-    with pytest.raises(InputError, match='What was done before is kept'): judge.score(told[1:2], pictures)
+    assert said.count('waiting up to 60 minutes') == said.count('answers again') == 1 and 'nobody listens' in said
+    def interrupt():
+        while not over.wait(.05): judge.cancel()
+    interrupting, interrupted = threading.Thread(target=interrupt), time.monotonic()
+    waits.then = lambda line: interrupting.start()
+    try:
+        with pytest.raises(InputError, match='What was done before is kept'): judge.score(told[1:2], pictures)
+    finally: over.set()
+    assert time.monotonic() - interrupted < PATIENCE
+    interrupting.join(PATIENCE)
 
 def test_calls_at_once_are_those_of_all_processes(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '4')

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from helpers import PATIENCE, Command, run_notebook, wait_for
+from helpers import PATIENCE, Command, ask, colours, detect, run_notebook, wait_for
 from mt_editflow_nb.cli import run_eval
 from mt_editflow_nb.cli import eval as cli_eval
 from mt_editflow_nb.cli.eval import main
@@ -179,14 +179,14 @@ def test_edivals_models_without_some_weights_are_refused(tmp_path):
 
 def test_a_changed_first_picture_is_generated_and_scored_again(bench, tmp_path, capsys):
     "What was made of the old picture is not taken for the new one; the other session is left alone."
-    out, models = tmp_path/'out', tiny_edival_models(tmp_path/'models')
-    command = args(bench, out) + flags(models)
-    assert main(command) == 0, capsys.readouterr().err
+    out = tmp_path/'out'
+    def evaluate(): assert main(args(bench, out), tools=(detect, ask, colours)) == 0, capsys.readouterr().err
+    evaluate()
     def state(id):
         return [f.read_bytes() for f in (turn_file(out, id, 1), turn_file(out, id, 3), out/'scores'/f'{id}.json')]
     before = {id: state(id) for id in ('0', '12')}
     Image.new('RGB', (512, 512), 'teal').save(bench/'0_input_raw.jpg')
-    assert main(command) == 0, capsys.readouterr().err
+    evaluate()
     assert state('12') == before['12'] and all(a != b for a, b in zip(state('0'), before['0']))
     assert made_from(turn_file(out, '0', 1))
 

@@ -1,12 +1,11 @@
 "mtef_eval in several processes: killed, gone on with by another number of them, it ends with the table of one."
 import json, os, signal, socket
 from unittest.mock import patch
-import numpy as np, pytest
-from helpers import Command, wait_for
+import pytest
+from helpers import Command, ask, colours, detect, wait_for
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.evaluation import bench_pictures, edival, running
-from mt_editflow_nb.rewards.edival_rules import Found
 from test_eval import args, bench  # noqa: F401 a fixture
 
 def lme_files(folder, sessions):
@@ -17,19 +16,6 @@ def lme_files(folder, sessions):
     items = [dict(id=s.id, turns=s.instructions, labels=['local']*3, category='shapes') for s in told]
     (folder/'lme_bench.json').write_text(json.dumps(dict(items=items)))
     return folder
-
-def detect(image, names, threshold):
-    "Sees something in the left half of whatever is bright."
-    bright = np.asarray(image.resize((1, 1))).mean() > 120
-    boxes = [[0, 0, .5, 1.]] if bright else []
-    return Found(np.array(boxes).reshape(-1, 4), np.ones(len(boxes)))
-
-def ask(images, question): return 'Yes LAMB' if np.asarray(images[-1]).mean() > 125 else 'No'
-
-def colours(images):
-    import torch
-    x = torch.stack([torch.from_numpy(np.array(im.resize((4, 4)), np.float32)).reshape(16, 3) for im in images])
-    return x.mean(1), x
 
 def scripted(argv): return main(argv, tools=(detect, ask, colours))
 

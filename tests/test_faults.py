@@ -1,10 +1,11 @@
 "Faults that people ran into, each tried where it enters: the right value is in the test."
-import json, shutil, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, psutil, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from helpers import PATIENCE, wait_for
 import mt_editflow_nb
 from mt_editflow_nb.ablation.notebook import config_content
 from mt_editflow_nb.algorithm.config import make_config
@@ -190,15 +191,18 @@ def test_a_flipped_bit_in_an_evaluation_is_seen(tmp_path):
 
 # --- processes and signals
 
-def test_a_kernel_that_misses_the_first_signal_is_asked_again():
+def test_a_kernel_that_misses_the_first_signal_is_asked_again(tmp_path):
     "A stand-in for papermill, whose child listens after a second; and one without a child, which ends at once."
-    child = ('import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(1); '
-             'signal.signal(2, signal.SIG_DFL); time.sleep(60)')
-    parent = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {child!r}])'
-    job = subprocess.Popen([sys.executable, '-c', parent], start_new_session=True)
-    while not (family := psutil.Process(job.pid).children()): time.sleep(.01)
+    child = ('import pathlib, signal, sys, time; signal.signal(2, signal.SIG_IGN); pathlib.Path(sys.argv[1]).touch(); '
+             'time.sleep(1); signal.signal(2, signal.SIG_DFL); time.sleep(60)')
+    parent = ('import subprocess, sys; '
+              f'sys.exit(-subprocess.run([sys.executable, "-c", {child!r}, sys.argv[1]]).returncode)')
+    job = subprocess.Popen([sys.executable, '-c', parent, str(tmp_path/'ignores')], start_new_session=True)
+    wait_for((tmp_path/'ignores').is_file)
+    family = psutil.Process(job.pid).children()
     stop_notebook(job, signal.SIGINT)
-    assert job.returncode is not None and not psutil.wait_procs(family, 1)[1]
+    assert job.returncode == signal.SIGINT                           # which has ended the child: nobody was killed
+    assert len(family) == 1 and not psutil.wait_procs(family, PATIENCE)[1]
     alone = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
     stop_notebook(alone, signal.SIGINT)
     assert alone.returncode == -signal.SIGTERM

@@ -1,5 +1,5 @@
 "The last iterations of a run repeat its own right results, and a run that is cut goes on with the same ones."
-import json
+import json, shutil
 from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, pytest, torch
@@ -95,16 +95,20 @@ def test_the_consistency_that_an_edit_has_lost(whole):
         lost = before[name] - cc_PGT[p, best_PT[p, t], t].item()
         assert edit.meta['consistency_lost'] == [pytest.approx(lost, abs=1e-4)] and edit.meta['turn'] == [t + 1]
 
-def test_what_has_damaged_the_rest_is_not_repeated(whole):
+def test_what_has_damaged_the_rest_is_not_repeated(whole, tmp_path):
     "It is kept in the folder, where the others are, and no batch has it."
     usual = [dict(turn=[1], consistency_lost=[.06 + .01*(n % 3)]) for n in range(len(kept(whole)))]
     edits = [replace(edit, meta=edit.meta | lost) for edit, lost in zip(kept(whole), usual)]
     edits[2].meta['consistency_lost'] = [.2]
     assert [e.id for e in without_damage(edits)] == [e.id for n, e in enumerate(edits) if n != 2]
-    again = make_config(small)
-    source = with_own_results(session_source(again), again, whole)
-    repeated = {e.id for i in range(3, 6) for e in source.batch(i)}
-    assert repeated <= {e.id for e in without_damage(kept(whole))}
+    again, copy, known = make_config(small | dict(iterations=400)), tmp_path/'copy', {e.id: e.meta for e in edits}
+    shutil.copytree(whole, copy)
+    for file in copy.glob('right/*/sessions.jsonl'):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text(''.join(json.dumps(line | dict(meta=known[line['id']])) + '\n' for line in lines))
+    source = with_own_results(session_source(again), again, copy)
+    repeated = {e.id for i in range(200, 400) for e in source.batch(i)}
+    assert edits[2].id in {e.id for e in kept(copy)} and repeated == {e.id for e in edits} - {edits[2].id}
 
 def scored(cc, **terms):
     "Scores of one session, one member and as many turns as there are numbers."

@@ -3,6 +3,7 @@ import datetime, json, math, os, socket, sqlite3, threading, time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest, torch
+from helpers import PATIENCE, wait_for
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions
@@ -11,6 +12,7 @@ from mt_editflow_nb.rewards.cache import Cached, merge_caches
 from mt_editflow_nb.rewards.cube import Judge, Scores, TurnScorer, judge_usage, load_judge
 from mt_editflow_nb.rewards.engines import Ask, Reply
 from mt_editflow_nb.rewards.judges import Item, PROMPTS, load_mode
+from mt_editflow_nb.rewards import servers
 from mt_editflow_nb.rewards.servers import Server
 from mt_editflow_nb.training.train import hint_at_resume
 
@@ -54,6 +56,20 @@ def impatient(monkeypatch):
     import openai._base_client as client
     for name in ('INITIAL_RETRY_DELAY', 'MAX_RETRY_DELAY'): monkeypatch.setattr(client, name, .01)
     for name in [n for n in os.environ if n.lower().endswith('_proxy')]: monkeypatch.delenv(name)
+
+@pytest.fixture
+def waits(monkeypatch):
+    "Lines in which a judge says that it waits for its server; `waits.then` is called with each."
+    class Lines(list):
+        def then(self, line): pass
+    lines, say = Lines(), servers._say
+    def noted(line):
+        say(line)
+        if 'waiting up to' in line:
+            lines.append(line)
+            lines.then(line)
+    monkeypatch.setattr(servers, '_say', noted)
+    return lines
 
 def closed_port():
     with socket.socket() as s:
@@ -236,15 +252,15 @@ def test_a_key_with_a_line_break_is_one_line(monkeypatch):
         Server('m', 'http://127.0.0.1:9/v1')([Ask((), 'x')])
     assert 'secret' not in str(e.value) and '\n' not in str(e.value)
 
-def test_a_server_that_restarts_is_waited_for_with_one_line(capfd):
+def test_a_server_that_restarts_is_waited_for_with_one_line(waits, capfd):
     port, answers = closed_port(), []
-    judge = Judge(Server('m', f'http://127.0.0.1:{port}/v1', retries=0, judge_wait=120), load_mode('think'))
-    threading.Timer(1.5, lambda: answers.append(Scripted(lambda request: good, port))).start()
+    judge = Judge(Server('m', f'http://127.0.0.1:{port}/v1', retries=0, judge_wait=PATIENCE), load_mode('think'))
+    waits.then = lambda line: answers.append(Scripted(lambda request: good, port))
     sessions, images = shape_sessions(1, turns=2, seed=3), np.zeros((1, 2, 2, 48, 48, 3), np.uint8)
     scores = judge(sessions, images)
     assert scores.failed == 0 and judge_usage(scores)['calls'] == 8
     said = capfd.readouterr().err
-    assert said.count('waiting up to 2 minutes') == said.count('answers again') == 1 and 'connection refused' in said
+    assert said.count('waiting up to 10 minutes') == said.count('answers again') == 1 and 'connection refused' in said
     answers[0].shutdown()
 
 def test_a_server_that_stays_away_stops_the_run_and_what_was_said_is_kept(tmp_path, capfd):
@@ -265,17 +281,19 @@ def test_a_server_that_stays_away_stops_the_run_and_what_was_said_is_kept(tmp_pa
     assert len(asked) == len(set(asked)) == 2   # the first session's were on record; equal pictures are one call
     servers[0].shutdown()
 
-def test_interrupt_ends_the_waiting():
+def test_interrupt_ends_the_waiting(waits):
     judge = Judge(Server('m', f'http://127.0.0.1:{closed_port()}/v1', retries=0, judge_wait=3600), load_mode('think'))
     sessions, images = shape_sessions(1, turns=1, seed=3), np.zeros((1, 2, 1, 48, 48, 3), np.uint8)
     with pytest.raises(KeyboardInterrupt):
         with TurnScorer(judge, sessions, 2) as scorer:
             scorer(0, slice(0, 1), images)
-            time.sleep(1)
-            raise KeyboardInterrupt                                          # ends here, not in an hour
+            wait_for(lambda: waits)
+            interrupted = time.monotonic()
+            raise KeyboardInterrupt
+    assert time.monotonic() - interrupted < PATIENCE                         # it ends now, not in an hour
 
 def test_several_servers_take_turns_and_the_dead_one_is_left_out_until_it_is_back():
-    gate = threading.Barrier(4, timeout=30)
+    gate = threading.Barrier(4, timeout=PATIENCE)
     def together(request):
         gate.wait()                                                          # four calls at once: two a server
         return good

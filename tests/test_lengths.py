@@ -1,7 +1,7 @@
 "Sessions of different length in one file: trained on, evaluated, and reported turn by turn."
 import threading
 from dataclasses import replace
-import numpy as np, pytest, torch
+import numpy as np, torch
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import read_json
 from mt_editflow_nb.data.sessions import save_sessions
@@ -13,7 +13,7 @@ from mt_editflow_nb.evaluation.scores import compare, stored_turns
 from mt_editflow_nb.explore.strips import read_strips, session_strip
 from mt_editflow_nb.rewards.cube import Scores, load_judge
 from mt_editflow_nb.training.runs import results_table
-from mt_editflow_nb.training.source import session_source, shuffled_part
+from mt_editflow_nb.training.source import shuffled_part
 from mt_editflow_nb.training.train import experiment
 from helpers import wait_for
 
@@ -61,16 +61,6 @@ def test_an_epoch_shows_every_session_once_in_an_order_of_its_own():
     assert sorted(first) == sorted(second) == list(range(7)) and first != second
     assert shuffled_part(7, 5, 4, 3) == [*first[5:], *second[:2]]                     # across the end of an epoch
     assert first == np.random.default_rng((3, 0)).permutation(7).tolist()
-
-@pytest.mark.parametrize('processes', [1, 2, 4])
-def test_the_order_does_not_know_how_many_processes_there_are(tmp_path, monkeypatch, processes):
-    sessions = [*shape_sessions(6, 1, seed=1), *shape_sessions(6, 2, seed=2)]
-    file = save_sessions([replace(s, id=str(i)) for i, s in enumerate(sessions)], tmp_path, same_turns=False)
-    c = make_config(dict(sessions=str(file), heldout='training', sessions_per_iteration=4, seed=5))
-    monkeypatch.setenv('WORLD_SIZE', str(processes))
-    ids = [[s.id for s in session_source(c).batch(i)] for i in range(6)]
-    monkeypatch.delenv('WORLD_SIZE')
-    assert ids == [[s.id for s in session_source(c).batch(i)] for i in range(6)]
 
 def test_pictures_of_the_next_batch_are_opened_while_one_is_judged():
     "By another thread, one batch ahead and no further; the results are those of pictures in memory."

@@ -83,7 +83,7 @@ def test_benchmarks_keep_their_protocol_and_say_where_training_was_otherwise(tmp
 def test_plan_of_an_evaluation_at_another_size():
     "Twice the side costs more than four times the operations in evaluation, and nothing else."
     a, b = (plan(make_config(few | dict(eval_size=size)), gpu='H100') for size in (None, 96))
-    assert a['minutes'] == b['minutes'] and 2 < b['evaluation_hours']/a['evaluation_hours'] < 16
+    assert a['minutes'] == b['minutes'] and 4 < b['evaluation_hours']/a['evaluation_hours'] < 16
 
 def test_merged_rollouts(tmp_path, monkeypatch):
     "The pictures of merged weights are those of the adapter, and so is what is learned; the weights stay."

@@ -89,6 +89,13 @@ def test_the_ablation_notebook_in_a_sweep(away, said):
 def test_names_to_start_with():
     "Each is the same object as in its own module, and asking for one loads no more than that module."
     import mt_editflow_nb
+    from mt_editflow_nb.algorithm import fusion
+    from mt_editflow_nb.data import sessions
+    from mt_editflow_nb.editing import loading
+    from mt_editflow_nb.training import train
+    for module, name in ((fusion, 'PRESETS'), (fusion, 'advantages'), (sessions, 'Session'), (loading, 'load_editor'),
+                         (train, 'train')):
+        assert getattr(mt_editflow_nb, name) is getattr(module, name)
     for name in mt_editflow_nb.__all__:
         x = getattr(mt_editflow_nb, name)
         assert getattr(x, '__name__', name) == name

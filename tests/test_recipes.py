@@ -73,6 +73,8 @@ def test_recipe(path, twins):
                  turns=2, window=min(published.window, 2), min_std=0., iterations=2, judge='verifier')   # see below
     c = make_config(read_recipe(path) | small)
     editor = load_configured_editor(c, lora_rank=c.lora_rank)
+    layers = {type(m).__name__ for m in editor.transformer.modules()}
+    assert any('Linear4bit' in name for name in layers) == (published.quantize == 'nf4')
     policy = Policy(c, editor)
     passes = counting(editor)
     for o in policy.old: o += .01                                     # off-policy, as after some iterations

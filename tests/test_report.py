@@ -1,5 +1,5 @@
 "`mtef_report` on job folders whose truth is known: a page, tables and pictures that say what is in them."
-import json, re, sys
+import contextlib, io, json, re, sys
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from helpers import run_module, run_script
@@ -48,10 +48,15 @@ def runs(tmp_path_factory):
     (out/'other.json').write_text('{"not": "a plan"}')
     return out
 
-def test_report(runs, capsys):
-    assert main([str(runs), '--n-boot', '300']) == 0
-    out = runs/'report'/'coins'
-    said = capsys.readouterr().out
+@pytest.fixture(scope='module')
+def reported(runs):
+    "The folder of their report, and what the command has said."
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said): assert main([str(runs), '--n-boot', '300']) == 0
+    return runs/'report'/'coins', said.getvalue()
+
+def test_report(runs, reported):
+    out, said = reported
     assert 'report.html' in said and 'much better: better than the baseline' in said and 'the same: undecided' in said
     html = (out/'report.html').read_text()
     assert 'Which coin wins?' in html and 'told to' in html and '1 jobs are not in this report' in html
@@ -68,9 +73,9 @@ def test_report(runs, capsys):
     assert row.low < 30 < row.high and row.p_holm < .01 and table.loc[('the same', 1, 'IF'), 'seeds'] == 4
     assert (out/'verdicts.tex').read_text().count(r'\\') >= 3
 
-def test_passes_of_a_report(runs):
+def test_passes_of_a_report(reported):
     "Eight iterations of 4 sampled rows of 2 turns and 3 steps, each trained once a turn with its backward pass."
-    table = pd.read_csv(runs/'report'/'coins'/'passes.csv', index_col=0)
+    table = pd.read_csv(reported[0]/'passes.csv', index_col=0)
     cost = 8*(4*T*3 + 3*4*T)
     assert (abs(table.passes - cost/1000) < 1e-12).all() and table.seeds.tolist() == [5, 5, 4]
     assert (abs(table.per_1000 - table.gain/(cost/1000)) < 1e-9).all()

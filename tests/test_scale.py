@@ -32,12 +32,12 @@ def most(name):
 def test_no_line_grows_faster_than_its_work(name):
     assert lowest_exponent(measured[measured.line == name]) <= most(name)
 
-@pytest.mark.parametrize('name', linear | constant)
+@pytest.mark.parametrize('name', [name for name in linear | constant if name != 'jobs reported'])
 def test_nor_between_the_two_largest_sizes(name):
-    "Where a constant share no longer hides it."
+    "Where a constant share no longer hides it; a report is measured once a size, which leaves no interval."
     line = measured[measured.line == name]
     two = line[line.n.isin(sorted(line.n.unique())[-2:])]
-    if len(two) > 2: assert lowest_exponent(two) <= most(name)
+    assert len(two) > 2 and lowest_exponent(two) <= most(name)
 
 def test_the_notebook(runner, tmp_path):
     some = ['answers kept', 'a thousand answers found among', 'rows read with the monitor', 'jobs planned and listed']

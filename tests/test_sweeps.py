@@ -94,9 +94,9 @@ def test_time_limit(folder, capsys):
     assert job_status(slow) == 'failed' and not is_running(slow.folder)
     assert 'time limit of 4 s' in capsys.readouterr().out
 
-@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
 def test_stop_and_go_on(folder, how):
-    "Whatever ends the sweep ends its jobs, they save what they have, and the same command goes on from there."
+    "Whatever ends the sweep ends its jobs, and they save what they have; after SIGKILL the same command goes on."
     path = spec(folder, fixed=dict(iterations=300, seconds=.05))
     job, = plan_sweep(path, folder/'runs').jobs
     process = start_command(path)
@@ -116,16 +116,25 @@ def test_stop_and_go_on(folder, how):
         assert job_status(job) == 'done' and lines(job) == 300 and starts(job) == 2
         assert job_state(job.folder)['attempts'] == 2
 
-def test_a_job_that_does_not_listen_is_killed(folder):
+def test_a_job_that_does_not_listen_is_killed(folder, monkeypatch):
+    monkeypatch.setenv('MTEF_GRACE_SECONDS', '2')
     path = spec(folder, fixed=dict(iterations=10_000, seconds=.05, stubborn=True))
     job, = plan_sweep(path, folder/'runs').jobs
     process = start_command(path)
     wait_for(lambda: lines(job) > 2)
     jobs = family(process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE) == 130
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and 'the same command resumes' in err and 'Traceback' not in err
     wait_for(lambda: not any(map(is_alive, jobs)))
     assert job_status(job) == 'cut' and not (job.folder/'saved').exists()
+
+@pytest.mark.parametrize('text', ['soon', '-1', 'inf', ''])
+def test_how_long_a_job_has_to_save_is_a_number(folder, monkeypatch, capsys, text):
+    monkeypatch.setenv('MTEF_GRACE_SECONDS', text)
+    assert main([str(spec(folder)), '--out', str(folder/'runs')]) == 2
+    said = f'mtef_sweep: MTEF_GRACE_SECONDS: expected a number of seconds, received {text!r}'
+    assert capsys.readouterr().err == f'{said}\n' and not list((folder/'runs').glob('*/job.json'))
 
 def test_two_sweeps_share_a_folder(folder):
     "Both ask for the same two jobs; each job is run once, and both sweeps end well."
@@ -418,16 +427,3 @@ def test_an_unreadable_record_is_no_record(tmp_path):
     record(job, 'running', 1.)
     with locked(job.folder, 'job.lock'): assert job_status(job) == 'running'
     assert job_status(job) == 'cut'
-
-tiny = dict(iterations=2, eval_sessions=2, sessions_per_iteration=1, group=2, num_steps=2, turns=1, eval_turns=2,
-            lora_rank=2, save_every=1)
-
-def test_supervised_training_is_a_run_like_any_other(tmp_path):
-    from mt_editflow_nb.algorithm.config import make_config
-    from mt_editflow_nb.training.checkpoints import last_checkpoint
-    from mt_editflow_nb.training.train import train
-    train(make_config(tiny | dict(algorithm='sft')), tmp_path/'run', progress=False)
-    rows = [json.loads(x) for x in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]
-    assert [r['iteration'] for r in rows] == [0, 1] and all(r['loss'] > 0 and r['rows'] == 2 for r in rows)
-    assert last_checkpoint(tmp_path/'run').name == '000002'
-    assert (tmp_path/'run'/'lora').is_dir() and list((tmp_path/'run'/'rollouts').glob('*.png'))

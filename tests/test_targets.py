@@ -14,6 +14,7 @@ from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
 from mt_editflow_nb.data.tables import open_sessions, save_table
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.rewards.cube import load_judge
+from mt_editflow_nb.training.checkpoints import last_checkpoint
 from mt_editflow_nb.training.source import session_source
 from mt_editflow_nb.training.train import train
 
@@ -47,11 +48,14 @@ def test_from_parquet_to_an_adapter_with_the_losses_of_the_shape_world(tmp_path)
     c = make_config(dict(algorithm='sft', sessions=str(file), heldout='training', sessions_per_iteration=2, group=2,
                          iterations=2, num_steps=2, lora_rank=1, exposure_turns=1))
     train(c, tmp_path/'run', progress=False)
-    found = [row['loss'] for row in read_json_lines(tmp_path/'run'/'metrics.jsonl')]
+    rows = read_json_lines(tmp_path/'run'/'metrics.jsonl')
+    found = [row['loss'] for row in rows]
     policy, losses = Policy(c, load_editor(lora_rank=1, seed=c.seed)), []
     for i in range(2): losses.append(supervise(c, policy, world, load_judge('verifier'), i).metrics['loss'])
     assert found == pytest.approx(losses, rel=1e-4) and found[0] != found[1]
+    assert [(row['iteration'], row['rows']) for row in rows] == [(0, 8), (1, 8)] and min(found) > 0
     assert (tmp_path/'run'/'lora'/'pytorch_lora_weights.safetensors').is_file()
+    assert last_checkpoint(tmp_path/'run').name == '000002' and list((tmp_path/'run'/'rollouts').glob('*.png'))
 
 def test_distillation_on_targets_of_a_file_is_that_on_the_shape_world(tmp_path):
     world = shape_sessions(2, 2, seed=3)

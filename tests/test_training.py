@@ -22,7 +22,8 @@ from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.training.checkpoints import last_checkpoint
 from mt_editflow_nb.cli.train import _go_where_begun, main
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.training.train import experiment, train
+from mt_editflow_nb.training.train import experiment, opened_run, train
+from test_sweeps import write_notebook
 
 small = dict(sessions_per_iteration=1, group=2, turns=2, num_steps=2, lora_rank=2, iterations=8, save_every=2,
              eval_sessions=2)
@@ -63,6 +64,7 @@ def wait_for_iteration(job, run, n):
 
 @pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
 def test_stopped_at_a_random_moment_and_resumed(whole, tmp_path, sent):
+    "What stops a run is one function for all signals that can be answered: of these, SIGTERM is gone on from."
     run = tmp_path/'a folder'
     job = start(run, *pairs())
     moment = random.Random(sent)
@@ -73,6 +75,7 @@ def test_stopped_at_a_random_moment_and_resumed(whole, tmp_path, sent):
     if sent == signal.SIGKILL: assert status == -signal.SIGKILL
     else: assert status == 128 + sent and f'--resume {run}' in said
     assert len(lines(run)) < small['iterations']
+    if sent in (signal.SIGINT, signal.SIGUSR1): return
     assert Command(main, ['--resume', str(run)], tmp_path/'resumed').end()[0] == 0
     assert same_end(whole, run)
     assert table(run) == table(whole)
@@ -143,25 +146,17 @@ def copied(whole, folder):
     for name in ('before.safetensors', 'after.safetensors', 'results.json'): (folder/name).unlink()
     return folder
 
-def test_a_checkpoint_that_is_not_one(tmp_path, whole):
-    "With an older good one beside it the run goes on from there and ends as ever; without, it stops with one line."
-    run = copied(whole, tmp_path/'run')
-    (last_checkpoint(run)/'state.safetensors').write_bytes(b'not weights')
-    assert last_checkpoint(run).name == '000006'
-    with one_thread(): train(make_config(small), run, progress=False)
-    assert same_end(whole, run)
-    for folder in (run/'checkpoints').iterdir(): (folder/'state.safetensors').write_bytes(b'not weights')
-    with pytest.raises(InputError, match='checkpoint: .*000008 is not a checkpoint of this run') as e:
-        train(make_config(small), run, progress=False)
-    assert '\n' not in str(e.value)
-
 def test_without_a_good_checkpoint_nothing_is_loaded(tmp_path, whole, monkeypatch, capsys):
     run = copied(whole, tmp_path/'run')
     for folder in (run/'checkpoints').iterdir(): (folder/'state.safetensors').write_bytes(b'not weights')
     loaded = []
     monkeypatch.setattr(mt_editflow_nb.training.train, 'load_editor', lambda *a, **kw: loaded.append(a))
     assert main(['--resume', str(run)]) == 2 and not loaded
-    assert 'is not a checkpoint of this run' in capsys.readouterr().err
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith('mtef_train: checkpoint: ') and '000008 is not a checkpoint of this run' in last
+    with pytest.raises(InputError, match='checkpoint: .*000008 is not a checkpoint of this run') as e:
+        train(make_config(small), run, progress=False)
+    assert '\n' not in str(e.value)
 
 def flip(file):
     "Change one bit of a file."
@@ -175,9 +170,16 @@ def cut_in_half(file): file.write_bytes(file.read_bytes()[:len(file.read_bytes()
 @pytest.mark.parametrize('harm,name', [(flip, 'state.safetensors'), (cut_in_half, 'state.safetensors'),
                                        (says_another_iteration, 'state.json'), (cut_in_half, 'state.json')],
                          ids=lambda x: getattr(x, '__name__', x))
-def test_a_damaged_checkpoint_is_never_gone_on_from(whole, tmp_path, capsys, harm, name):
-    run = copied(whole, tmp_path/'run')
+def test_a_damaged_checkpoint_is_never_gone_on_from(whole, tmp_path, harm, name):
+    run, said = copied(whole, tmp_path/'run'), []
     harm(run/'checkpoints'/'000008'/name)
+    assert last_checkpoint(run, said.append).name == '000006'
+    line, = said
+    assert '000008 is not a checkpoint of this run' in line and 'going on from 000006' in line
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(whole, tmp_path, capsys):
+    run = copied(whole, tmp_path/'run')
+    flip(run/'checkpoints'/'000008'/'state.safetensors')
     with one_thread(): train(make_config(small), run, progress=False)
     said = capsys.readouterr().err
     assert '000008 is not a checkpoint of this run' in said and 'going on from 000006' in said
@@ -298,20 +300,47 @@ def test_a_stop_in_an_evaluation_says_how_to_go_on(tmp_path, capsys):
     results = [json.loads((tmp_path/n/'results.json').read_text())['table'] for n in ('run', 'whole')]
     assert results[0] == results[1]
 
-@pytest.mark.skipif(not Path('experiments/train.ipynb').is_file(), reason='runs from the top of the repository')
-@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_a_notebook_does_not_train_on_as_an_orphan(tmp_path, sent):
-    run = tmp_path/'run'
-    job = start(run, *pairs(iterations=500), '--notebook', 'experiments/train.ipynb')
+def end_notebook(notebook, run, sent):
+    "Exit status of `mtef_train --notebook` that is sent a signal in its third iteration, and what it has said."
+    job = start(run, *pairs(iterations=500), '--notebook', str(notebook))
     wait_for_iteration(job, run, 2)
     family = psutil.Process(job.pid).children(recursive=True)
     assert len(family) >= 2                                        # papermill and its kernel
     job.send(sent)
-    status, said = job.end()
+    end = job.end()
     _, alive = psutil.wait_procs(family, PATIENCE)
     assert not alive
-    if sent == signal.SIGTERM: assert status == 143 and f'--resume {run}' in said
+    return end
+
+@pytest.mark.skipif(not Path('experiments/train.ipynb').is_file(), reason='runs from the top of the repository')
+def test_a_notebook_that_is_stopped_has_saved(tmp_path):
+    run = tmp_path/'run'
+    status, said = end_notebook('experiments/train.ipynb', run, signal.SIGTERM)
+    assert status == 143 and f'--resume {run}' in said
     assert last_checkpoint(run) is not None
+
+works_on = '''import os, time
+from pathlib import Path
+from mt_editflow_nb.data.signals import stop_requests, stop_with
+stop_with(int(os.environ['MTEF_FOLLOWED_BY']))
+try:
+    with stop_requests():
+        while True:
+            with open(Path(run)/'metrics.jsonl', 'a') as f: f.write('{}\\n')
+            time.sleep(.1)
+finally: (Path(run)/'saved').touch()'''
+
+def test_a_notebook_does_not_work_on_as_an_orphan(tmp_path):
+    "Beside `mtef_train` that is killed: one that does what training does when it begins, and no more."
+    notebook = write_notebook(tmp_path/'works_on.ipynb', "run: str = ''\nsettings: dict = {}", works_on)
+    status, _ = end_notebook(notebook, tmp_path/'run', signal.SIGKILL)
+    assert status == -signal.SIGKILL and (tmp_path/'run'/'saved').is_file()
+
+def test_training_in_a_notebook_ends_with_the_command(tmp_path, monkeypatch):
+    followed = []
+    monkeypatch.setenv('MTEF_FOLLOWED_BY', '12345')
+    monkeypatch.setattr(mt_editflow_nb.training.train, 'stop_with', followed.append)
+    with opened_run(make_config(small), tmp_path/'run', {}): assert followed == [12345]
 
 bad = {
     'unknown parameter': (['agregation=min'], 'agregation'), 'wrong type': (['lr=fast'], 'lr'),
@@ -412,13 +441,12 @@ def test_own_sessions_through_the_same_commands(tmp_path, turns, capsys):
     assert '3 sessions' in capsys.readouterr().out
 
 variants = [dict(algorithm='grpo', sampler='flow'), dict(algorithm='grpo', sampler='cps', window=1),
-            dict(algorithm='grpo', kl_weight=.1, guard=True), dict(algorithm='nft', kl_weight=.1, updates=2),
-            dict(quantize='nf4')]
+            dict(algorithm='grpo', kl_weight=.1, guard=True), dict(algorithm='nft', kl_weight=.1, updates=2)]
 
 @pytest.mark.parametrize('kw', variants, ids=str)
 def test_only_the_adapter_changes(tmp_path, kw):
     c = make_config(small | dict(iterations=2, num_steps=3, group=4) | kw)
-    before = load_editor(c.editor, quantize=c.quantize, lora_rank=2).transformer.state_dict()
+    before = load_editor(c.editor, lora_rank=2).transformer.state_dict()
     after = train(c, tmp_path/'run', progress=False).transformer.state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed and all('lora_' in k for k in changed)
