@@ -185,7 +185,7 @@ _columns = ('base', 'other', 'difference', 'se', 'df', 'low', 'high', 'p', 'g')
 def _hedges_g(values_S):
     "Mean over standard deviation, with Hedges' correction; NaN for fewer than three numbers and without a spread."
     S = len(values_S)
-    sd = values_S.std(ddof=1) if S > 2 else 0.                                       # the correction of two is 0
+    sd = values_S.std(ddof=1) if S > 2 else 0.                                      # of two the correction is 0
     return values_S.mean()/sd*(1 - 3/(4*(S - 1) - 1)) if sd > 1e-9 else np.nan
 
 def _compared(base, other, draws_B, variance, df, per_seed_S):
@@ -213,7 +213,8 @@ def compare_points(
     """Paired difference of two settings of a sweep, with its 95 % interval over seeds and sessions.
 
     `g` is Hedges' g, the mean difference over its standard deviation between seeds, corrected for few of them;
-    NaN for fewer than three seeds. With one seed the interval covers sessions only. Raises `InputError` unless the arrays have one shape."""
+    NaN for fewer than three seeds. With one seed the interval covers sessions only.
+    Raises `InputError` unless the arrays have one shape."""
     same = base.success_IT.ndim == 3 and base.success_IT.shape == other.success_IT.shape
     expected = f'the seeds, sessions and turns of base, {list(base.success_IT.shape)}'
     expect(same, 'other', expected, list(other.success_IT.shape))
