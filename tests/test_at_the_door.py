@@ -43,6 +43,14 @@ def test_the_verifier_and_another_size_are_found_before_the_editor_is_loaded(tmp
     assert evaluate.main(['--size', '64', '--n', '1', '--out', str(tmp_path/'out')]) == 2
     assert "--judge: expected MODEL:MODE (the verifier reads the shape world's 48 pixels" in capsys.readouterr().err
 
+def test_sessions_and_a_structure_that_exclude_each_other(tmp_path, capsys):
+    "Structures are of plain sessions: the card of `undo` would name the dependent ones."
+    command = ['--structure', 'undo', '--n', '1', '--out', str(tmp_path/'out')]
+    assert evaluate.main([*command, '--sessions', 'shapeworld:dependent']) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('mtef_eval: --structure: expected') and 'shapeworld:dependent' in said
+    assert said.count('\n') == 1 and not (tmp_path/'out').exists()
+
 def test_settings_stand_before_and_after_options(tmp_path, capsys):
     assert train.main(['iterations=3', '--plan', 'group=1']) == 2
     assert capsys.readouterr().err.startswith('mtef_train: group: expected ')

@@ -7,6 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from helpers import PATIENCE, wait_for
 import mt_editflow_nb
+from mt_editflow_nb.ablation import notebook
 from mt_editflow_nb.ablation.notebook import config_content
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.train import stop_notebook
@@ -103,6 +104,25 @@ def test_a_sweeps_job_depends_on_all_that_it_reads(tmp_path):
         save_lora(editor, tmp_path/'adapter')
         found.append(config_content(make_config(dict(init_lora=str(tmp_path/'adapter'), lora_rank=2)))['init_lora'])
     assert found[0] != found[1]
+
+def test_a_sweep_plans_what_training_takes(tmp_path, monkeypatch):
+    "Bad sessions that are left out, and a set that is streamed: neither refused by a plan nor opened as a whole."
+    file = save_sessions(shape_sessions(5, 1), tmp_path/'a')
+    good = config_content(make_config(dict(sessions=str(file))))['sessions']
+    bad = [dict(id='x', image='gone.png', instructions=['x']), dict(id='y', image=3, targets=7), [1]]
+    with open(file, 'a') as f: f.write(''.join(json.dumps(row) + '\n' for row in bad) + '{"no\n')
+    fields = dict(sessions=str(file), on_bad='skip', heldout='training')
+    assert config_content(make_config(fields))['sessions'] == good == session_source(make_config(fields)).train_hash
+    assert 'expected' in refused(config_content, make_config(fields | dict(on_bad='stop')))
+    opened, real = [], notebook.open_sessions
+    monkeypatch.setattr(notebook, 'open_sessions', lambda path, **kw: opened.append(path) or real(path, **kw))
+    held = save_sessions(shape_sessions(2, 1, 'heldout'), tmp_path/'b')
+    table = tmp_path/'mine.parquet'
+    save_table(shape_sessions(3, 1), table)
+    c = make_config(dict(sessions=str(table), streaming=True, heldout=str(held), sessions_per_iteration=1))
+    source = session_source(c)
+    assert {'sessions': source.train_hash, 'heldout': source.heldout_hash}.items() <= config_content(c).items()
+    assert opened == [str(held)]
 
 # --- adapters as other tools save them, and as nobody should
 

@@ -53,6 +53,9 @@ def test_settings_of_training_are_found_wherever_an_adapter_lies(tmp_path):
     for place in ('lora', 'best/000050', 'checkpoints/000050/lora', 'transformer'):
         (tmp_path/place).mkdir(parents=True)
         assert [trained_with(tmp_path/place)[name] for name in ('editor', 'steps', 'size')] == ['me/editor', 7, 64]
+    for place in ('lora', 'best/000050', 'checkpoints/000050/lora'):                 # and the file itself
+        (tmp_path/place/'pytorch_lora_weights.safetensors').write_bytes(b'')
+        assert trained_with(tmp_path/place/'pytorch_lora_weights.safetensors')['steps'] == 7
     (tmp_path/'transformer'/'config.json').write_text('{"_class_name": "FluxTransformer2DModel"}')
     assert trained_with(tmp_path/'transformer')['steps'] == 7
     (tmp_path/'config.json').write_text('{"_class_name": "FluxTransformer2DModel"}')

@@ -68,7 +68,8 @@ def test_two_pairs_of_systems_in_one_file(tmp_path):
     of_two = [rater_agreement(pd.concat([x, y])).mean for x, y in ((choices, both), (choices[:8], both[:8]))]
     assert of_two == [1, 1]
     images = {name: np.zeros((8, 1, 48, 48, 3), np.uint8) for name in ('base', 'one')}
-    labels = load_labels(export_labels(choices, [s for _, s in second.sessions.values()], images, tmp_path/'labels.jsonl'))
+    sessions = [s for _, s in second.sessions.values()]
+    labels = load_labels(export_labels(choices, sessions, images, tmp_path/'labels.jsonl'))
     assert len(labels.items) == 16 and (labels.truth_N[::2] + labels.truth_N[1::2] == 1).all()
 
 def test_the_rating_notebook(runner, tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['notebook_config', 'config_content']
 
 # %% ../../nbs/ablation/00b_notebook.ipynb #1634039d
-import functools
+import contextlib, functools, json, warnings
 from pathlib import Path
 from ..algorithm.config import CONFIG_PRESETS, Config, make_config
 from ..data.files import content_hash, one_of, read_json_lines
@@ -15,6 +15,7 @@ from ..data.tables import is_table, open_sessions
 from ..editing.loading import find_editor
 from ..editing.lora import find_adapter
 from ..training.runs import check_parameters, editor_fingerprint, judge_fingerprint
+from ..training.source import streamed_hash
 
 # %% ../../nbs/ablation/00b_notebook.ipynb #55510008
 def notebook_config(
@@ -38,15 +39,25 @@ def _stamps(files):
 def _editor_hash(editor, stamps): return editor_fingerprint(editor)
 
 @functools.lru_cache(100)
-def _sessions_hash(path, allow_outside, stamps):
-    return sessions_hash(open_sessions(path, allow_outside=allow_outside, same_turns=False))
+def _sessions_hash(path, allow_outside, on_bad, stamps):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                # what a run skips, it lists
+        return sessions_hash(open_sessions(path, allow_outside=allow_outside, same_turns=False, on_bad=on_bad))
 
-def _session_files(path):
+def _usable_rows(path):
+    "The rows of a file of sessions, without lines that are none."
+    for line in Path(path).read_bytes().split(b'\n'):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict): yield row
+
+def _session_files(path, on_bad):
     "A file of sessions and its pictures, or the files of a table."
     if is_table(path): return [Path(path), *sorted(Path(path).rglob('*'))]
     if not Path(path).is_file(): return []
-    rows = read_json_lines(path)
-    pictures = {str(name) for row in rows for name in (row.get('image'), *(row.get('targets') or ()))}
+    rows = _usable_rows(path) if on_bad == 'skip' else read_json_lines(path)
+    named = [(row.get('image'), row.get('targets')) for row in rows]
+    pictures = {str(name) for image, some in named for name in (image, *(some if isinstance(some, list) else ()))}
     return [Path(path), *(Path(path).parent/name for name in sorted(pictures))]
 
 def config_content(
@@ -56,10 +67,11 @@ def config_content(
     folder = Path(find_editor(config.editor)[0])
     content = dict(editor=_editor_hash(config.editor, _stamps(sorted(folder.rglob('*')) if folder.is_dir() else [])))
     for field in ('judge', 'eval_judge'): content[field] = judge_fingerprint(getattr(config, field))
-    for field in ('sessions', 'heldout'):
+    if config.streaming: content['sessions'] = streamed_hash(config.sessions)
+    for field in ('heldout',) if config.streaming else ('sessions', 'heldout'):
         path = str(getattr(config, field))
         outside = config.allow_outside and not is_table(path)
-        files = _session_files(path)
-        if files: content[field] = _sessions_hash(path, outside, _stamps(files))
+        files = _session_files(path, config.on_bad)
+        if files: content[field] = _sessions_hash(path, outside, config.on_bad, _stamps(files))
     if config.init_lora: content['init_lora'] = content_hash(find_adapter(config.init_lora))
     return content

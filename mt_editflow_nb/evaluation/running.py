@@ -382,11 +382,12 @@ def solver_of(
     return 'dpm2' if sampler == 'dpm2' else 'ode'
 
 def training_of(
-    lora,  # folder of an adapter: RUN/lora, RUN/best/000050, RUN/checkpoints/000050/lora; or RUN/transformer; or None
+    lora,  # an adapter, folder or file: RUN/lora, RUN/best/000050, RUN/checkpoints/000050/lora; RUN/transformer; or None
 ) -> dict: # the configuration of its run; empty where that is not known
     "How something was trained, from the run folder that it lies in."
     if not lora: return {}
-    run = Path(lora).resolve().parent
+    folder = Path(lora).parent if Path(lora).is_file() else Path(lora)
+    run = folder.resolve().parent
     if run.name == 'best': run = run.parent
     elif run.parent.name == 'checkpoints': run = run.parent.parent
     try: config = read_json(run/'config.json')['config']

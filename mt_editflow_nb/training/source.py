@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_HELDOUT_SHARE', 'MANY_PICTURES_WARNING', 'STREAMED_WARNING', 'copies_of_training', 'check_apart',
            'SessionSource', 'turns_of', 'length_weights', 'shuffled_part', 'buckets_of', 'kind_weights', 'kind_batches',
            'amount_held_out', 'trained_part', 'readable_sessions', 'SkippingBatches', 'small_kinds_warning',
-           'check_for_judge', 'session_source']
+           'check_for_judge', 'streamed_hash', 'session_source']
 
 # %% ../../nbs/training/02_source.ipynb #aa03e291
 import difflib, warnings
@@ -351,6 +351,12 @@ def _looks_known(heldout, train):
 STREAMED_WARNING = 'heldout: a set that is streamed is not compared with the held-out pictures; mtef_data stats does'
 
 # %% ../../nbs/training/02_source.ipynb #f734a328
+def streamed_hash(
+    sessions: str, # a table, by its name
+) -> str:
+    "What identifies a set that is streamed: its name, as nobody has read it."
+    return content_hash('streamed', sessions)
+
 def _streamed(c):
     "A set that is read as it comes: known by its name, held out is another."
     named = isinstance(c.heldout, str) and c.heldout != 'training'
@@ -372,7 +378,7 @@ def _streamed(c):
     check_for_judge(c.judge, first, c.crop)
     needs = f'targets, which algorithm={c.algorithm} needs'
     expect(c.algorithm in RL or first[0].targets, 'sessions', needs, 'none')
-    return SessionSource(batch, heldout, f'sessions of {Path(c.heldout).name}', content_hash('streamed', c.sessions),
+    return SessionSource(batch, heldout, f'sessions of {Path(c.heldout).name}', streamed_hash(c.sessions),
                          sessions_hash(heldout), (STREAMED_WARNING,), None, c.crop, skipped=skipped)
 
 # %% ../../nbs/training/02_source.ipynb #4df79e21
