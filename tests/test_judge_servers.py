@@ -12,7 +12,6 @@ from mt_editflow_nb.rewards.cache import Cached, merge_caches
 from mt_editflow_nb.rewards.cube import Judge, Scores, TurnScorer, judge_usage, load_judge
 from mt_editflow_nb.rewards.engines import Ask, Reply
 from mt_editflow_nb.rewards.judges import Item, PROMPTS, load_mode
-from mt_editflow_nb.rewards import servers
 from mt_editflow_nb.rewards.servers import Server
 from mt_editflow_nb.training.train import hint_at_resume
 
