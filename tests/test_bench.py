@@ -240,3 +240,16 @@ def test_leaderboard_of_runs_beside_published_systems(tmp_path, capsys):
     (tmp_path/'bare.csv').write_text('benchmark,system,metric,turn,value,source\nlme,X,SR,3,50,\n')
     assert report([str(tmp_path), '--leaderboard', '--published', str(tmp_path/'bare.csv')]) == 2
     assert 'row 2: expected a source' in capsys.readouterr().err
+    head, right = 'benchmark,system,metric,turn,value,source', 'lme,X,SR,3,50,paper'
+    for name, lines, words in (
+            ('empty', [], ['expected a CSV with columns benchmark, ']),
+            ('ragged', [head, right, right + ',more'], ['line 3']),
+            ('percent', [head, right, 'lme,Y,SR,3,57.4 %,paper'], ['row 3: expected a number', "'57.4 %'"]),
+            ('turn', [head, 'lme,Y,SR,third,57.4,paper'], ['row 2: expected a number', "as turn", "'third'"]),
+            ('infinite', [head, 'lme,Y,SR,3,inf,paper'], ['row 2: expected a number']),
+            ('nobody', [head, 'lme,,SR,3,5,paper'], ['row 2: expected a system']),
+            ('twice', [head, right, right], ['row 3: expected each number once (row 2 has it)', 'lme, X, SR at turn'])):
+        (tmp_path/f'{name}.csv').write_text('\n'.join(lines))
+        assert report([str(tmp_path), '--leaderboard', '--published', str(tmp_path/f'{name}.csv')]) == 2
+        said = capsys.readouterr().err
+        assert all(w in said for w in [f'{name}.csv', *words]) and said.count('\n') == 1, said

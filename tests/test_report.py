@@ -157,8 +157,9 @@ def test_sessions_of_different_lengths_in_a_report(tmp_path):
     assert passes.tolist() == [100, 400] and O == pytest.approx([60, 80])
     (tmp_path/'a'/'after.safetensors').write_bytes((tmp_path/'a'/'before.safetensors').read_bytes())
     assert load_results(tmp_path/'p.json').points['a'].turns_I == (1, 1, 3, 3)        # an older file is told by another
-    session_scores_I = session_scores(Outcomes(*(x[0] for x in point.after)), turns)
-    assert session_scores_I[1] == session_scores_I[2] > session_scores_I[3] > session_scores_I[0]
+    success = np.array([[1, 0, nan], [1, 0, 0], [1, 1, nan]])
+    right_I = session_scores(Outcomes(success, success*nan, success*nan), [2, 3, 2])
+    assert right_I.tolist() == [1/2, 1/3, 1]                                       # of the turns that a session has
 
 def test_a_large_sweep_is_reported_in_time_that_grows_with_its_jobs(tmp_path):
     "Every point is compared with the baseline, and none with every other one: 100 points have 100 rows."

@@ -194,6 +194,17 @@ def test_wrong_sweep(folder, capsys, fields, words):
     assert err.startswith(f'mtef_sweep: {path}: ') and err.count('\n') == 1 and all(w in err for w in words), err
     assert not (folder/'runs').exists()
 
+@pytest.mark.parametrize('given, named', [
+    (['--gpus', '0,1'], '--gpus'), (['--address', 'ray://x'], '--address'),
+    (['--gpus', '0', '--slots', '1'], '--slots'), (['--gpus', '0', '--engine', 'ray'], '--engine ray')], ids=str)
+def test_options_without_effect(folder, capsys, given, named):
+    "The sweep's jobs have no GPU: which ones to use, and a cluster that nobody asks, are errors and not dropped."
+    assert main([str(spec(folder)), '--dry-run', '--out', str(folder/'runs'), *given]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('mtef_sweep: --') and named in err and 'no effect' in err and err.count('\n') == 1, err
+    fine = [str(spec(folder)), '--dry-run', '--out', str(folder/'runs'), '--gpus', '0,1', '--per-gpu', '2']
+    assert main(fine) == 0 and '4 at a time' in capsys.readouterr().out
+
 def test_wrong_files(folder, capsys):
     (folder/'list.yaml').write_text('[1, 2]')
     (folder/'broken.yaml').write_text('a: [1')

@@ -88,6 +88,7 @@ def _load_point(point, folder):
     heldout = _same_sessions([*zip(names, heldout)], 'an evaluation on the sessions of the other seeds')
     return Point(point['label'], point['values'], list(done), *stacked, *map(list, lists), *heldout), missing
 
+# %% ../../nbs/ablation/01b_results.ipynb #5d1e07aa
 def load_results(
     path: str|Path, # `NAME.json` of a sweep
 ) -> Results:

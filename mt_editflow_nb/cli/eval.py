@@ -206,8 +206,8 @@ def check_options(
     for name in _given(a, _needs):
         expect(kind in _needs[name], flags[name], f'--sessions {" or ".join(_needs[name])}', a.sessions or 'shapeworld')
     expect(not a.plain or a.structure, '--plain', '--structure as well', 'none')
-    expect(not a.structure or a.sessions in (None, 'shapeworld'), '--structure', 'sessions of plain shapeworld to apply '
-           'it to', a.sessions)
+    plain = a.sessions in (None, 'shapeworld')
+    expect(plain or not a.structure, '--structure', 'sessions of plain shapeworld to apply it to', a.sessions)
     pictures = "the folder of EdiVal-Bench's pictures, {id}_input_raw.jpg"
     expect(kind != 'edival' or a.images, '--images', pictures, a.images)
     exact = kind != 'edival' and (a.judge or 'verifier').startswith('verifier')

@@ -41,6 +41,16 @@ def _check_arguments(a):
         expect(n is None or n >= 1, name, 'at least 1', n)
     expect(not (a.slots and a.per_gpu), '--slots, --per-gpu', 'one or the other', 'both')
     if a.jobs: jobs_of_shard([], a.jobs)
+    ray = a.engine == 'ray'
+    expect(a.address is None or ray, '--address', '--engine ray, without which it has no effect', a.address)
+    for there, option in ((a.slots, f'--slots {a.slots}'), (ray, '--engine ray')):
+        expect(not (a.gpus and there), '--gpus', f'no {option}, beside which it has no effect', a.gpus)
+
+def _check_gpus(a, plans):
+    "Raises `InputError` where GPUs are named and no job uses one."
+    used = a.per_gpu or any(plan.sweep.resources.gpus for plan in plans)
+    expect(used or not a.gpus, '--gpus', 'a sweep with resources.gpus, or --per-gpu, without which it has no effect',
+           a.gpus)
 
 # %% ../../nbs/cli/02_sweep.ipynb #cada2704
 def _plans(a):
@@ -81,6 +91,7 @@ def _run_all(a):
     _check_arguments(a)
     a.out, a.sweeps = at_home(a.out), [at_home(path) for path in a.sweeps]        # --out=~/x, which no shell expands
     plans, failed = _plans(a), 0
+    _check_gpus(a, plans)
     for plan in plans:
         plan, slots = _slots(plan, a)
         print(describe_sweep(plan, a.out, slots), flush=True)

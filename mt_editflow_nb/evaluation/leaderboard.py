@@ -10,7 +10,7 @@ __all__ = ['HEADLINES', 'LEADERBOARD_HTML', 'LEADERBOARD_LATEX', 'run_numbers', 
 from pathlib import Path
 import numpy as np, pandas as pd
 from jinja2 import Environment
-from ..data.files import atomic_write, expect, read_json, shipped
+from ..data.files import InputError, atomic_write, expect, one_line, read_json, shipped
 from .bench_items import BENCHMARKS
 from .edival import EDIVAL_SESSIONS
 from ..rewards.edival_models import EDIVAL_VLM
@@ -73,14 +73,35 @@ def run_numbers(
     return pd.concat(rows, ignore_index=True).reindex(columns=_columns)
 
 # %% ../../nbs/evaluation/10_leaderboard.ipynb #7e494984
+_published = 'benchmark, system, metric, turn, value, source'     # columns
+
+def _check_published(table, file):
+    "Raises `InputError` for the first row without a source, with a turn or value that is no number, or told twice."
+    numbers = {name: pd.to_numeric(table[name], errors='coerce') for name in ('turn', 'value')}
+    same = ['benchmark', 'system', 'metric', 'turn']
+    first, seen = table[same].astype(str).agg(tuple, axis=1), {}
+    for i in table.index:
+        place = f'{file}: row {i + 2}'
+        for name in ('source', 'benchmark', 'system', 'metric'):
+            expect(not pd.isna(table[name][i]), place, f'a {name}', 'none')
+        for name, x in numbers.items():
+            number = pd.isna(table[name][i]) or np.isfinite(x[i])
+            expect(number, place, f'a number or nothing as {name}', table[name][i])
+        earlier = seen.setdefault(first[i], i)
+        named = ', '.join(first[i][:3]) + ('' if pd.isna(table.turn[i]) else f' at turn {table.turn[i]}')
+        expect(earlier == i, place, f'each number once (row {earlier + 2} has it)', named)
+
 def published_numbers(
     file: str|Path = None, # CSV: benchmark, system, metric, turn, value, source; None: the shipped one
 ) -> pd.DataFrame:         # as from `run_numbers`
-    "Numbers of published systems, each with its source. Raises `InputError` for one without."
-    table = pd.read_csv(file or shipped('published.csv'))
-    for name in ('benchmark', 'system', 'metric', 'turn', 'value', 'source'):
-        expect(name in table, str(file), f'the column `{name}`', list(table))
-    for i in table.index[table.source.isna()]: expect(False, f'{file}: row {i + 2}', 'a source', 'none')
+    "Numbers of published systems, each with its source. Raises `InputError` with the row that is wrong."
+    file = file or shipped('published.csv')
+    try: table = pd.read_csv(file)
+    except ValueError as e:                             # pandas' own ones, of an empty file for example, and of coding
+        raise InputError(f'{file}: expected a CSV with columns {_published}, received {one_line(e)[:200]}') from None
+    for name in _published.split(', '): expect(name in table, str(file), f'the column `{name}`', list(table))
+    _check_published(table, file)
+    for name in ('turn', 'value'): table[name] = table[name].astype(float)
     return table.assign(footnotes=[[f'published: {source}'] for source in table.source]).reindex(columns=_columns)
 
 # %% ../../nbs/evaluation/10_leaderboard.ipynb #4e557cbe

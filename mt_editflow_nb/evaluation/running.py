@@ -382,7 +382,7 @@ def solver_of(
     return 'dpm2' if sampler == 'dpm2' else 'ode'
 
 def training_of(
-    lora,  # an adapter, folder or file: RUN/lora, RUN/best/000050, RUN/checkpoints/000050/lora; RUN/transformer; or None
+    lora,  # folder of an adapter, or its file: RUN/lora, RUN/best/000050, ...; or RUN/transformer; or None
 ) -> dict: # the configuration of its run; empty where that is not known
     "How something was trained, from the run folder that it lies in."
     if not lora: return {}
