@@ -149,6 +149,7 @@ def test_sessions_of_different_lengths_in_a_report(tmp_path):
     point = results.points['a']
     assert point.turns_I == (1, 1, 3, 3)
     scores = score_table(results).loc['a']
+    assert scores.kept.tolist() == [100, 100, 50]                       # of what the same sessions had right at turn 1
     assert scores.IF.tolist() == [75, 100, 50] == edival_scores(*(x[0] for x in point.after), turns).IF.tolist()
     gain = compare_points(point.before, point.after, n_boot=20, turns_I=point.turns_I).xs('IF', level='metric')
     assert gain.difference.tolist() == [75, 100, 50]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from ..data.files import InputError, expect, log_rows, one_line, read_json
 from ..evaluation.scores import EDIVAL_METRICS, Outcomes, metric_arrays, outcomes_from, weighted_scores
-from ..evaluation.statistics import divide, t_pvalue, t_quantile
+from ..evaluation.statistics import divide, t_pvalue, t_quantile, weighted_mean
 
 # %% ../../nbs/ablation/01b_results.ipynb #cb0b4e91
 class Point(NamedTuple):
@@ -117,12 +117,12 @@ def load_results(
 # %% ../../nbs/ablation/01b_results.ipynb #93bd6cfe
 METRICS = (*EDIVAL_METRICS, 'kept')
 
-def _weighted_metrics(weights_BI, *parts):
-    "EdiVal's scores and `kept`, [B, T, 5]."
-    scores = weighted_scores(weights_BI, *parts)
-    marginal = EDIVAL_METRICS.index('marginal')
-    first, turn = scores[:, :1, marginal], scores[..., marginal]
-    return np.concatenate([scores, 100*divide(turn, first)[..., None]], -1)
+def _weighted_metrics(weights_BI, success_IT, *parts):
+    "EdiVal's scores and `kept`, [B, T, 5]; `kept` compares a turn with the first one of the same sessions."
+    scores = weighted_scores(weights_BI, success_IT, *parts)
+    first_BT = weighted_mean(weights_BI, np.where(np.isnan(success_IT), np.nan, success_IT[:, :1]))
+    turn_BT = scores[..., EDIVAL_METRICS.index('marginal')]
+    return np.concatenate([scores, divide(turn_BT, first_BT)[..., None]], -1)
 
 def seed_scores(
     outcomes: Outcomes, # [S, I, T]
