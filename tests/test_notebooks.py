@@ -97,6 +97,20 @@ def test_links_between_files_exist(path):
     missing = [link for link in links if not (path.parent/link).exists()]
     assert not missing
 
+def anchors_of(path):
+    "Of the headings of a text, those that GitHub and the site (which makes a hyphen of an apostrophe) give alike."
+    titles = [title.lower() for title in re.findall(r'^#+ (.*)', path.read_text(encoding='utf-8'), re.M)]
+    on_github = {re.sub(r'[^\w\- ]', '', title).replace(' ', '-') for title in titles}
+    return on_github & {re.sub(r'[^a-z0-9]+', '-', title).strip('-') for title in titles}
+
+@each([*notebooks, *texts])
+def test_links_to_headings_of_texts_work_on_github_and_on_the_site(path):
+    text = path.read_text(encoding='utf-8')
+    if path.suffix == '.ipynb': text = '\n'.join(c.source for c in cells_of(path) if c.cell_type == 'markdown')
+    links = re.findall(r'\]\((?![a-z]+:)([^)#\s]+\.md)#([^)\s]+)\)', text)
+    wrong = [f'{file}#{name}' for file, name in links if name not in anchors_of(path.parent/file)]
+    assert not wrong
+
 @each(chapters)
 def test_begins_with_title_and_subtitle(path):
     cells = [c for c in cells_of(path) if c.cell_type != 'raw']
