@@ -1,5 +1,5 @@
 "Fixtures that several files of tests share."
-import gc, signal
+import gc, os, signal
 from mt_editflow_nb.data.files import skip_url_grammar
 skip_url_grammar()                                 # before anything imports jsonschema
 from concurrent.futures import ProcessPoolExecutor
@@ -36,14 +36,17 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_finish():
     """Tests load copies of the tiny editor.
 
-    What has been imported stays: a collection of garbage, half a second each time, need not look at it again."""
+    What has been imported stays: a collection of garbage, half a second each time, need not look at it again. Processes
+    that tests start compile nothing, and so need not import a compiler for bitsandbytes' kernels: two to three seconds."""
     import copied                      # noqa: F401 imports torch, which the process that only hands out tests does not need
     gc.freeze()
+    os.environ['TORCHDYNAMO_DISABLE'] = '1'
 
 def prepare_runner():
     "Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them."
-    import copied                      # noqa: F401 as below
+    import copied                      # noqa: F401 as above
     gc.freeze()
+    del os.environ['TORCHDYNAMO_DISABLE']                        # what a chapter compiles is compiled
     InteractiveShell.atexit_operations = lambda shell: None
 
 @pytest.fixture(scope='session')

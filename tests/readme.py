@@ -1,8 +1,6 @@
 "`python tests/readme.py` renders README.md from nbs/index.ipynb; test_notebooks.py checks that they agree."
 import posixpath, re
 from pathlib import Path
-import nbformat
-from nbconvert import MarkdownExporter
 
 root = Path(__file__).resolve().parents[1]
 
@@ -15,6 +13,8 @@ def from_root(markdown):
 
 def render():
     "The text of README.md, and the pictures in the notebook's outputs by path."
+    import nbformat
+    from nbconvert import MarkdownExporter               # three seconds, which most of those who want `root` need not spend
     nb = nbformat.read(root/'nbs/index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
     for i, c in enumerate(nb.cells): # a cell that says so shows what it made, not how

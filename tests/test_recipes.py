@@ -463,8 +463,11 @@ def test_bench_builds_the_published_autoencoders(name, monkeypatch):
 
 def test_bench_command(tmp_path, monkeypatch, capsys):
     "The whole script at toy size: a table and a file; a compiler that fails spoils no other row."
+    monkeypatch.delenv('TORCHDYNAMO_DISABLE')                    # as conftest.py has it
     monkeypatch.syspath_prepend(str(root/'experiments'))
     import bench_gpu
+    from torch._dynamo.utils import counters
+    compiled = counters['stats']['unique_graphs']
     recipe = str(root/'experiments/recipes/kontext_nft.yaml')
     few = ['checkpointing=false', 'sessions_per_iteration=1', 'group=2', 'turns=2', 'num_steps=2', 'train_timesteps=1']
     argv = [recipe, *few, '--toy', '--repeat', '1', '--out', str(tmp_path)]
@@ -474,6 +477,7 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_gpu, 'editor_configs', one_block_of_each_kind)
     monkeypatch.setattr('sys.argv', ['bench_gpu.py', *argv])
     bench_gpu.main()
+    assert counters['stats']['unique_graphs'] > compiled
     file = tmp_path/'bench_tiny_toy.json'
     result, table = json.loads(file.read_text()), capsys.readouterr().out
     options = ['plain', 'compile', 'attention', 'autocast']
