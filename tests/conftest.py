@@ -36,8 +36,8 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_finish():
     """Tests load copies of the tiny editor.
 
-    What has been imported stays: a collection of garbage, half a second each time, need not look at it again. Processes
-    that tests start compile nothing, and so need not import a compiler for bitsandbytes' kernels: two to three seconds."""
+    What has been imported stays: a collection of garbage, half a second each time, need not look at it again.
+    Processes that tests start compile nothing, and so need no compiler for bitsandbytes' kernels, a slow import."""
     import copied                      # noqa: F401 imports torch, which the process that only hands out tests does not need
     gc.freeze()
     os.environ['TORCHDYNAMO_DISABLE'] = '1'

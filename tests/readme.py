@@ -14,7 +14,7 @@ def from_root(markdown):
 def render():
     "The text of README.md, and the pictures in the notebook's outputs by path."
     import nbformat
-    from nbconvert import MarkdownExporter               # three seconds, which most of those who want `root` need not spend
+    from nbconvert import MarkdownExporter               # slow to import, for those who only want `root`
     nb = nbformat.read(root/'nbs/index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
     for i, c in enumerate(nb.cells): # a cell that says so shows what it made, not how
