@@ -2,13 +2,14 @@
 
     python experiments/recipe.py runs/sweeps/recipe.json [MORE.json ...] --ours turn-branching
     python experiments/recipe.py runs/sweeps/recipe_confirm.json --ours turn-branching --name recipe_fresh_seeds
-    python experiments/recipe.py --pool imitation recipe_first_seeds recipe_fresh_seeds --ours self-imitation
+    python experiments/recipe.py --pool imitation recipe_first_seeds recipe_fresh_seeds recipe_tuned \
+        --latest edit-r2 diffusion-nft --ours self-imitation
     python experiments/recipe.py --show mt-editflow      # print a method of the committed results, run nothing
 
 Writes a report and a picture of it into experiments/results: recipe.json and recipe.png, or those of `--name`. Seeds of
-one label are put together; `--pool` does that with reports whose runs are gone. `tuning_runs` are the lines of
-experiments/results/tuning.jsonl with that label. `turn1_success_by_type` shows which edits an editor can do when it is
-given the first picture."""
+one label are put together; `--pool` does that with reports whose runs are gone, but for labels after `--latest`, whose
+settings have changed since. `tuning_runs` are the lines of experiments/results/tuning.jsonl with that label.
+`turn1_success_by_type` shows which edits an editor can do when it is given the first picture."""
 import argparse, shlex, sys
 from collections import Counter
 from pathlib import Path
@@ -99,15 +100,17 @@ def pooled_method(parts):
     numbers = {name: mean_of([m[name] for m in parts], seeds) for name in parts[0] if name not in ('seeds', *alike)}
     return dict(seeds=sum(seeds)) | numbers | alike
 
-def pooled(reports, ours=None):
-    "Several reports as one, of other seeds or methods on the same sessions."
+def pooled(reports, ours=None, latest=()):
+    "Several reports as one, of other seeds or methods on the same sessions; a label of `latest` is that of the last."
     first = reports[0] | (dict(ours=ours) if ours else {})
-    for name in ('sessions', 'turn1_success_by_type', *([] if ours else ['ours'])):
+    alike = ['sessions', 'turn1_success_by_type'] + ['ours']*(not ours)
+    for name in alike:
         expect(all(r[name] == first[name] for r in reports), f'--pool: {name}', 'the same in all reports',
                [r[name] for r in reports])
     labels = dict.fromkeys(label for r in reports for label in r['methods'])
-    methods = {label: pooled_method([r['methods'][label] for r in reports if label in r['methods']])
-               for label in labels}
+    for label in latest: one_of('--latest', label, labels)
+    parts = {label: [r['methods'][label] for r in reports if label in r['methods']] for label in labels}
+    methods = {label: pooled_method(part[-1:] if label in latest else part) for label, part in parts.items()}
     one_of('--ours', first['ours'], methods)
     first.pop('ours_gains_times', None)                                # of runs, which are gone
     return first | provenance() | dict(passes=max(m['passes'] for m in methods.values()), methods=methods)
@@ -123,7 +126,8 @@ def plot(report):
     "Left: the gain at turn 3 with its interval. Right: how the overall score decays over turns."
     figure, (gains, decay) = plt.subplots(1, 2, figsize=(11, 3.6), layout='constrained')
     for y, (label, m) in enumerate(report['methods'].items()):
-        style = dict(color='C0' if label == report['ours'] else 'C7' if m['learns_from'] == 'scores' else 'C1')
+        color = {'scores': 'C7', 'targets': 'C1'}[m['learns_from']]
+        style = dict(color='C0' if label == report['ours'] else color)
         gains.plot(m['turn3_O_gain_ci'], [y, y], **style)
         gains.plot(m['turn3_O_gain'], y, 'o', **style)
         O = [x for x in m['O_after'] if x is not None]
@@ -170,7 +174,8 @@ def run(a):
         print('committed results:', line(a.show, methods[a.show]))
         return
     expect(a.pool or a.sweeps and a.ours, 'recipe.py', 'SWEEP.json and --ours, --pool, or --show', 'none of them')
-    if a.pool: report = pooled([read_json(a.results/f'{name}.json') for name in a.pool], a.ours)
+    expect(a.pool or not a.latest, '--latest', 'reports to put together: --pool', 'none of them')
+    if a.pool: report = pooled([read_json(a.results/f'{name}.json') for name in a.pool], a.ours, a.latest)
     else: report = make_report(a.sweeps, a.ours, a.results)
     atomic_write(a.results/f'{a.name}.json', to_json(report, indent=1))
     save_figure(a.results/f'{a.name}.png', plot(report))
@@ -184,6 +189,8 @@ def main():
     parser.add_argument('--ours', help="the label that is this project's own")
     parser.add_argument('--name', default='recipe', help='of the report (default: recipe)')
     parser.add_argument('--pool', nargs='+', metavar='NAME', help='reports of other seeds, to be put together')
+    parser.add_argument('--latest', nargs='+', metavar='LABEL', default=[],
+                        help='labels that count in the last report of --pool which has them')
     parser.add_argument('--show', metavar='METHOD', help='a label of the committed results')
     parser.add_argument('--results', type=Path, default=Path(__file__).resolve().parent/'results')
     a = parser.parse_args()

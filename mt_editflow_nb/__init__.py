@@ -24,13 +24,13 @@ def __getattr__(name):
 
 def __dir__(): return [*globals(), *_HOMES]
 
-def _module_to_run():
+def module_to_run():
     "The module of this package that `python -m` is about to run; '' where it runs something else."
     if sys.argv[:1] != ['-m']: return ''
     named = [re.fullmatch(r'(?:-\w*m)?(mt_editflow_nb(?:\.\w+)*)', argument) for argument in sys.orig_argv[1:]]
     return next((found[1] for found in named if found), '')
 
 _commands = r'mt_editflow_nb\.(cli\.\w+|training)'
-if (_module := _module_to_run()) and not re.fullmatch(_commands, _module):
+if (_module := module_to_run()) and not re.fullmatch(_commands, _module):
     sys.exit(f'python -m {_module}: expected a command, mt_editflow_nb.cli.X, where X is train, eval, sweep, report, '
              'data, init, push or tools; received a module without one')

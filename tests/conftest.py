@@ -38,7 +38,7 @@ def pytest_collection_finish():
 
     What has been imported stays: a collection of garbage, half a second each time, need not look at it again.
     Processes that tests start compile nothing, and so need no compiler for bitsandbytes' kernels, a slow import."""
-    import copied                      # noqa: F401 imports torch, which the process that only hands out tests does not need
+    import copied              # noqa: F401 imports torch, which the process that hands out tests does not need
     gc.freeze()
     os.environ['TORCHDYNAMO_DISABLE'] = '1'
 

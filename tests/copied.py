@@ -9,7 +9,7 @@ read_pipeline = loading.load_pipeline
 
 @lru_cache(None)
 def pristine(device, dtype):
-    "What was read; nobody gets it."
+    "The pipeline as it was read; tests get copies of it."
     return read_pipeline(loading.TINY_EDITOR, None, device, dtype)
 
 def load_pipeline(name_or_path, quantize, device, dtype):

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     return folder
 
 def wait_for_server(server, port, log):
-    "Until it answers."
+    "Wait until the server answers."
     def answers():
         assert server.poll() is None, log.read_text()[-2000:]
         try: return urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=60)

@@ -183,7 +183,7 @@ def test_public_names_are_documented(name):
 
 @lru_cache(None)
 def syntax_tree(name):
-    "Of a module."
+    "The syntax tree of a module of the package."
     return ast.parse(root.joinpath(lib, *name).with_suffix('.py').read_text())
 
 def imported(name):

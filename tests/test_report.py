@@ -215,6 +215,11 @@ def test_the_recipe_is_the_gain_per_pass_of_finished_sweeps(tmp_path, capsys):
     both = json.loads((tmp_path/'both.json').read_text())['methods']
     assert (both['a']['seeds'], both['a']['turn3_O_gain'], both['a']['turn3_O_gain_ci']) == (8, 60, [51, 69])
     assert both['a']['tuning_runs'] == 2 and both['b'] == b and (tmp_path/'both.png').is_file()
+    assert run_script(recipe, '--pool', 'recipe', 'other', '--latest', 'a', '--name', 'both', *results) == 0
+    both = json.loads((tmp_path/'both.json').read_text())['methods']
+    assert (both['a']['seeds'], both['a']['turn3_O_gain'], both['b']) == (6, 50, b)
+    assert run_script(recipe, '--pool', 'recipe', 'other', '--latest', 'aa', *results) == 2
+    assert run_script(recipe, *sweeps, '--ours', 'a', '--latest', 'a', *results) == 2
     (tmp_path/'other.json').write_text(json.dumps(other | dict(sessions=5)))
     assert run_script(recipe, '--pool', 'recipe', 'other', *results) == 2
     assert '--pool: sessions: expected the same in all reports' in capsys.readouterr().err

@@ -31,7 +31,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def folder(pictures, tmp_path):
-    "A copy of them."
+    "A folder with a copy of the sessions."
     return shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
 
 def deep_png(grey, transparent):

@@ -8,7 +8,7 @@ __all__ = ['Resources', 'Sweep', 'read_seconds', 'read_resources', 'read_sweep',
            'baseline_label', 'job_hash', 'plan_sweep', 'save_plan']
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #b97431a8
-import ast, contextlib, functools, hashlib, io, itertools, json, re, typing
+import ast, contextlib, functools, hashlib, io, itertools, json, logging, re, typing
 from pathlib import Path
 from typing import Any, NamedTuple
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -159,7 +159,7 @@ def read_notebook(
 ) -> JobNotebook:
     "What a sweep has to know about a notebook. Raises `InputError` for one that cannot be run as a job."
     skip_url_grammar()
-    import logging, nbformat
+    import nbformat
     from papermill import inspect_notebook
     logging.getLogger('papermill.translators').setLevel(logging.ERROR)    # it warns of lines that are errors here
     expect(Path(path).is_file(), 'notebook', 'a file', str(path))

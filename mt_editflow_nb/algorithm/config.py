@@ -379,7 +379,7 @@ def _explain(error: dict) -> str: # one line
     return f'{name}: unknown parameter, {hint}'
 
 def _check_judge(prefix, name, options):
-    "The judge. Raises `InputError` that names the field where one, of training or of evaluation, cannot be used."
+    "The judge of a name, of training or of evaluation. Raises `InputError`, naming the field, where it is of no use."
     try:
         check_judge_options(options)
         return load_judge(name, **options)

@@ -216,8 +216,8 @@ def guarded_logp(
     mean: torch.Tensor, # of the step under the policy in training, [rows, L, C]
     std,                # scale of its noise
     logp: torch.Tensor, # its log-probability, [rows]
-    mean_old,           # the old policy's mean
-    logp_old,           # and log-probability
+    mean_old,           # mean of the step under the old policy, [rows, L, C]
+    logp_old,           # log-probability of the step under the old policy, [rows]
 ) -> torch.Tensor:      # [rows]
     "The log-probability whose ratio to the old one is GRPO-Guard's: centred, and on one scale at all steps."
     scale = 1/(2*std**2) if config.sampler == 'cps' else 1.      # cps leaves this factor out of its logp

@@ -17,6 +17,9 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 import torch
+from torch import distributed
+from torch.distributed import DistError, PrefixStore, broadcast_object_list, gather_object, new_group
+from torch.distributed.distributed_c10d import _get_default_store
 from ..data.files import InputError, expect
 from ..editing.rollout import Shard
 from ..rewards.cache import (add_replies, copy_cache, merge_caches, new_replies, rank_caches,
@@ -202,8 +205,6 @@ def name_lost(
 @cache
 def host_group():
     "The processes as a group that exchanges objects through host memory."
-    from torch.distributed import PrefixStore, new_group
-    from torch.distributed.distributed_c10d import _get_default_store
     SignsOfLife.here = SignsOfLife(PrefixStore('signs', _get_default_store()), *processes())
     return new_group(backend='gloo', timeout=timedelta(seconds=process_timeout()))
 
@@ -213,7 +214,6 @@ def exchange(
     "Gather small objects. Raises `InputError` where a process is gone, or silent for longer than `process_timeout`."
     count = processes()[1]
     if count == 1: return [value]
-    from torch import distributed
     values, patience, group = [None]*count, process_timeout(), host_group()
     if SignsOfLife.here: SignsOfLife.here.exchanges += 1
     began = time.monotonic()
@@ -233,7 +233,6 @@ def gather_to_first(
     "Gather objects that only one process needs, after an `exchange` that found all of them alive."
     i, count = processes()
     if count == 1: return [value]
-    from torch.distributed import gather_object
     values = None if i else [None]*count
     gather_object(value, values, 0, group=host_group())
     return values
@@ -243,7 +242,6 @@ def lost_connection(
     error: Exception, # that an exchange has raised
 ) -> bool:
     "Whether an error means that another process has ended."
-    from torch.distributed import DistError
     if isinstance(error, torch.OutOfMemoryError): return False
     return isinstance(error, DistError) or bool(re.search('gloo|nccl|connection (closed|reset)', str(error), re.I))
 
@@ -308,8 +306,8 @@ def _end_with_others(store, over):
 def _tell_others(store, error):
     "Make the other processes end, and return what to raise here. Of several failures the first is reported."
     i, count = processes()
-    mine = _in_words(i, error).removesuffix(_KEPT) + _KEPT
-    first_failure = store.compare_set('failed', '', mine).decode()
+    own_line = _in_words(i, error).removesuffix(_KEPT) + _KEPT
+    first_failure = store.compare_set('failed', '', own_line).decode()
     store.add('heard', 1)
     until = time.monotonic() + 10*_LOOK_EVERY
     while store.add('heard', 0) < count and time.monotonic() < until: time.sleep(_LOOK_EVERY/10)
@@ -318,8 +316,6 @@ def _tell_others(store, error):
 @contextmanager
 def ending_together():
     "A context for work in which processes exchange weights: if one fails, all end, and the first reports it."
-    from torch.distributed import PrefixStore
-    from torch.distributed.distributed_c10d import _get_default_store
     store, over = PrefixStore('ending', _get_default_store()), threading.Event()
     thread = threading.Thread(target=_end_with_others, args=(store, over), daemon=True)
     thread.start()
@@ -367,7 +363,6 @@ def from_first(
     with failing_together():
         if processes()[0] == 0: made = make()
     if processes()[1] == 1: return made
-    from torch.distributed import broadcast_object_list
     box = [made]
     broadcast_object_list(box, 0, group=host_group())
     return box[0]

@@ -72,10 +72,11 @@ def turn_inputs(
 ):                  # uint8 [P, T, H, W, 3]
     "What each turn edits: the right result of the turn before, or the editor's own after `exposure_turns` turns."
     input_PTHWC = starting_pictures(sessions, target_PTHWC)
-    for round in range(config.exposure_turns if target_PTHWC.shape[1] > 1 else 0):
-        own, text = own_results(config, editor, sessions, input_PTHWC, iteration, round)
+    if target_PTHWC.shape[1] == 1: return input_PTHWC
+    for round in range(config.exposure_turns):
+        own_result, text = own_results(config, editor, sessions, input_PTHWC, iteration, round)
         if sampled: sampled(text)
-        input_PTHWC = starting_pictures(sessions, own)
+        input_PTHWC = starting_pictures(sessions, own_result)
     return input_PTHWC
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #b92f6076

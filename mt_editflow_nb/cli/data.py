@@ -24,12 +24,12 @@ from ..explore.strips import sessions_page
 
 # %% ../../nbs/cli/06_data.ipynb #0d43cd0d
 def _say_skipped(skipped):
-    "Up to three of the records that were left out, on stderr."
+    "Print up to three of the records that were left out."
     for message in skipped[:3]: print(f'left out: {message}', file=sys.stderr)
     if len(skipped) > 3: print(f'and {len(skipped) - 3} more', file=sys.stderr)
 
 def _say_written(path, n, outside):
-    "What was written, and how it is read."
+    "Print what was written, and how to read it."
     print(f'{path}: {n} {"session" if n == 1 else "sessions"}')
     if outside: print('its pictures lie outside its folder: train with allow_outside=true')
 
@@ -198,7 +198,7 @@ COMMANDS = { # name -> (what it does, its options, its work)
     'sample': ('a random part', _sample_options, _sample)}
 
 def data_parser() -> argparse.ArgumentParser:
-    "The command line."
+    "The options of `mtef_data`."
     about = 'Import, look at and choose sessions of picture edits.'
     parser = argparse.ArgumentParser('mtef_data', description=about)
     commands = parser.add_subparsers(dest='command', required=True)

@@ -179,7 +179,7 @@ def judge_options(
 
 # %% ../../nbs/cli/01_eval.ipynb #a91f7303
 def _check_values(a, flags):
-    "Numbers that cannot be, and folders that cannot be written to."
+    "Raises `InputError` for impossible numbers, and for settings of the judge that are no mapping."
     for name in ('n', 'steps', 'batch', 'keep', 'size'):
         x = getattr(a, name)
         expect(x is None or x >= 1, flags[name], 'at least 1', x)
@@ -358,17 +358,17 @@ def _further_tables(out, sessions, outcomes, facts, against): # (facts, heading 
 
 # %% ../../nbs/cli/01_eval.ipynb #d932b1ac
 def finish_run(
-    out: Path,          # gets outcomes.safetensors, scores.csv, results.json, then the card
+    out: Path,           # gets outcomes.safetensors, scores.csv, results.json, then the card
     *,
-    facts: dict,        # heading -> {name: value}
-    sessions: list,     # I `Session`s
-    outcomes: Outcomes, # [I, T]
-    notes: list = (),   # what to know beside the scores
-    against=None,       # another run
-    extra: dict = None, # further tables
-    cc_unscored_IT=None,# bool, where a question about consistency got no answer; None: nowhere
-    **card,             # title, images and why_IT of `write_card`
-) -> pd.DataFrame:      # of `score_intervals`
+    facts: dict,         # heading -> {name: value}
+    sessions: list,      # I `Session`s
+    outcomes: Outcomes,  # [I, T]
+    notes: list = (),    # what to know beside the scores
+    against=None,        # another run
+    extra: dict = None,  # further tables
+    cc_unscored_IT=None, # bool, where a question about consistency got no answer; None: nowhere
+    **card,              # title, images and why_IT of `write_card`
+) -> pd.DataFrame:       # of `score_intervals`
     "Write scores, then draw the card; one that cannot be drawn is a warning."
     turns_I = turn_counts(sessions)
     save_outcomes(out/'outcomes.safetensors', outcomes, [s.id for s in sessions], turns_I)
@@ -514,8 +514,8 @@ def turns_to_make(
     sessions: list, # I `Session`s
 ) -> int:
     "Turns of the sessions whose results the folder does not hold yet."
-    held = {file.name for file in Path(folder).glob('session_*.safetensors')}
-    return sum(len(s.instructions) for i, s in enumerate(sessions) if f'session_{i:06d}.safetensors' not in held)
+    on_disk = {file.name for file in Path(folder).glob('session_*.safetensors')}
+    return sum(len(s.instructions) for i, s in enumerate(sessions) if f'session_{i:06d}.safetensors' not in on_disk)
 
 # %% ../../nbs/cli/01_eval.ipynb #b1e3a084
 def check_verifier_size(
@@ -809,7 +809,7 @@ def _bench_facts(a, items):
     return dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
 
 def _generate_items(a, items, out, settings, judge, vlm):
-    "Pictures that are missing."
+    "Make the pictures that are missing."
     if not from_first(lambda: items_to_make(a.bench, items, out, a.steps, settings)): return
     with failing_together():
         if not a.generate_only: check_answering(judge, offline=a.offline, **judge_options(a))
@@ -857,8 +857,8 @@ def evaluate_bench(
     vlm = a.vlm if a.bench == 'mice' and tools is None and not a.generate_only else None
     _generate_items(a, items, out, settings, judge if not a.judge or asks_own_questions(a.judge) else a.judge, vlm)
     if a.generate_only: return None, items
-    asked = dict(judge=a.judge, questions=a.questions or 'own wording')
-    from_first(lambda: check_settings(out, 'judges.json', asked))
+    judged_by = dict(judge=a.judge, questions=a.questions or 'own wording')
+    from_first(lambda: check_settings(out, 'judges.json', judged_by))
     answers, statistics = ask_benchmark(a.bench, judge, questions, items, out, progress=True)
     if a.bench == 'mice':
         of_rules = _mice_arrays(a, items, out, tools, *rules_asker)

@@ -49,7 +49,7 @@ def without_folder(
 def plain_options(
     options: dict, # of a judge
 ) -> dict:
-    "Its numbers and switches. Texts and fields of requests may hold addresses, folders and keys, and stay here."
+    "The numbers and switches of a judge's settings. Texts may hold addresses, folders and keys, and are left out."
     return {name: value for name, value in options.items() if value is None or isinstance(value, (bool, int, float))}
 
 def public_config(

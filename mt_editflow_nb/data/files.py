@@ -48,7 +48,7 @@ def expect(
     expected: str, # in words
     received,      # what was there instead; long values are shortened
 ):
-    "Raise `InputError` unless `ok`, in the one form that every message of the package has."
+    "Raise `InputError` unless `ok`, as `field: expected X, received Y`."
     if not ok: raise InputError(f'{field}: expected {expected}, received {reprlib.repr(received)}')
 
 def one_of(
@@ -327,7 +327,7 @@ def locked(
     folder: str|Path,    # created when missing
     name: str = '.lock', # of the file in it that is locked; it stays, and means nothing when nobody holds it
 ):
-    "Hold a folder for one writer: `with locked(folder): ...`. Raises `InputError` where somebody else, or we, hold it."
+    "Hold a folder for one writer: `with locked(folder): ...`. Raises `InputError` where it is held already."
     path = Path(folder)/name
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a+') as f:
@@ -347,7 +347,7 @@ def is_locked(
     folder: str|Path,    # need not be there
     name: str = '.lock', # as given to `locked`
 ) -> bool:
-    "Does somebody hold this folder now?"
+    "Whether somebody holds this folder now."
     try: f = open(Path(folder)/name)
     except OSError: return False
     with f:

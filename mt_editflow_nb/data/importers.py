@@ -125,7 +125,7 @@ class PictureFinder:
         return best[0]
 
     def _hint(self):
-        "What may be the reason."
+        "Why a picture may be missing, as the end of a message; '' where nothing is known."
         archives = archive_parts(self.folder)
         return f' ({next(iter(archives)).name} is not unpacked yet: --unpack)' if archives else ''
 

@@ -28,7 +28,7 @@ _EDGE_BYTES = 1 << 14    # bytes at each end of a file
 
 @lru_cache(1 << 18)
 def _key_of_file(path, changed, size):
-    "`changed` is only there so that a changed file is read again."
+    "A hash of a file's size and both ends, remembered until `changed` differs."
     with open(path, 'rb') as f:
         first = f.read(_EDGE_BYTES)
         f.seek(max(0, size - _EDGE_BYTES))
@@ -101,7 +101,7 @@ def one_at_a_time(
 
 # %% ../../nbs/data/07_selecting.ipynb #41667e4b
 def _computed_keys(paths):
-    "Read by threads, with a progress bar where it takes long."
+    "Keys of files, read in threads; a progress bar appears where that takes long."
     if not paths: return {}
     quiet = os.environ.get('RANK', '0') != '0'                  # only one of several processes shows it
     with ThreadPool(min(8, len(paths))) as pool:
@@ -152,7 +152,7 @@ def sessions_hash(
     keys = picture_keys(sessions, many)
     targets = [target for s in sessions for target in s.targets if isinstance(target, Path)]
     of_target = file_keys(targets, folder_of(sessions))
-    def key(held): return of_target[held] if isinstance(held, Path) else content_hash(held)
+    def key(target): return of_target[target] if isinstance(target, Path) else content_hash(target)
     def rest(s): return s.id, s.instructions, s.task_types, s.meta, [key(target) for target in s.targets]
     return content_hash([content_hash(key, *rest(s)) for key, s in zip(keys, sessions)])
 

@@ -65,7 +65,7 @@ def _open_now(stored):
     return open_image(stored) if isinstance(stored, (Path, bytes)) else stored
 
 def _open_stored(stored):
-    "The same, remembered where it is more work than to decode some bytes."
+    "A stored picture, remembered where opening it takes more than decoding some bytes."
     if isinstance(stored, FittedPicture): return _recent.open(stored, partial(_open_now, stored))
     return _open_now(stored)
 
@@ -286,7 +286,7 @@ def stays_inside(
     image: str,       # a path that starts from the folder
     folder: str|Path, # of the session file
 ) -> bool:
-    "Does a picture's path stay in its folder? A symbolic link in it may lead elsewhere, as its maker wanted."
+    "Whether a picture's path stays in its folder. A symbolic link in it may lead elsewhere, as its maker wanted."
     path = os.path.normpath(os.path.join(folder, image))
     return os.path.commonpath([os.path.abspath(path), os.path.abspath(folder)]) == os.path.abspath(folder)
 

@@ -72,14 +72,14 @@ def undo_followed(
     earlier: Reading, # of one image: what was shown two turns ago
     after: Reading,   # of one image: this turn's result
 ) -> tuple:           # (success: bool, graded: float in [0, 1])
-    "Is the picture of two turns ago back?"
+    "Whether the picture of two turns ago is back."
     known = np.flatnonzero(earlier.codes >= 0)
     near = closeness(after.rms)[known, earlier.codes[known]].mean() if len(known) else 0.
     same_cells = len(known) and (after.codes == earlier.codes)[known].all()
     return bool(same_cells and after.background == earlier.background), float(near)
 
 def _undo_background(edits, first):
-    "After the last background change was undone: the change back to the background before it."
+    "What takes back an undone background change: a change to the background before it."
     before = [e.background for e in edits if e.background][:-1]
     return Edit('background_change', background=(before or [list(BACKGROUNDS)[first.background]])[-1])
 

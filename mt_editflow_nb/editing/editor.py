@@ -99,7 +99,7 @@ def at_size(
     editor,         # of any family
     size: int|None, # pixels a side; None: as it is
 ):
-    "A context in which an editor works at another size. Raises `InputError` as `set_size`."
+    "A context in which an editor works at another size. Raises `InputError` as `set_size` does."
     before = editor.size
     if size: set_size(editor, size)
     try: yield
@@ -113,10 +113,10 @@ def avoid_cudnn_attention():
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 def adopt_pipeline(
-    editor,                # an object of a family's class
-    pipe,                  # a loaded pipeline
-    size: int,             # pixels a side
-    guidance: float = None,# embedded or classifier-free; None: the one that the family's class holds
+    editor,                 # an object of a family's class
+    pipe,                   # a loaded pipeline
+    size: int,              # pixels a side
+    guidance: float = None, # embedded or classifier-free; None: the one that the family's class holds
 ):
     "Give an editor what every family has: the pipeline's parts, its sizes, and its guidance."
     avoid_cudnn_attention()

@@ -140,7 +140,9 @@ def save_memory(
     checkpointing: bool, # gradient checkpointing
     offload: bool,       # text encoders rest in host memory
 ):
-    "The autoencoder takes pictures one at a time on a GPU, large ones in tiles; the rest is what was asked for."
+    """Save memory: on a GPU the autoencoder takes one picture at a time, and large ones in tiles.
+
+    Checkpointing and offloading are done where they are asked for."""
     if torch.device(editor.device).type != 'cpu': editor.vae.enable_slicing()
     if editor.size > TILE_ABOVE: editor.vae.enable_tiling()
     if checkpointing: editor.transformer.enable_gradient_checkpointing()

@@ -27,8 +27,8 @@ LORA_TARGETS = dict(all='', attention=r'\.attn\.',
                     attention_mlp=r'\.attn\.|\.ff\.|\.ff_context\.|\.proj_mlp$|\.img_mlp\.|\.txt_mlp\.')
 
 def target_layers(
-    transformer,      # of any family
-    targets: str|list,# a name of `LORA_TARGETS`, or the ends of layers' names
+    transformer,       # of any family
+    targets: str|list, # a name of `LORA_TARGETS`, or the ends of layers' names
 ) -> list: # names of linear layers, in the transformer's order
     "The linear layers of the transformer blocks that get an adapter. Raises `InputError` for a name without layers."
     linear = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and 'blocks' in n]
@@ -43,9 +43,9 @@ def target_layers(
 
 # %% ../../nbs/editing/04_lora.ipynb #e7010ad1
 def check_lora(
-    transformer,      # of any family
-    rank: int,        # of the adapter
-    targets: str|list,# layers, see `LORA_TARGETS`
+    transformer,       # of any family
+    rank: int,         # of the adapter
+    targets: str|list, # layers, see `LORA_TARGETS`
 ) -> list: # names of the layers
     "Raises `InputError` for a rank that the layers cannot have, and for layers that do not exist."
     layers = target_layers(transformer, targets)
@@ -55,11 +55,11 @@ def check_lora(
     return layers
 
 def add_lora(
-    editor,                   # from `load_editor`
-    rank: int,                # of the adapter, at most the width of the narrowest layer
-    seed: int = 0,            # of its first factor
-    alpha: float = None,      # the adapter's output is scaled by alpha/rank; None: by 1
-    targets: str|list = 'all',# layers, see `LORA_TARGETS`
+    editor,                    # from `load_editor`
+    rank: int,                 # of the adapter, at most the width of the narrowest layer
+    seed: int = 0,             # of its first factor
+    alpha: float = None,       # the adapter's output is scaled by alpha/rank; None: by 1
+    targets: str|list = 'all', # layers, see `LORA_TARGETS`
 ) -> list: # the trainable tensors, in a fixed order
     "Add a trainable LoRA (arXiv 2106.09685) to the transformer blocks."
     from peft import LoraConfig
@@ -94,8 +94,8 @@ def to_safetensors(
     return struct.pack('<Q', len(header)) + header + data[8 + size:]
 
 def save_lora(
-    editor,          # with an adapter
-    folder: str|Path,# created when missing
+    editor,           # with an adapter
+    folder: str|Path, # created when missing
 ) -> Path: # of the file
     "Save the adapter for `load_lora` and for plain diffusers. Raises `InputError` for a tensor that is not finite."
     from peft.utils import get_peft_model_state_dict

@@ -56,17 +56,17 @@ def step_logp(
 
 # %% ../../nbs/editing/06_samplers.ipynb #1e2d80a0
 def sde_step(
-    x: torch.Tensor,                  # latents [N, ...] at `sigma`
-    v: torch.Tensor,                  # the model's velocity there, like `x`
-    sigma: float|torch.Tensor,        # noise level now, in (0, 1]: a number or [N]
-    sigma_next: float|torch.Tensor,   # noise level after the step, in [0, sigma): a number or [N]
+    x: torch.Tensor,                   # latents [N, ...] at `sigma`
+    v: torch.Tensor,                   # the model's velocity there, like `x`
+    sigma: float|torch.Tensor,         # noise level now, in (0, 1]: a number or [N]
+    sigma_next: float|torch.Tensor,    # noise level after the step, in [0, sigma): a number or [N]
     *,
-    kind: str,                        # 'ode', 'flow' (Flow-GRPO) or 'cps' (coefficient preserving)
-    noise_level: float,               # a >= 0, for 'cps' at most 1; 0 is the ODE; not read by 'ode'
-    sigma_max: float|torch.Tensor,    # second sigma of the schedule; read by 'flow' where sigma is 1
-    noise: torch.Tensor = None,       # standard normal, like `x`; drawn when None
-    x_next: torch.Tensor = None,      # where the step went: score it instead of drawing
-    generator: torch.Generator = None,# of the noise drawn
+    kind: str,                         # 'ode', 'flow' (Flow-GRPO) or 'cps' (coefficient preserving)
+    noise_level: float,                # a >= 0, for 'cps' at most 1; 0 is the ODE; not read by 'ode'
+    sigma_max: float|torch.Tensor,     # second sigma of the schedule; read by 'flow' where sigma is 1
+    noise: torch.Tensor = None,        # standard normal, like `x`; drawn when None
+    x_next: torch.Tensor = None,       # where the step went: score it instead of drawing
+    generator: torch.Generator = None, # of the noise drawn
 ) -> tuple: # `(x_next, mean, std, logp)`: like `x`; like `x`; 0-d or [N, 1, ...], the scale of the noise; [N]
     """One denoising step in float32, and the log-probability of where it went, averaged over the latent dimensions.
 
@@ -106,10 +106,10 @@ def sigma_schedule(
 
 # %% ../../nbs/editing/06_samplers.ipynb #dad7082b
 def sde_window(
-    num_steps: int,                   # denoising steps
-    size: int = 0,                    # steps in the window; 0: all of `within`
-    within: tuple = None,             # `(first, end)` that the window lies in; None: every step but the last
-    generator: torch.Generator = None,# draws where the window starts, uniformly over what fits
+    num_steps: int,                    # denoising steps
+    size: int = 0,                     # steps in the window; 0: all of `within`
+    within: tuple = None,              # `(first, end)` that the window lies in; None: every step but the last
+    generator: torch.Generator = None, # draws where the window starts, uniformly over what fits
 ) -> range: # indices of the stochastic steps
     "The steps that are stochastic and trained. Raises `InputError` when the window does not fit."
     first, end = within or (0, num_steps - 1)

@@ -294,18 +294,18 @@ def write_pages(
 
 # %% ../../nbs/evaluation/06_card.ipynb #146b589b
 def write_card(
-    folder: str|Path,   # gets card.md, card.html, strip_best.png, strip_median.png, strip_worst.png
+    folder: str|Path,    # gets card.md, card.html, strip_best.png, strip_median.png, strip_worst.png
     *,
-    title: str,         # of the page
-    facts: dict,        # heading -> {name: value}, such as Editor, Data, Protocol
-    sessions: list,     # I `Session`s
-    outcomes: Outcomes, # [I, T]
-    images=None,        # i -> uint8 [T, H, W, 3], the results of session i; None: there are none to show
-    why_IT: list,       # reasons of failure
-    extra: dict = None, # further tables, heading -> DataFrame
-    notes: list = (),   # from `blind_spots`
-    cc_unscored_IT=None,# bool, where a question about consistency got no answer; None: nowhere
-) -> Path:              # of card.md
+    title: str,          # of the page
+    facts: dict,         # heading -> {name: value}, such as Editor, Data, Protocol
+    sessions: list,      # I `Session`s
+    outcomes: Outcomes,  # [I, T]
+    images=None,         # i -> uint8 [T, H, W, 3], the results of session i; None: there are none to show
+    why_IT: list,        # reasons of failure
+    extra: dict = None,  # further tables, heading -> DataFrame
+    notes: list = (),    # from `blind_spots`
+    cc_unscored_IT=None, # bool, where a question about consistency got no answer; None: nowhere
+) -> Path:               # of card.md
     "Write the card as Markdown with pictures beside it, and as one self-contained HTML page."
     folder, turns_I = Path(folder), [len(s.instructions) for s in sessions]
     types = [s.task_types or ['(no type)'] * n for s, n in zip(sessions, turns_I)]

@@ -32,9 +32,10 @@ def _how_made(protocol): # of a run on sessions of one's own, for which nothing 
     return named + [f'{k} {protocol[k]}' for k, default in _defaults.items() if protocol.get(k, default) != default]
 
 def _scored_before(protocol): # differences of runs on EdiVal-Bench from before they were written down
-    vlm, own = protocol.get('vlm', EDIVAL_VLM), protocol.get('questions') == 'own wording'
+    vlm = protocol.get('vlm', EDIVAL_VLM)
+    in_own_words = protocol.get('questions') == 'own wording'
     judge = [f'judge {vlm} (published: {EDIVAL_VLM})'] if vlm != EDIVAL_VLM else []
-    return judge + (['our wording of the questions'] if own else [])
+    return judge + (['our wording of the questions'] if in_own_words else [])
 
 def _footnotes(results): # what is different about a run, and what its card warns of
     protocol = results.get('facts', {}).get('Protocol', {})
@@ -76,7 +77,7 @@ def run_numbers(
 _published = 'benchmark, system, metric, turn, value, source'     # columns
 
 def _check_published(table, file):
-    "Raises `InputError` for the first row without a source, with a turn or value that is no number, or told twice."
+    "Raises `InputError` for the first row without a source, a turn or value that is no number, or that occurs twice."
     numbers = {name: pd.to_numeric(table[name], errors='coerce') for name in ('turn', 'value')}
     same = ['benchmark', 'system', 'metric', 'turn']
     first, seen = table[same].astype(str).agg(tuple, axis=1), {}

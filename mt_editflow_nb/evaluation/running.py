@@ -15,6 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from tqdm.auto import tqdm
 from ..data.files import InputError, atomic_write, content_hash, locked, read_json, to_json
 from ..data.sessions import open_ahead
@@ -135,14 +137,13 @@ def unpack_pictures(
 
 # %% ../../nbs/evaluation/01a_running.ipynb #3b55c3d0
 def write_outcomes(
-    file,               # of safetensors
-    outcomes: Outcomes, # [I, T]
-    images,             # of the first sessions, as `pack_pictures` takes them
-    cc_unscored_IT=None,# bool, where a question about consistency got no answer; None: nowhere
-    turns_I=None,       # how many turns each session has; None: T
+    file,                # of safetensors
+    outcomes: Outcomes,  # [I, T]
+    images,              # of the first sessions, as `pack_pictures` takes them
+    cc_unscored_IT=None, # bool, where a question about consistency got no answer; None: nowhere
+    turns_I=None,        # how many turns each session has; None: T
 ):
     "Write outcomes and pictures whole or not at all, with a hash of their content."
-    from safetensors.numpy import save
     arrays = outcomes._asdict() | pack_pictures(images)
     if np.any(cc_unscored_IT): arrays |= dict(cc_unscored_IT=cc_unscored_IT)
     if turns_I is not None and len(set(turns_I)) > 1: arrays |= dict(turns_I=np.asarray(turns_I, np.int64))
@@ -151,7 +152,6 @@ def write_outcomes(
 
 def _read_arrays(file):
     "The arrays of a file; None where it is missing, damaged, or another one."
-    from safetensors import SafetensorError, safe_open
     try:
         with safe_open(str(file), 'numpy') as f:
             content, arrays = (f.metadata() or {}).get('content'), {k: f.get_tensor(k) for k in f.keys()}
@@ -248,7 +248,7 @@ def share_out(
     batches: list, # of whatever is to be done
     work,          # batch -> what came of it, anything that can be pickled
 ):                 # yields (batch, what came of it), in order and in every process
-    "Every process works on one batch per round, so that none is more than a batch ahead of another."
+    "Share batches among the processes, one each per round, so that none is more than a batch ahead of another."
     process, count = processes()
     for k in range(0, len(batches), count):
         here, done = batches[k:k + count], None

@@ -167,13 +167,13 @@ def _wilson_at_the_ends(table, row, sessions):
         table.loc[row, ['low', 'high']] = [100 * x for x in wilson(sessions * table.value[row] / 100, sessions)]
 
 def score_intervals(
-    outcomes,           # `Outcomes` (or a dict with its names), `[I, T]` or with seeds `[S, I, T]`
+    outcomes,            # `Outcomes` (or a dict with its names), `[I, T]` or with seeds `[S, I, T]`
     *,
-    n_boot: int = 2000, # draws
-    seed: int = 0,      # of the draws
-    turns_I=None,       # how many turns each session has; None: T
-    cc_unscored_IT=None,# bool, where a question about consistency got no answer; None: nowhere
-) -> pd.DataFrame:      # index (turn, metric); value, low, high in percent; `sessions` it is over, turns `unscored`
+    n_boot: int = 2000,  # draws
+    seed: int = 0,       # of the draws
+    turns_I=None,        # how many turns each session has; None: T
+    cc_unscored_IT=None, # bool, where a question about consistency got no answer; None: nowhere
+) -> pd.DataFrame:       # index (turn, metric); value, low, high in percent; `sessions` it is over, turns `unscored`
     """EdiVal's scores of one editor with 95 % intervals: a percentile bootstrap over sessions, and over several seeds.
 
     Where all or none succeeded it is Wilson's interval, and that of O takes its ends from those of IF and CC."""

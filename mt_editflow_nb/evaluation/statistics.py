@@ -62,7 +62,8 @@ def holm(
 ) -> np.ndarray: # adjusted p values, NaN where `p` is
     """Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979).
 
-    As statsmodels' `multipletests`, which collects garbage in every call: up to a second beside a loaded model."""
+    Like statsmodels' `multipletests`, but without the garbage collection that it makes in every call, up to a second
+    beside a loaded model."""
     p = np.asarray(p, float)
     adjusted = np.full(p.shape, np.nan)
     ascending = np.argsort(p)[:np.count_nonzero(~np.isnan(p))]         # NaN sorts last

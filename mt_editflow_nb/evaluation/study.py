@@ -230,10 +230,10 @@ def rater_agreement(
 ) -> Interval:
     "Krippendorff's alpha of the raters' choices, with a 95 % bootstrap interval over sessions."
     pairs = [' '.join(map(repr, sorted(pair))) for pair in zip(choices['first'], choices['second'])]
-    asked = dict(index='rater', columns=['session', 'pair'], values='winner', aggfunc='last')
-    choices_RU = choices.assign(pair=pairs).pivot_table(**asked)      # U: sessions times pairs of systems
-    by_unit = label_coincidences(choices_RU.to_numpy(dtype=object))
-    of_session = choices_RU.columns.to_frame(index=False).groupby('session').indices
+    layout = dict(index='rater', columns=['session', 'pair'], values='winner', aggfunc='last')
+    choice_of_raters = choices.assign(pair=pairs).pivot_table(**layout)                # a row for each
+    by_unit = label_coincidences(choice_of_raters.to_numpy(dtype=object))
+    of_session = choice_of_raters.columns.to_frame(index=False).groupby('session').indices
     by_session = np.stack([by_unit[units].sum(0) for units in of_session.values()])
     weights_BI = session_weights(len(by_session), n_boot, np.random.default_rng(seed))
     draws = np.array([alpha_of_coincidences(pairs) for pairs in np.einsum('bi,ijk->bjk', weights_BI, by_session)])

@@ -11,6 +11,7 @@ import json, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
+from matplotlib.figure import Figure
 from ..data.files import expect, open_image, read_text
 from ..data.plots import line_style
 from ..data.sessions import stays_inside
@@ -93,10 +94,11 @@ def ask_repeatedly(
     repeats: int = 4, # R; each with its own seed
 ) -> Judgements:
     "Judge everything R times. Of a mode that gives IF and CC together, the score that an item is about counts."
-    t0, asked = time.perf_counter(), [replace(i, aspect='joint') for i in items] if is_joint(mode) else items
-    rounds = [mode(engine, asked, prompts, seed=r) for r in range(repeats)]
+    questions = [replace(i, aspect='joint') for i in items] if is_joint(mode) else items
+    began = time.perf_counter()
+    rounds = [mode(engine, questions, prompts, seed=r) for r in range(repeats)]
     if is_joint(mode): rounds = [[v[i.aspect] for v, i in zip(verdicts, items)] for verdicts in rounds]
-    seconds, n = time.perf_counter() - t0, repeats*len(items)
+    seconds, n = time.perf_counter() - began, repeats*len(items)
     tokens = sum(c['tokens'] for verdicts in rounds for v in verdicts for c in v.calls)
     return Judgements(np.array([[v.score for v in verdicts] for verdicts in rounds]), tokens/n, seconds/n)
 
@@ -224,7 +226,6 @@ def plot_agreement(
     table: pd.DataFrame, # from `agreement`
 ):                       # a matplotlib figure
     "Bias against variance, and ranking against cost."
-    from matplotlib.figure import Figure
     fig = Figure(figsize=(9, 3.2), layout='constrained')
     left, right = fig.subplots(1, 2)
     panels = ((left, ('sd', ''), ('bias', ''), 'standard deviation over repeats', 'bias', 0),

@@ -177,7 +177,9 @@ def check_failures(
     max_failed: float, # share of failed ones that is allowed
     place: str = '',   # such as ' at http://localhost:8000/v1'
 ):
-    "Raises `JudgeFailed` when more scores failed than are allowed: of fewer than 20 as many as of 20, but not all."
+    """Raises `JudgeFailed` when more scores failed than are allowed.
+
+    Of fewer than 20 as many may fail as of 20, but not all."""
     there = scores.rewards_PGTM.numel()
     of = of or there
     if scores.failed <= max_failed*of: return
@@ -407,11 +409,11 @@ def judge_usage(
     price: float = None, # of a million tokens
 ) -> dict:               # calls, hits, failed, tokens, seconds, and with a price the cost
     "What was asked for these scores. Hits were on record; tokens and seconds are those of the calls that were made."
-    asked = [c for c in scores.calls if not c.get('again')]
-    made = [c for c in asked if not c.get('cached')]
+    first_tries = [c for c in scores.calls if not c.get('again')]
+    made = [c for c in first_tries if not c.get('cached')]
     tokens = sum(c['tokens'] for c in made)
     cost = {} if price is None else dict(cost=tokens*price/1e6)
-    return dict(calls=len(made), hits=len(asked) - len(made), failed=sum(bool(c['error']) for c in asked),
+    return dict(calls=len(made), hits=len(first_tries) - len(made), failed=sum(bool(c['error']) for c in first_tries),
                 tokens=tokens, seconds=round(sum(c['seconds'] for c in made), 3)) | cost
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0003

@@ -41,11 +41,11 @@ def read_edit_r2_questions(
     texts = text_constants(tree)
     for name in _published.values(): expect(name in texts, f'{files[0]}: `{name}`', 'a text', 'none')
     filled = {kind: re.sub(r'\{\w+\}', '{0}', texts[name]) for kind, name in _published.items()}
-    short = [_with_gaps(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
-    short = [text for text in short if text.startswith('Is the {0} now ')]
-    made_of = [text for text in short if 'made of' in text]
-    colored = [text for text in short if 'made of' not in text]
-    expect(made_of and colored, str(files[0]), 'two f-strings that begin with "Is the {object_name} now"', short)
+    f_strings = [_with_gaps(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    f_strings = [text for text in f_strings if text.startswith('Is the {0} now ')]
+    made_of = [text for text in f_strings if 'made of' in text]
+    colored = [text for text in f_strings if 'made of' not in text]
+    expect(made_of and colored, str(files[0]), 'two f-strings that begin with "Is the {object_name} now"', f_strings)
     return filled | dict(recolored=colored[0], remade=made_of[0])
 
 # %% ../../nbs/rewards/01f_edit_r2_rules.ipynb #e2a00009
@@ -133,10 +133,11 @@ def edit_r2_follow(
     slots = edit_r2_slots(task_type, formatted)
     if not slots: return _failed('the rule cannot read the instruction')
     if task_type == 'subject_add': return (yield from _added(formatted, slots, *pictures))
-    asked = dict(subject_replace=(subject_replace, 'replaced_as_told', (formatted,)),
-                 color_alter=(color_alter, 'recolored', slots), material_alter=(material_alter, 'remade', slots))
-    if task_type in asked:
-        rule, kind, words = asked[task_type]
+    other_question = dict(subject_replace=(subject_replace, 'replaced_as_told', (formatted,)),
+                          color_alter=(color_alter, 'recolored', slots),
+                          material_alter=(material_alter, 'remade', slots))
+    if task_type in other_question:
+        rule, kind, words = other_question[task_type]
         return (yield from _asked_otherwise(rule(slots, *pictures), Question(pictures, kind, words)))
     rules = dict(subject_remove=_removed, position_change=_moved, count_change=_counted, text_change=_written,
                  background_change=background_change)

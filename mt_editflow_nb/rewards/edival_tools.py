@@ -162,7 +162,7 @@ def _refusal(response):
     return one_line(said)[:200] or f'status {response.status_code}'
 
 def _answer(response, address):
-    "What came back. Raises `InputError` for a web server of another kind."
+    "The JSON of a response. Raises `InputError` for a web server of another kind."
     try: return response.json()
     except ValueError:
         raise InputError(f'judge: expected JSON from {address}, as mtef_tools sends it, received '

@@ -40,7 +40,7 @@ class Ask:
 
 @dataclass
 class Reply:
-    "What came back."
+    "What an engine answered to one call."
     text: str = ''        # the raw answer
     probs: dict = field(default_factory=dict) # probability of each of the `choices`, out of all words
     tokens: int = 0       # read and written

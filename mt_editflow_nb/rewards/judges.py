@@ -138,7 +138,7 @@ RETRIES = 2       # times that a model is asked again after an answer of no use
 MIN_MASS = .05    # probability that a model must put on the scores as a whole, or it did not mean to answer with one
 
 def _attempt(ask, n):
-    "A question as it is asked the n-th time: with other words drawn."
+    "A question as it is asked the n-th time: each retry has another seed, and samples."
     return ask if not n else replace(ask, seed=ask.seed + 1_000_003*n, temperature=ask.temperature or .7)
 
 def _limit(engine, ask):
@@ -356,6 +356,6 @@ def load_mode(
 def is_joint(
     mode, # from `load_mode`
 ) -> bool:
-    "Does a call of this mode give all rewards?"
+    "Whether a call of this mode gives all rewards."
     while isinstance(mode, partial): mode = mode.func
     return mode is joint

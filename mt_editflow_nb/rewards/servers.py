@@ -77,7 +77,7 @@ class EncodedPictures:
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0a09
 def _is_address(url):
-    "Whether a client could call it: a scheme, a host without blanks, and a port that there is."
+    "Whether a client could call this URL: http or https, a host without blanks, a valid port."
     try: parts = urlsplit(url)
     except ValueError: return False
     try: there = parts.port is None or parts.port > 0
@@ -410,7 +410,7 @@ class _Presence:
             if self.server.absent: await self.look()
 
     async def wait(self):
-        "Poll until somebody is there; False after `judge_wait` seconds, and for good in this batch."
+        "Wait until an address answers; False after `judge_wait` seconds, and then for the rest of the batch."
         server, patience = self.server, Patience()
         async with self.lock:
             why = '; '.join(f'{url}: {cause}' for url, cause in server.absent.items())
@@ -458,7 +458,7 @@ class _Dispatcher:
             return self.counted(Reply(error=error if tried else f'not asked: {self.server.away}'))
 
     async def pick(self, tried):
-        "Who is asked next; waits while nobody is there. None: those that are there have failed, or nobody came back."
+        "The client to ask next; waits while no address answers. None: all that answer have failed, or none came back."
         while True:
             there = [c for c in self.clients if c not in tried and c.url not in self.server.absent]
             quick = [c for c in there if self.server.slow.get(c.url, 0) <= time.monotonic()]
@@ -473,7 +473,7 @@ class _Dispatcher:
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0020
 def _answered(jobs, why):
-    "The replies of those that are through; the others were not asked."
+    "The replies of calls that have ended; the others get an error that says why they were not asked."
     through = [j.done() and not j.cancelled() and not j.exception() for j in jobs]
     return [j.result() if done else Reply(error=f'not asked: {why}') for j, done in zip(jobs, through)]
 
@@ -510,7 +510,7 @@ def server_urls(
     return urls
 
 def _is_json(value):
-    "Whether a request can hold it: no date, for instance."
+    "Whether a value can be part of a JSON request; a date, for instance, cannot."
     try: json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError): return False
     return True
@@ -609,7 +609,7 @@ class Server:
         self,
         asks: list, # of `Ask`
     ) -> list:      # of `Reply`
-        "Ask them all, `concurrency` at a time. Works inside a notebook's running loop too."
+        "Answer all calls, `concurrency` at a time, also inside a notebook's running event loop."
         check_environment()
         self.stopped.clear()
         asks = [self.adapt(a) for a in asks]

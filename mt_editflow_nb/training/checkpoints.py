@@ -12,7 +12,8 @@ import gc, hashlib, json, os, shutil, sys, warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
-from safetensors import SafetensorError                             # what a full disk raises in its save_file
+from safetensors import SafetensorError, safe_open                # the error is what a full disk raises in save_file
+from safetensors.torch import load_file, save_file
 from ..data.files import InputError, atomic_write, expect, one_line, to_json
 from ..editing.lora import save_lora
 from ..algorithm.config import Config, make_config
@@ -94,7 +95,6 @@ def write_checkpoint(
     c: Config = None, # of the run
 ) -> Path:            # the checkpoint's folder
     "Write `checkpoints/NNNNNN` whole or not at all. Raises `InputError`, naming the last good one, where that fails."
-    from safetensors.torch import save_file
     folder = Path(run)/'checkpoints'
     tmp, final = folder/f'.{iteration:06d}', folder/f'{iteration:06d}'
     try:
@@ -134,7 +134,6 @@ def checkpoint_damage(
     folder, # a checkpoint
 ) -> str:   # what is wrong with it; '' if nothing is
     "Check a checkpoint against its checksum, and its two files against each other."
-    from safetensors import safe_open
     folder = Path(folder)
     try:
         state = json.loads((folder/'state.json').read_text())
@@ -174,7 +173,6 @@ def read_checkpoint(
     folder, # a checkpoint
 ) -> tuple: # (iterations done, number of trained tensors, tensors by name)
     "What a checkpoint holds. Raises `InputError` for one that is damaged."
-    from safetensors.torch import load_file
     if problem := checkpoint_damage(folder):
         raise InputError(f'checkpoint: {folder} is not a checkpoint of this run: {problem}')
     state = json.loads((Path(folder)/'state.json').read_text())
@@ -253,7 +251,7 @@ def write_shared_checkpoint(
     keep: int = 2,    # checkpoints that stay
     c: Config = None, # of the run
 ):
-    "As `write_checkpoint`, in all processes: each writes its pieces; the first then marks the checkpoint as whole."
+    "Write a checkpoint in all processes: each writes its pieces, then the first marks it as whole."
     from torch.distributed import checkpoint as dcp
     folder = Path(run)/'checkpoints'
     tmp, final = folder/f'.{iteration:06d}', folder/f'{iteration:06d}'

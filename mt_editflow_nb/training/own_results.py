@@ -47,7 +47,7 @@ def kept_right_edits(
 def without_damage(
     edits: list, # own right results
 ) -> list:
-    "Without those that have lost far more consistency than others of their turn: beyond Tukey's fence."
+    "The edits without those beyond Tukey's fence: they have lost far more consistency than others of their turn."
     def known(name): return np.array([e.meta.get(name, [np.nan])[0] for e in edits])
     turn_E, lost_E = known('turn'), known('consistency_lost')
     damaged_E = np.zeros(len(edits), bool)
@@ -82,7 +82,7 @@ def with_own_results(
     "A source whose last iterations repeat the run's own right results. They are read when the first one is asked for."
     first = first_imitation(c)
     @cache
-    def own():
+    def batches():
         with failing_together(): edits = kept_right_edits(run, first)
         alike = len(set(exchange(content_hash([edit.id for edit in edits])))) == 1
         expect(alike, 'run', 'a folder that all processes see, with imitate', run)
@@ -91,4 +91,4 @@ def with_own_results(
             print(f'{len(harmless)} of {len(edits)} right results are repeated; the others have lost far more '
                   'consistency than most', file=sys.stderr)
         return edit_batches(harmless, edits_per_iteration(c), c.seed)
-    return source._replace(batch=lambda i: source.batch(i) if i < first else own()(i - first))
+    return source._replace(batch=lambda i: source.batch(i) if i < first else batches()(i - first))

@@ -57,16 +57,16 @@ def check_apart(
 # %% ../../nbs/training/02_source.ipynb #eccaee05
 class SessionSource(NamedTuple):
     "Where a run's sessions come from."
-    batch: Callable     # iteration -> P sessions to train on, all of one number of turns and in one bucket of sizes
-    heldout: list       # of `Session`
-    heldout_name: str   # what those are, to be printed with every result
-    train_hash: str     # of the content, pictures included
-    heldout_hash: str   # of the content, pictures included
-    warnings: tuple = ()# sentences for the user
-    of_file: list = ()  # every `Session` of a file that is trained on; None: it is streamed
-    crop: str = None    # 'square': pictures are cut to squares; None: they keep their ratio
-    kinds: dict = {}    # (turns, bucket) -> how often an iteration's sessions are of this kind; empty: not known
-    skipped: dict = {}  # messages about sessions that are left out, with on_bad=skip; grows while batches are made
+    batch: Callable      # iteration -> P sessions to train on, all of one number of turns and in one bucket of sizes
+    heldout: list        # of `Session`
+    heldout_name: str    # what those are, to be printed with every result
+    train_hash: str      # of the content, pictures included
+    heldout_hash: str    # of the content, pictures included
+    warnings: tuple = () # sentences for the user
+    of_file: list = ()   # every `Session` of a file that is trained on; None: it is streamed
+    crop: str = None     # 'square': pictures are cut to squares; None: they keep their ratio
+    kinds: dict = {}     # (turns, bucket) -> how often an iteration's sessions are of this kind; empty: not known
+    skipped: dict = {}   # messages about sessions that are left out, with on_bad=skip; grows while batches are made
 
     def for_editor(
         self,

@@ -122,7 +122,7 @@ def opened_run(
 
 @contextmanager
 def stop_together(): # yields `StopRequests`
-    "As `stop_requests`; of several processes all stop, whichever of them is asked."
+    "A context like `stop_requests`, in which all of several processes stop, whichever is asked."
     with stop_requests() as stop:
         if processes()[1] > 1: stop.deliver = interrupt
         yield stop
@@ -131,7 +131,7 @@ def stop_together(): # yields `StopRequests`
 def hint_at_resume(
     run, # its folder
 ):
-    "A context in which an interruption prints how to go on, and a judge's failure ends with it."
+    "A context in which an interruption, or a judge's failure, says how to resume the run."
     try: yield
     except InputError as e:
         if JudgeFailed not in (type(e), type(e.__cause__)): raise
