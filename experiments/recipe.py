@@ -103,7 +103,8 @@ def pooled_method(parts):
 def pooled(reports, ours=None, latest=()):
     "Several reports as one, of other seeds or methods on the same sessions; a label of `latest` is that of the last."
     first = reports[0] | (dict(ours=ours) if ours else {})
-    alike = ['sessions', 'turn1_success_by_type'] + ['ours']*(not ours)
+    alike = ['sessions', 'turn1_success_by_type']
+    if not ours: alike.append('ours')
     for name in alike:
         expect(all(r[name] == first[name] for r in reports), f'--pool: {name}', 'the same in all reports',
                [r[name] for r in reports])

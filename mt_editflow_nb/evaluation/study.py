@@ -231,7 +231,7 @@ def rater_agreement(
     "Krippendorff's alpha of the raters' choices, with a 95 % bootstrap interval over sessions."
     pairs = [' '.join(map(repr, sorted(pair))) for pair in zip(choices['first'], choices['second'])]
     layout = dict(index='rater', columns=['session', 'pair'], values='winner', aggfunc='last')
-    choice_of_raters = choices.assign(pair=pairs).pivot_table(**layout)                # a row for each
+    choice_of_raters = choices.assign(pair=pairs).pivot_table(**layout)
     by_unit = label_coincidences(choice_of_raters.to_numpy(dtype=object))
     of_session = choice_of_raters.columns.to_frame(index=False).groupby('session').indices
     by_session = np.stack([by_unit[units].sum(0) for units in of_session.values()])
