@@ -147,10 +147,15 @@ def measure(c, configs, nf4, option, device, dtype, repeat, exact=None):
         editor.velocity(*inputs).square().mean().backward()
         optimizer.step()
     if option == 'merge':
-        with merged(editor): velocity, forward = sample(), seconds(sample, device, repeat)/c.batch
-    else: velocity, forward = sample(), seconds(sample, device, repeat)/c.batch
+        with merged(editor):
+            velocity = sample()
+            forward = seconds(sample, device, repeat)/c.batch
+    else:
+        velocity = sample()
+        forward = seconds(sample, device, repeat)/c.batch
     both = seconds(train, device, repeat)/c.batch
-    T, speed = c.turns or 3, peak(device)
+    T = c.turns or 3
+    speed = peak(device)
     rows = count_rows(c, T)
     iteration = (rows['sampled'] + rows['compared'])*forward + rows['trained']*both
     error = None if exact is None else float((velocity - exact).norm()/exact.norm())
@@ -195,7 +200,9 @@ def stand_in(editor, configs, device):
         return RepeatedText(random_text(weightless_text(editor, configs['words'], len(once)), device), index)
     def encode_image(images): return torch.randn(len(images), *editor.latent_shape, device=device)
     def decode(x): return np.zeros((len(x), editor.size, editor.size, 3), np.uint8)
-    editor.encode_text, editor.encode_image, editor.decode = encode_text, encode_image, decode
+    editor.encode_text = encode_text
+    editor.encode_image = encode_image
+    editor.decode = decode
     editor.sigmas = partial(sigma_schedule, mu=1.)
     editor.max_text_tokens = None
 
@@ -228,7 +235,8 @@ def run_iterations(c, configs, nf4, device, dtype, iterations=3):
     policy = Policy(c, editor)
     pictures = [Image.new('RGB', (editor.size, editor.size))]*c.sessions_per_iteration
     sessions = [Session(str(p), picture, [f'instruction {p}']*(c.turns or 3)) for p, picture in enumerate(pictures)]
-    log, rolled = [], None
+    log = []
+    rolled = None
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
     for i in range(iterations):
         start = time.perf_counter()
@@ -315,7 +323,8 @@ def autoencoder_row(c, configs, size, device, dtype, repeat):
 def measure_encoders(c, configs, device, dtype, repeat):
     "A row for each text encoder (the large one also in 4 bits) and the autoencoder; one that fails spoils no other."
     editor = weightless_editor(configs, size=c.size or configs.get('size'), guidance=c.guidance)
-    T, P = c.turns or 3, c.sessions_per_iteration
+    T = c.turns or 3
+    P = c.sessions_per_iteration
     many = dict(seconds_a_prompt=P*T, seconds_a_picture_seen=P*c.group*T, seconds_to_encode=P*c.group*T,
                 seconds_to_decode=P*c.group*T)
     jobs = [partial(encoder_row, name, config, configs['words'], False) for name, config in configs['text']]
@@ -360,8 +369,10 @@ def main():
     if toy: values |= dict(lora_rank=4, batch=2, sessions_per_iteration=2, group=2, keep=None, num_steps=3)
     if toy and not Path(str(values.get('editor'))).is_dir(): values |= dict(editor='tiny', size=48)
     c = make_config(values)
-    configs, dtype = editor_configs(c.editor), torch.bfloat16
-    planned, name = plan(c), Path(c.editor).name + ('_toy' if toy else '')
+    configs = editor_configs(c.editor)
+    dtype = torch.bfloat16
+    planned = plan(c)
+    name = Path(c.editor).name + ('_toy' if toy else '')
     machine = torch.cuda.get_device_name() if device.type == 'cuda' else f'{platform.machine()} CPU'
     report = dict(finished=False, device=machine, toy=toy, torch=torch.__version__, config=c.model_dump(), rows=[],
                   encoders=[], iterations={}, parts={},
@@ -373,7 +384,8 @@ def main():
             where.append(row)
             save()
     for nf4 in (True, False):
-        weights, here = weights_name(nf4, dtype), c.model_copy(update=dict(quantize='nf4' if nf4 else None))
+        weights = weights_name(nf4, dtype)
+        here = c.model_copy(update=dict(quantize='nf4' if nf4 else None))
         keep(measure_options(here, configs, nf4, device, dtype, a.repeat, a.options), report['rows'])
         report['iterations'][weights], measured = run_iterations(here, configs, nf4, device, dtype)
         parts = compare_parts(plan(here)['memory'], measured)

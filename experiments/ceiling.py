@@ -16,7 +16,10 @@ from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.evaluation.scores import edival_scores
 from mt_editflow_nb.rewards.cube import TurnScorer, load_judge
 
-HELD_OUT, TURNS, SESSIONS, STEPS = 512, 8, 2, 3        # as recipe.yaml has them
+HELD_OUT = 512    # these four as recipe.yaml has them
+TURNS = 8
+SESSIONS = 2
+STEPS = 3
 NOISE = 1234                                          # as `evaluate` has it
 
 def best_members(scores): # of one turn, [P, G, 1] each -> [P]
@@ -26,7 +29,8 @@ def best_members(scores): # of one turn, [P, G, 1] each -> [P]
 
 def best_of(editor, samples, batch=64):
     "EdiVal's scores in percent when the best of so many samples goes on, metric -> a number for each turn."
-    judge, parts = load_judge('verifier'), []
+    judge = load_judge('verifier')
+    parts = []
     sessions = shape_sessions(HELD_OUT, TURNS, 'heldout', seed=SESSIONS)
     for first in tqdm(range(0, HELD_OUT, batch), desc=f'best of {samples}'):
         some = sessions[first:first + batch]

@@ -12,7 +12,8 @@ from mt_editflow_nb.ablation.results import last_turn
 from mt_editflow_nb.data.files import InputError, atomic_write, read_json, read_json_lines
 
 here = Path(__file__).resolve().parent
-results, findings = here/'results'/'sweeps', here/'FINDINGS.md'
+results = here/'results'/'sweeps'
+findings = here/'FINDINGS.md'
 
 TABLE = Template('''\
 | at turn {{ turn }} | seeds | O | difference of O | p (Holm) | of IF | of CC | would have found | monitor |
@@ -29,7 +30,8 @@ def difference(row): return f'{row.difference:+.1f} [{row.low:+.1f}, {row.high:+
 
 def compared_cells(rows):
     "The cells of a setting that is compared: `rows` is metric -> row of comparisons.csv."
-    O, text = rows.loc['O'], difference(rows.loc['O'])
+    O = rows.loc['O']
+    text = difference(rows.loc['O'])
     beyond_doubt = f'**{text}**' if O.p_holm < .05 else text
     of_each = [difference(rows.loc[metric]) for metric in ('IF', 'CC')]
     return [beyond_doubt, f'{O.p_holm:.3f}', *of_each, f'{O.detectable:.1f}']
@@ -81,7 +83,8 @@ def signal_label(row):
 
 def table_of_signal():
     "Markdown: how much of a gradient is signal, by rule and stage of a run."
-    rows, stages = {}, []
+    rows = {}
+    stages = []
     for row in read_json_lines(here/'results'/'signal.jsonl'):
         if row['what'] not in ('rule', 'level') or not (label := signal_label(row)): continue
         stage = 'before training' if row['stage'] == 'base' else f'after {row["stage"]} iterations'
@@ -103,7 +106,8 @@ def filled(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 if a table is out of date')
-    a, old = parser.parse_args(), findings.read_text(encoding='utf-8')
+    a = parser.parse_args()
+    old = findings.read_text(encoding='utf-8')
     try: new = filled(old)
     except InputError as e:
         print(f'findings.py: {e}', file=sys.stderr)

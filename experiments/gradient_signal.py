@@ -27,7 +27,10 @@ from mt_editflow_nb.editing.noise import choose_levels, normal_noise
 from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.rewards.cube import TurnScorer, load_judge
 
-P, G, T, SKETCH = 8, 8, 3, 2048
+P = 8
+G = 8
+T = 3
+SKETCH = 2048
 DRAWS = dict(chains=2, branching=1)                                   # of noise for training, a level
 STRUCTURES = dict(chains='none', branching='random', best='best')     # the last for the ceiling of rewards alone
 FIRST_SESSION = 100_000                                               # far from those that the run is trained on
@@ -44,7 +47,8 @@ def make_stages(folder, stages):
     wanted = [int(s) for s in stages if s != 'base']
     if all((folder/f'stage_{i}').is_dir() for i in wanted): return
     config = make_config(dict(iterations=60, **RULES['to go, adaptive']))
-    policy, judge = Policy(config, load_editor(lora_rank=config.lora_rank)), load_judge('verifier')
+    policy = Policy(config, load_editor(lora_rank=config.lora_rank))
+    judge = load_judge('verifier')
     for i in range(max(wanted)):
         iterate(config, policy, shape_sessions(P, T, start=P*i), judge, i)
         if i + 1 in wanted: save_lora(policy.editor, folder/f'stage_{i + 1}')
@@ -106,7 +110,8 @@ def measure_sketches(editor, made, draws):
     with RowGradients(editor) as gradients:
         for d, k, t in product(range(draws), range(levels), range(T)):
             keys = [(*key, 'train', t, d) for key in made.keys]
-            x0, noise_PLC = made.clean_TNLC[t], normal_noise(keys, editor.latent_shape)
+            x0 = made.clean_TNLC[t]
+            noise_PLC = normal_noise(keys, editor.latent_shape)
             sigma_N = made.sigmas[k].expand(P*G)
             s = sigma_N[:, None, None]
             xt = (1 - s)*x0 + s*noise_PLC.repeat_interleave(G, 0)
@@ -146,9 +151,11 @@ def mean_sketch(kept, levels, draws):
 def batch_gradients(batches, rule, members, branching, sketch=chosen_levels):
     "Gradients of groups of some members, [batches, groups of them out of 8, X], and the share of turns that count."
     config = make_config(dict(branching='random' if branching else 'none', **rule))
-    gradients, counted = [], []
+    gradients = []
+    counted = []
     for kept, first in product(batches, range(0, G, members)):
-        part, names = slice(first, first + members), ('rewards_PGTM', 'success_PGT')
+        part = slice(first, first + members)
+        names = ('rewards_PGTM', 'success_PGT')
         scores = SimpleNamespace(**{name: kept[name][:, part] for name in names})
         A_PGT = turn_advantages(config, scores, kept.get('goes_on_PT')).clamp(-config.adv_max, config.adv_max)
         sketch_PGTX = sketch(kept)[:, part].float()
@@ -174,7 +181,8 @@ def signal_to_noise(gradient_BKX):
 
 def cosine_of_halves(gradient_BX):
     "Mean cosine between the mean gradients of two random halves of the batches."
-    generator, cosines = torch.Generator().manual_seed(0), []
+    generator = torch.Generator().manual_seed(0)
+    cosines = []
     for _ in range(100):
         order = torch.randperm(len(gradient_BX), generator=generator)
         halves = [gradient_BX[half].mean(0) for half in order.chunk(2)]
@@ -183,7 +191,8 @@ def cosine_of_halves(gradient_BX):
 
 def inner_of_means(a_BX, b_BX):
     "Inner product of the expectations of two estimates on the same batches, without the bias of their noise."
-    B, products = len(a_BX), a_BX@b_BX.T
+    B = len(a_BX)
+    products = a_BX@b_BX.T
     return (products.sum() - products.diagonal().sum()).item()/(B*(B - 1))
 
 def cosine_of_means(a_BX, b_BX):
@@ -219,7 +228,8 @@ def level_rows(batches_of, stage):
     "Levels of noise that are trained at, and draws of noise at each; level 0 is pure noise."
     for structure, draws, levels in product(DRAWS, (1, 2), ((0,), (1,), (2,), (0, 1), (0, 1, 2))):
         if draws > DRAWS[structure]: continue
-        branching, sketch = structure == 'branching', partial(mean_sketch, levels=levels, draws=draws)
+        branching = structure == 'branching'
+        sketch = partial(mean_sketch, levels=levels, draws=draws)
         gradient_BKX, _ = batch_gradients(batches_of[structure], RULES['local, adaptive'], G, branching, sketch)
         alike = branching and levels == (0,)                                # a row trained for all members of a group
         passes = P*T*(G*3 + 3*len(levels)*draws*(1 if alike else G))
@@ -228,7 +238,8 @@ def level_rows(batches_of, stage):
 
 def reward_rows(batches_of, stage):
     "What each reward asks for, alone and weighed against the other, with turn branching at pure noise."
-    sketch, passes = partial(mean_sketch, levels=(0,), draws=1), P*T*(G*3 + 3)
+    sketch = partial(mean_sketch, levels=(0,), draws=1)
+    passes = P*T*(G*3 + 3)
     def asked(weights):
         rule = dict(fusion='reward', credit='local', std='none', weights=weights)
         return batch_gradients(batches_of['branching'], rule, G, True, sketch)[0]
@@ -261,7 +272,8 @@ def group_facts(batches):
 
 def ceiling(batches):
     "The best of 8 going on at every turn: share of sessions all right so far, and cc, of the member that went on."
-    right, kept = [], []
+    right = []
+    kept = []
     for b in batches:
         best_PT = (b['rewards_PGTM']@torch.tensor([.35, .65])).argmax(1)[:, None]
         right.append(b['success_PGT'].gather(1, best_PT)[:, 0].cumprod(-1))

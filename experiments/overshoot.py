@@ -41,7 +41,8 @@ def scaled_outcomes(run, scale):
 
 def row_of(label, scale, seeds, before, after): # outcomes [S, I, T]
     "Gain of O and change of CC at turn 3 over all seeds, and the gain of each seed."
-    table, O = compare_points(before, after).loc[3], METRICS.index('O')
+    table = compare_points(before, after).loc[3]
+    O = METRICS.index('O')
     gain_S = seed_scores(after)[:, 2, O] - seed_scores(before)[:, 2, O]
     def numbers(metric): return [round(float(table.loc[metric, k]), 2) for k in ('difference', 'low', 'high')]
     return dict(label=label, scale=scale, seeds=seeds, O_gain=numbers('O'), CC_change=numbers('CC'),
@@ -55,7 +56,8 @@ def plot(rows):
         x, y = [[row[name][0] for row in some] for name in ('CC_change', 'O_gain')]
         ax.plot(x, y, marker='o', label=label, **line_style(i))
         for row in some:
-            (cx, *x_ends), (cy, *y_ends) = row['CC_change'], row['O_gain']
+            cx, *x_ends = row['CC_change']
+            cy, *y_ends = row['O_gain']
             ax.plot(x_ends, [cy, cy], [cx, cx], y_ends, color=line_style(i)['color'], lw=.5, alpha=.5)
             ax.annotate(f'{row["scale"]:g}', (cx, cy), xytext=(4, 4), textcoords='offset points', fontsize=8)
     ax.axvline(0, color='k', lw=.5)
@@ -72,7 +74,8 @@ def main():
     torch.set_num_threads(1)
     folders = {point['label']: {job['seed']: a.sweep.parent/job['folder'] for job in point['jobs']}
                for point in read_json(a.sweep)['points']}
-    points, rows = load_results(a.sweep).points, []
+    points = load_results(a.sweep).points
+    rows = []
     for label, point in tqdm(points.items(), desc='settings'):
         rows.append(row_of(label, 1., point.seeds, point.before, point.after))
         for scale in a.scales:

@@ -44,7 +44,8 @@ def overall(outcomes): # [S, I, T] -> O at each turn
 
 def success_by_type(point, outcomes): # [S, I, T]
     "Type of edit -> success at turn 1 in percent, a mean over seeds and over the sessions that begin with it."
-    config, (_, I, T) = point.configs[0], outcomes.success_IT.shape
+    config = point.configs[0]
+    _, I, T = outcomes.success_IT.shape
     make = WORLDS[config.get('sessions', 'shapeworld')]
     type_I = np.array([s.task_types[0] for s in make(I, T, 'heldout', seed=config.get('eval_seed', 0))])
     success_SI = outcomes.success_IT[..., 0]
@@ -54,7 +55,8 @@ def summary(point, tuning_runs):
     "What is known of a setting, at turn 3 if nothing else is said."
     table = compare_points(point.before, point.after).loc[3]
     passes = float(np.mean([passes_so_far(*run)[-1] for run in zip(point.curves, point.configs)]))
-    O, CC = table.loc['O'], table.loc['CC']
+    O = table.loc['O']
+    CC = table.loc['CC']
     gain = [float(O[name]) for name in ('difference', 'low', 'high')]
     per_1000 = [1000*x/passes for x in gain]
     learns_from = 'scores' if point.configs[0].get('algorithm', 'nft') in RL else 'targets'

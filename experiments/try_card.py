@@ -39,7 +39,8 @@ def save_random(module, folder, device):
 
 def make_pipeline(folder, device):
     "A pipeline directory of the published size with random weights."
-    configs, tiny = PUBLISHED_EDITORS[EDITOR], Path(find_editor('tiny')[0])
+    configs = PUBLISHED_EDITORS[EDITOR]
+    tiny = Path(find_editor('tiny')[0])
     for part in ('scheduler', 'tokenizer', 'tokenizer_2'): shutil.copytree(tiny/part, folder/part)
     shutil.copy(tiny/'model_index.json', folder)
     for part, words in (('tokenizer', 77), ('tokenizer_2', configs['words'])):
@@ -52,7 +53,8 @@ def make_pipeline(folder, device):
 
 def make_sessions(folder, c):
     "Sessions of noise, enough for training and for those that are held out."
-    count, size = c.sessions_per_iteration*c.iterations + c.eval_sessions, c.size or 1024
+    count = c.sessions_per_iteration*c.iterations + c.eval_sessions
+    size = c.size or 1024
     def session(i):
         picture = Image.effect_noise((size, size), 40 + 5*i).convert('RGB')
         return Session(str(i), picture, [f'instruction {t}' for t in range(c.turns or 3)])
@@ -77,7 +79,8 @@ def train_and_report(c, run, device, name):
 
 def say(report):
     "Two lines of a report."
-    taken, expected = [t['seconds'] for t in report['timings']], report['planned_seconds']
+    taken = [t['seconds'] for t in report['timings']]
+    expected = report['planned_seconds']
     print(f'an iteration took {taken} s', f'and was planned to take {expected:.1f} s' if expected else '')
     if report['held_GB']:
         planned = sum(report['planned_GB'].values())

@@ -24,7 +24,8 @@ from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.training.own_results import edit_batches, without_damage
 from mt_editflow_nb.training.train import step_of
 
-FIRST_TESTED, TESTED = 400_000, 384       # sessions of the training split that no run here is trained on
+FIRST_TESTED = 400_000    # the first of the sessions
+TESTED = 384              # sessions of the training split that no run here is trained on
 
 def look(policy, sessions, judge, num_steps):
     "Scores in percent, metric -> a number for each turn."
@@ -34,13 +35,17 @@ def look(policy, sessions, judge, num_steps):
 
 def try_settings(values, look_every):
     "Train once; scores before, on the way and after, with the passes that they took."
-    config, judge = make_config(values), load_judge('verifier')
+    config = make_config(values)
+    judge = load_judge('verifier')
     policy = Policy(config, load_editor(lora_rank=config.lora_rank))
-    T, P = config.turns or 3, config.sessions_per_iteration
+    T = config.turns or 3
+    P = config.sessions_per_iteration
     tested = shape_sessions(TESTED, 3, start=FIRST_TESTED)
     steps = config.eval_steps or config.num_steps
-    passes, curve = 0, [dict(iteration=0, passes=0) | look(policy, tested, judge, steps)]
-    first, right = first_imitation(config), []
+    passes = 0
+    curve = [dict(iteration=0, passes=0) | look(policy, tested, judge, steps)]
+    first = first_imitation(config)
+    right = []
     for i in tqdm(range(config.iterations), desc='training'):
         if i == first: repeated = edit_batches(without_damage(right), edits_per_iteration(config), config.seed)
         if i < first: sessions = shape_sessions(P, T, start=50_000*config.seed % FIRST_TESTED + P*i)

@@ -85,7 +85,8 @@ def test_a_notebook_that_was_killed(tmp_path, monkeypatch):
 def test_a_page_holds_no_picture_from_outside_unless_asked(tmp_path, capsys):
     file = save_sessions(shape_sessions(1, 1), tmp_path/'a')
     (tmp_path/'b').mkdir()
-    outside, page = tmp_path/'b'/'s.jsonl', tmp_path/'page.html'
+    outside = tmp_path/'b'/'s.jsonl'
+    page = tmp_path/'page.html'
     outside.write_text(file.read_text().replace('images/', '../a/images/'))
     assert data.main(['show', str(outside), str(page)]) == 2 and not page.exists()
     assert "inside the file's folder" in capsys.readouterr().err

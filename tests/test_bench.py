@@ -135,7 +135,8 @@ def turns_so_far(request):
 
 def test_lme_runs_ten_turns_and_counts_what_holds_and_what_collapses(tmp_path, capsys):
     "Session a holds to the end, session b fails at its fourth turn; its frames of turns 7 and 8 are destroyed."
-    world, instructions = shape_sessions(2, 1, 'heldout'), [f'add ring {t}' for t in range(10)]
+    world = shape_sessions(2, 1, 'heldout')
+    instructions = [f'add ring {t}' for t in range(10)]
     (tmp_path/'lme/images').mkdir(parents=True)
     for name, s in zip('ab', world): s.image.save(tmp_path/f'lme/images/{name}.png')
     items = [dict(id=name, turns=[f'{name}: {text}' for text in instructions], labels=['local']*10) for name in 'ab']
@@ -195,7 +196,9 @@ def test_mse_stops_at_the_first_failure_and_counts_the_unreadable(tmp_path, caps
 def test_mice_leaves_out_a_consistency_that_nobody_scored():
     "Void is one half, as Edit-R2 has it; a detector that gave no answer is missing, and its session with it."
     sessions = [SimpleNamespace(meta=dict(bg_consistency=[True], half='cm'))]*2
-    right, object_cc, background_cc = [[1.], [1.]], [[np.nan], [.8]], [[np.nan], [.6]]
+    right = [[1.], [1.]]
+    object_cc = [[np.nan], [.8]]
+    background_cc = [[np.nan], [.6]]
     arrays = dict(success=right, object_cc=object_cc, background_cc=background_cc, awareness=right)
     def cc(**more): return mice_scores(sessions, {k: np.array(x) for k, x in (arrays | more).items()}, n_boot=9)[1]
     assert cc()['In percent'].value[1, 'CC'] == pytest.approx((50 + 70)/2)
@@ -240,7 +243,8 @@ def test_leaderboard_of_runs_beside_published_systems(tmp_path, capsys):
     (tmp_path/'bare.csv').write_text('benchmark,system,metric,turn,value,source\nlme,X,SR,3,50,\n')
     assert report([str(tmp_path), '--leaderboard', '--published', str(tmp_path/'bare.csv')]) == 2
     assert 'row 2: expected a source' in capsys.readouterr().err
-    head, right = 'benchmark,system,metric,turn,value,source', 'lme,X,SR,3,50,paper'
+    head = 'benchmark,system,metric,turn,value,source'
+    right = 'lme,X,SR,3,50,paper'
     for name, lines, words in (
             ('empty', [], ['expected a CSV with columns benchmark, ']),
             ('ragged', [head, right, right + ',more'], ['line 3']),

@@ -25,7 +25,8 @@ def one_iteration(judge=verifier, **settings):
 @pytest.mark.parametrize('algorithm', ['nft', 'grpo'])
 def test_the_cost_of_chains(algorithm):
     everything = dict(algorithm=algorithm, min_std=0.)
-    chains, branched = one_iteration(**everything), one_iteration(**everything, **branching)
+    chains = one_iteration(**everything)
+    branched = one_iteration(**everything, **branching)
     assert chains.metrics['passes']['sampled'] == branched.metrics['passes']['sampled'] == 2*3*3*2
     assert branched.metrics['passes'].keys() == chains.metrics['passes'].keys()
     assert branched.metrics['passes']['trained'] == branched.metrics['rows']*3
@@ -58,23 +59,27 @@ def test_one_session_an_iteration():
 
 def test_a_judge_of_turns_and_one_of_sessions_are_asked_alike():
     class ByTurn:
-        by_turn, rewards = True, ('if', 'cc')
+        by_turn = True
+        rewards = ('if', 'cc')
         def check(self, scores, of=None): assert not scores.failed
         def score(self, sessions, images_PGTHWC, turn, seed):
             assert images_PGTHWC.shape[2] == turn + 1
             whole = verifier(sessions, images_PGTHWC)
             names = ('rewards_PGTM', 'success_PGT', 'object_cc_PGT', 'background_cc_PGT')
             return Scores(whole.names, *(getattr(whole, name)[:, :, -1:] for name in names))
-    one, other = one_iteration(**branching), one_iteration(ByTurn(), **branching)
+    one = one_iteration(**branching)
+    other = one_iteration(ByTurn(), **branching)
     assert torch.equal(one.scores.rewards_PGTM, other.scores.rewards_PGTM) and torch.equal(one.adv_PGT, other.adv_PGT)
 
 @pytest.mark.parametrize('rule', ['best', 'worst', 'failed'])
 def test_who_goes_on_is_chosen_by_score(rule):
     _, made, scores, _ = one_iteration(branching=rule, credit='local')
-    fused_PGT, mixed = scores.rewards_PGTM@torch.tensor([.35, .65]), []
+    fused_PGT = scores.rewards_PGTM@torch.tensor([.35, .65])
+    mixed = []
     for p in range(2):
         for t in range(2):
-            g, of_members = made.goes_on_PT[p, t], fused_PGT[p, :, t]
+            g = made.goes_on_PT[p, t]
+            of_members = fused_PGT[p, :, t]
             failed = scores.success_PGT[p, :, t] == 0
             mixed.append(failed.any() and not failed.all())
             wanted = dict(best=of_members[g] == of_members.max(), worst=of_members[g] == of_members.min(),
@@ -99,7 +104,8 @@ def test_advantages_by_hand():
 def test_the_monitor_compares_with_the_picture_that_was_edited():
     "A judge that is no verifier is compared with one that saw the same pictures."
     config = make_config(small | branching | dict(judge='tiny:logit'))
-    sessions, editor = shape_sessions(2, 3), load_editor(lora_rank=2)
+    sessions = shape_sessions(2, 3)
+    editor = load_editor(lora_rank=2)
     _, made, scores, adv_PGT = iterate(config, Policy(config, editor), sessions, verifier, 0)
     signals = iteration_signals(config, editor, sessions, made, scores, adv_PGT)
     assert signals['gap'] == {'if': 0, 'cc': 0}
@@ -117,7 +123,8 @@ def test_refused_with_one_line(wrong, words):
 
 def test_resumed_with_the_same_numbers(tmp_path):
     settings = dict(branching='failed', credit='to_go', group=2, iterations=2, save_every=1)
-    config, calls = make_config(small | settings), []
+    config = make_config(small | settings)
+    calls = []
     def stops(sessions, images):
         calls.append(1)
         if len(calls) == 5: raise KeyboardInterrupt       # in the second iteration, three turns each

@@ -9,7 +9,10 @@ from mt_editflow_nb.rewards.engines import Ask, Reply
 class Says:
     "An engine that answers at once, and does something before that."
     model = identity = 'says'
-    def __init__(self, words='yes', before=lambda calls: None): self.words, self.before, self.calls = words, before, 0
+    def __init__(self, words='yes', before=lambda calls: None):
+        self.words = words
+        self.before = before
+        self.calls = 0
     def __call__(self, asks):
         self.before(self.calls)
         self.calls += len(asks)
@@ -56,7 +59,8 @@ def test_a_killed_process_has_kept_what_was_answered(tmp_path, monkeypatch):
 def test_processes_that_share_a_file_see_what_others_have_moved(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, 'FEWEST_INDEXED', 300)
     file = tmp_path/'judge.sqlite'
-    one, two = Cached(Says('one'), file), Cached(Says('two'), file)
+    one = Cached(Says('one'), file)
+    two = Cached(Says('two'), file)
     for start in range(0, 1000, 100):
         assert {r.text for r in one(asks_of(range(start, start + 100)))} == {'one'}
         assert {r.text for r in two(asks_of(range(start, start + 100)))} == {'one'}
@@ -67,7 +71,8 @@ def test_processes_that_share_a_file_see_what_others_have_moved(tmp_path, monkey
 
 def test_a_copy_gives_what_came_after_it_indexed_or_not(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, 'FEWEST_INDEXED', 300)
-    first, second = tmp_path/'judge.sqlite', tmp_path/'copy.sqlite'
+    first = tmp_path/'judge.sqlite'
+    second = tmp_path/'copy.sqlite'
     Cached(Says(), first)(asks_of(range(10)))
     copy_cache([first.read_bytes()], second)
     assert new_replies(second) == []
@@ -102,11 +107,13 @@ def test_bytes_written_for_an_answer_do_not_grow(tmp_path, monkeypatch):
         file = tmp_path/f'{n}.sqlite'
         rows = [(ask.key('says'), 'says', ask.text, 0, 'yes', '{}', 8, 0.) for ask in asks_of(range(n))]
         add_replies(file, sorted(rows))
-        engine, more = Cached(Says(), file), max(2048, n//8)
+        engine = Cached(Says(), file)
+        more = max(2048, n//8)
         start = psutil.Process().io_counters().write_chars
         for i in range(n, n + more, 1024): engine(asks_of(range(i, i + 1024)))
         return (psutil.Process().io_counters().write_chars - start)/more
-    few, many = bytes_of_an_answer(4096), bytes_of_an_answer(32768)
+    few = bytes_of_an_answer(4096)
+    many = bytes_of_an_answer(32768)
     print(f'{few:.0f} and {many:.0f} bytes')
     assert many < 1.5*few                                               # each at once: 3,800 and 9,100 bytes
 

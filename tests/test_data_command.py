@@ -67,7 +67,8 @@ def test_files_that_a_selection_cannot_read_or_write(photos, capsys):
     other_session = session | dict(id='b', image='in/deep/1.png')
     (photos/'s.jsonl').write_text(json.dumps(session) + '\n' + json.dumps(other_session) + '\n')
     (photos/'t.parquet').write_bytes(b'PAR1')
-    one, other = str(photos/'one.jsonl'), str(photos/'other.jsonl')
+    one = str(photos/'one.jsonl')
+    other = str(photos/'other.jsonl')
     for argv, message in ((['split', str(photos/'s.jsonl'), one, str(photos/'in/../one.jsonl')], 'than TRAIN'),
                           (['stats', str(photos/'t.parquet')], 'a JSON Lines file of sessions, received'),
                           (['show', str(photos), one], "a JSON Lines file of sessions, received 'a folder'")):

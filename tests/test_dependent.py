@@ -10,7 +10,8 @@ def edited(skipped):
     "Pictures of an editor that does everything right but leaves some turns out, uint8 [P, 1, T, 48, 48, 3]."
     pictures = []
     for s in sessions:
-        scene, shown = read_scene(np.asarray(s.image)), []
+        scene = read_scene(np.asarray(s.image))
+        shown = []
         for t, text in enumerate(s.instructions):
             if t not in skipped: scene = apply_edit(scene, parse_edit(text))
             shown.append(scene)

@@ -32,10 +32,12 @@ class Served:
     "The server of `mtef_tools` around scripted tools, on loopback; how many requests each call of a kind had."
     def __init__(self, *tools, port=None):
         import uvicorn
-        self.tools, self.port = tools, port or free_port()
+        self.tools = tools
+        self.port = port or free_port()
         app = tools_app(EdivalTools(*tools), dict(detector='scripted'))
         self.server = uvicorn.Server(uvicorn.Config(app, '127.0.0.1', self.port, log_level='critical'))
-        self.url, self.thread = f'http://127.0.0.1:{self.port}', threading.Thread(target=self.server.run, daemon=True)
+        self.url = f'http://127.0.0.1:{self.port}'
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
     def __enter__(self):
         self.thread.start()
         def has_started():
@@ -50,7 +52,9 @@ class Served:
 
 class Counting:
     "A tool that is asked in batches, and remembers how large they were."
-    def __init__(self, answer): self.answer, self.batches = answer, []
+    def __init__(self, answer):
+        self.answer = answer
+        self.batches = []
     def many(self, requests):
         self.batches.append(len(requests))
         return [self.answer(r) for r in requests]
@@ -85,7 +89,8 @@ def test_a_run_of_one_iteration_with_a_scripted_server(told, tmp_path):
 
     So added, replaced and recoloured things count as done, nothing was removed or moved, and no rule can read a
     background in the shape world's words. Consistency is 1, or one half where a changed background makes it void."""
-    detector, vlm = Counting(lambda r: same_box), Counting(lambda r: 'Yes')
+    detector = Counting(lambda r: same_box)
+    vlm = Counting(lambda r: 'Yes')
     with Served(detector, vlm, Counting(constant)) as server:
         c = of_run(tmp_path, told, f'edival@{server.url}')
         train(c, tmp_path/'run', progress=False)
@@ -143,9 +148,11 @@ def test_a_server_that_stays_away_is_one_line(told):
 def test_a_server_of_tools_that_restarts_is_waited_for_with_one_line(told, waits, capfd):  # noqa: F811
     "It is gone when the first call is made, and comes when it is waited for; who interrupts need not wait for it."
     pictures = np.stack([np.stack([np.asarray(s.image)]*3)[None] for s in told[:1]])
-    port, tools = free_port(), [Counting(lambda r: same_box), Counting(lambda r: 'Yes'), Counting(constant)]
+    port = free_port()
+    tools = [Counting(lambda r: same_box), Counting(lambda r: 'Yes'), Counting(constant)]
     judge = load_judge(f'edival@http://127.0.0.1:{port}', retries=0, judge_wait=3600)
-    began, over = [], threading.Event()
+    began = []
+    over = threading.Event()
     waits.then = lambda line: began.append(Served(*tools, port=port).__enter__())
     assert not judge.score(told[:1], pictures).rewards_PGTM[..., 1].isnan().any()
     began[0].__exit__()
@@ -153,7 +160,8 @@ def test_a_server_of_tools_that_restarts_is_waited_for_with_one_line(told, waits
     assert said.count('waiting up to 60 minutes') == said.count('answers again') == 1 and 'nobody listens' in said
     def interrupt():
         while not over.wait(.05): judge.cancel()
-    interrupting, interrupted = threading.Thread(target=interrupt), time.monotonic()
+    interrupting = threading.Thread(target=interrupt)
+    interrupted = time.monotonic()
     waits.then = lambda line: interrupting.start()
     try:
         with pytest.raises(InputError, match='What was done before is kept'): judge.score(told[1:2], pictures)
@@ -168,7 +176,8 @@ def test_calls_at_once_are_those_of_all_processes(monkeypatch):
 
 def test_a_resumed_iteration_asks_the_server_nothing_again(told, tmp_path):
     "What detector and model have answered is on record, by content; the server is asked for what is new alone."
-    detector, vlm = Counting(lambda r: same_box), Counting(lambda r: 'Yes')
+    detector = Counting(lambda r: same_box)
+    vlm = Counting(lambda r: 'Yes')
     pictures = np.stack([np.stack([np.asarray(s.image)]*3)[None] for s in told])
     def scored(sessions, pictures):
         judge = load_judge(f'edival@{server.url}', cache=tmp_path/'judge.sqlite')      # as a new process loads it
@@ -191,7 +200,8 @@ def test_dinov3_sees_what_the_processor_of_transformers_makes():
     pytest.importorskip('torchvision', reason="the processor of transformers needs torchvision")
     from transformers import ViTImageProcessorPil
     from transformers.models.dinov3_vit.image_processing_dinov3_vit import DINOv3ViTImageProcessor
-    theirs, rng = DINOv3ViTImageProcessor(), np.random.default_rng(0)
+    theirs = DINOv3ViTImageProcessor()
+    rng = np.random.default_rng(0)
     shapes = (512, 512), (200, 300), (91, 37), (8, 8), (224, 224)
     pictures = [Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)) for shape in shapes]
     wanted = theirs(images=pictures, return_tensors='pt')['pixel_values']

@@ -28,7 +28,8 @@ kinds = ['subject_add', 'count_change', 'text_change']
 
 @pytest.fixture
 def bench(tmp_path):
-    folder, rng = tmp_path/'bench', np.random.default_rng(0)
+    folder = tmp_path/'bench'
+    rng = np.random.default_rng(0)
     folder.mkdir()
     rows = [['image_index', 'turns', 'task_type', 'instructions', 'format_instructions', 'bg_consistency',
              'unchanged_objects', 'available_objects', 'all_objects']]
@@ -53,7 +54,8 @@ def wait_for_file(file, process):
     wait_for(is_there)
 
 def test_killed_generation_goes_on_to_the_same_pictures(bench, tmp_path):
-    out, whole = tmp_path/'out', tmp_path/'whole'
+    out = tmp_path/'out'
+    whole = tmp_path/'whole'
     command = args(bench, out) + ['--generate-only']
     process = Command(main, command, tmp_path/'log')
     wait_for_file(turn_file(out, '0', 2), process)
@@ -191,7 +193,8 @@ def test_a_changed_first_picture_is_generated_and_scored_again(bench, tmp_path, 
     assert made_from(turn_file(out, '0', 1))
 
 def test_scored_by_models_of_the_real_classes(bench, tmp_path, capsys):
-    out, models = tmp_path/'out', tiny_edival_models(tmp_path)
+    out = tmp_path/'out'
+    models = tiny_edival_models(tmp_path)
     command = args(bench, out) + flags(models)
     assert main(command) == 0, capsys.readouterr().err
     outcomes, ids = load_outcomes(out)
@@ -223,7 +226,8 @@ def test_quality_is_that_of_the_benchmark_unless_it_is_not_there(bench, tmp_path
     card = (tmp_path/'without'/'card.md').read_text()
     assert '| quality | not scored (published: MizzenAI/HPSv3) |' in card and '## Quality' not in card
     monkeypatch.setattr(cli_eval, 'lacks_quality', lambda: '')
-    load, loaded = cli_eval.load_quality, []
+    load = cli_eval.load_quality
+    loaded = []
     monkeypatch.setattr(cli_eval, 'load_quality', lambda name: loaded.append(name) or load(tiny))
     assert run('without') == 0 and not loaded
     assert run('with') == 0 and loaded == ['MizzenAI/HPSv3']
@@ -232,7 +236,8 @@ def test_quality_is_that_of_the_benchmark_unless_it_is_not_there(bench, tmp_path
 
 def test_judged_by_an_engine_of_the_rewards_and_replayed(bench, tmp_path, capsys):
     "The shipped tiny judge answers the benchmark's questions; its answers are kept, and replayed without it."
-    out, models = tmp_path/'out', tiny_edival_models(tmp_path) | dict(vlm='tiny:logit')
+    out = tmp_path/'out'
+    models = tiny_edival_models(tmp_path) | dict(vlm='tiny:logit')
     models['quality'] = 'none'
     command = args(bench, out) + flags(models)
     assert main(command) == 0, capsys.readouterr().err

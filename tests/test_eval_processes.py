@@ -21,7 +21,10 @@ def scripted(argv): return main(argv, tools=(detect, ask, colours))
 
 class Killed:
     "A function that ends its process, as the kernel would, in place of one of its calls."
-    def __init__(self, function, call): self.function, self.call, self.calls = function, call, 0
+    def __init__(self, function, call):
+        self.function = function
+        self.call = call
+        self.calls = 0
     def __call__(self, *args, **kw):
         self.calls += 1
         if self.calls == self.call: os.kill(os.getpid(), signal.SIGKILL)
@@ -66,7 +69,8 @@ def same(a, b, *names):
     for name in names: assert (a/name).read_bytes() == (b/name).read_bytes(), name
 
 def test_edival_generated_and_scored_by_two_then_three(bench, tmp_path):  # noqa: F811
-    one, several = tmp_path/'one', tmp_path/'several'
+    one = tmp_path/'one'
+    several = tmp_path/'several'
     assert scripted(args(bench, one)) == 0
     killed([scripted, killed_while_generating], args(bench, several), tmp_path)
     done = {f: f.stat().st_mtime_ns for f in (several/'multipass').glob('*turn*')}

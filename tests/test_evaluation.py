@@ -28,7 +28,9 @@ def kill_at(stop_at, folder, log):
     process.end()
 
 def test_killed_and_resumed(tmp_path):
-    folder, sessions, judge = tmp_path/'before', shape_sessions(12, 2, 'heldout'), load_judge('verifier')
+    folder = tmp_path/'before'
+    sessions = shape_sessions(12, 2, 'heldout')
+    judge = load_judge('verifier')
     for stop_at in (2, 6): kill_at(stop_at, folder, tmp_path/f'log_{stop_at}')
     done = {f.name: f.stat().st_mtime_ns for f in folder.glob('session_*')}
     assert len(done) >= 6
@@ -61,7 +63,8 @@ def test_steps_of_evaluation_apart_from_those_of_training(tmp_path, capsys):
     "`eval_steps` is what before and after are evaluated with; a line says that training uses others."
     config = make_config(dict(iterations=0, eval_sessions=3, turns=2, num_steps=3, eval_steps=1))
     experiment(config, tmp_path/'run', progress=False)
-    sessions, judge = shape_sessions(3, 2, 'heldout'), load_judge('verifier')
+    sessions = shape_sessions(3, 2, 'heldout')
+    judge = load_judge('verifier')
     expected, images = evaluate(load_editor(), sessions, judge, num_steps=1)
     outcomes, kept = read_outcomes(tmp_path/'run'/'before.safetensors')
     np.testing.assert_array_equal(outcomes.success_IT, expected.success_IT)
@@ -71,7 +74,9 @@ def test_steps_of_evaluation_apart_from_those_of_training(tmp_path, capsys):
 
 def test_the_better_of_the_shipped_editors_is_right_as_often_as_its_tutorial_says():
     "58 % of first turns in 512 sessions, 41 % of the other's: here of 96, within 3 standard errors, in this order."
-    sessions, judge, found = shape_sessions(96, 1, start=500_000), load_judge('verifier'), {}
+    sessions = shape_sessions(96, 1, start=500_000)
+    judge = load_judge('verifier')
+    found = {}
     for editor, right in (('tiny', .41), ('tiny-better', .58)):
         outcomes, _ = evaluate(load_editor(editor), sessions, judge, num_steps=3)
         found[editor] = outcomes.success_IT.mean()

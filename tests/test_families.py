@@ -23,7 +23,8 @@ from mt_editflow_nb.rewards.cube import Scores
 from mt_editflow_nb.training.budget import editor_configs, plan, weightless_editor
 from mt_editflow_nb.training.train import load_configured_editor
 
-SIZE, STEPS = 64, 3
+SIZE = 64
+STEPS = 3
 GUIDANCE = dict(FluxKontextPipeline=2.5, Flux2KleinPipeline=4., QwenImageEditPipeline=4., QwenImageEditPlusPipeline=4.)
 
 @pytest.fixture(scope='session', params=FAMILIES)
@@ -62,7 +63,8 @@ def small_pipelines(width, height):
 def plain(pipe, family, session, noise, steps=STEPS):
     "diffusers' own call, as a user would write it."
     kw = dict(image=session.image, prompt=session.instructions[0], num_inference_steps=steps, output_type='pt')
-    g, (width, height) = GUIDANCE[family], session.image.size
+    g = GUIDANCE[family]
+    width, height = session.image.size
     if family == 'FluxKontextPipeline':
         kw |= dict(latents=noise, guidance_scale=g, height=height, width=width, max_area=width*height,
                    _auto_resize=False, max_sequence_length=pipe.tokenizer_2.model_max_length)
@@ -100,12 +102,14 @@ def shaken(editor, scale):
 @pytest.mark.parametrize('width, height', [(80, 80), (96, 64), (64, 96)])
 def test_same_picture_as_diffusers_own_call(folder, editor, width, height):
     "At three ratios, each of about 80 x 80 pixels."
-    session, family = Session('a', noise_picture(width, height), ['add a ring']), find_editor(folder)[1]
+    session = Session('a', noise_picture(width, height), ['add a ring'])
+    family = find_editor(folder)[1]
     with at_size(editor, 80):
         set_shape(editor, width, height)
         noise = noise_for(editor)
         set_shape(editor, 80, 80)                                              # a rollout knows better
-        ours, theirs = first_image(editor, session, noise), plain(editor.pipe, family, session, noise)
+        ours = first_image(editor, session, noise)
+        theirs = plain(editor.pipe, family, session, noise)
         assert editor.grid == (height//8, width//8) and noise.shape[1] == width*height//64
     assert ours.shape == theirs.shape == (height, width, 3)
     assert ours.std() > .01 and np.abs(ours - theirs).max() < 1e-4
@@ -118,7 +122,8 @@ def test_a_batch_has_one_shape(editor, session):
 @contextmanager
 def watched_transformer(transformer):
     "What the transformer is told, call by call."
-    seen, forward = [], type(transformer).forward
+    seen = []
+    forward = type(transformer).forward
     def record(self, *args, **kw):
         seen.append((kw['timestep'].clone(), kw['hidden_states'].clone()))
         return forward(self, *args, **kw)
@@ -126,8 +131,10 @@ def watched_transformer(transformer):
 
 def test_bfloat16_tells_the_transformer_what_diffusers_tells_it(folder, session):
     "The noise level of all 28 steps, digit for digit, and the tokens of the input picture."
-    editor, family = load(folder, dtype='bfloat16'), find_editor(folder)[1]
-    noise, one = noise_for(editor), Session('a', session.image, session.instructions[:1])
+    editor = load(folder, dtype='bfloat16')
+    family = find_editor(folder)[1]
+    noise = noise_for(editor)
+    one = Session('a', session.image, session.instructions[:1])
     with watched_transformer(editor.transformer) as theirs:
         plain(editor.pipe, family, session, noise.bfloat16(), steps=28)
     with watched_transformer(editor.transformer) as ours, small_condition():
@@ -173,14 +180,17 @@ def test_autoencoder_in_tiles(folder, editor):
     tile = 64 if 'Qwen' in family else editor.vae.config.sample_size
     stride = tile*3//4
     with patch('mt_editflow_nb.editing.loading.TILE_ABOVE', 2*tile - 1):
-        one, four = load_editor(folder, size=tile), load_editor(folder, size=2*tile)
+        one = load_editor(folder, size=tile)
+        four = load_editor(folder, size=2*tile)
     assert four.vae.use_tiling and not one.vae.use_tiling
     if 'Qwen' in family: four.vae.enable_tiling(tile, tile, stride, stride)                # its own are of 256 pixels
     x = np.stack([np.asarray(s.image.resize((tile, tile))) for s in shape_sessions(4, turns=1, seed=4)])
     x = x.reshape(2, 2, tile, tile, 3).transpose(0, 2, 1, 3, 4).reshape(1, 2*tile, 2*tile, 3)
-    tokens, side = four.encode_image(x), one.grid[0]
+    tokens = four.encode_image(x)
+    side = one.grid[0]
     first = tokens.reshape(1, *four.grid, -1)[:, :side, :side]
-    picture, alone = four.decode(tokens), one.decode(first.reshape(1, *one.latent_shape))
+    picture = four.decode(tokens)
+    alone = one.decode(first.reshape(1, *one.latent_shape))
     assert np.abs(picture[:, :stride, :stride].astype(int) - alone[:, :stride, :stride]).max() <= 1  # a step of 8 bits
     def same(a, b): return np.corrcoef(a.ravel(), b.ravel())[0, 1]
     if 'Kontext' in family: assert same(picture, x) > .9
@@ -242,7 +252,8 @@ def test_bfloat16_computes_and_float32_keeps(folder, session):
 def test_what_a_gpu_is_asked_for(folder, quantize):
     """Without one only the question can be tested: diffusers' own loader, bfloat16, and 4 bits for the transformer and
     the large text encoder, but not for what sees."""
-    family, asked = find_editor(folder)[1], {}
+    family = find_editor(folder)[1]
+    asked = {}
     def loader(source, **kw):
         asked.update(kw)
         raise OSError('no further')
@@ -272,7 +283,8 @@ def test_eyes_of_a_text_encoder_stay_in_16_bits(folder, editor):
     assert any('visual' in n for n in kept) == ('Qwen' in find_editor(folder)[1])
 
 def test_encoders_rest_elsewhere(folder):
-    editor, moves = load(folder, offload=True), []
+    editor = load(folder, offload=True)
+    moves = []
     m = getattr(editor.pipe, editor.text_encoders[-1])
     pictures = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     with patch.object(type(m), 'to', lambda self, device: moves.append(str(device))), small_condition():
@@ -317,7 +329,8 @@ def test_adapter_loads_in_plain_diffusers(folder, session, tmp_path):
     components = getattr(FAMILIES[family], 'components', lambda f: {})(folder)
     pipe = getattr(diffusers, family).from_pretrained(folder, **components)
     noise = noise_for(editor)
-    ours, without = first_image(editor, session, noise), plain(pipe, family, session, noise)
+    ours = first_image(editor, session, noise)
+    without = plain(pipe, family, session, noise)
     pipe.load_lora_weights(str(tmp_path))
     theirs = plain(pipe, family, session, noise)
     assert np.abs(ours - theirs).max() < 1e-4 < np.abs(ours - without).max()

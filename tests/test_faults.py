@@ -98,7 +98,8 @@ def test_a_sweeps_job_depends_on_all_that_it_reads(tmp_path):
     before = config_content(make_config(dict(sessions=str(table))))
     save_table(shape_sessions(3, 1, seed=5), table)
     assert config_content(make_config(dict(sessions=str(table))))['sessions'] != before['sessions']
-    editor, found = load_editor(lora_rank=2), []
+    editor = load_editor(lora_rank=2)
+    found = []
     for n in range(2):
         with torch.no_grad(): lora_parameters(editor)[0].add_(n)
         save_lora(editor, tmp_path/'adapter')
@@ -114,7 +115,8 @@ def test_a_sweep_plans_what_training_takes(tmp_path, monkeypatch):
     fields = dict(sessions=str(file), on_bad='skip', heldout='training')
     assert config_content(make_config(fields))['sessions'] == good == session_source(make_config(fields)).train_hash
     assert 'expected' in refused(config_content, make_config(fields | dict(on_bad='stop')))
-    opened, real = [], notebook.open_sessions
+    opened = []
+    real = notebook.open_sessions
     monkeypatch.setattr(notebook, 'open_sessions', lambda path, **kw: opened.append(path) or real(path, **kw))
     held = save_sessions(shape_sessions(2, 1, 'heldout'), tmp_path/'b')
     table = tmp_path/'mine.parquet'
@@ -198,7 +200,8 @@ def test_weights_that_a_checkpoint_lacks_are_not_drawn_at_random(tmp_path):
 def test_a_flipped_bit_in_an_evaluation_is_seen(tmp_path):
     "Every eighth byte of the file: what is read is what was written, or nothing."
     outcomes = Outcomes(*np.float32([[[1, 0]], [[.9, .8]], [[.5, .4]]]))
-    file, images = tmp_path/'before.safetensors', np.arange(96, dtype=np.uint8).reshape(1, 2, 4, 4, 3)
+    file = tmp_path/'before.safetensors'
+    images = np.arange(96, dtype=np.uint8).reshape(1, 2, 4, 4, 3)
     write_outcomes(file, outcomes, images)
     written = file.read_bytes()
     assert np.array_equal(read_outcomes(file)[1], images)
@@ -237,7 +240,8 @@ def test_numbers_of_another_kind_in_a_checkpoint(tmp_path, changed):
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter])
     for iteration in range(2): save_checkpoint(tmp_path, iteration, [parameter], [], optimizer)
-    file, said = tmp_path/'checkpoints'/'000001'/'state.json', []
+    file = tmp_path/'checkpoints'/'000001'/'state.json'
+    said = []
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     assert last_checkpoint(tmp_path, said.append).name == '000000'
     assert 'state.json' in said[0] and 'going on from 000000' in said[0]
@@ -257,7 +261,8 @@ def test_logs_and_notes_of_another_kind(tmp_path):
 
 def test_a_finished_run_mends_what_can_be_made_again(tmp_path, capsys):
     "A picture that was cut off, results that are none, half a line inside a log: the numbers stay."
-    c, run = make_config(dict(iterations=0, eval_sessions=1, num_steps=1, turns=1, lora_rank=2)), tmp_path/'run'
+    c = make_config(dict(iterations=0, eval_sessions=1, num_steps=1, turns=1, lora_rank=2))
+    run = tmp_path/'run'
     results = experiment(c, run, progress=False)
     picture = run/'rollouts'/'heldout_0.png'
     drawn = picture.read_bytes()
@@ -269,7 +274,8 @@ def test_a_finished_run_mends_what_can_be_made_again(tmp_path, capsys):
 
 def test_an_edited_configuration_is_noticed(tmp_path):
     "Half a run with one seed and half with another is neither; what the checkpoint does not know is not compared."
-    run, c = tmp_path/'run', make_config({})
+    run = tmp_path/'run'
+    c = make_config({})
     file = open_run(c, run)/'config.json'
     write_checkpoint(run, 1, {'param.0': torch.ones(2)}, c=c)
     def go_on():
@@ -283,7 +289,8 @@ def test_an_edited_configuration_is_noticed(tmp_path):
     assert go_on()
 
 def test_an_evaluation_without_a_score_is_not_the_best(tmp_path):
-    c, editor = make_config(dict(eval_every=1, keep_best=1, iterations=3)), load_editor(lora_rank=2)
+    c = make_config(dict(eval_every=1, keep_best=1, iterations=3))
+    editor = load_editor(lora_rank=2)
     rows = [dict(iteration=n, heldout_O=score) for n, score in ((1, float('nan')), (2, None), (3, 5.))]
     for n in (1, 3):
         keep_best(c, tmp_path, rows[:n], SimpleNamespace(iteration=n, policy=SimpleNamespace(editor=editor)))

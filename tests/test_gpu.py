@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU he
 
 def velocity_of(editor):
     x, image = (torch.randn(2, *editor.latent_shape, generator=torch.Generator().manual_seed(i)) for i in range(2))
-    text, device = editor.encode_text(['add a red circle at the top left']*2), editor.device
+    text = editor.encode_text(['add a red circle at the top left']*2)
+    device = editor.device
     with torch.no_grad():
         return editor.velocity(x.to(device), torch.full((2,), .5, device=device), text, image.to(device)).cpu()
 
@@ -59,7 +60,8 @@ small = dict(sessions_per_iteration=2, group=4, turns=2, num_steps=3, lora_rank=
     ids=['nft', 'grpo', 'imitation', 'autocast', 'whole'])
 def test_a_run_goes_on(tmp_path, settings):
     pairs = [f'{k}={json.dumps(v)}' for k, v in (small | settings).items()]
-    whole, again = tmp_path/'whole', tmp_path/'again'
+    whole = tmp_path/'whole'
+    again = tmp_path/'again'
     assert not main([*pairs, '--run', str(whole)])
     shutil.copytree(whole, again)
     shutil.rmtree(again/'checkpoints/000004')
@@ -71,7 +73,8 @@ def test_a_run_goes_on(tmp_path, settings):
     assert not main(['--resume', str(again)])
     logs = [[json.loads(line) for line in (run/'metrics.jsonl').read_text().splitlines()] for run in (whole, again)]
     file = next(Path(whole).glob('lora/*.safetensors'), None) or next(Path(whole).glob('transformer/*.safetensors'))
-    x, y = load_file(file), load_file(again/file.relative_to(whole))
+    x = load_file(file)
+    y = load_file(again/file.relative_to(whole))
     assert x.keys() == y.keys() and all(torch.isfinite(v).all() and torch.equal(v, y[k]) for k, v in x.items())
     assert logs[0] == logs[1] and len(logs[0]) == 4
 

@@ -68,7 +68,8 @@ def test_cut_and_resumed(whole, tmp_path, monkeypatch, cut):
     monkeypatch.undo()
     train(make_config(small), tmp_path/'run', progress=False)
     assert rows(tmp_path/'run') == rows(whole) and len(rows(whole)) == 6
-    a, b = adapter(tmp_path/'run'), adapter(whole)
+    a = adapter(tmp_path/'run')
+    b = adapter(whole)
     assert all(torch.equal(a[name], b[name]) for name in b)
     assert [e.id for e in kept(tmp_path/'run')] == [e.id for e in kept(whole)]
 
@@ -84,14 +85,16 @@ def test_the_consistency_that_an_edit_has_lost(whole):
     sessions = session_source(make_config(small)).batch(0)
     policy = Policy(make_config(small), load_editor(lora_rank=2))
     step = iterate(make_config(small), policy, sessions, verifier, 0)
-    cc_PGT, best_PT = step.scores.rewards_PGTM[..., 1], best_right(make_config(small), step.scores)
+    cc_PGT = step.scores.rewards_PGTM[..., 1]
+    best_PT = best_right(make_config(small), step.scores)
     before = {f'0/{p}/1': 1. for p in range(2)}
     before |= {f'0/{p}/{t + 2}': cc_PGT[p, step.rollout.goes_on_PT[p, t], t].item() for p in range(2) for t in range(2)}
     first = [e for e in kept(whole) if e.id.startswith('0/')]
     assert len(first) == (best_PT >= 0).sum() > 1
     for edit in first:
         name = edit.id.split(':')[0]
-        p, t = int(name.split('/')[1]), int(name.split('/')[2]) - 1
+        p = int(name.split('/')[1])
+        t = int(name.split('/')[2]) - 1
         lost = before[name] - cc_PGT[p, best_PT[p, t], t].item()
         assert edit.meta['consistency_lost'] == [pytest.approx(lost, abs=1e-4)] and edit.meta['turn'] == [t + 1]
 
@@ -101,7 +104,9 @@ def test_what_has_damaged_the_rest_is_not_repeated(whole, tmp_path):
     edits = [replace(edit, meta=edit.meta | lost) for edit, lost in zip(kept(whole), usual)]
     edits[2].meta['consistency_lost'] = [.2]
     assert [e.id for e in without_damage(edits)] == [e.id for n, e in enumerate(edits) if n != 2]
-    again, copy, known = make_config(small | dict(iterations=400)), tmp_path/'copy', {e.id: e.meta for e in edits}
+    again = make_config(small | dict(iterations=400))
+    copy = tmp_path/'copy'
+    known = {e.id: e.meta for e in edits}
     shutil.copytree(whole, copy)
     for file in copy.glob('right/*/sessions.jsonl'):
         lines = [json.loads(line) for line in file.read_text().splitlines()]

@@ -103,7 +103,8 @@ def test_magicbrush_groups_rows_by_picture_and_orders_them_by_turn(tmp_path):
     assert made.outside == 0
 
 def test_magicbrush_refuses_what_does_not_fit(tmp_path):
-    file, out = tmp_path/'t.parquet', tmp_path/'s.jsonl'
+    file = tmp_path/'t.parquet'
+    out = tmp_path/'s.jsonl'
     good = turn('7', 1, 'white', 'red')
     for rows, parts in (([good, turn('7', 3, 'red', 'lime')], ['row 1', '`turn_index`', '[1, 3]']),
                         ([good, good], ['`turn_index`', '[1, 1]']),
@@ -306,7 +307,8 @@ def test_a_picture_bomb_is_refused_by_its_head(tmp_path):
     assert not (tmp_path/'s.jsonl').exists()
 
 def test_what_a_session_may_not_have_is_refused_by_the_writer(tmp_path):
-    writer, picture = RowWriter(tmp_path/'s.jsonl'), draw(tmp_path/'a.png', 'red')
+    writer = RowWriter(tmp_path/'s.jsonl')
+    picture = draw(tmp_path/'a.png', 'red')
     for texts, part in ((['x']*17, '1 to 16 turns'), (['x', ' '], '`instructions`')):
         row = dict(id='a', image=picture, meta={}, instructions=texts)
         with pytest.raises(InputError, match=part): writer.add('here', row)

@@ -17,9 +17,13 @@ from mt_editflow_nb.training.train import hint_at_resume
 
 class Scripted(ThreadingHTTPServer):
     "A chat server on loopback. `script(request)` gives the fields of a choice, or a status and an error's message."
-    daemon_threads, allow_reuse_address = True, True
+    daemon_threads = True
+    allow_reuse_address = True
     def __init__(self, script, port=0, models=200):
-        self.script, self.models, self.listed, self.requests = script, models, [], []
+        self.script = script
+        self.models = models
+        self.listed = []
+        self.requests = []
         super().__init__(('127.0.0.1', port), Handler)
         self.url = f'http://127.0.0.1:{self.server_port}/v1'
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -61,7 +65,8 @@ def waits(monkeypatch):
     "Lines in which a judge says that it waits for its server; `waits.then` is called with each."
     class Lines(list):
         def then(self, line): pass
-    lines, say = Lines(), servers._say
+    lines = Lines()
+    say = servers._say
     def noted(line):
         say(line)
         if 'waiting up to' in line:
@@ -93,7 +98,8 @@ def message(content, **more): return dict(message=dict(role='assistant', content
 def test_forms_of_answers_that_are_scores(answer):
     assert verdict(lambda request: answer)[0].score == 6/9
 
-cut, filtered = dict(finish_reason='length'), dict(finish_reason='content_filter')
+cut = dict(finish_reason='length')
+filtered = dict(finish_reason='content_filter')
 
 @pytest.mark.parametrize('answer, reason', [
     (message('<think>Perhaps {"score": 1}? But wait') | cut, 'cut at 512 tokens'),
@@ -252,10 +258,12 @@ def test_a_key_with_a_line_break_is_one_line(monkeypatch):
     assert 'secret' not in str(e.value) and '\n' not in str(e.value)
 
 def test_a_server_that_restarts_is_waited_for_with_one_line(waits, capfd):
-    port, answers = closed_port(), []
+    port = closed_port()
+    answers = []
     judge = Judge(Server('m', f'http://127.0.0.1:{port}/v1', retries=0, judge_wait=PATIENCE), load_mode('think'))
     waits.then = lambda line: answers.append(Scripted(lambda request: good, port))
-    sessions, images = shape_sessions(1, turns=2, seed=3), np.zeros((1, 2, 2, 48, 48, 3), np.uint8)
+    sessions = shape_sessions(1, turns=2, seed=3)
+    images = np.zeros((1, 2, 2, 48, 48, 3), np.uint8)
     scores = judge(sessions, images)
     assert scores.failed == 0 and judge_usage(scores)['calls'] == 8
     said = capfd.readouterr().err
@@ -266,7 +274,8 @@ def test_a_server_that_stays_away_stops_the_run_and_what_was_said_is_kept(tmp_pa
     servers = [Scripted(lambda request: good)]
     def judge():
         return load_judge(f'm@{servers[0].url}:think', cache=tmp_path/'judge.sqlite', retries=0, judge_wait=1)
-    sessions, images = shape_sessions(2, turns=1, seed=3), np.zeros((2, 2, 1, 48, 48, 3), np.uint8)
+    sessions = shape_sessions(2, turns=1, seed=3)
+    images = np.zeros((2, 2, 1, 48, 48, 3), np.uint8)
     images[1] = 7
     judge()(sessions[:1], images[:1])
     servers[0].shutdown()
@@ -282,7 +291,8 @@ def test_a_server_that_stays_away_stops_the_run_and_what_was_said_is_kept(tmp_pa
 
 def test_interrupt_ends_the_waiting(waits):
     judge = Judge(Server('m', f'http://127.0.0.1:{closed_port()}/v1', retries=0, judge_wait=3600), load_mode('think'))
-    sessions, images = shape_sessions(1, turns=1, seed=3), np.zeros((1, 2, 1, 48, 48, 3), np.uint8)
+    sessions = shape_sessions(1, turns=1, seed=3)
+    images = np.zeros((1, 2, 1, 48, 48, 3), np.uint8)
     with pytest.raises(KeyboardInterrupt):
         with TurnScorer(judge, sessions, 2) as scorer:
             scorer(0, slice(0, 1), images)
@@ -339,7 +349,8 @@ def test_another_model_under_the_same_name_is_asked_anew(tmp_path, capfd):
     def listing(root, created): return dict(id='m', object='model', owned_by='vllm', root=root, created=created)
     with Scripted(lambda request: server.answer) as server:
         def answered_by(root, created, answer):
-            server.listed, server.answer = [listing('elsewhere', 0) | dict(id='other'), listing(root, created)], answer
+            server.listed = [listing('elsewhere', 0) | dict(id='other'), listing(root, created)]
+            server.answer = answer
             engine = Cached(Server('m', server.url), tmp_path/'c.sqlite')
             said = [r.text for r in engine([ask, Ask((), f'at {created}')])]     # the second one is always new
             return said[0], 'another model' in capfd.readouterr().err
@@ -356,7 +367,8 @@ def test_another_model_under_the_same_name_is_asked_anew(tmp_path, capfd):
 def test_a_cache_of_an_earlier_version_is_gone_on_with(tmp_path):
     "It has no table of what was served: whoever answers first is taken for who answered then."
     with Scripted(lambda request: 'new') as server:
-        engine, ask = Server('m', server.url), Ask((), 'how many?')
+        engine = Server('m', server.url)
+        ask = Ask((), 'how many?')
         older = Cached(engine, tmp_path/'c.sqlite')
         older([ask])
         with sqlite3.connect(tmp_path/'c.sqlite') as db: db.execute('drop table serving')
@@ -438,7 +450,8 @@ nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch
     (lambda s: replace(s, rewards_PGTM=s.rewards_PGTM.numpy()), 'a torch tensor')])
 @pytest.mark.parametrize('by_turn', (True, False))
 def test_scores_of_a_users_own_judge_are_checked_where_they_enter(change, reason, by_turn):
-    sessions, images = shape_sessions(2, turns=1, seed=3), np.zeros((2, 3, 1, 48, 48, 3), np.uint8)
+    sessions = shape_sessions(2, turns=1, seed=3)
+    images = np.zeros((2, 3, 1, 48, 48, 3), np.uint8)
     class Theirs:
         rewards = ('if', 'cc')
         def score(self, sessions, images, turn=None, **kw):

@@ -59,9 +59,13 @@ class Handler(BaseHTTPRequestHandler):
 
 class Faulty(ThreadingHTTPServer):
     "A chat server on loopback. `script(n, request)` gives what try n gets: a fault, or an answer."
-    daemon_threads, request_queue_size = True, 64
+    daemon_threads = True
+    request_queue_size = 64
     def __init__(self, script):
-        self.script, self.seen, self.lock, self.closing = script, [], threading.Lock(), threading.Event()
+        self.script = script
+        self.seen = []
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
         super().__init__(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.server_port}/v1'
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -208,7 +212,8 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    url, log = f'http://127.0.0.1:{port}', open(tmp_path/'log', 'w')
+    url = f'http://127.0.0.1:{port}'
+    log = open(tmp_path/'log', 'w')
     command = [str(Path(sys.executable).with_name('transformers')), 'serve', str(tiny_judge),
                '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
     if Version(transformers.__version__) < Version('5.23'):     # reads no decision.json; pictures stand before the text
@@ -224,7 +229,8 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
             try: return urllib.request.urlopen(url + '/health', timeout=60)
             except OSError: return False
         wait_for(is_up)
-        far, near = Server(str(tiny_judge), url + '/v1', timeout=PATIENCE), Local('tiny')
+        far = Server(str(tiny_judge), url + '/v1', timeout=PATIENCE)
+        near = Local('tiny')
         a, b = (Judge(e, load_mode('logit'), TINY_PROMPTS)(sessions[:1], images[:1, :2, :2]) for e in (near, far))
         assert a.failed == b.failed == 0 and len(a.rewards_PGTM.unique()) > 1
         assert torch.allclose(a.rewards_PGTM, b.rewards_PGTM, atol=1e-3, rtol=0)
@@ -238,7 +244,8 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
         log.close()
 
 def test_nf4_judge_is_a_fraction_and_says_nearly_the_same():
-    full, small = load_judge('tiny:logit'), load_judge('tiny+nf4:logit')
+    full = load_judge('tiny:logit')
+    small = load_judge('tiny+nf4:logit')
     assert small.engine.quantize == 'nf4' and small.prompts is TINY_PROMPTS
     assert small.engine.model == full.engine.model + '+nf4'                           # a cache tells them apart
     a, b = (j(sessions, images[:, :2]).rewards_PGTM for j in (full, small))

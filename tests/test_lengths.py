@@ -57,7 +57,8 @@ def test_a_run_over_sessions_of_two_and_three_turns(tmp_path):
     assert len(list((tmp_path/'run'/'rollouts').glob('heldout_*.png'))) == 6
 
 def test_an_epoch_shows_every_session_once_in_an_order_of_its_own():
-    first, second = shuffled_part(7, 0, 7, 3), shuffled_part(7, 7, 7, 3)
+    first = shuffled_part(7, 0, 7, 3)
+    second = shuffled_part(7, 7, 7, 3)
     assert sorted(first) == sorted(second) == list(range(7)) and first != second
     assert shuffled_part(7, 5, 4, 3) == [*first[5:], *second[:2]]                     # across the end of an epoch
     assert first == np.random.default_rng((3, 0)).permutation(7).tolist()
@@ -65,7 +66,8 @@ def test_an_epoch_shows_every_session_once_in_an_order_of_its_own():
 def test_pictures_of_the_next_batch_are_opened_while_one_is_judged():
     "By another thread, one batch ahead and no further; the results are those of pictures in memory."
     made = shape_sessions(6, 1, 'heldout')
-    opened, before_judging = [], []
+    opened = []
+    before_judging = []
     def stored(i, s):
         def open_picture():
             opened.append((i, threading.current_thread() is threading.main_thread()))
@@ -77,7 +79,8 @@ def test_pictures_of_the_next_batch_are_opened_while_one_is_judged():
         wait_for(lambda: len(opened) >= ahead)
         before_judging.append(len(opened))
         return judge(sessions, images_PGTHWC)
-    editor, how = load_editor(), dict(num_steps=1, batch=2)
+    editor = load_editor()
+    how = dict(num_steps=1, batch=2)
     outcomes, _ = evaluate(editor, [stored(i, s) for i, s in enumerate(made)], slow, **how)
     assert before_judging == [4, 6, 6] and opened == [(i, False) for i in range(6)]
     np.testing.assert_array_equal(outcomes.success_IT, evaluate(editor, made, judge, **how)[0].success_IT)

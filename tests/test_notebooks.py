@@ -43,7 +43,8 @@ def test_package_is_exported_from_notebooks(tmp_path):
         files = [p for p in (top/lib).rglob('*.py') if p.name not in ('__init__.py', '__main__.py')]   # by hand
         return {str(p.relative_to(top)): p.read_text() for p in files}
 
-    exported, committed = code(tmp_path), code(root)
+    exported = code(tmp_path)
+    committed = code(root)
     assert exported.keys() == committed.keys()
     differ = [name for name in exported if exported[name] != committed[name]]
     assert not differ, f'run nbdev_export: {differ} differ from the notebooks'
@@ -131,7 +132,8 @@ def exported_cells(path):
     sources = [c.source for c in cells_of(path) if c.cell_type == 'code']
     return [(source, ast.parse(source)) for source in sources if re.search(r'(?m)^#\|\s*export\b', source)]
 
-LINES, CLASS_LINES = 40, 60     # of an exported cell; of one that is a class, which cannot be divided
+LINES = 40          # of an exported cell
+CLASS_LINES = 60    # of one that is a class, which cannot be divided
 
 def too_long(path):
     "Names of what the cells define that have too many lines; empty ones and nbdev's directives do not count."
@@ -140,6 +142,33 @@ def too_long(path):
         defined = [node for node in tree.body if hasattr(node, 'name')]
         one_class = len(defined) == 1 and isinstance(defined[0], ast.ClassDef)
         if len(lines) > (CLASS_LINES if one_class else LINES): yield ', '.join(node.name for node in defined)
+
+def python_of(path):
+    "The Python of a file, or of each cell of a notebook without IPython's own lines."
+    if path.suffix == '.py': return [path.read_text()]
+    sources = [c.source for c in cells_of(path) if c.cell_type == 'code' and not c.source.startswith('%%')]
+    return [re.sub(r'(?m)^(\s*)[%!].*', r'\1pass', source) for source in sources]
+
+def reads(value, target):
+    "Whether a value reads what is assigned to a target before it, as where two things are swapped."
+    return bool({ast.unparse(node) for node in ast.walk(target)} & {ast.unparse(node) for node in ast.walk(value)})
+
+def several_assignments(source):
+    "Lines that assign several values to several names, where one line each would do the same."
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple): continue
+        targets = getattr(node.targets[0], 'elts', [])
+        swaps = any(reads(value, target) for i, target in enumerate(targets) for value in node.value.elts[i + 1:])
+        if targets and not swaps: yield ast.unparse(node)
+
+def test_several_assignments_are_found():
+    assert list(several_assignments('a, b = 1, 2\nc, d = f(x)\np.data, q.data = q.data, p.data')) == ['a, b = (1, 2)']
+
+written = [*notebooks, *sorted((root/'tests').glob('*.py')), *sorted((root/'experiments').glob('*.py'))]
+
+@each(written)
+def test_one_assignment_a_line(path):
+    assert not [line for source in python_of(path) for line in several_assignments(source)]
 
 @pytest.mark.parametrize('name', modules, ids='.'.join)
 def test_cells_are_short(name):

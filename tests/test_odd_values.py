@@ -55,7 +55,8 @@ def line(record): return json.dumps(record).encode()
 def test_importers(folder):
     steps = [dict(input_images=[f'm/{a}.png'], output_images=[f'm/{b}.png'], prompt='x') for a, b in ('wr', 'rl')]
     made.draw(folder/'0b84.png', 'red')
-    pico, seed = made.pico_row(folder, '1_a', 3), made.seed_row(folder, 'a', 2)
+    pico = made.pico_row(folder, '1_a', 3)
+    seed = made.seed_row(folder, 'a', 2)
     find = importers.PictureFinder(folder)
     check(pico, lambda row: importers.pico_banana_row(line(row), find))
     check(seed, lambda row: importers.seed_edit_row(line(row), find))

@@ -20,7 +20,8 @@ few = small | dict(iterations=1, turns=1, num_steps=4, min_std=0., std='group')
 
 def noting(monkeypatch, module):
     "Which rollouts a module makes: (solver, size, denoising steps)."
-    made, rollout = [], module.rollout
+    made = []
+    rollout = module.rollout
     def noted(editor, sessions, **kw):
         made.append((kw['kind'], editor.size, kw['num_steps']))
         return rollout(editor, sessions, **kw)
@@ -67,7 +68,8 @@ def test_benchmarks_keep_their_protocol_and_say_where_training_was_otherwise(tmp
         said = capsys.readouterr().err.replace('here, but training used', 'for')
         return (a.steps, a.size, a.guidance, a.quantize), [line.removeprefix('mtef_eval: warning: --')
                                                            for line in said.splitlines()]
-    edival, lme = ['--sessions', 'edival', '--images', 'd'], ['--bench', 'lme', '--data', 'd', '--judge', 'm']
+    edival = ['--sessions', 'edival', '--images', 'd']
+    lme = ['--bench', 'lme', '--data', 'd', '--judge', 'm']
     trained_with(size=64, guidance=1., num_steps=6, quantize='nf4')
     otherwise = ['guidance: the default for 1.0', 'quantize: the default for nf4']
     assert filled(fill_settings, *edival) == ((28, None, None, None), [
@@ -87,7 +89,8 @@ def test_plan_of_an_evaluation_at_another_size():
 
 def test_merged_rollouts(tmp_path, monkeypatch):
     "The pictures of merged weights are those of the adapter, and so is what is learned; the weights stay."
-    pictures, page_rollout = [], page.rollout
+    pictures = []
+    page_rollout = page.rollout
     def noted(*args, **kw):
         pictures.append(page_rollout(*args, **kw))
         return pictures[-1]
@@ -99,7 +102,8 @@ def test_merged_rollouts(tmp_path, monkeypatch):
         assert torch.allclose(apart.clean_TNLC, merged.clean_TNLC, atol=1e-3)
         assert np.abs(apart.images_PGTHWC.astype(int) - merged.images_PGTHWC).max() <= 1
     assert not torch.equal(pictures[1].clean_TNLC, pictures[3].clean_TNLC)       # it is another arithmetic
-    a, b = adapter(tmp_path/'apart'), adapter(tmp_path/'merged')
+    a = adapter(tmp_path/'apart')
+    b = adapter(tmp_path/'merged')
     moved = max(x.abs().max() for k, x in a.items() if 'lora_B' in k)
     assert moved > 1e-3 and all((a[k] - b[k]).abs().max() < .05*moved for k in a)
 
@@ -122,7 +126,8 @@ def test_what_compares_sessions_waits_for_the_last_score(name, value):
 
 def test_rows_that_teach_nothing_are_not_counted_as_judged():
     "Half of the sessions get constant rewards: the mean is that of the others' rows, as in the plain iteration."
-    sessions, config = shape_sessions(4, 1), make_config(few | dict(group=2, batch=2, sessions_per_iteration=4))
+    sessions = shape_sessions(4, 1)
+    config = make_config(few | dict(group=2, batch=2, sessions_per_iteration=4))
     def half(asked, images_PGTHWC):
         scores = verifier(asked, images_PGTHWC)
         for p, session in enumerate(asked):
@@ -131,7 +136,8 @@ def test_rows_that_teach_nothing_are_not_counted_as_judged():
     def learned(step, **settings):
         c = config.model_copy(update=settings)
         return step(c, Policy(c, load_editor(lora_rank=c.lora_rank)), sessions, half, 0)[0]
-    plain, early = learned(page.iterate), learned(iterate_as_judged, learn_as_judged=True)
+    plain = learned(page.iterate)
+    early = learned(iterate_as_judged, learn_as_judged=True)
     assert plain['rows'] == early['rows'] == 4 and plain['passes'] == early['passes']
     assert early['grad_norm'] == pytest.approx(plain['grad_norm'], rel=1e-5)
     assert early['loss'] == pytest.approx(plain['loss'], rel=1e-5)

@@ -157,7 +157,8 @@ def meet_and_lose(folder, rank, count, victim, signum, summing, environment):
             exchange(rank)
     except InputError as e: (folder/f'{rank}.said').write_text(str(e))
 
-ended, silent = 'received the end of its connection', 'within 8 seconds, received none'
+ended = 'received the end of its connection'
+silent = 'within 8 seconds, received none'
 
 def lose(folder, count, victim, signum, summing):
     "Start `count` processes that lose one of them; returns them."
@@ -182,7 +183,8 @@ def test_every_process_names_the_one_that_ended(tmp_path):
     "Killed or stopped, the first or another one, in an exchange or while gradients are summed; without a launcher."
     stopped = [(2, 0, signal.SIGSTOP, False), (4, 1, signal.SIGSTOP, False)]
     cases = [*stopped, (2, 0, signal.SIGKILL, False), (2, 1, signal.SIGKILL, True), (4, 2, signal.SIGKILL, False)]
-    folders, started = [tmp_path/str(i) for i in range(len(cases))], []
+    folders = [tmp_path/str(i) for i in range(len(cases))]
+    started = []
     try:
         for folder, case in zip(folders, cases):
             started.append(lose(folder, *case))

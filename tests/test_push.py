@@ -145,7 +145,8 @@ def test_the_best_adapter_is_published_with_its_own_numbers(tmp_path, capsys):
 def test_a_whole_transformer_is_published_in_pieces(tmp_path, monkeypatch, capsys):
     "`lora_rank: none`: the pieces load in plain diffusers, as the card says, and are what was trained."
     monkeypatch.setattr('mt_editflow_nb.editing.whole.SHARD_SIZE', '200KB')
-    run, folder = tmp_path/'run', tmp_path/'hub'
+    run = tmp_path/'run'
+    folder = tmp_path/'hub'
     experiment(make_config(small | dict(lora_rank=None, iterations=1, turns=1, lr=1e-4)), run, progress=False)
     assert main([str(run), 'ada/edits', '--to', str(folder)]) == 0, capsys.readouterr().err
     pieces = {p.name for p in (folder/'transformer').iterdir()}
@@ -157,7 +158,8 @@ def test_a_whole_transformer_is_published_in_pieces(tmp_path, monkeypatch, capsy
     import diffusers
     transformer = diffusers.AutoModel.from_pretrained(str(folder), subfolder='transformer')
     pipe = diffusers.FluxKontextPipeline.from_pretrained(find_editor('tiny')[0], transformer=transformer)
-    trained, base = read_transformer(run/'transformer'), load_editor().transformer.state_dict()
+    trained = read_transformer(run/'transformer')
+    base = load_editor().transformer.state_dict()
     assert all(torch.equal(x, trained[name]) for name, x in pipe.transformer.state_dict().items())
     assert any(not torch.equal(x, trained[name]) for name, x in base.items())
     with fake_hub(monkeypatch) as asked: assert main([str(run), 'ada/edits', '--to', str(folder), '--yes']) == 0

@@ -17,12 +17,15 @@ from mt_editflow_nb.training.train import train
 def test_copies_of_the_tiny_editor_are_what_is_read():
     "Tests load copies: with the same numbers and settings, and with memory of their own."
     read, _ = copied.read_pipeline('tiny', None, torch.device('cpu'), torch.float32)
-    one, another = load_editor().pipe, load_editor().pipe
+    one = load_editor().pipe
+    another = load_editor().pipe
     assert one.config == read.config and one.scheduler.config == read.scheduler.config
     for name in ('transformer', 'vae', 'text_encoder', 'text_encoder_2'):
         part, other, original = (getattr(pipe, name) for pipe in (one, another, read))
         assert str(part.config) == str(original.config) and not part.training
-        a, b, c = part.state_dict(), other.state_dict(), original.state_dict()
+        a = part.state_dict()
+        b = other.state_dict()
+        c = original.state_dict()
         assert a.keys() == c.keys() and all(torch.equal(a[k], c[k]) for k in c)
         assert not any(a[k].data_ptr() == b[k].data_ptr() for k in a)
         assert not any(p.requires_grad for p in part.parameters())
@@ -71,9 +74,12 @@ def relative_gradients(**settings):
     Before the first update, with advantages of 1: what is left is the factor that the step's formula puts there."""
     config = make_config(dict(algorithm='grpo', sampler='flow', noise_level=.7, num_steps=6, sessions_per_iteration=1,
                               group=2, turns=1, batch=2) | settings)
-    policy, sessions = Policy(config, load_editor(lora_rank=2)), shape_sessions(1, 1)
+    policy = Policy(config, load_editor(lora_rank=2))
+    sessions = shape_sessions(1, 1)
     sampled = rollout(policy.editor, sessions, **sampling_options(config, sessions, 0))
-    batch, velocities, velocity = make_batch(sampled, torch.ones(1, 2, 1), torch.arange(2)), [], policy.velocity
+    batch = make_batch(sampled, torch.ones(1, 2, 1), torch.arange(2))
+    velocities = []
+    velocity = policy.velocity
     def kept(*args):
         velocities.append(velocity(*args))
         return velocities[-1]
@@ -92,7 +98,8 @@ def test_guard_makes_the_steps_weigh_alike():
     plain, sampled = relative_gradients()
     guarded, _ = relative_gradients(guard=True)
     sigmas = sampled.sigmas.double()
-    s, steps = sigmas[:-1][sampled.steps], -sigmas.diff()
+    s = sigmas[:-1][sampled.steps]
+    steps = -sigmas.diff()
     below_one = torch.where(s < 1, s, sigmas[1])
     std = a*(s/(1 - below_one))**.5
     c = steps[sampled.steps]*(1 + std**2*(1 - s)/(2*s))
@@ -130,7 +137,8 @@ def test_a_local_edit_of_a_photograph_is_an_edit(name):
 def test_a_weak_local_edit_of_a_photograph_is_an_edit(name, strength):
     "One per cent of the pixels lighter or darker by 24 levels: a root mean square of 2.4 over the whole picture."
     photo = np.asarray(Image.fromarray(load_sample_image(name)).resize((512, 512)))
-    again, rng = decoded(photo), np.random.default_rng(0)
+    again = decoded(photo)
+    rng = np.random.default_rng(0)
     found = []
     for y, x in rng.integers(0, 460, (10, 2)):
         edited = photo.astype(int)
@@ -142,7 +150,8 @@ def test_a_weak_local_edit_of_a_photograph_is_an_edit(name, strength):
 
 def test_nothing_after_an_edit_is_nothing():
     "The second turn returns the first one's result, decoded once more, where the first picture was empty."
-    editor, sessions = load_editor(), shape_sessions(40, 1, seed=7)
+    editor = load_editor()
+    sessions = shape_sessions(40, 1, seed=7)
     first = np.stack([np.asarray(s.image) for s in sessions])
     def again(x): return editor.decode(editor.encode_image(x))
     edited = again(np.stack([teacher_images(s)[0] for s in sessions]))
@@ -151,7 +160,8 @@ def test_nothing_after_an_edit_is_nothing():
 
 def test_the_smallest_edit_of_the_shape_world_is_an_edit():
     "Every right edit of 40 sessions is one; the input, decoded once more, is none."
-    editor, sessions = load_editor(), shape_sessions(40, 1)
+    editor = load_editor()
+    sessions = shape_sessions(40, 1)
     first = np.stack([np.asarray(s.image) for s in sessions])
     again = editor.decode(editor.encode_image(first))
     right = np.stack([teacher_images(s) for s in sessions])

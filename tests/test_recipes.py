@@ -50,7 +50,8 @@ SOURCES = ('Edit-R1', 'Flow-GRPO', 'DiffusionNFT', 'Flow-Factory', 'UniRL', 'ver
 
 def counting(editor):
     "Record how many rows go through the transformer, and whether gradients flow."
-    passes, velocity = [], editor.velocity
+    passes = []
+    velocity = editor.velocity
     def counted(x, *args):
         passes.append((len(x), torch.is_grad_enabled()))
         return velocity(x, *args)
@@ -93,7 +94,8 @@ def test_the_plan_counts_what_other_algorithms_pass(settings):
     c = make_config(settings | dict(sessions_per_iteration=2, group=2, num_steps=3, turns=3, lora_rank=2))
     policy = Policy(c, load_editor(lora_rank=2))
     step = step_of(c, 0)(c, policy, shape_sessions(2, 3), load_judge('verifier'), 0)
-    planned, passes = count_rows(c, 3), Counter(step.metrics['passes'])
+    planned = count_rows(c, 3)
+    passes = Counter(step.metrics['passes'])
     assert planned['sampled'] == passes['sampled'] and planned['trained'] == passes['trained'] > 0
     assert planned['compared'] == passes['old'] + passes['reference']
 
@@ -104,7 +106,8 @@ def test_evaluations_are_counted_as_they_are_made():
 @pytest.mark.parametrize('path', [p for p in recipes if 'Expected hours' in p.read_text()], ids=lambda p: p.stem)
 def test_expected_hours_and_card_of_a_recipe(path):
     "The head of a recipe says what the plan says, and its card has a gigabyte to spare."
-    text, c = path.read_text(), make_config(read_recipe(path))
+    text = path.read_text()
+    c = make_config(read_recipe(path))
     said = dict(re.findall(r'(RTX 4090|L40S|A100|H100) (\d+)', text.splitlines()[1]))
     assert len(said) >= 2 and said == {card: f"{plan(c, card)['hours']:.0f}" for card in said}
     gigabytes, = re.findall(r'one GPU of (\d+) GB', text.splitlines()[0])
@@ -121,7 +124,8 @@ def test_the_line_that_serves_the_judge():
     model = weightless_encoder('Qwen2_5_VLForConditionalGeneration', config)
     weights = 2*sum(p.numel() for p in model.parameters())
     assert abs(weights/2e9 - 33.45) < .01                               # as its repository says
-    a_token, card = 64*2*8*128*2, 79.1*2**30                            # keys and values of 64 layers; as cards report
+    a_token = 64*2*8*128*2    # keys and values of 64 layers
+    card = 79.1*2**30         # as cards report
     assert .9*card - weights < 128_000*a_token                          # vLLM's default share, the model's context
     lines = {line for f in (root/'README.md', *recipes) for line in f.read_text().splitlines() if 'vllm serve' in line}
     for line in lines:
@@ -166,7 +170,8 @@ def qwen_parameters(config, h, d):
 def test_parameters_of_the_published_models(name, closed_form, billions):
     "Parameters of a transformer against those counted layer by layer on paper."
     t = weightless_editor(PUBLISHED_EDITORS[name], size=512, guidance=1.).transformer
-    n, d = sum(p.numel() for p in t.parameters()), t.config['attention_head_dim']
+    n = sum(p.numel() for p in t.parameters())
+    d = t.config['attention_head_dim']
     if closed_form is flux_parameters: assert t.config.guidance_embeds
     assert n == closed_form(t.config, t.config['num_attention_heads']*d, d) and round(n/1e9, 1) == billions
 
@@ -219,7 +224,8 @@ def test_activations_against_what_the_allocator_sees(name):
     about = dict(PUBLISHED_EDITORS[name], transformer=tiny_axes | thin[name])
     meta, real = (weightless_editor(about, size=256, guidance=1., dtype=torch.float32) for _ in range(2))
     cls = getattr(diffusers, TRANSFORMER_CLASSES[about['pipeline']])
-    real.transformer, real.device = cls.from_config(about['transformer']).requires_grad_(False), torch.device('cpu')
+    real.transformer = cls.from_config(about['transformer']).requires_grad_(False)
+    real.device = torch.device('cpu')
     for e in (meta, real): add_lora(e, 8, targets='attention')
     shapes = weightless_text(meta, 128)
     planned = profile_row(meta, shapes)
@@ -243,7 +249,8 @@ def test_what_decoding_holds():
     kontext = dict(block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',)*4,
                    up_block_types=('UpDecoderBlock2D',)*4, layers_per_block=2, latent_channels=16, use_quant_conv=False,
                    use_post_quant_conv=False)
-    flux, qwen = diffusers.AutoencoderKL(**kontext), diffusers.AutoencoderKLQwenImage()
+    flux = diffusers.AutoencoderKL(**kontext)
+    qwen = diffusers.AutoencoderKLQwenImage()
     assert sum(p.numel() for p in flux.parameters()) == PUBLISHED_EDITORS['black-forest-labs/FLUX.1-Kontext-dev']['vae']
     @torch.no_grad()
     def held(vae, shape): return most_held(partial(vae.decode, torch.zeros(shape)))
@@ -320,8 +327,10 @@ def test_activations_of_a_loaded_editor():
     real = load_editor()
     for e in (meta, real): add_lora(e, 4)
     text = real.encode_text(['add a ring'])
-    a, b = profile_row(meta, weightless_text(meta, text.embeds.shape[1])), profile_row(real, text)
-    c, S = real.transformer.config, text.embeds.shape[1] + 2*real.latent_shape[0]
+    a = profile_row(meta, weightless_text(meta, text.embeds.shape[1]))
+    b = profile_row(real, text)
+    c = real.transformer.config
+    S = text.embeds.shape[1] + 2*real.latent_shape[0]
     # the CPU's fused kernel is not counted
     attention = 4*S**2*c.num_attention_heads*c.attention_head_dim*(c.num_layers + c.num_single_layers)
     assert a['flops_forward'] == b['flops_forward'] + attention
@@ -339,7 +348,8 @@ def test_advice_and_size():
 
 def test_the_card_that_is_found(monkeypatch):
     "Minutes are those of the card, too little memory is said, and a card without a known peak gets no number."
-    name, size = ['NVIDIA GeForce RTX 4090'], [24e9]
+    name = ['NVIDIA GeForce RTX 4090']
+    size = [24e9]
     c = make_config(dict(lora_rank=4))
     here = plan(c)
     assert 'no GPU is found here' in plan_text(here) and here['gpu'] == 'H100'
@@ -369,7 +379,9 @@ def test_a_run_halves_its_batch_and_remembers(tmp_path, capsys):
     "Memory ends in the middle of a run: it goes on from the last checkpoint with half the rows, also when resumed."
     settings = dict(sessions_per_iteration=1, group=4, turns=1, num_steps=2, lora_rank=2, save_every=1, std='group',
                     min_std=0.)
-    c, iterate, seen = make_config(dict(settings, iterations=3, batch=4)), training.iterate, []
+    c = make_config(dict(settings, iterations=3, batch=4))
+    iterate = training.iterate
+    seen = []
     def card(c, *args):
         seen.append((args[-1], c.batch))
         if args[-1] == 1 and c.batch > 2: raise torch.OutOfMemoryError
@@ -432,7 +444,8 @@ def test_bench_measures_every_family(family, twins, monkeypatch):
     monkeypatch.syspath_prepend(str(root/'experiments'))
     import bench_gpu
     c = make_config(dict(editor=str(twins[family]), size=64, batch=2, lora_rank=2, checkpointing=True, guidance=2.5))
-    configs, cpu = editor_configs(c.editor), torch.device('cpu')
+    configs = editor_configs(c.editor)
+    cpu = torch.device('cpu')
     row, exact = bench_gpu.measure(c, configs, True, 'plain', cpu, torch.float32, 1)
     edits = c.sessions_per_iteration*c.group*3
     assert 0 < row['seconds_forward_row'] and row['option'] == 'plain' and row['relative_error'] is None
@@ -481,7 +494,8 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     bench_gpu.main()
     assert counters['stats']['unique_graphs'] > compiled
     file = tmp_path/'bench_tiny_toy.json'
-    result, table = json.loads(file.read_text()), capsys.readouterr().out
+    result = json.loads(file.read_text())
+    table = capsys.readouterr().out
     options = ['plain', 'compile', 'attention', 'autocast']
     variants = [('nf4', o) for o in options] + [('bfloat16', o) for o in (*options, 'merge')]
     assert [(r['weights'], r['option']) for r in result['rows']] == variants
@@ -537,7 +551,8 @@ def test_a_recipe_on_a_card_before_anything_is_downloaded(tmp_path, monkeypatch,
 def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch):
     "Settings that are not given are those of training; others are used, with a warning."
     command = importlib.import_module('mt_editflow_nb.cli.eval')
-    lora, config = tmp_path/'run'/'lora', tmp_path/'run'/'config.json'
+    lora = tmp_path/'run'/'lora'
+    config = tmp_path/'run'/'config.json'
     editor = load_editor(lora_rank=2)
     with torch.no_grad(): lora_parameters(editor)[1].fill_(.1)            # else it would change nothing
     save_lora(editor, lora)

@@ -14,7 +14,9 @@ from mt_editflow_nb.evaluation.card import session_scores
 from mt_editflow_nb.evaluation.scores import edival_scores
 from readme import root
 
-S, I, T = 5, 120, 2
+S = 5
+I = 120
+T = 2
 chance = {'plain': .5, 'much better': .8, 'the same': .5}
 config = dict(sessions_per_iteration=2, group=2, num_steps=3, turns=T)
 
@@ -29,7 +31,8 @@ def write_job(folder, draw, chances, metrics):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    out, rng = tmp_path_factory.mktemp('runs'), np.random.default_rng(0)
+    out = tmp_path_factory.mktemp('runs')
+    rng = np.random.default_rng(0)
     plan = dict(sweep='coins', question='Which coin wins?', baseline='plain', grid=dict(a=[0, 1], b=[0, 1]),
                 fixed=dict(iterations=8), notebook='coins.ipynb', points=[])
     hard = rng.random((I, 1)) < .3
@@ -127,7 +130,8 @@ def test_points_that_were_tested_on_other_sessions_are_not_compared(tmp_path):
         except InputError as e: return str(e)
     assert tested_on(a0='x', a1='x', b0='x', b1='x').points['a'].heldout == 'x'
     assert tested_on(a0='x', b1='x').points['b'].heldout == 'x' and tested_on().points['a'].heldout is None
-    across, within = tested_on(a0='x', a1='x', b0='y', b1='y'), tested_on(a0='x', a1='y', b0='x', b1='x')
+    across = tested_on(a0='x', a1='x', b0='y', b1='y')
+    within = tested_on(a0='x', a1='y', b0='x', b1='x')
     assert 'p.json: a: expected an evaluation on the same sessions' in across and 'b (identity.heldout' in across
     assert 'a, seed 1: expected' in within and 'a, seed 0' in within
 
@@ -135,7 +139,8 @@ def test_sessions_of_different_lengths_in_a_report(tmp_path):
     """Two sessions of one turn, one right and one wrong, two of three turns, right but for the last turn of one.
 
     The failed short session counts at turn 1 alone: IF 75, 100, 50 and not 75, 67, 33."""
-    nan, turns = np.nan, np.array([1, 1, 3, 3])
+    nan = np.nan
+    turns = np.array([1, 1, 3, 3])
     after = np.array([[0, nan, nan], [1, nan, nan], [1, 1, 1], [1, 1, 0]])
     def draw(p):
         cc = np.where(np.isnan(after), nan, .81)
@@ -191,15 +196,18 @@ def test_the_recipe_is_the_gain_per_pass_of_finished_sweeps(tmp_path, capsys):
         plan = dict(sweep=f's{seed}', baseline='b', points=points)
         (tmp_path/f's{seed}.json').write_text(json.dumps(plan))
     (tmp_path/'tuning.jsonl').write_text('{"method": "a"}\n{"method": "a"}\n')
-    recipe, results = root/'experiments/recipe.py', ['--results', str(tmp_path)]
+    recipe = root/'experiments/recipe.py'
+    results = ['--results', str(tmp_path)]
     sweeps = [str(tmp_path/f's{seed}.json') for seed in (0, 1)]
     assert run_script(recipe, *sweeps, '--ours', 'a', *results) == 0
     report = json.loads((tmp_path/'recipe.json').read_text())
-    a, b = report['methods']['a'], report['methods']['b']
+    a = report['methods']['a']
+    b = report['methods']['b']
     assert (report['ours'], report['passes'], report['sessions']) == ('a', 1200, 4)
     assert (a['seeds'], a['tuning_runs'], a['learns_from'], b['tuning_runs']) == (2, 2, 'scores', 0)
     assert a['O_before'] == [0]*3 and a['O_after'] == [90]*3
-    before, after = report['turn1_success_by_type'], a['turn1_success_by_type']
+    before = report['turn1_success_by_type']
+    after = a['turn1_success_by_type']
     first_edits = {s.task_types[0] for s in shape_sessions(4, 3, 'heldout')}
     assert (before, after) == ({name: 0 for name in first_edits}, {name: 100 for name in first_edits})
     assert [a['turn3_O_gain'], a['gain_per_1000_passes'], a['turn3_CC_change'], b['turn3_O_gain']] == pytest.approx(

@@ -14,7 +14,8 @@ constant = {'processes that share the sessions': 4, 'a thousand answers found am
 
 def lowest_exponent(line):
     "The lower end of the 95 % interval of the slope on logarithmic axes."
-    x, y = np.log(line.n), np.log(line.seconds)
+    x = np.log(line.n)
+    y = np.log(line.seconds)
     slope = np.cov(x, y)[0, 1]/x.var(ddof=1)
     residual = y - y.mean() - slope*(x - x.mean())
     error = np.sqrt((residual**2).sum()/(len(x) - 2)/((x - x.mean())**2).sum())

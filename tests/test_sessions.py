@@ -39,7 +39,8 @@ def deep_png(grey, transparent):
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
     lines = b''.join(b'\0' + struct.pack('>8H', *[transparent if y == 0 else grey]*8) for y in range(8))
-    head, hidden = struct.pack('>2I5B', 8, 8, 16, 0, 0, 0, 0), struct.pack('>H', transparent)
+    head = struct.pack('>2I5B', 8, 8, 16, 0, 0, 0, 0)
+    hidden = struct.pack('>H', transparent)
     parts = ((b'IHDR', head), (b'tRNS', hidden), (b'IDAT', zlib.compress(lines)), (b'IEND', b''))
     return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)
 
@@ -250,7 +251,8 @@ def test_a_run_reads_pictures_outside_only_when_asked(tmp_path):
 def test_keys_of_files_are_kept_beside_the_index(tmp_path, monkeypatch):
     "The next process reads no file; one that has changed is read again; a record that is none is written anew."
     selecting = importlib.import_module('mt_editflow_nb.data.selecting')
-    read, compute = [], selecting._key_of_file.__wrapped__
+    read = []
+    compute = selecting._key_of_file.__wrapped__
     def noted(path, *stamp):
         read.append(Path(path).name)
         return compute(path, *stamp)

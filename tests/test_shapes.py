@@ -18,7 +18,9 @@ from mt_editflow_nb.training.source import kind_weights, session_source, trained
 from mt_editflow_nb.training.train import experiment, read_outcomes
 from test_lengths import right_where_asked
 
-SQUARE, WIDE, TALL = (60, 60), (96, 64), (48, 72)
+SQUARE = (60, 60)
+WIDE = (96, 64)
+TALL = (48, 72)
 SMALL = dict(heldout='training', sessions_per_iteration=2, group=2, iterations=3, num_steps=2, train_timesteps=1,
              lora_rank=1, judge='tiny:logit', eval_judge='tiny:logit', save_every=1)
 
@@ -43,7 +45,8 @@ def test_an_index_knows_the_sizes_of_its_pictures(file):
     assert sessions[5:].sizes.tolist() == [[96, 64]]*2 + [[48, 72]]*2 and sessions[8].image_size == TALL
 
 def test_kinds_are_drawn_in_proportion_to_their_sessions():
-    turns, buckets = np.array([1, 1, 1, 1, 2, 2, 2, 2]), np.array([8, 8, 8, 8, 8, 12, 12, 12])
+    turns = np.array([1, 1, 1, 1, 2, 2, 2, 2])
+    buckets = np.array([8, 8, 8, 8, 8, 12, 12, 12])
     assert kind_weights(turns, buckets) == {(1, 8): .5, (2, 8): .125, (2, 12): .375}
     assert kind_weights(turns, buckets, {1: 1, 2: 3}) == {(1, 8): .25, (2, 8): .1875, (2, 12): .5625}
     with pytest.raises(InputError, match='turn_weights: expected numbers of turns out of 1, 2'):
@@ -201,7 +204,8 @@ def test_kinds_with_few_sessions_are_named(file):
 def test_what_a_run_has_trained_on_is_found_again(file, heldout):
     "For the card: held-out sessions of the same file are no training data."
     asked = config(file, heldout=heldout)
-    found, trained = trained_part(asked.model_dump()), session_source(asked).of_file
+    found = trained_part(asked.model_dump())
+    trained = session_source(asked).of_file
     assert [s.id for s in found] == [s.id for s in trained]
     assert len(found) == {None: 7, 2: 7, .4: 5, 'training': 9}[heldout]
     assert trained_part(asked.model_dump() | dict(streaming=True)) is None

@@ -32,8 +32,11 @@ def test_noise_alone_is_no_signal(measures):
 
 def test_the_cosine_of_two_means_is_free_of_the_noise_that_both_have(measures):
     "60 degrees apart; noise that both estimates share, as on the same batches, would make them look alike."
-    a_X, b_X = torch.zeros(50).double(), torch.zeros(50).double()
-    a_X[0], b_X[0], b_X[1] = 2, 1, 3**.5
+    a_X = torch.zeros(50).double()
+    b_X = torch.zeros(50).double()
+    a_X[0] = 2
+    b_X[0] = 1
+    b_X[1] = 3**.5
     noise_BX = draws(torch.zeros(50).double(), 1000, 1)[:, 0]
     assert measures.cosine_of_means(a_X + noise_BX, b_X + noise_BX) == pytest.approx(.5, abs=.05)
     assert torch.cosine_similarity(a_X + noise_BX, b_X + noise_BX).mean() > .9

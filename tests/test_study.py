@@ -93,5 +93,6 @@ def test_the_rating_notebook(runner, tmp_path):
     assert [float(x) for x in agreement[:4]] == [100., 100., 100., 8.]      # two ties are left out
     labels = load_labels(study/'labels.jsonl')
     rated = len({i.instructions for i in labels.items})
-    perfect, lazy = labels.truth_N[::2], labels.truth_N[1::2]
+    perfect = labels.truth_N[::2]
+    lazy = labels.truth_N[1::2]
     assert len(labels.items) == 2*rated and perfect.min() >= .5 and (perfect + lazy == 1).all()

@@ -156,9 +156,11 @@ def test_the_tasks_of_an_array_share_a_sweep(folder):
     jobs = plan_sweep(path, folder/'runs').jobs
     assert main([str(path), '--out', str(folder/'runs'), '--jobs', '1/2']) == 0
     assert [job_status(j) for j in jobs] == ['new', 'done', 'new']
-    before, began = os.times(), time.monotonic()
+    before = os.times()
+    began = time.monotonic()
     assert main([str(path), '--out', str(folder/'runs'), '--jobs', '2/2', '--slots', '2']) == 0
-    wall, after = time.monotonic() - began, os.times()
+    wall = time.monotonic() - began
+    after = os.times()
     cpu = (after.children_user + after.children_system - before.children_user - before.children_system)/2
     print(f'{wall:.1f} s for 2 jobs of .5 s on 2 slots: {wall - .5:.1f} s a job; {cpu:.1f} s of processor time a job')
     assert [starts(j) for j in jobs] == [1, 1, 1] and [job_status(j) for j in jobs] == ['done']*3
@@ -309,7 +311,9 @@ def test_the_sweeps_of_the_paper_are_there_and_share_jobs(shipped_plans):
 def test_sweeps_at_equal_compute(shipped_plans):
     "What comments in the files say, with the configuration's defaults: as many turns, or passes, as the baseline."
     from mt_editflow_nb.algorithm.config import Config
-    c, paper, turns = Config(), shipped_plans['paper'].points, shipped_plans['turns'].points
+    c = Config()
+    paper = shipped_plans['paper'].points
+    turns = shipped_plans['turns'].points
     edited = [p['turns']*p['sessions_per_iteration'] for p in (*turns.values(), paper['single-turn RL'])]
     assert all(abs(n/(3*c.sessions_per_iteration) - 1) < .05 for n in edited), edited
     # a rollout, and for each noise level a forward and a backward (the old policy is the trained one)
@@ -378,7 +382,10 @@ def record(job, status, seconds):
 
 def test_the_loop_with_scripted_jobs(tmp_path, monkeypatch):
     "Slots are respected, a job that another sweep runs is waited for, one whose process dies in silence has failed."
-    plan, busy, most, looks = scripted_plan(tmp_path, 6, iterations=3), set(), [], []
+    plan = scripted_plan(tmp_path, 6, iterations=3)
+    busy = set()
+    most = []
+    looks = []
     jobs = plan.jobs
     def elsewhere(folder):
         if folder == jobs[1].folder: looks.append(folder)

@@ -50,7 +50,8 @@ def test_from_parquet_to_an_adapter_with_the_losses_of_the_shape_world(tmp_path)
     train(c, tmp_path/'run', progress=False)
     rows = read_json_lines(tmp_path/'run'/'metrics.jsonl')
     found = [row['loss'] for row in rows]
-    policy, losses = Policy(c, load_editor(lora_rank=1, seed=c.seed)), []
+    policy = Policy(c, load_editor(lora_rank=1, seed=c.seed))
+    losses = []
     for i in range(2): losses.append(supervise(c, policy, world, load_judge('verifier'), i).metrics['loss'])
     assert found == pytest.approx(losses, rel=1e-4) and found[0] != found[1]
     assert [(row['iteration'], row['rows']) for row in rows] == [(0, 8), (1, 8)] and min(found) > 0
@@ -64,7 +65,8 @@ def test_distillation_on_targets_of_a_file_is_that_on_the_shape_world(tmp_path):
     taught = load_sessions(file, targets=True)
     c = make_config(dict(algorithm='distill', group=2, iterations=2, num_steps=1, lora_rank=1))
     def learn(sessions): return distill(c, Policy(c, load_editor(lora_rank=1)), sessions, load_judge('verifier'), 0)
-    from_file, from_world = learn(taught), learn(world)
+    from_file = learn(taught)
+    from_world = learn(world)
     assert from_file.metrics['loss'] == pytest.approx(from_world.metrics['loss'], rel=1e-4)
     assert from_file.metrics['passes'] == dict(sampled=8, trained=4, reference=4) and from_file.scores.names == ()
     assert from_world.metrics['success'] == from_world.scores.success_PGT.mean((0, 1)).tolist()
@@ -95,7 +97,8 @@ def test_sessions_in_parquet_are_batches_of_the_same_sessions(tmp_path):
     file = save_sessions(world, tmp_path/'lines')
     save_table(world, tmp_path/'table'/'a.parquet')
     def source(path): return session_source(make_config(dict(sessions=str(path), sessions_per_iteration=2, seed=1)))
-    lines, table = source(file), source(tmp_path/'table')
+    lines = source(file)
+    table = source(tmp_path/'table')
     assert [s.id for s in lines.heldout] == [s.id for s in table.heldout]         # by the pixels of the pictures
     def content(batch): return [(s.id, s.image.tobytes()) for s in batch]
     for i in range(4): assert content(lines.batch(i)) == content(table.batch(i))

@@ -32,7 +32,8 @@ def logged(run, name):
 def test_tensorboard_shows_what_the_run_folder_holds(tmp_path, untracked):
     "Numbers, pictures, settings; the same after a stop, of which nothing is seen twice."
     pytest.importorskip('tensorboard')
-    c, run = make_config(fields | dict(track=['tensorboard'])), tmp_path/'run'
+    c = make_config(fields | dict(track=['tensorboard']))
+    run = tmp_path/'run'
     experiment(c, run, progress=False)
     assert lines(run) == lines(untracked) and not (untracked/'tensorboard').exists()
     for state in ('whole', 'gone on with'):
@@ -83,17 +84,21 @@ def test_trackio_is_told_the_same_name_again(tmp_path, monkeypatch):
     "A module with trackio's functions notes what accelerate's tracker hands to it."
     accelerate = pytest.importorskip('accelerate.tracking')
     if 'trackio' not in accelerate.LOGGER_TYPE_TO_CLASS: pytest.skip('this accelerate does not know trackio')
-    started, sent, told = [], [], []
+    started = []
+    sent = []
+    told = []
     fake = types.ModuleType('trackio')
     def log(values, step): sent.append((step, values))
     def init(**options):
         started.append(options)
         return types.SimpleNamespace(log=log, finish=lambda: None)
-    fake.init, fake.Image = init, lambda pixels: ('picture', pixels.shape[-1])
+    fake.init = init
+    fake.Image = lambda pixels: ('picture', pixels.shape[-1])
     fake.config = types.SimpleNamespace(update=lambda values, **_: told.append(values))
     monkeypatch.setitem(sys.modules, 'trackio', fake)
     monkeypatch.setattr(accelerate, 'get_available_trackers', lambda: ['trackio'])
-    c, run = make_config(fields | dict(track=['trackio'], eval_every=0)), tmp_path/'run'
+    c = make_config(fields | dict(track=['trackio'], eval_every=0))
+    run = tmp_path/'run'
     experiment(c, run, progress=False)
     shutil.rmtree(run/'checkpoints'/'000003')
     (run/'after.safetensors').unlink()
@@ -116,7 +121,9 @@ def test_wrong_trackers_are_one_line(tmp_path, capsys, monkeypatch):
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, capsys, monkeypatch, untracked):
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
     class Failing(GeneralTracker):
-        name, requires_logging_directory, tracker = 'failing', False, None
+        name = 'failing'
+        requires_logging_directory = False
+        tracker = None
         def __init__(self, project): super().__init__()
         def log(self, values, step): raise ConnectionError('the line\nis cut')
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, 'failing', Failing)

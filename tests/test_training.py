@@ -37,7 +37,8 @@ def lines(run):
     return log.read_text().splitlines() if log.is_file() else []
 
 def same_end(a, b):
-    x, y = adapter(a), adapter(b)
+    x = adapter(a)
+    y = adapter(b)
     return lines(a) == lines(b) and x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 @contextmanager
@@ -94,12 +95,14 @@ def test_what_a_run_folder_holds(whole):
 def test_adapter_of_a_run_in_plain_diffusers(whole):
     "A pipeline that has never heard of this package plays the same session, turn after turn, from the same noise."
     from diffusers import FluxKontextPipeline
-    editor, (session,) = load_editor(), shape_sessions(1, 2, 'heldout', seed=3)
+    editor = load_editor()
+    session, = shape_sessions(1, 2, 'heldout', seed=3)
     untrained = rollout(editor, [session], group=1, num_steps=4, seed=5)
     load_lora(editor, whole/'lora')
     ours = rollout(editor, [session], group=1, num_steps=4, seed=5)
     pipe = FluxKontextPipeline.from_pretrained(Path(mt_editflow_nb.__file__).parent/'assets'/'tiny_kontext')
-    (key,), image = session_keys([session], seed=5), session.image
+    key, = session_keys([session], seed=5)
+    image = session.image
     pipe.load_lora_weights(whole/'lora')
     for t, instruction in enumerate(session.instructions):
         noise = normal_noise([(*key, 'start', t, 0)], editor.latent_shape)
@@ -113,8 +116,11 @@ def test_adapter_of_a_run_in_plain_diffusers(whole):
 def test_full_disk_keeps_the_last_checkpoint(tmp_path, algorithm):
     "A limit on the size of files stands in for a disk that fills up after the second checkpoint."
     few = dict(algorithm=algorithm, iterations=3, save_every=1)
-    c, run, calls = make_config(small | few), tmp_path/'run', []
-    limits, judge = resource.getrlimit(resource.RLIMIT_FSIZE), load_judge(c.judge)
+    c = make_config(small | few)
+    run = tmp_path/'run'
+    calls = []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    judge = load_judge(c.judge)
     def fills_the_disk(sessions, images):
         calls.append(1)
         if len(calls) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -130,7 +136,8 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, algorithm):
 
 def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
     module = importlib.import_module('mt_editflow_nb.algorithm.iterate')
-    real, calls = module.nft_loss, []
+    real = module.nft_loss
+    calls = []
     def poisoned(*args, **kw):
         calls.append(1)
         loss, stats = real(*args, **kw)
@@ -171,7 +178,8 @@ def cut_in_half(file): file.write_bytes(file.read_bytes()[:len(file.read_bytes()
                                        (says_another_iteration, 'state.json'), (cut_in_half, 'state.json')],
                          ids=lambda x: getattr(x, '__name__', x))
 def test_a_damaged_checkpoint_is_never_gone_on_from(whole, tmp_path, harm, name):
-    run, said = copied(whole, tmp_path/'run'), []
+    run = copied(whole, tmp_path/'run')
+    said = []
     harm(run/'checkpoints'/'000008'/name)
     assert last_checkpoint(run, said.append).name == '000006'
     line, = said
@@ -216,7 +224,8 @@ def test_only_what_it_was_made_from_goes_on(tmp_path, capsys):
     shutil.copytree(Path(mt_editflow_nb.__file__).parent/'assets'/'tiny_kontext', editor)
     fields = dict(sessions_per_iteration=1, group=2, num_steps=2, lora_rank=2, iterations=1,
                   sessions=str(file), editor=str(editor))
-    run, argv = tmp_path/'run', [f'{k}={v}' for k, v in fields.items()]
+    run = tmp_path/'run'
+    argv = [f'{k}={v}' for k, v in fields.items()]
     assert main([*argv, '--run', str(run)]) == 0
     identity = json.loads((run/'config.json').read_text())['identity']
     assert set(identity) == {'sessions', 'heldout', 'editor', 'judge', 'eval_judge'}
@@ -272,7 +281,8 @@ def test_relative_paths_of_a_resumed_run(tmp_path, monkeypatch, capsys):
 
 def test_a_judge_and_an_adapter_are_found_where_a_run_was_begun(tmp_path, monkeypatch, capsys):
     (tmp_path/'there'/'judges'/'mine').mkdir(parents=True)
-    there, run = tmp_path/'there', tmp_path/'run'
+    there = tmp_path/'there'
+    run = tmp_path/'run'
     for fields in (dict(judge='judges/mine:think'), dict(eval_judge='editscore:judges/mine'), dict(init_lora='judges')):
         monkeypatch.chdir(tmp_path)
         atomic_write(run/'config.json', to_json(dict(config=fields, started_in=str(there))))
@@ -285,7 +295,8 @@ def test_a_judge_and_an_adapter_are_found_where_a_run_was_begun(tmp_path, monkey
         assert Path.cwd() == tmp_path
 
 def test_a_stop_in_an_evaluation_says_how_to_go_on(tmp_path, capsys):
-    judge, calls = load_judge('verifier'), []
+    judge = load_judge('verifier')
+    calls = []
     def stops(sessions, images):
         calls.append(1)
         if len(calls) == 2: signal.raise_signal(signal.SIGTERM)
@@ -454,7 +465,8 @@ def test_only_the_adapter_changes(tmp_path, kw):
 def test_runs_of_a_folder_evaluate_the_base_editor_once(tmp_path, monkeypatch):
     "What is found of it lies under a name made of all that it depends on; uncommitted code shares nothing."
     training = importlib.import_module('mt_editflow_nb.training.train')
-    asked, evaluate = [], training.evaluate_sessions
+    asked = []
+    evaluate = training.evaluate_sessions
     def noted(*args, desc, **kw):
         asked.append(desc)
         return evaluate(*args, desc=desc, **kw)

@@ -21,7 +21,8 @@ from ..data.files import (
     InputError, atomic_write, duration_text, expect, is_locked, locked, one_line, read_json, skip_url_grammar, to_json)
 
 # %% ../../nbs/ablation/01_jobs.ipynb #d732970a
-RUN_ELSEWHERE, STOPPED = 3, 4  # exit statuses of a job's process, besides 0 (done) and 1 (failed)
+RUN_ELSEWHERE = 3    # exit statuses of a job's process, besides 0 (done) and 1 (failed)
+STOPPED = 4
 
 def grace_seconds() -> float:
     "Between interrupting a job's kernel and killing it: `MTEF_GRACE_SECONDS` of the environment, or ten seconds."
@@ -61,7 +62,9 @@ class JobRecord:
         self,
         message: dict, # what `job_message` wrote
     ):
-        self.folder, self.started, self.grace = Path(message['folder']), time.monotonic(), message['grace']
+        self.folder = Path(message['folder'])
+        self.started = time.monotonic()
+        self.grace = message['grace']
         before = job_state(self.folder)
         if before.get('hash') != message['hash']: before = {}
         self.done = before.get('status') == 'done' and (self.folder/'results.json').is_file()
@@ -69,7 +72,8 @@ class JobRecord:
         self.facts = {k: message[k] for k in ('notebook', 'parameters', 'hash')}
         self.facts |= dict(attempts=before.get('attempts', 0) + 1, host=socket.gethostname(),
                            started=time.strftime('%Y-%m-%d %H:%M:%S'))
-        self.ending, self.reason = threading.Lock(), None
+        self.ending = threading.Lock()
+        self.reason = None
 
     def write(
         self,
@@ -141,7 +145,8 @@ def _execute(message, record):
     "Run the notebook; returns what `JobRecord.end` takes."
     skip_url_grammar()
     import papermill
-    values, executed = message['values'] | dict(run=message['folder']), str(record.folder/'job.ipynb')
+    values = message['values'] | dict(run=message['folder'])
+    executed = str(record.folder/'job.ipynb')
     how = dict(kernel_name=message['kernel'], progress_bar=False)
     try:
         with kernel_sockets() as config:
@@ -216,7 +221,8 @@ def job_slots(
     cores: int = None,    # None: `usable_cores()`
 ) -> list:                # the environment of each slot
     "The slots that this machine has. Raises `InputError` if not even one job fits."
-    cores, wanted = cores or usable_cores(), resources.gpus
+    cores = cores or usable_cores()
+    wanted = resources.gpus
     if not wanted:
         expect(resources.cpus <= cores, 'resources.cpus', f'at most {cores}, the cores of this machine', resources.cpus)
         return [dict(_threads(resources.cpus), CUDA_VISIBLE_DEVICES='')]*(cores//resources.cpus)
@@ -262,7 +268,8 @@ def start_ray(
     address: str = None, # of a running cluster; None: RAY_ADDRESS, or one that starts here
 ):                       # (job, environment) -> (poll, stop), as `start_local`
     "A function that starts a job on a Ray cluster, which decides where and when it runs."
-    ray, resources = _connect_ray(address), plan.sweep.resources
+    ray = _connect_ray(address)
+    resources = plan.sweep.resources
     @ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)
     def work(message, env):
         from mt_editflow_nb.ablation.jobs import job_process
@@ -332,7 +339,8 @@ class SweepDisplay:
         n_lines: int,   # jobs at a time, each with a line of its own
         progress: bool, # False: say nothing
     ):
-        self.progress, self.bars = progress, progress and sys.stderr.isatty()
+        self.progress = progress
+        self.bars = progress and sys.stderr.isatty()
         self.n_jobs = len(plan.jobs)
         look = dict(disable=not self.bars, bar_format='{desc}: {bar:20} {n_fmt}/{total_fmt} jobs{postfix}')
         self.total = tqdm(total=self.n_jobs, initial=done, desc=plan.name, position=0, **look)
@@ -359,7 +367,8 @@ class SweepDisplay:
         self.total.set_postfix_str(some_failed + (f'about {left} left' if left else 'time left: not known yet'))
         for i, line in enumerate(self.lines):
             job, n, of, elapsed = shown[i] if i < len(shown) else (None, 0, 1, 0)
-            line.n, line.total = n, of or max(n, 1)
+            line.n = n
+            line.total = of or max(n, 1)
             line.set_description_str(_name(job) if job else '', refresh=False)
             line.set_postfix_str(duration_text(elapsed) if job else '')
 
@@ -416,7 +425,8 @@ def open_sweep_run(
 def _start_waiting(run):
     "Start a job in every free slot."
     while run.waiting and run.free:
-        job, slot = run.waiting.popleft(), run.free.popleft()
+        job = run.waiting.popleft()
+        slot = run.free.popleft()
         name = job.folder.name
         run.running[name] = RunningJob(job, *run.start(job, run.slots[slot]), slot)
         run.display.say(f'{_name(job)}: {"started" if run.status[name] == "new" else "goes on"}')
@@ -460,7 +470,8 @@ def _look_elsewhere(run):
 # %% ../../nbs/ablation/01_jobs.ipynb #75246223
 def _draw(run):
     "Draw how far the sweep is; returns the time left as a text."
-    now, shown = time.monotonic(), []
+    now = time.monotonic()
+    shown = []
     for name, running in run.running.items():
         if job_state(running.job.folder).get('status') != 'running': continue     # in Ray's queue
         shown.append((running.job, *job_progress(running.job), now - run.began.setdefault(name, now)))
@@ -530,7 +541,8 @@ def describe_sweep(
 ) -> str:
     "A plan as text: what has been done, and what will run."
     status = [job_status(job) for job in plan.jobs]
-    sweep, resources = plan.sweep, plan.sweep.resources
+    sweep = plan.sweep
+    resources = plan.sweep.resources
     each = f'{resources.gpus:g} GPU' if resources.gpus else f'{resources.cpus} CPU'
     counts = [f'{status.count(s)} {s}' for s in ('done', 'running', 'cut', 'failed', 'new') if s in status]
     by_point = {label: {} for label in plan.points}

@@ -27,9 +27,11 @@ def derived_passes(
     T: int,       # turns of a training session
 ) -> dict:        # kind -> rows times forward passes, as `PASS_COST` names them
     "The passes of an iteration of NFT, GRPO or supervised training, from its configuration."
-    c, n = _settings(config), row['rows']
+    c = _settings(config)
+    n = row['rows']
     if c['algorithm'] == 'sft': return dict(sampled=0, old=0, reference=0, trained=n)     # its rows are turns already
-    nft, sampled = c['algorithm'] == 'nft', c['sessions_per_iteration']*c['group']*T*c['num_steps']
+    nft = c['algorithm'] == 'nft'
+    sampled = c['sessions_per_iteration']*c['group']*T*c['num_steps']
     levels = c['train_timesteps'] if nft else c['window'] or c['num_steps'] - 1
     on_policy = math.ceil(n/c['updates'])            # rows of the first update, which still finds the old policy
     if c['old_decay'] and row['iteration']: on_policy = 0
@@ -53,7 +55,9 @@ def _turns(rows, config):
 
 def _O_at(row, at):
     "O of an iteration at a turn from 0, in percent; None where it has no such turn, or no number there."
-    try: right, kept = row['all_right'][at], row['cc'][at]
+    try:
+        right = row['all_right'][at]
+        kept = row['cc'][at]
     except (KeyError, IndexError): return None
     return None if right is None or kept is None else 100*math.sqrt(max(0, right*kept))
 

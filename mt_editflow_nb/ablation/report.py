@@ -54,7 +54,8 @@ def comparison_table(
     """Every point against the baseline, over the seeds that both have.
 
     `p_holm` is adjusted over the points, separately for each turn and metric."""
-    base, tables = results.points[results.plan['baseline']], {}
+    base = results.points[results.plan['baseline']]
+    tables = {}
     for point in results.points.values():
         seeds = [seed for seed in point.seeds if seed in set(base.seeds)]
         if point is base or not seeds: continue
@@ -142,7 +143,8 @@ def _shown(results):
 
 def _band(ax, x, y_SX, label, style, top):
     "A mean line, and the 95 % interval of the mean over seeds, as far as it lies within the scale from 0 to `top`."
-    mean, S = y_SX.mean(0), len(y_SX)
+    mean = y_SX.mean(0)
+    S = len(y_SX)
     ax.plot(x, mean, label=plain_label(label), **style)
     if S == 1: return
     half = t_quantile(S - 1)*y_SX.std(0, ddof=1)/S**.5
@@ -167,7 +169,8 @@ def plot_turns(
 ) -> Figure:
     "Scores over turns; black: before training."
     fig = Figure(figsize=(3*len(metrics) + 2, 3.2), layout='constrained')
-    axs, points = fig.subplots(1, len(metrics), squeeze=False)[0], _shown(results)
+    axs = fig.subplots(1, len(metrics), squeeze=False)[0]
+    points = _shown(results)
     turns = range(1, points[0].after.success_IT.shape[-1] + 1)
     before = seed_scores(points[0].before, points[0].turns_I)
     after = [seed_scores(point.after, point.turns_I) for point in points]
@@ -188,7 +191,8 @@ def _last_turn_of(results):
 
 def _iso_O(ax):
     "Lines of equal O behind the plane of IF and CC."
-    (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
+    x0, x1 = ax.get_xlim()
+    y0, y1 = ax.get_ylim()
     X, Y = np.meshgrid(np.linspace(max(x0, .1), max(x1, .2), 60), np.linspace(y0, y1, 60))
     lines = ax.contour(X, Y, np.sqrt(X*np.maximum(Y, 0)), colors='.8', linewidths=.7, zorder=0)
     ax.clabel(lines, fontsize=6, fmt='O %.0f')
@@ -197,8 +201,11 @@ def plot_plane(
     results: Results, # from `load_results`
 ) -> Figure:
     "IF against CC at the last turn with both: large marks are means, small ones seeds, lines have equal O."
-    fig, turn, points = Figure(figsize=(7, 4), layout='constrained'), _last_turn_of(results), _shown(results)
-    ax, axes = fig.subplots(), [METRICS.index('IF'), METRICS.index('CC')]
+    fig = Figure(figsize=(7, 4), layout='constrained')
+    turn = _last_turn_of(results)
+    points = _shown(results)
+    ax = fig.subplots()
+    axes = [METRICS.index('IF'), METRICS.index('CC')]
     base = seed_scores(points[0].before, points[0].turns_I)[0, turn - 1, axes]
     ax.scatter(*base, color='k', marker='o', s=120, label='before training')
     for i, point in enumerate(points):
@@ -237,7 +244,8 @@ def plot_passes(
     "O on the training sessions over passes through the transformer: mean over seeds and its 95 % interval."
     turn = turn or common_turn(results)
     fig = Figure(figsize=(7, 3.4), layout='constrained')
-    ax, drawn = fig.subplots(), 0
+    ax = fig.subplots()
+    drawn = 0
     for i, point in enumerate(_shown(results)):
         curves = [pass_curve(rows, config, turn) for rows, config in zip(point.curves, point.configs) if rows]
         curves = [(passes, O) for passes, O in curves if len(passes)]
@@ -256,7 +264,8 @@ def _gains_of_grid(results, metric, turn):
     axes = [(name, values) for name, values in results.plan.get('grid', {}).items() if len(values) > 1][:2]
     if len(axes) < 2: return axes, None
     (name_y, ys), (name_x, xs) = axes
-    gains, m = {}, METRICS.index(metric)
+    gains = {}
+    m = METRICS.index(metric)
     for point in results.points.values():
         before, after = (seed_scores(x, point.turns_I)[:, turn - 1, m] for x in (point.before, point.after))
         gain = (after - before).mean()
@@ -273,7 +282,8 @@ def plot_grid(
     if gains is None: return None
     (name_y, ys), (name_x, xs) = axes
     fig = Figure(figsize=(1.1*len(xs) + 2.5, .6*len(ys) + 1.5), layout='constrained')
-    ax, top = fig.subplots(), np.nanmax(np.abs(gains)) or 1.
+    ax = fig.subplots()
+    top = np.nanmax(np.abs(gains)) or 1.
     image = ax.imshow(gains, cmap='PuOr_r', vmin=-top, vmax=top, aspect='auto')
     for (i, j), gain in np.ndenumerate(gains):
         color = 'white' if abs(gain) > .7*top else 'black'

@@ -74,7 +74,8 @@ def _same_sessions(named, expected):
 
 def _load_point(point, folder):
     "(`Point` or None, what is missing of it)."
-    done, missing = {}, []
+    done = {}
+    missing = []
     for job in point['jobs']:
         state = _state(folder/job['folder'])
         if state.get('status') == 'done': done[job['seed']] = _load_job(folder/job['folder'])
@@ -93,7 +94,9 @@ def load_results(
     path: str|Path, # `NAME.json` of a sweep
 ) -> Results:
     "Read a sweep's jobs. Raises `InputError` if no job of the baseline is done, or the tested sessions differ."
-    path, points, missing = Path(path), {}, []
+    path = Path(path)
+    points = {}
+    missing = []
     plan = read_json(path)
     is_plan = isinstance(plan, dict) and {'sweep', 'points', 'baseline'} <= set(plan)
     expect(is_plan, path, 'the NAME.json of a sweep, which mtef_sweep writes', plan)
@@ -169,10 +172,13 @@ def _variance(draws_BX): return pd.DataFrame(draws_BX).var(ddof=0).to_numpy()   
 
 def _crossed(pair, n_boot, rng):
     "(draws of seeds and sessions [B, X], variance of the difference [X], its degrees of freedom [X])."
-    S, I = pair.S, pair.I
-    u, v = 1 - 1/S, 1 - 1/I
+    S = pair.S
+    I = pair.I
+    u = 1 - 1/S
+    v = 1 - 1/I
     both = pair.draws(S > 1, True, n_boot, rng)
-    of_sessions, of_both = _variance(pair.draws(False, True, n_boot, rng))/v, _variance(both)
+    of_sessions = _variance(pair.draws(False, True, n_boot, rng))/v
+    of_both = _variance(both)
     if S == 1: return both, of_sessions, np.full(len(of_sessions), I - 1.)
     of_seeds = _variance(pair.draws(True, False, n_boot, rng))/u
     V = of_seeds + of_sessions - (of_both - u*of_seeds - v*of_sessions)/(u*v)
@@ -193,7 +199,8 @@ def _compared(base, other, draws_B, variance, df, per_seed_S):
     "One quantity of two settings, with the statistics of its difference: a row in the order of `_columns`."
     difference = other - base
     if np.isnan(difference): return [base, other] + [np.nan]*7
-    se, draws_B = math.sqrt(max(variance, 0)), draws_B[~np.isnan(draws_B)]
+    se = math.sqrt(max(variance, 0))
+    draws_B = draws_B[~np.isnan(draws_B)]
     if se < 1e-9:                                                        # the same in every draw
         p = float(abs(difference) < 1e-9)
         return [base, other, difference, 0., df, difference, difference, p, np.nan]

@@ -141,8 +141,10 @@ def _body_hash(nb):
 def _kernel(nb):
     "The name of a notebook's kernel. Raises `InputError` unless it is installed."
     from jupyter_client.kernelspec import KernelSpecManager
-    spec, installed = nb.metadata.get('kernelspec', {}), KernelSpecManager().find_kernel_specs()
-    kernel, language = spec.get('name') or 'python3', spec.get('language') or 'python'
+    spec = nb.metadata.get('kernelspec', {})
+    installed = KernelSpecManager().find_kernel_specs()
+    kernel = spec.get('name') or 'python3'
+    language = spec.get('language') or 'python'
     expect(kernel in installed, 'kernel', f'one that is installed ({", ".join(sorted(installed))})', kernel)
     expect(language.lower() == 'python', 'kernel', 'one of the language python', language)
     return kernel
@@ -165,7 +167,8 @@ def read_notebook(
     expect(Path(path).is_file(), 'notebook', 'a file', str(path))
     try:
         nb = nbformat.reads(read_text(path), as_version=4)
-        kernel, defaults = _kernel(nb), _tagged(nb, 'parameters')
+        kernel = _kernel(nb)
+        defaults = _tagged(nb, 'parameters')
         parameters = {name: _parameter(name, found) for name, found in inspect_notebook(str(path)).items()}
         lost = [name for name in _defined(defaults) if name not in parameters]
     except InputError as e: raise InputError(f'notebook: {path}: {e}') from None
@@ -325,7 +328,8 @@ def _checked_points(sweep, points, notebook):
     "label -> (values, content) of every point. Raises `InputError` that names up to five wrong points and parameters."
     known = notebook.parameters
     first_seed = dict(seed=sweep.seeds[0]) if 'seed' in known else {}
-    checked, wrong = {}, []
+    checked = {}
+    wrong = []
     for label, point in points.items():
         try:
             settings = expand_preset(sweep.fixed, known) | expand_preset(point, known)
@@ -345,7 +349,8 @@ def _plan_jobs(sweep, points, notebook, out):
     expect(has_seed or sweep.seeds == [0], 'seeds', 'a notebook with a parameter `seed`', sweep.seeds)
     for values in (sweep.fixed, *points.values()):
         expect('seed' not in values, 'seed', 'a value from `seeds`', values)
-    jobs, labels = [], {}
+    jobs = []
+    labels = {}
     for label, (values, content) in _checked_points(sweep, points, notebook).items():
         for job in _point_jobs(label, values, content, sweep, notebook, out):
             same_job = labels.get(job.hash)
@@ -361,7 +366,8 @@ def plan_sweep(
     out: str|Path,  # folder that the folders of jobs are in; nothing is written
 ) -> Plan:
     "Check a sweep and list its jobs. Raises `InputError` that names each wrong point and parameter."
-    path, sweep = Path(path), read_sweep(path)
+    path = Path(path)
+    sweep = read_sweep(path)
     try:
         notebook = read_notebook(path.parent/sweep.notebook)
         points = sweep_points(sweep)

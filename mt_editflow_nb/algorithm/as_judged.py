@@ -27,7 +27,8 @@ def terms_as_judged(
 ):
     "NFT or GRPO, session after session, each as soon as it is judged: yields (loss, statistics, rows) per micro-batch."
     T, N = sampled.inputs_TNLC.shape[:2]
-    G, device = len(sampled.shard.members), sampled.clean_TNLC.device
+    G = len(sampled.shard.members)
+    device = sampled.clean_TNLC.device
     method_terms = nft_terms if config.algorithm == 'nft' else grpo_terms
     adv_NT = torch.zeros(N, T, device=device)
     for p, scores in scores_by_session(scorer, T):

@@ -53,6 +53,7 @@ def add_what_follows(
     paid_PGTM = r_PGTM + expected_TM
     gain_PTM = (value_PTM - expected_TM).nan_to_num(0)
     P, T = goes_on_PT.shape
-    sessions_P1, turns_T = torch.arange(P)[:, None], torch.arange(T)
+    sessions_P1 = torch.arange(P)[:, None]
+    turns_T = torch.arange(T)
     paid_PGTM[sessions_P1, goes_on_PT, turns_T] += gain_PTM[:, :-1]
     return paid_PGTM

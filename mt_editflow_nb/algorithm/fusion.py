@@ -37,7 +37,8 @@ def _as_success(success_PGT, r_PGTM):
     "Check the success of each turn, which 'until_failure' needs: 1, 0 or NaN."
     if success_PGT is None:
         raise InputError('success_PGT: expected a bool tensor [P, G, T] for credit until_failure, received None')
-    success, shape = torch.as_tensor(success_PGT, device=r_PGTM.device), r_PGTM.shape[:3]
+    success = torch.as_tensor(success_PGT, device=r_PGTM.device)
+    shape = r_PGTM.shape[:3]
     if success.shape != shape or not ((success == 0) | (success == 1) | success.isnan()).all():
         raise InputError(f'success_PGT: expected booleans of shape {list(shape)}, received {success.dtype} of '
                          f'shape {list(success.shape)}')
@@ -71,7 +72,8 @@ def _deviations(r_MPGU, valid_PGU):
         n = valid_PGU.expand_as(r).sum(dims, keepdim=True).clamp(min=1)
         d = (r - r.sum(dims, keepdim=True)/n)*valid_PGU
         return d, ((d**2).sum(dims, keepdim=True)/n).sqrt()
-    (centred, group_std), (_, batch_std) = spread((2,)), spread((1, 2, 3))
+    centred, group_std = spread((2,))
+    _, batch_std = spread((1, 2, 3))
     return centred, group_std, batch_std
 
 def _normalise(R_MPGU, valid_PGU, std, min_std, eps):
@@ -113,7 +115,8 @@ def advantages(
         raise InputError(f"aggregation: expected a rule that collapses turns for credit {credit}, received 'none'")
     failed = _as_success(success_PGT, r) == 0 if credit == 'until_failure' else None
 
-    R_MPGU, w = _slots(r[..., w != 0].movedim(-1, 0), aggregation, credit, gamma), w[w != 0]
+    R_MPGU = _slots(r[..., w != 0].movedim(-1, 0), aggregation, credit, gamma)
+    w = w[w != 0]
     valid_PGU = ~R_MPGU.isnan().any(0)
     if fusion == 'adaptive': R_MPGU = _relative(R_MPGU, valid_PGU)
     R_MPGU, w = _fuse(R_MPGU, w, fusion)

@@ -82,12 +82,15 @@ def right_edits(
     judge,           # that has scored them; a `joint` one was shown each turn alone
 ) -> list:           # of `Session`s of one turn, with their targets
     "The right results of an iteration as edits to learn from, at most one for each turn of a session."
-    sampled, scores, best_PT = step.rollout, step.scores, best_right(config, step.scores)
+    sampled = step.rollout
+    scores = step.scores
+    best_PT = best_right(config, step.scores)
     failure_PT = failure_rate(scores)
     cc_PGT = sampled.shard.of(known_consistency(scores))
     lost_PGT = 1 - cc_PGT if getattr(judge, 'joint', False) else consistency_lost(cc_PGT, sampled.goes_on_PT)
     def edit(at, p, g, t):
-        s, lost = sessions[p], lost_PGT[at, g, t]
+        s = sessions[p]
+        lost = lost_PGT[at, g, t]
         meta = dict(failure_rate=[round(failure_PT[p, t].item(), 4)], turn=[t + 1])
         if not lost.isnan(): meta['consistency_lost'] = [round(lost.item(), 4)]
         return Session(f"{step.metrics['iteration']}/{p}/{t + 1}: {s.id}", edited_picture(s, sampled, at, g, t),

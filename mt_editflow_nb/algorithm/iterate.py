@@ -33,7 +33,8 @@ def turn_advantages(
     goes_on_PT=None, # [P, T - 1], of turn branching: the members that went on
 ) -> torch.Tensor:   # [P, G, T]
     "One advantage per turn, computed as the configuration says."
-    rewards_PGTM, credit = scores.rewards_PGTM, config.credit
+    rewards_PGTM = scores.rewards_PGTM
+    credit = config.credit
     if goes_on_PT is not None and credit == 'to_go':
         value_PTM = values_to_come(rewards_PGTM)
         rewards_PGTM = add_what_follows(rewards_PGTM, goes_on_PT, value_PTM, value_PTM.nanmean(0))
@@ -109,7 +110,8 @@ def continuation(
         score_PG, success_PG = torch.zeros(2, len(keys), config.group)
         if config.branching != 'random':
             scores = scorer.of_turn(turn)
-            score_PG, success_PG = member_scores(config, scores)[..., 0], scores.success_PGT[..., 0]
+            score_PG = member_scores(config, scores)[..., 0]
+            success_PG = scores.success_PGT[..., 0]
         uniform_P = torch.tensor([random_generator(*key, 'goes on', turn).random() for key in keys])
         return draw_members(continuation_chances(config.branching, score_PG, success_PG), uniform_P)
     return choose
@@ -230,12 +232,15 @@ def grpo_terms(
     batch: Batch,   # rows to learn from
 ):
     "GRPO on every stochastic step of each turn: yields (loss, statistics, rows) per micro-batch."
-    sampled, device = batch.rollout, batch.adv_NT.device
+    sampled = batch.rollout
+    device = batch.adv_NT.device
     step_weights = guard_weights(sampled.sigmas)
     for t, (k, step) in product(range(len(sampled.texts_T)), enumerate(sampled.steps)):
         for n, counted, text, image in batch.micro(t, config.batch):
-            x, s = sampled.path_TKNLC[t, k, n], sampled.sigmas[step].to(device).expand(len(n))
-            v, logp_old = policy.velocity(x, s, text, image), sampled.logp_TKN[t, k, n]
+            x = sampled.path_TKNLC[t, k, n]
+            s = sampled.sigmas[step].to(device).expand(len(n))
+            v = policy.velocity(x, s, text, image)
+            logp_old = sampled.logp_TKN[t, k, n]
             mean, std, logp = score_step(config, sampled, t, k, n, v)
             if config.guard: logp = guarded_logp(config, mean, std, logp, sampled.mean_TKNLC[t, k, n], logp_old)
             loss, statistics = grpo_loss(logp, logp_old, batch.adv_NT[n, t], clip=config.clip, adv_max=config.adv_max)

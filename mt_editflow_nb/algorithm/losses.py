@@ -105,6 +105,13 @@ def kl_to_base(
     return ((mean - mean_ref.detach())**2/(2*_step_std(std, mean)**2)).reshape(len(mean), -1).mean(1)
 
 # %% ../../nbs/algorithm/02_losses.ipynb #f700f70a
+def _normalised_error(x0, xt, t, v):
+    "Squared error of the clean latents that a velocity implies, over their mean absolute error."
+    dims = tuple(range(1, x0.ndim))
+    d = xt - t*v - x0
+    return (d**2).mean(dims)/d.detach().abs().mean(dims).clamp(min=1e-5)
+
+# %% ../../nbs/algorithm/02_losses.ipynb #6fde175e
 def nft_loss(
     x0: torch.Tensor,           # clean latents [N, ...] of the rollouts
     xt: torch.Tensor,           # the same, noised: `(1-t) x0 + t eps`
@@ -128,13 +135,11 @@ def nft_loss(
     if t.shape != x0.shape[:1] or adv.shape != x0.shape[:1]:
         raise InputError(f't, adv: expected [{len(x0)}], received {list(t.shape)} and {list(adv.shape)}')
     x0, xt, t, v, v_old, adv = _finite(x0=x0, xt=xt, t=t, v=v, v_old=v_old, adv=adv)
-    x0, xt, v_old, t = x0.detach(), xt.detach(), v_old.detach(), _trailing(t, x0, 't')
-    dims = tuple(range(1, x0.ndim))
-    def branch(v):
-        d = xt - t*v - x0
-        return (d**2).mean(dims)/d.detach().abs().mean(dims).clamp(min=1e-5)
+    x0, xt, v_old = (x.detach() for x in (x0, xt, v_old))
+    t = _trailing(t, x0, 't')
     dv = beta*(v - v_old)                                        # v± = (1 ∓ beta) v_old ± beta v
-    pos, neg = branch(v_old + dv), branch(v_old - dv)
+    pos = _normalised_error(x0, xt, t, v_old + dv)
+    neg = _normalised_error(x0, xt, t, v_old - dv)
     adv = adv.detach().clamp(-adv_max, adv_max)
     r = adv/(2*adv_max) + .5
     loss = adv_max*(r*pos + (1 - r)*neg).mean()/beta
@@ -143,5 +148,6 @@ def nft_loss(
     if v_ref is not None:
         v_ref, = _finite(v_ref=v_ref)
         kl = ((v - v_ref.detach())**2).mean()
-        loss, stats['kl'] = loss + kl_weight*kl, kl.item()
+        loss = loss + kl_weight*kl
+        stats['kl'] = kl.item()
     return loss, stats

@@ -52,7 +52,8 @@ class Weights:
         whole: bool,        # every weight is in training, and not an adapter
         keeps_base: bool,   # with `whole`: the weights it came with are needed again
     ):
-        self.editor, self.whole = editor, whole
+        self.editor = editor
+        self.whole = whole
         named = dict(editor.transformer.named_parameters())
         self.names = [name for name in named if whole or 'lora_' in name]
         self.params = [named[name] for name in self.names]
@@ -148,7 +149,8 @@ class Policy(Weights):
         image,     # [N, L, C] latents of the pictures to edit
     ) -> torch.Tensor: # [N, L, C]
         "The velocity that the current weights predict; with `train_levels=1`, a run of equal rows passes only once."
-        once, of_N = slice(None), slice(None)
+        once = slice(None)
+        of_N = slice(None)
         if self.pure_noise: once, of_N = distinct_rows(x, sigma, image, text.embeds, text.pooled)
         self.passes.count(kind, text[once])
         return self.editor.velocity(x[once], sigma[once], text[once], image[once])[of_N]

@@ -43,7 +43,8 @@ def shard_of(
            f'numbers whose product is a multiple of the {count} processes', f'{sessions} x {group}')
     blocks = math.gcd(sessions, count)    # of sessions
     parts = count//blocks                 # processes that share a block, each with other members
-    P, G = sessions//blocks, group//parts
+    P = sessions//blocks
+    G = group//parts
     block, part = divmod(i, parts)
     return Shard(range(block*P, block*P + P), range(part*G, part*G + G))
 
@@ -143,7 +144,9 @@ class SignsOfLife:
         rank: int,  # of this process
         count: int, # of processes
     ):
-        self.store, self.rank, self.count = store, rank, count
+        self.store = store
+        self.rank = rank
+        self.count = count
         self.beats = self.exchanges = 0        # signs given, exchanges that this process has come to
         self.line = ''                         # who has ended, in the words of the process that found out first
         self.over = threading.Event()
@@ -214,7 +217,9 @@ def exchange(
     "Gather small objects. Raises `InputError` where a process is gone, or silent for longer than `process_timeout`."
     count = processes()[1]
     if count == 1: return [value]
-    values, patience, group = [None]*count, process_timeout(), host_group()
+    values = [None]*count
+    patience = process_timeout()
+    group = host_group()
     if SignsOfLife.here: SignsOfLife.here.exchanges += 1
     began = time.monotonic()
     try:
@@ -222,7 +227,8 @@ def exchange(
         distributed.all_gather_object(values, value, group=group)
     except RuntimeError as e:
         failed = re.search(r'Ranks? ([\d, ]+) failed', str(e))
-        known, waited = failed[1] if failed else '', time.monotonic() - began
+        known = failed[1] if failed else ''
+        waited = time.monotonic() - began
         line = name_lost('process 0, or one that it waits for', known, patience if waited > .9*patience else None)
         raise InputError(line + _KEPT) from e
     return values
@@ -256,12 +262,14 @@ def hearing_others():
 # %% ../../nbs/algorithm/04_processes.ipynb #b7c10004
 class _Interruptions:
     "Whether this process works where an error of its own reaches the others, and an error that waits for that."
-    reach_others, waiting = False, None
+    reach_others = False
+    waiting = None
 
     @classmethod
     def take(cls):
         "Return the pending error and clear it; None where there is none."
-        error, cls.waiting = cls.waiting, None
+        error = cls.waiting
+        cls.waiting = None
         return error
 
 def interrupt(
@@ -316,7 +324,8 @@ def _tell_others(store, error):
 @contextmanager
 def ending_together():
     "A context for work in which processes exchange weights: if one fails, all end, and the first reports it."
-    store, over = PrefixStore('ending', _get_default_store()), threading.Event()
+    store = PrefixStore('ending', _get_default_store())
+    over = threading.Event()
     thread = threading.Thread(target=_end_with_others, args=(store, over), daemon=True)
     thread.start()
     try:

@@ -120,7 +120,8 @@ def supervised_terms(
         keys = [(*sampled.keys[r % N//T], 'train', r % N % T, r//N) for r in rows.tolist()]
         level = torch.tensor([random_generator(*key, 'level').integers(len(sampled.sigmas) - 1) for key in keys])
         x0 = sampled.clean_TNLC[0, n]
-        s, noise = sampled.sigmas[level].to(x0.device), normal_noise(keys, tuple(shape)).to(x0.device)
+        s = sampled.sigmas[level].to(x0.device)
+        noise = normal_noise(keys, tuple(shape)).to(x0.device)
         xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
         v = policy.velocity(xt, s, sampled.texts_T[0][n], sampled.inputs_TNLC[0, n])
         yield ((v - (noise - x0))**2).mean(), {}, counted

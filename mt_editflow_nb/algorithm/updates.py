@@ -78,7 +78,8 @@ class Statistics:
         terms: int, # how many there have been
     ) -> float:     # the factor by which every mean has grown
         "Turn the means into those of `terms` terms, where there turn out to be fewer than expected."
-        factor, self.terms = self.terms/terms, terms
+        factor = self.terms/terms
+        self.terms = terms
         self.values = {name: value*factor for name, value in self.values.items()}
         return factor
 

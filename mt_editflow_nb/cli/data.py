@@ -156,13 +156,17 @@ def read_type_weights(
 
 # %% ../../nbs/cli/06_data.ipynb #011eae4e
 def _make(a):
-    folder, out = Path(a.pictures), Path(a.out)
+    folder = Path(a.pictures)
+    out = Path(a.out)
     expect(out.suffix == '.jsonl', 'OUT', 'a file that ends in .jsonl', str(out))
     expect(1 <= a.turns <= MAX_TURNS, '--turns', f'1 to {MAX_TURNS}', a.turns)
-    weights, pictures = read_type_weights(a.type), find_pictures(folder)
+    weights = read_type_weights(a.type)
+    pictures = find_pictures(folder)
     judge = load_judge(f'{a.vlm}:direct', cache=a.cache or out.with_suffix('.answers.sqlite'))
     judge.check_ready()
-    writer, left_out, counts = RowWriter(out), [], Counter()
+    writer = RowWriter(out)
+    left_out = []
+    counts = Counter()
     named = {p.relative_to(folder).as_posix(): p for p in pictures}
     made = write_sessions(judge.engine, named, turns=a.turns, weights=weights, seed=a.seed, counts=counts)
     for path, session in tqdm(made, total=len(named), unit='picture', disable=not sys.stderr.isatty()):

@@ -233,7 +233,8 @@ def fill_settings(
     a, # the parsed options; those that were not given are set
 ):
     "Set what was not given; say where an adapter is used otherwise than it was trained."
-    edival, trained = a.sessions == 'edival', trained_with(a.lora) if a.lora else {}
+    edival = a.sessions == 'edival'
+    trained = trained_with(a.lora) if a.lora else {}
     a.editor = a.editor or trained.get('editor') or 'tiny'
     a.sessions = a.sessions or 'shapeworld'
     if edival: a.steps = a.steps or published_protocol(a.editor)['steps']
@@ -246,7 +247,9 @@ def fill_settings(
     a.judge = a.judge or 'verifier'
     a.turns = a.turns or 3
     a.batch = a.batch or (4 if edival else 64)
-    a.detector, a.vlm, a.features = a.detector or EDIVAL_DETECTOR, a.vlm or EDIVAL_VLM, a.features or EDIVAL_FEATURES
+    a.detector = a.detector or EDIVAL_DETECTOR
+    a.vlm = a.vlm or EDIVAL_VLM
+    a.features = a.features or EDIVAL_FEATURES
 
 # %% ../../nbs/cli/01_eval.ipynb #5034ead3
 def _weights(path): # of a checkpoint folder or adapter on this disk, by content; large files by both of their ends
@@ -264,7 +267,8 @@ def made_with(
     a,     # the options, filled
 ) -> dict: # for keys and protocols
     "What pictures depend on: settings, and the content of editor and adapter where they lie on this disk."
-    source, lora = Path(find_editor(a.editor)[0]), Path(a.lora or '')
+    source = Path(find_editor(a.editor)[0])
+    lora = Path(a.lora or '')
     return dict(editor=a.editor, lora=a.lora, quantize=a.quantize, editor_size=a.size, guidance=a.guidance,
                 editor_weights=_weights(source) if source.is_dir() else None,
                 adapter_weights=_weights(lora) if a.lora and lora.exists() else None)
@@ -319,7 +323,8 @@ def compare_shared(
     turns: dict = None, # id -> number of turns, where sessions differ in length
 ) -> tuple:            # (table of `compare`, over how many sessions)
     "Is a run better than another, over the sessions that both have? Raises `InputError` where they share none."
-    (a, ids_a), (b, ids_b) = load_outcomes(against), load_outcomes(run)
+    a, ids_a = load_outcomes(against)
+    b, ids_b = load_outcomes(run)
     if not ids_a or not ids_b:
         turns_I = [turns[id] for id in ids_b] if turns and ids_b else stored_turns(run)
         return compare(a, b, turns_I=turns_I), len(b.success_IT)
@@ -337,7 +342,8 @@ def check_against(
     "Find out before anything is computed whether a comparison will be possible."
     if not against: return
     outcomes, ids = load_outcomes(against)
-    T, longest = outcomes.success_IT.shape[-1], max(turn_counts(sessions))
+    T = outcomes.success_IT.shape[-1]
+    longest = max(turn_counts(sessions))
     expect(T == longest, '--against', f'a run of {longest} turns', T)
     known = ids is None or {s.id for s in sessions} & set(ids)
     expect(known, '--against', f'a run over some of the same sessions, such as {sessions[0].id!r}', ids)
@@ -447,7 +453,8 @@ def notes_about(
 ) -> list:               # of sentences
     "What to know beside the scores of these sessions."
     config = training_of(a.lora)
-    data, shared = config.get('sessions', 'shapeworld'), []
+    data = config.get('sessions', 'shapeworld')
+    shared = []
     if data not in WORLDS:
         try: training = trained_part(config)
         except InputError: training = None
@@ -468,7 +475,8 @@ def check_older_mode(
     judge: str, # as `load_judge` takes it
 ):
     "Raises `InputError` where results from before a judge's mode was noted with them say that it was another one."
-    noted, results = out/'sessions'/'protocol.json', out/'results.json'
+    noted = out/'sessions'/'protocol.json'
+    results = out/'results.json'
     if not (noted.is_file() and results.is_file()) or 'judge_mode' in read_json(noted): return
     theirs = read_json(results).get('facts', {}).get('Protocol', {}).get('judge', judge)
     if judge_mode(theirs) == judge_mode(judge): return
@@ -556,10 +564,12 @@ def _finish_free(a, out, chosen, sessions, outcomes, images, cc_unscored_IT, sec
     keep = a.keep or (32 if a.sessions in WORLDS else len(sessions))
     for i, s in enumerate(sessions[:keep]): save_session_images(out, s, images(i))
     save_run_images(out, sessions[:keep])
-    success_IT, why = outcomes.success_IT, plain_failures(outcomes.success_IT)
+    success_IT = outcomes.success_IT
+    why = plain_failures(outcomes.success_IT)
     if is_shape_world(sessions):
         why = shape_failures(sessions, [images(i) for i in range(len(sessions))], success_IT)
-    structure, split = a.structure or 'chain', 'held out'
+    structure = a.structure or 'chain'
+    split = 'held out'
     if a.sessions not in WORLDS: split = f'its first {a.n}' if a.n else 'the whole file'
     lengths = ' to '.join(map(str, sorted({min(turn_counts(chosen)), max(turn_counts(chosen))})))
     data = dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {lengths} turns',
@@ -645,7 +655,8 @@ def quality_table(
     quality_IT = np.array([[row['quality'] for row in rows] for rows in scored])
     first_I = np.array([rows[0]['quality_first'] for rows in scored])
     def text(x_IT):
-        mean, I = x_IT.mean(0), len(x_IT)
+        mean = x_IT.mean(0)
+        I = len(x_IT)
         half = 1.96 * x_IT.std(0, ddof=1) / I**.5 if I > 1 else np.full(len(mean), np.nan)
         table = pd.DataFrame(dict(value=mean, low=mean - half, high=mean + half))
         return format_intervals(table, digits=2).to_numpy()
@@ -725,7 +736,8 @@ def evaluate_edival(
 def _finish_edival(a, out, sessions, scored):
     "Scores and card of EdiVal-Bench."
     save_run_images(out, sessions)
-    outcomes, no_cc_IT = outcomes_of(scored), cc_unscored_of(scored)
+    outcomes = outcomes_of(scored)
+    no_cc_IT = cc_unscored_of(scored)
     return finish_run(
         out, title='EdiVal-Bench evaluation of a multi-turn editor', facts=_edival_facts(a, sessions, out),
         sessions=sessions, outcomes=outcomes, images=lambda i: load_session_images(out, sessions[i]),
@@ -741,7 +753,8 @@ def import_published(
     "Make a run of what the benchmark's own script wrote about another editor."
     sessions, scored = load_published(a.imported)
     check_against(a.against, sessions)
-    outcomes, T = outcomes_of(scored), len(scored[0])
+    outcomes = outcomes_of(scored)
+    T = len(scored[0])
     incomplete = len(published_files(a.imported)) - len(sessions)
     notes = [f'Sessions that lack a turn and are left out, as published: {incomplete}.'] if incomplete else []
     facts = dict(Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {T} turns', results=a.imported),
@@ -762,8 +775,10 @@ def fill_bench_settings(
     trained = trained_with(a.lora) if a.lora else {}
     a.editor = a.editor or trained.get('editor') or 'tiny'
     published = benchmark_protocol(a.bench, a.editor)
-    a.steps, a.size = a.steps or published['steps'], a.size or published['size']
-    a.batch, a.language = a.batch or 4, a.language or 'en'
+    a.steps = a.steps or published['steps']
+    a.size = a.size or published['size']
+    a.batch = a.batch or 4
+    a.language = a.language or 'en'
     warn_of_training(a, trained)
     if a.bench == 'mice':
         for name, published in MICE_TOOLS.items(): setattr(a, name, getattr(a, name) or published)

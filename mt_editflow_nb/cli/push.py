@@ -56,7 +56,8 @@ def public_config(
     run,   # a run folder
 ) -> dict: # `config`, `environment`, `identity`
     "What a run was made from, without addresses and folders."
-    stored, config = read_json(Path(run)/'config.json'), read_config(run).model_dump()
+    stored = read_json(Path(run)/'config.json')
+    config = read_config(run).model_dump()
     for name in ('judge', 'eval_judge'):
         config[name] = without_address(config[name])
         config[f'{name}_options'] = plain_options(config[f'{name}_options'])
@@ -219,11 +220,14 @@ def hub_card(
     licence: dict, # from `licence_of`
 ) -> str:          # Markdown
     "The model card of what a run publishes. What it says is what the run folder holds."
-    public, results = public_config(run), published.results
-    config, content = public['config'], public['identity'].get('sessions')
+    public = public_config(run)
+    results = published.results
+    config = public['config']
+    content = public['identity'].get('sessions')
     data = 'the shape world of mt_editflow_nb' if config['sessions'] in WORLDS else f"{config['sessions']}"
     if content and content not in WORLDS: data += f' (hash of the content: {content[:16]})'
-    environment, whole = Environment(keep_trailing_newline=True), config['lora_rank'] is None
+    environment = Environment(keep_trailing_newline=True)
+    whole = config['lora_rank'] is None
     return environment.from_string(HUB_CARD).render(
         head=card_head(base, licence, config), how=how_trained(config), title=repo.rpartition('/')[2], base=base,
         results=results, config=config, repo=repo, data=data, chosen=published.chosen, whole=whole,
@@ -240,7 +244,8 @@ def check_finished(
     "Raises `InputError` unless a run has its results and the adapter that they are about."
     run = Path(run)
     what = 'transformer' if read_config(run).lora_rank is None else 'lora'
-    file, there = run/'results.json', trained_content(run)
+    file = run/'results.json'
+    there = trained_content(run)
     finished = file.is_file() and there and read_outcomes(run/'after.safetensors')
     expect(finished, 'RUN', f'a finished run, with results.json and {what}/', str(run))
     results = read_json(file)
@@ -301,7 +306,8 @@ def last_weights(
     run, # a finished run
 ) -> Published:
     "What training ended with."
-    run, results = Path(run), read_json(Path(run)/'results.json')
+    run = Path(run)
+    results = read_json(run/'results.json')
     chosen = f"The adapter is the last one, of iteration {results['iterations']}." if (run/'best').is_dir() else ''
     transformer = sorted((run/'transformer').glob('*'))
     weights = {f'transformer/{file.name}': file for file in transformer} or {ADAPTER_FILE: run/'lora'/ADAPTER_FILE}
@@ -316,10 +322,13 @@ def best_weights(
     iteration: int, # from `best_iteration`
 ) -> Published:
     "An adapter that `keep_best` has kept, with its own numbers and pictures. Raises `InputError`."
-    run, results = Path(run), read_json(Path(run)/'results.json')
+    run = Path(run)
+    results = read_json(run/'results.json')
     folder = run/'best'/f'{iteration:06d}'
-    file, strips = folder/ADAPTER_FILE, sorted(folder.glob('heldout_*.png'))[:STRIPS_ON_CARD]
-    before, no_cc_before = read_outcomes(run/'before.safetensors')[0], read_cc_unscored(run/'before.safetensors')
+    file = folder/ADAPTER_FILE
+    strips = sorted(folder.glob('heldout_*.png'))[:STRIPS_ON_CARD]
+    before = read_outcomes(run/'before.safetensors')[0]
+    no_cc_before = read_cc_unscored(run/'before.safetensors')
     outcomes, turns_I, no_cc = evaluated_at(run, iteration)
     table = before_after_table(before, outcomes, turns_I, (no_cc_before, no_cc))
     chosen = (f"The adapter is that of iteration {iteration} of {results['iterations']}, the best on these very "
@@ -355,7 +364,8 @@ def hub_folder(
     adapter: str = 'best',  # of those that `keep_best` has kept and the last one, or 'last'
 ) -> list:                  # names of the files
     "Write the files of a model repository. Raises `InputError` for a run that cannot be published as it is."
-    run, folder = Path(run), Path(folder)
+    run = Path(run)
+    folder = Path(folder)
     check_finished(run)
     base = base_of(read_config(run).model_dump(), base_model)
     iteration = best_iteration(run) if adapter == 'best' else None

@@ -89,8 +89,10 @@ def _run_one(plan, slots, a):
 def _run_all(a):
     "Run everything that the arguments name; returns the number of failed jobs."
     _check_arguments(a)
-    a.out, a.sweeps = at_home(a.out), [at_home(path) for path in a.sweeps]        # --out=~/x, which no shell expands
-    plans, failed = _plans(a), 0
+    a.out = at_home(a.out)                             # --out=~/x, which no shell expands
+    a.sweeps = [at_home(path) for path in a.sweeps]
+    plans = _plans(a)
+    failed = 0
     _check_gpus(a, plans)
     for plan in plans:
         plan, slots = _slots(plan, a)

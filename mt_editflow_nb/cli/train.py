@@ -79,10 +79,13 @@ def show_progress(
     run: Path,             # its folder
 ):
     "A bar for each evaluation and each stage of training, until the job ends; all that were finished end at 100 %."
-    bar, stage, last_text = None, None, ''
+    bar = None
+    stage = None
+    last_text = ''
     try:
         while True:
-            ended, now = job.poll() is not None, read_progress(run)
+            ended = job.poll() is not None
+            now = read_progress(run)
             if now.get('text') and now['text'] != last_text:
                 last_text = now['text']
                 tqdm.write(last_text, file=sys.stderr)
@@ -108,7 +111,8 @@ def stop_notebook(
 
     A kernel that listens obeys the first signal; one that has only begun may miss it, so it is sent again."""
     import psutil
-    deadline, family = time.monotonic() + patience, {}
+    deadline = time.monotonic() + patience
+    family = {}
     while job.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess):
             family |= {p.pid: p for p in psutil.Process(job.pid).children(recursive=True)}
@@ -137,7 +141,8 @@ def run_notebook(
     run: str|Path,      # its folder; the executed notebook is `run/train.ipynb`
 ) -> Path:              # of the executed notebook
     "Execute the main job through papermill. Raises `InputError` with the last line of what went wrong."
-    notebook, run = Path(notebook), Path(run)
+    notebook = Path(notebook)
+    run = Path(run)
     expect(notebook.is_file(), 'notebook', 'a file', str(notebook))
     prepare(c)                                                      # what does not fit is found before a kernel starts
     run.mkdir(parents=True, exist_ok=True)
@@ -176,7 +181,8 @@ def _go_where_begun(run):
     "Change to the folder that a run was begun in, if what the configuration names is there and not here."
     try:
         stored = read_json(run/'config.json')
-        fields, begun_in = dict(stored['config']), Path(stored['started_in'])
+        fields = dict(stored['config'])
+        begun_in = Path(stored['started_in'])
     except (InputError, KeyError, TypeError, ValueError): return          # `read_config` says what is wrong with it
     named = [fields.get(name) for name in ('sessions', 'heldout', 'editor', 'init_lora')]
     for name in ('judge', 'eval_judge'): named += str(fields.get(name)).split(':')                     # FOLDER:MODE
@@ -267,7 +273,8 @@ def main(
 ) -> int:              # exit status: 0, 2 for what cannot be done, 128 plus the number of a signal that stopped it
     "The command `mtef_train`."
     if argv is None: stop_at_once('mtef_train')
-    a, c = _parser().parse_intermixed_args(argv), None            # settings before and after options
+    a = _parser().parse_intermixed_args(argv)            # settings before and after options
+    c = None
     def work():
         nonlocal c
         c, run = _chosen(a)

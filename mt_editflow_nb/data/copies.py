@@ -37,7 +37,8 @@ def first_near_copy(
 ) -> list: # of numbers among the others, or None
     "For each picture the first of the others that looks like it and has other pixels."
     a, b = (np.stack([x.thumbnail for x in some]).astype(np.float32) for some in (prints, others))
-    b_squares, b_keys = (b**2).sum(1), np.array([x.key for x in others])
+    b_squares = (b**2).sum(1)
+    b_keys = np.array([x.key for x in others])
     found = []
     for start in range(0, len(a), block):
         x = a[start:start + block]
@@ -58,8 +59,11 @@ def near_copies(
     "Pictures that look like another and have other pixels; of exact copies only the first is named."
     first_of = {x.key: i for i, x in reversed(list(enumerate(prints)))}
     different = sorted(first_of.values())
-    different_prints, different_names = [prints[i] for i in different], [names[i] for i in different]
-    if others is None: other_prints, other_names = different_prints, different_names
+    different_prints = [prints[i] for i in different]
+    different_names = [names[i] for i in different]
+    if others is None:
+        other_prints = different_prints
+        other_names = different_names
     else: other_prints, other_names = others
     if not different_prints or not other_prints: return []
     found = first_near_copy(different_prints, other_prints, others is None)

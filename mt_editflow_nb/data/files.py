@@ -83,7 +83,9 @@ def atomic_write(
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as e:
-        if e.filename is None or e.filename == str(tmp): e.filename, e.filename2 = str(path), None
+        if e.filename is None or e.filename == str(tmp):
+            e.filename = str(path)
+            e.filename2 = None
         raise
     finally: tmp.unlink(missing_ok=True)
     return path
@@ -140,7 +142,8 @@ def read_json(
 class _Loader(yaml.SafeLoader):
     "Reads numbers as YAML 1.2 does, and refuses a field that occurs twice."
     def compose_mapping_node(self, anchor):
-        node, lines = super().compose_mapping_node(anchor), {}
+        node = super().compose_mapping_node(anchor)
+        lines = {}
         for key, _ in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else key
             twice = f'twice, in lines {lines.get(name)} and {key.start_mark.line + 1}'
@@ -199,7 +202,8 @@ def log_rows(
 # %% ../../nbs/data/00_files.ipynb #d1b6a7fd
 def _end_last_line(f):
     "Cut off half a line at the end of a log; a whole line without a line end gets one."
-    size, tail = f.seek(0, os.SEEK_END), b''
+    size = f.seek(0, os.SEEK_END)
+    tail = b''
     while len(tail) < size and b'\n' not in tail:
         f.seek(max(0, size - len(tail) - 4096))
         tail = f.read(size - f.tell())
@@ -252,7 +256,10 @@ class GrowingLog:
         self.path = Path(path)
         self._begin()
 
-    def _begin(self): self.rows, self.size, self.last = [], 0, b''
+    def _begin(self):
+        self.rows = []
+        self.size = 0
+        self.last = b''
 
     def _is_the_same(self, f):
         "Whether the line that was read last stands where it stood."
@@ -270,7 +277,8 @@ class GrowingLog:
         whole = added[:added.rfind(b'\n') + 1]
         if not whole: return self.rows
         self.rows += _json_rows(whole.split(b'\n'), self.path, len(self.rows) + 1)
-        self.size, self.last = self.size + len(whole), whole[whole[:-1].rfind(b'\n') + 1:]
+        self.size = self.size + len(whole)
+        self.last = whole[whole[:-1].rfind(b'\n') + 1:]
         return self.rows
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c38
@@ -368,14 +376,17 @@ def check_writable(
     expect(os.access(place, os.W_OK | os.X_OK), field, 'a folder that can be written to', str(place))
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c42
-MIN_IMAGE_SIDE, MAX_IMAGE_PIXELS = 4, 89_478_485       # the latter is Pillow's own limit
+MIN_IMAGE_SIDE = 4
+MAX_IMAGE_PIXELS = 89_478_485    # Pillow's own limit
 
 @contextmanager
 def _opened(path):
     "The file as Pillow sees it before it decodes, with one line for everything that Pillow may raise about it."
     source = path
     try:
-        if isinstance(path, bytes): source, path = io.BytesIO(path), 'embedded picture'
+        if isinstance(path, bytes):
+            source = io.BytesIO(path)
+            path = 'embedded picture'
         elif Path(path).exists() and not Path(path).is_file(): raise IsADirectoryError('not a regular file')
         with Image.open(source) as image:
             width, height = image.size
@@ -397,7 +408,8 @@ def _on_white(image):
 def _eight_bits(image, path):
     "A picture of one channel with other than 8 bits, in 8 bits; the one value that is transparent is white."
     x = np.asarray(image)
-    low, high = x.min(), x.max()
+    low = x.min()
+    high = x.max()
     top = 1. if image.mode == 'F' else 65535
     expect(low >= 0 and high <= top, path, f'values from 0 to {top:g} in an image of mode {image.mode}',
            f'{low:g} to {high:g}')

@@ -89,13 +89,15 @@ def _shared_end(a, b):
     pairs = zip(a[::-1], b[::-1])
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
+# %% ../../nbs/data/06_importers.ipynb #6205497c
 class PictureFinder:
     "Finds the pictures that a table names: `find('images/7.png')`."
     def __init__(
         self,
         folder: Path, # all pictures lie below it
     ):
-        self.folder, self._by_end = Path(folder), None
+        self.folder = Path(folder)
+        self._by_end = None
 
     def _index(self):
         "Files by their name, and by their folder's name and theirs: a set may have 40,000 pictures of one name."
@@ -155,7 +157,9 @@ def archive_parts(
 # %% ../../nbs/data/06_importers.ipynb #5a3c1e3f
 class _Joined(io.RawIOBase):
     "Files one after the other, as one stream to read."
-    def __init__(self, paths): self.paths, self.file = list(paths), None
+    def __init__(self, paths):
+        self.paths = list(paths)
+        self.file = None
     def readable(self): return True
     def readinto(self, buffer):
         while self.file or self.paths:
@@ -335,7 +339,9 @@ def imgedit_row(
     expect(turns, '`data`', 'at least one turn', turns)
     rule, numbered = _rule_and_turns(turns)
     names = [[_turn_picture(turn, t, name) for name in ('input_images', 'output_images')] for t, turn in numbered]
-    known, pictures, input_turn = [names[0][0]], [find(names[0][0])], []
+    known = [names[0][0]]
+    pictures = [find(names[0][0])]
+    input_turn = []
     for (t, _), (before, after) in zip(numbered, names):
         if before in known: edited = len(known) - 1 - known[::-1].index(before)
         else: edited = copied_from(find(before), pictures)
@@ -491,7 +497,10 @@ class RowWriter:
         self,
         path: Path, # of the JSON Lines file; embedded pictures go to `images` beside it
     ):
-        self.path, self.rows, self.place_of, self.outside = Path(path), [], {}, 0
+        self.path = Path(path)
+        self.rows = []
+        self.place_of = {}
+        self.outside = 0
 
     def picture(
         self,
@@ -544,11 +553,15 @@ def import_set(
     "Make native sessions from the files of a public set. Raises `InputError` with file, row and field."
     one_of('set', name, IMPORTERS)
     one_of('on_bad', on_bad, ('stop', 'skip'))
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     expect(out.suffix == '.jsonl', 'OUT', 'a file that ends in .jsonl', str(out))
     folder = Path(pictures or (source if source.is_dir() else source.parent))
     expect(folder.is_dir(), 'pictures', 'a folder', str(folder))
-    importer, find, writer, skipped = IMPORTERS[name], PictureFinder(folder), RowWriter(out), []
+    importer = IMPORTERS[name]
+    find = PictureFinder(folder)
+    writer = RowWriter(out)
+    skipped = []
     if unpack:
         for archive, parts in archive_parts(folder).items(): unpack_parts(archive, parts)
     for place, record in importer.records(name, source):

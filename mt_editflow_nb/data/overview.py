@@ -52,7 +52,8 @@ def _copy_rows(prints, copies):
 
 def _shared_with(prints, names, benchmark):
     "Pairs of sessions that begin with the same picture or a near copy."
-    their_prints, their_names = _fingerprints(benchmark), [s.id for s in benchmark]
+    their_prints = _fingerprints(benchmark)
+    their_names = [s.id for s in benchmark]
     of_key = {x.key: name for x, name in zip(their_prints, their_names)}
     same = [(name, of_key[x.key]) for x, name in zip(prints, names) if x.key in of_key]
     return same + near_copies(prints, names, (their_prints, their_names))
@@ -69,7 +70,8 @@ def overview(
     expect(decode or benchmark is None, 'benchmark', 'pictures that are looked at, to find those of the benchmark',
            'only their heads')
     texts = [text for s in sessions for text in s.instructions]
-    n, names = len(sessions), [s.id for s in sessions]
+    n = len(sessions)
+    names = [s.id for s in sessions]
     types = Counter(kind for s in sessions for kind in s.task_types)
     rows = [('sessions', 'all', n, 1.), ('turns', 'all', len(texts), 1.)]
     rows += _counted('sessions of turns', Counter(len(s.instructions) for s in sessions), n)
@@ -80,7 +82,8 @@ def overview(
     prints = _fingerprints(sessions) if decode else []
     sizes = [x.size for x in prints] or [image_size(s.image_path) for s in sessions]
     rows += _counted('shape', Counter(map(_size_name, sizes)), n)
-    copies, shared = near_copies(prints, names), []
+    copies = near_copies(prints, names)
+    shared = []
     if decode: rows += _copy_rows(prints, copies)
     if benchmark is not None:
         shared = _shared_with(prints, names, benchmark)

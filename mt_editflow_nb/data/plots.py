@@ -22,7 +22,9 @@ from .sessions import Session
 
 # %% ../../nbs/data/05_plots.ipynb #7e05a006
 PALETTE = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#999999')
-GOOD, BAD, NEUTRAL = '#009E73', '#D55E00', '#808080'    # neutral is read on white and on black
+GOOD = '#009E73'
+BAD = '#D55E00'
+NEUTRAL = '#808080'    # is read on white and on black
 
 def line_style(
     i: int, # the number of a line
@@ -47,9 +49,12 @@ def _font_for(missing: frozenset):
     "The name of an installed font with most of these characters, or None. matplotlib's `Last Resort` only has boxes."
     fonts = [f for f in font_manager.fontManager.ttflist if not f.name.startswith('Last Resort')]
     fonts.sort(key=lambda f: not re.search('CJK|Unicode|Noto Sans', f.name))            # those with many characters
-    best, most = None, 0
+    best = None
+    most = 0
     for f in fonts:
-        if (n := len(missing & _file_characters(f.fname))) > most: best, most = f.name, n
+        if (n := len(missing & _file_characters(f.fname))) > most:
+            best = f.name
+            most = n
         if most == len(missing): break
     return best
 
@@ -88,8 +93,10 @@ def _frame(mark):
 def _show(ax, image, x, y, width, height, mark):
     "Put a picture into a box of the page, as large as its ratio allows, in a frame."
     H, W = image.shape[:2]
-    w, h = min(width, height*W/H), min(height, width*H/W)
-    x, y = x + (width - w)/2, y + (height - h)/2
+    w = min(width, height*W/H)
+    h = min(height, width*H/W)
+    x = x + (width - w)/2
+    y = y + (height - h)/2
     ax.imshow(image, extent=(x, x + w, y + h, y), interpolation='nearest', aspect='auto')
     ax.add_patch(Rectangle((x, y), w, h, fill=False, **_frame(mark)))
 
@@ -105,12 +112,15 @@ def session_figure(
     "Draw the members of one session, a row each, with the instructions above."
     G, T, H, W = images_GTHWC.shape[:4]
     captions = ['first image', *map(_wrapped, session.instructions[:T])]
-    height, gap, label = size*H/W, .1*size, .16*(labels_GT is not None)
+    height = size*H/W
+    gap = .1*size
+    label = .16*(labels_GT is not None)
     top = .1 + .125*max(c.count('\n') + 1 for c in captions) + .25*bool(title)
     fig = Figure(figsize=((size + gap)*(T + 1) + gap, top + (height + gap + label)*G))
     ax = fig.add_axes((0, 0, 1, 1))                                    # one page, in inches from its upper left corner
     for g, t in np.ndindex(G, T + 1):
-        x, y = gap + t*(size + gap), top + g*(height + gap + label)
+        x = gap + t*(size + gap)
+        y = top + g*(height + gap + label)
         mark = float(marks_GT[g][t - 1]) if t and marks_GT is not None else None
         _show(ax, images_GTHWC[g, t - 1] if t else np.asarray(session.image), x, y, size, height, mark)
         if g == 0: ax.text(x + size/2, y - .05, captions[t], fontsize=7, ha='center', va='bottom')
@@ -150,7 +160,9 @@ def running_mean(
     windows = np.lib.stride_tricks.sliding_window_view(values, window)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)  # windows without a number are NaN
-        mean, sd, n = np.nanmean(windows, 1), np.nanstd(windows, 1), (~np.isnan(windows)).sum(1)
+        mean = np.nanmean(windows, 1)
+        sd = np.nanstd(windows, 1)
+        n = (~np.isnan(windows)).sum(1)
     return np.arange(window - 1, len(values)), mean, sd/np.maximum(n, 1)**.5
 
 def _curve(runs, values_of, window):

@@ -59,7 +59,8 @@ def are_many(
     return False
 
 # %% ../../nbs/data/07_selecting.ipynb #d14d35eb
-RECORD_FILE, LOCK_FILE = '.picture_keys.sqlite', '.picture_keys.lock'      # beside a file of sessions
+RECORD_FILE = '.picture_keys.sqlite'    # both beside a file of sessions
+LOCK_FILE = '.picture_keys.lock'
 _record = 'create table if not exists files (path text primary key, changed integer, size integer, key text)'
 
 def _place(path, folder): return os.path.relpath(path, folder)     # so that a folder that is moved keeps its record
@@ -206,7 +207,8 @@ def read_range(
     ends = [low, high if dash else low]
     numbers = [int(x) if x else None for x in ends if x.isdigit() or not x]
     expect(len(numbers) == 2 and numbers != [None, None], name, "a range such as '3', '2-5' or '4-'", text)
-    lowest, highest = numbers[0] or 0, float('inf') if numbers[1] is None else numbers[1]
+    lowest = numbers[0] or 0
+    highest = float('inf') if numbers[1] is None else numbers[1]
     expect(lowest <= highest, name, 'a range from the lower to the higher number', text)
     return lowest, highest
 
@@ -283,7 +285,8 @@ def write_selection(
     source: Path,   # where they were read from
 ) -> RowWriter: # with the number of `rows`, and of pictures that lie `outside` the file's folder
     "Write sessions with their pictures where they are. Raises `InputError` for none at all."
-    path, folder = Path(path), Path(source).parent
+    path = Path(path)
+    folder = Path(source).parent
     expect(path.suffix == '.jsonl', 'OUT', 'a file that ends in .jsonl', str(path))
     expect(path.resolve() != Path(source).resolve(), 'OUT', 'another file than is read', str(path))
     expect(len(sessions), 'sessions', 'at least one that fits', 'none')

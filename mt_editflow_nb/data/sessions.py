@@ -36,7 +36,10 @@ class RecentPictures:
         count: int = DECODED_IMAGES, # pictures at most
         size: int = DECODED_BYTES,   # bytes of all of them at most
     ):
-        self.count, self.size, self.pictures, self.lock = count, size, {}, Lock()
+        self.count = count
+        self.size = size
+        self.pictures = {}
+        self.lock = Lock()
 
     @property
     def bytes_held(self) -> int:
@@ -106,7 +109,8 @@ def _are_texts(x): return isinstance(x, (list, tuple)) and all(map(_is_text, x))
 def _wrong_number(instructions, task_types, targets):
     "(field, what is expected, what was received) where something is too long or too short."
     lengths = [len(text) for text in instructions]
-    n, characters = len(lengths), sum(lengths)
+    n = len(lengths)
+    characters = sum(lengths)
     if not 1 <= n <= MAX_TURNS: return '`instructions`', f'1 to {MAX_TURNS} turns', f'{n} turns'
     if max(lengths) > MAX_INSTRUCTION_LENGTH:
         turn = next(t for t, length in enumerate(lengths) if length > MAX_INSTRUCTION_LENGTH)
@@ -140,7 +144,8 @@ class Session:
         expect(isinstance(self.meta, dict), '`meta`', 'an object with text keys', self.meta)
         pictures = isinstance(self.targets, list) and all(isinstance(x, _pictures) for x in self.targets)
         expect(pictures, '`targets`', 'a list of pictures, paths or bytes of files', self.targets)
-        self.instructions, self.task_types = list(self.instructions), list(self.task_types)
+        self.instructions = list(self.instructions)
+        self.task_types = list(self.task_types)
         problem = _wrong_number(self.instructions, self.task_types, self.targets)
         if problem: expect(False, *problem)        # texts are made only where they are needed
 
@@ -195,8 +200,12 @@ class Sessions(Sequence):
         sizes=None,  # [len(items), 2] width and height of the first pictures; None: to be looked up
         folder=None, # of the file that they stand in; None: there is none
     ):
-        self.items, self.item_turns, self.parse, self.skipped = items, turns, parse, list(skipped)
-        self.item_sizes, self.folder = sizes, folder
+        self.items = items
+        self.item_turns = turns
+        self.parse = parse
+        self.skipped = list(skipped)
+        self.item_sizes = sizes
+        self.folder = folder
         self.index = np.arange(len(items)) if index is None else np.asarray(index, int)
 
     @property
@@ -240,7 +249,9 @@ class PrefetchedBatches:
         self,
         batch, # number of a batch -> its sessions
     ):
-        self.batch, self.pool, self.next = batch, ThreadPoolExecutor(1), {}
+        self.batch = batch
+        self.pool = ThreadPoolExecutor(1)
+        self.next = {}
 
     def __call__(
         self,
@@ -261,7 +272,8 @@ class OpenedSessions(Sequence):
         sessions,     # a list of `Session`s, or `Sessions`
         opened: dict, # number of a session -> the `Session` with its picture
     ):
-        self.sessions, self.opened = sessions, opened
+        self.sessions = sessions
+        self.opened = opened
 
     def __len__(self): return len(self.sessions)
     def __getitem__(self, i): return self.opened[i] if i in self.opened else self.sessions[i]
@@ -274,12 +286,14 @@ def open_ahead(
     def opened(n):
         these = batches[n] if n < len(batches) else ()
         return [replace(sessions[i], image=sessions[i].image) for i in these]
-    ahead, place = PrefetchedBatches(opened), {tuple(batch): n for n, batch in enumerate(batches)}
+    ahead = PrefetchedBatches(opened)
+    place = {tuple(batch): n for n, batch in enumerate(batches)}
     def with_pictures(indices): return OpenedSessions(sessions, dict(zip(indices, ahead(place[tuple(indices)]))))
     return with_pictures
 
 # %% ../../nbs/data/01_sessions.ipynb #9edb26a8
-_required, _optional = ('id', 'image', 'instructions'), ('task_types', 'meta', 'targets')
+_required = ('id', 'image', 'instructions')
+_optional = ('task_types', 'meta', 'targets')
 _known = _required + _optional
 
 def stays_inside(
@@ -346,7 +360,8 @@ def _look_at_images(paths, whole):
     def look(path):
         try: return open_image(path).size if whole else image_size(path)
         except InputError as e: return str(e)
-    sizes, wrong = np.zeros((len(paths), 2), np.int32), {}
+    sizes = np.zeros((len(paths), 2), np.int32)
+    wrong = {}
     if not paths: return sizes, wrong
     with ThreadPool(min(8, len(paths))) as pool:
         for n, found in enumerate(pool.imap(look, paths, chunksize=16)):
@@ -356,7 +371,9 @@ def _look_at_images(paths, whole):
 
 class _Places(Sequence):
     "`FILE:ROW` of each session, made when a message needs it."
-    def __init__(self, path, rows): self.path, self.rows = path, rows
+    def __init__(self, path, rows):
+        self.path = path
+        self.rows = rows
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return f'{self.path}:{self.rows[i]}'
 
@@ -375,14 +392,22 @@ DECODED_AT_LOAD = 2000 # files; of larger sets only the heads of the pictures ar
 class _Index:
     "What is kept of a JSON Lines file of sessions while it is read."
     def __init__(self, path, on_bad, targets):
-        self.path, self.on_bad, self.targets, self.skipped = path, on_bad, targets, []
-        self.lines, self.ids, self.image_paths = [], [], {}
-        self.shown_by, self.image_numbers = array('L'), array('L')      # pairs: a session and one of its pictures
-        self.rows, self.turns = array('L'), array('B')
+        self.path = path
+        self.on_bad = on_bad
+        self.targets = targets
+        self.skipped = []
+        self.lines = []
+        self.ids = []
+        self.image_paths = {}
+        self.shown_by = array('L')         # pairs: a session
+        self.image_numbers = array('L')    # and one of its pictures
+        self.rows = array('L')
+        self.turns = array('B')
         self.places = _Places(path, self.rows)
 
     def add(self, place, line, row):
-        session, targets = _session_of_row(row, line, bare=True), ()
+        session = _session_of_row(row, line, bare=True)
+        targets = ()
         if self.targets:
             targets = row.get('targets')
             expect(targets, '`targets`', 'the right results, a path a turn', 'none')
@@ -412,7 +437,8 @@ class _Index:
     def good(self, whole):
         "(numbers of the sessions whose pictures can be read, width and height of everyone's first picture)."
         sizes, wrong = _look_at_images(list(self.image_paths), whole)
-        shown_by, image_numbers = np.asarray(self.shown_by), np.asarray(self.image_numbers)
+        shown_by = np.asarray(self.shown_by)
+        image_numbers = np.asarray(self.image_numbers)
         first = np.flatnonzero(np.diff(shown_by, prepend=-1))            # where a session begins
         sizes = sizes[image_numbers[first]]
         if not wrong: return range(len(self.ids)), sizes
@@ -463,7 +489,8 @@ def save_sessions(
     same_turns: bool = True, # all sessions must have the same number of turns
 ) -> Path: # of sessions.jsonl, for `load_sessions`
     "Write sessions as JSON Lines and PNG files; the list replaces an older one in one step, after its images."
-    folder, rows = Path(folder), []
+    folder = Path(folder)
+    rows = []
     places = [f'sessions[{i}]' for i in range(len(sessions))]
     expect(len(sessions), 'sessions', 'at least one session', sessions)
     turns = [len(s.instructions) for s in sessions]
@@ -505,7 +532,9 @@ def _edival_rows(csv):
 # %% ../../nbs/data/01_sessions.ipynb #baec67e9
 def _edival_turns(rows):
     "{image: its turns, each a dict of what is the turn's own}, and {image: the place of its first row}."
-    turns, last, place_of = {}, {}, {}
+    turns = {}
+    last = {}
+    place_of = {}
     for place, row in rows:
         i = row['image_index']
         done = turns.setdefault(i, [])

@@ -24,7 +24,8 @@ COLORS = dict(orange=(230, 159, 0), blue=(0, 100, 200), green=(0, 180, 100), pin
               yellow=(240, 228, 66))
 BACKGROUNDS = dict(white=(255, 255, 255), black=(0, 0, 0), navy=(20, 24, 84), maroon=(92, 16, 36))
 POSITIONS = ('top left', 'top', 'top right', 'left', 'center', 'right', 'bottom left', 'bottom', 'bottom right')
-CELL_SIDE, WORLD_SIDE = 16, 48    # pixels: a cell, the image
+CELL_SIDE = 16     # pixels of a cell
+WORLD_SIDE = 48    # and of the image
 
 OBJECTS = ('empty',) + tuple(f'{c} {s}' for s in SHAPES for c in COLORS)    # code 0 is the empty cell
 
@@ -40,7 +41,8 @@ def _mask(shape):
     n = 8*CELL_SIDE
     y, x = (np.mgrid[:n, :n] + .5)/8 - CELL_SIDE/2
     r = CELL_SIDE*.42
-    radius2, largest = x**2 + y**2, np.maximum(abs(x), abs(y))
+    radius2 = x**2 + y**2
+    largest = np.maximum(abs(x), abs(y))
     inside = dict(
         ring=(radius2 < r**2) & (radius2 > (.5*r)**2),
         square=largest < .88*r,
@@ -194,7 +196,9 @@ def recognise(
     images: np.ndarray, # uint8 [images, 48, 48, 3]
 ) -> Reading:
     "Recognise backgrounds and objects, from pixels only."
-    n, B, O = len(images), len(BACKGROUNDS), len(OBJECTS)
+    n = len(images)
+    B = len(BACKGROUNDS)
+    O = len(OBJECTS)
     if images.dtype != np.uint8 or images.shape[1:] != (WORLD_SIDE, WORLD_SIDE, 3):
         raise InputError(f"images: expected uint8 [images, {WORLD_SIDE}, {WORLD_SIDE}, 3], the shape world's size, "
                          f'received {images.dtype} {list(images.shape)}')
@@ -265,7 +269,8 @@ def _random_scene(rng):
 # %% ../../nbs/data/02_shapeworld.ipynb #48655b96
 def _extend(rng, scenes, edits, turns):
     "Add feasible edits and their scenes until there are as many as turns, or none is feasible."
-    frozen, unused = set(), list(EDIT_TYPES)
+    frozen = set()
+    unused = list(EDIT_TYPES)
     while len(edits) < turns:
         for type in rng.permutation(unused or EDIT_TYPES).tolist():
             if e := random_edit(rng, scenes[-1], type, frozen): break
@@ -285,7 +290,8 @@ def random_chain(
 ) -> tuple:                   # (scenes [T + 1], edits [T])
     "A first scene of this split, and feasible edits."
     while True:
-        scenes, edits = [_random_scene(rng)], []
+        scenes = [_random_scene(rng)]
+        edits = []
         if split_of(scenes[0]) != split: continue
         _extend(rng, scenes, edits, turns)
         if len(edits) == turns: return scenes, edits
@@ -319,7 +325,9 @@ def dependent_chain(
     split: str,               # of the first scene
 ) -> tuple:     # (scenes [T + 1], edits [T])
     "A first scene of this split, an object that is added, and edits of that object, types unrepeated while they last."
-    scenes, edits, unused = random_chain(rng, 1, split)[0][:1], [], []
+    scenes = random_chain(rng, 1, split)[0][:1]
+    edits = []
+    unused = []
     edits.append(random_edit(rng, scenes[0], 'subject_add', set()))
     scenes.append(apply_edit(scenes[0], edits[0]))
     while len(edits) < turns:

@@ -41,7 +41,8 @@ def plain_edit(
     edits: list, # the plain `Edit`s so far, None for an undo
 ) -> Edit:       # None for an undo: it asks for a picture, not for an edit
     "The plain edit that an instruction asks for. Raises `InputError` where it points at nothing."
-    kind, words = structure_of(text), _words(text)
+    kind = structure_of(text)
+    words = _words(text)
     if kind == 'undo':
         if not edits: raise InputError(f'instruction {text!r}: there is no change to undo in the first turn')
         return None
@@ -60,7 +61,8 @@ def teacher_path(
     session: Session, # in the words of the shape world, structured or plain
 ) -> tuple:           # (scenes [T + 1], edits [T], None for an undo)
     "The teacher's way through a session: what a perfect editor with memory would do."
-    scenes, edits = [read_scene(np.asarray(session.image))], []
+    scenes = [read_scene(np.asarray(session.image))]
+    edits = []
     for text in session.instructions:
         e = plain_edit(text, scenes[-1].cells, edits)
         scenes.append(scenes[-2] if e is None else apply_edit(scenes[-1], e))
@@ -85,7 +87,9 @@ def _undo_background(edits, first):
 
 def _verify_member(instructions, first_image, first, images, now):
     "The five verdicts of each turn of one member, in the order of `VERIFIED_DTYPES`. `first` and `now` are readings."
-    readings, edits, so_far = [first], [], []      # `so_far`: edits meant, an undone background as one more change
+    readings = [first]
+    edits = []
+    so_far = []        # edits meant, an undone background as one more change
     for text, image, after in zip(instructions, images, now):
         e = plain_edit(text, readings[-1].codes, edits)
         if e:
@@ -108,7 +112,8 @@ def verify_structured(
     "Score structured sessions exactly. For sessions of plain instructions it is `verifier.verify`."
     P, G, T, H, W, C = images_PGTHWC.shape
     first = np.stack([np.asarray(s.image) for s in sessions])
-    seen, now = recognise(first), recognise(images_PGTHWC.reshape(-1, H, W, C))
+    seen = recognise(first)
+    now = recognise(images_PGTHWC.reshape(-1, H, W, C))
     out = {name: np.zeros((P, G, T), kind) for name, kind in VERIFIED_DTYPES.items()}
     for p, session in enumerate(sessions):
         for g in range(G):
@@ -157,10 +162,13 @@ def _inverse(e, before):
 # %% ../../nbs/data/04_structures.ipynb #f6f5bf25
 def _structured_session(rng, id, structure, turns, split):
     "One session, or None where a scene leaves no room for the next turn."
-    scenes, edits, texts = random_chain(rng, 1, split)[0][:1], [], []
+    scenes = random_chain(rng, 1, split)[0][:1]
+    edits = []
+    texts = []
     for t in range(turns):
         cells = scenes[-1].cells
-        free, here = [c for c in range(9) if not cells[c]], sorted({o for o in cells if o})
+        free = [c for c in range(9) if not cells[c]]
+        here = sorted({o for o in cells if o})
         absent = [o for o in range(1, len(OBJECTS)) if o not in cells]
         if not here or len(free) < 2: return None
         if t % 2: text = _look_back(rng, structure, edits, here, absent, free)

@@ -16,7 +16,8 @@ from .sessions import DECODED_AT_LOAD, Session, Sessions, load_sessions
 from .sizes import nearest_bucket
 
 # %% ../../nbs/data/09_tables.ipynb #4f07b5b1
-REQUIRED_COLUMNS, OPTIONAL_COLUMNS = ('id', 'image', 'instructions'), ('task_types', 'meta', 'targets')
+REQUIRED_COLUMNS = ('id', 'image', 'instructions')
+OPTIONAL_COLUMNS = ('task_types', 'meta', 'targets')
 
 def cell_picture(
     cell,      # {'bytes': ..., 'path': ...} as `datasets` stores pictures, or bytes
@@ -59,7 +60,8 @@ def save_table(
     rows = [dict(id=s.id, image=file_of(s.image), instructions=s.instructions, task_types=s.task_types,
                  meta=json.dumps(s.meta)) | (dict(targets=[*map(file_of, s.target_images())]) if has else {})
             for s in sessions]
-    text, picture = datasets.Value('string'), datasets.Image(decode=False)
+    text = datasets.Value('string')
+    picture = datasets.Image(decode=False)
     features = dict(id=text, image=picture, instructions=datasets.List(text), task_types=datasets.List(text), meta=text)
     if has: features['targets'] = datasets.List(picture)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,8 @@ def open_table(
     from huggingface_hub.errors import HfHubHTTPError
     name, _, split = source.removeprefix('hf:').partition(':')
     files = None if source.startswith('hf:') else _local_tables(source)
-    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    bars = datasets.are_progress_bars_disabled()
+    level = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)          # what is wrong is said below, once
     try:
@@ -153,7 +156,8 @@ def load_table(
     "Sessions of a table. Raises `InputError` with the row that is wrong."
     one_of('on_bad', on_bad, ('stop', 'skip'))
     table = open_table(source)
-    rows, faults = range(len(table)), {}
+    rows = range(len(table))
+    faults = {}
     if targets: faults = dict.fromkeys(_without_targets(table), '`targets`: expected the right results, received none')
     if decode or (decode is None and len(table) <= DECODED_AT_LOAD):
         faults |= {i: fault for i in rows if (fault := _fault(table, i))}
@@ -182,7 +186,8 @@ def open_sessions(
 
 def _check_ids(source, ids, good):
     "Raises `InputError` for an id that occurs twice."
-    seen, ids = {}, list(ids)
+    seen = {}
+    ids = list(ids)
     for i in good:
         known = seen.setdefault(ids[i], i)
         if known != i: raise InputError(f'{source}: row {i}: `id`: expected a new one (row {known} has it), received '
@@ -247,14 +252,17 @@ class StreamedBatches:
         skipped: dict = None, # as for `stream_sessions`
     ):
         self.begin = partial(stream_batches, source, size, seed, crop, skipped)
-        self.batches, self.next = self.begin(), 0
+        self.batches = self.begin()
+        self.next = 0
 
     def __call__(
         self,
         iteration: int, # from 0
     ) -> list:
         "The batch of an iteration; for one that is past, or lies ahead, the table is read up to it."
-        if iteration < self.next: self.batches, self.next = self.begin(), 0
+        if iteration < self.next:
+            self.batches = self.begin()
+            self.next = 0
         for batch in self.batches:
             self.next += 1
             if self.next > iteration: return batch

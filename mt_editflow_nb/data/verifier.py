@@ -12,7 +12,8 @@ from .shapeworld import (BACKGROUNDS, Edit, Reading, Scene, WORLD_SIDE, cells_of
 
 # %% ../../nbs/data/03_verifier.ipynb #983ac7e9
 def _background_changed(e, before, after):
-    b, there = list(BACKGROUNDS).index(e.background), before.codes > 0
+    b = list(BACKGROUNDS).index(e.background)
+    there = before.codes > 0
     kept = (after.codes == before.codes)[there].mean() if there.any() else 1.  # foreground objects must still be seen
     return after.background == b and kept == 1, closeness(after.ground_rms[b])*kept
 
@@ -34,7 +35,8 @@ def _followed(e, before, after):
     copies = (after.codes == e.obj).sum()
     if not len(where): return False, 0.
     if e.type == 'count_change':
-        error, first_error = abs(alike.sum() - e.count), max(1, abs(len(where) - e.count))
+        error = abs(alike.sum() - e.count)
+        first_error = max(1, abs(len(where) - e.count))
         return copies == e.count, max(0., 1 - error/first_error)
     if e.type == 'subject_remove':
         gone = (after.codes[where] == 0).all() and copies == 0
@@ -85,7 +87,8 @@ def verify(
     `cc_valid` is EdiVal's: no background change so far."""
     P, G, T = images_PGTHWC.shape[:3]
     first = np.stack([np.asarray(s.image) for s in sessions])
-    seen, now = recognise(first), recognise(images_PGTHWC.reshape(-1, WORLD_SIDE, WORLD_SIDE, 3))
+    seen = recognise(first)
+    now = recognise(images_PGTHWC.reshape(-1, WORLD_SIDE, WORLD_SIDE, 3))
     out = {name: np.zeros((P, G, T), kind) for name, kind in VERIFIED_DTYPES.items()}
     for p, session in enumerate(sessions):
         edits = [parse_edit(text) for text in session.instructions]
@@ -95,9 +98,12 @@ def verify(
             out['cc_valid'][p, :, t] = not any(e.type == 'background_change' for e in so_far)
             for g in range(G):
                 n = (p*G + g)*T + t
-                before, image = now[n - 1] if t else seen[p], images_PGTHWC[p, g, t]
+                before = now[n - 1] if t else seen[p]
+                image = images_PGTHWC[p, g, t]
                 success, graded = instruction_followed(edits[t], before, now[n])
                 objects, background = content_consistency(reference, seen[p], so_far, image, now[n])
-                out['success'][p, g, t], out['graded'][p, g, t] = success, graded
-                out['object_cc'][p, g, t], out['background_cc'][p, g, t] = objects, background
+                out['success'][p, g, t] = success
+                out['graded'][p, g, t] = graded
+                out['object_cc'][p, g, t] = objects
+                out['background_cc'][p, g, t] = background
     return out

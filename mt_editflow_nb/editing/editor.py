@@ -40,7 +40,9 @@ class RepeatedText:
         once: Text,          # the different rows
         index: torch.Tensor, # [N] which of them each row is
     ):
-        self.once, self.index, self.ids = once, index.to(once.embeds.device), once.ids
+        self.once = once
+        self.index = index.to(once.embeds.device)
+        self.ids = once.ids
 
     def __getitem__(self, rows): return self.once[self.index[rows]]
     def __len__(self): return len(self.index)
@@ -88,7 +90,8 @@ def set_shape(
     pixels = editor.token_pixels
     expect(width % pixels == 0 and height % pixels == 0, 'pictures', f'multiples of {pixels} pixels a side',
            f'{width} x {height}')
-    editor.width, editor.height = width, height
+    editor.width = width
+    editor.height = height
     editor.grid = height//pixels, width//pixels                         # tokens down, tokens across
     editor.latent_shape = editor.grid[0]*editor.grid[1], editor.channels    # L, C
     editor.__dict__.pop('_ids', None)                                   # cached positions of another shape

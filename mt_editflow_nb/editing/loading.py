@@ -125,7 +125,8 @@ def offload_encoders(
     editor, # of any family
 ):
     "Keep the text encoders in host memory; they are on the editor's device during a call."
-    encode, encoders = editor.encode_text, [getattr(editor.pipe, n) for n in editor.text_encoders]
+    encode = editor.encode_text
+    encoders = [getattr(editor.pipe, n) for n in editor.text_encoders]
     def move(device):
         for m in encoders: m.to(device)
     def encode_text(texts, images=None):
@@ -245,7 +246,8 @@ def no_missing_weights(
     what: str, # is loaded, for the message
 ):
     "A context that turns weights missing from a checkpoint into an `InputError`, but for a head that no encoder uses."
-    handler, loggers = _MissingWeights(), [logging.getLogger(name) for name in ('diffusers', 'transformers')]
+    handler = _MissingWeights()
+    loggers = [logging.getLogger(name) for name in ('diffusers', 'transformers')]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
@@ -285,7 +287,8 @@ def load_pipeline(
     "Load a pipeline of a known family. Raises `InputError` for one that cannot be read."
     import diffusers
     source, family = find_editor(name_or_path)
-    cls, options = FAMILIES[family], dict(dtype=dtype)
+    cls = FAMILIES[family]
+    options = dict(dtype=dtype)
     if quantize and device.type != 'cpu': options['quantization_config'] = nf4_config(cls.text_encoders[-1], dtype)
     try:
         if hasattr(cls, 'components'): options |= cls.components(source)

@@ -144,7 +144,8 @@ def adapter_facts(
     file: Path,     # the file; an `adapter_config.json` may stand beside it
 ) -> dict: # peft's fields, as far as they are written down
     "What an adapter's file says about its rank and alpha. Raises `InputError` for fields that are not usable."
-    config, written = file.parent/'adapter_config.json', metadata.get('lora_adapter_metadata', '{}')
+    config = file.parent/'adapter_config.json'
+    written = metadata.get('lora_adapter_metadata', '{}')
     try: fields = json.loads(written)
     except json.JSONDecodeError as e: raise InputError(f'lora: {file}: its metadata is not JSON: {e}') from None
     expect(isinstance(fields, dict), f'lora: {file}: metadata', 'fields and values', written[:60])

@@ -36,7 +36,8 @@ def sample_dpm(
     sigmas: torch.Tensor,    # the schedule, [steps + 1]
 ) -> torch.Tensor: # [N, L, C] clean latents
     "Denoise N rows by DPM-Solver++ 2M."
-    x0, before = None, None
+    x0 = None
+    before = None
     for s, s_next in zip(sigmas, sigmas[1:]):
         v = editor.velocity(x, s.to(x.device).expand(len(x)), text, image_NLC)
         x, x0 = dpm_step(x, v, s, s_next, x0, before)
@@ -62,9 +63,12 @@ def sample(
     if kind == 'dpm2':
         expect(not len(window), 'window', 'no stochastic steps with kind dpm2', list(window))
         return Trajectory(sample_dpm(editor, text, image_NLC, noise_NLC, sigmas), [], [], [], [])
-    x, steps, noise = noise_NLC, [], iter(eps_KNLC)
+    x = noise_NLC
+    steps = []
+    noise = iter(eps_KNLC)
     for k in range(len(sigmas) - 1):
-        s, random = sigmas[k].to(x.device), k in window
+        s = sigmas[k].to(x.device)
+        random = k in window
         v = editor.velocity(x, s.expand(len(x)), text, image_NLC)
         after, mean, _, logp = sde_step(x, v, s, sigmas[k + 1], kind=kind if random else 'ode', sigma_max=sigmas[1],
                                         noise_level=noise_level, noise=next(noise) if random else None)
@@ -203,7 +207,8 @@ def turn_histories(
     "The pictures that led to each member's result of a turn, and the result."
     history = images_PGTHWC[:, :, :turn + 1].copy()
     if goes_on_PT is None: return history
-    sessions_P1, turns_T = np.arange(len(history))[:, None], np.arange(turn)
+    sessions_P1 = np.arange(len(history))[:, None]
+    turns_T = np.arange(turn)
     history[:, :, :turn] = history[sessions_P1, np.asarray(goes_on_PT)[:, :turn], turns_T][:, None]
     return history
 
@@ -299,12 +304,13 @@ def rollout(
 ) -> Rollout: # of the shard: P sessions, G members
     "Run whole sessions for a group of members each. Raises `InputError` where latents are not finite."
     shard, keys, sessions, rows = shard_rows(keys or session_keys(sessions, seed, iteration), sessions, group, shard)
-    P, G, T = len(sessions), len(shard.members), len(sessions[0].instructions)
-    first = first_pictures(editor, sessions)                                         # and the editor knows their shape
-    sigmas = editor.sigmas(num_steps)
-    pictures, tokens = share_pictures(editor, first, G)                              # what is edited next
-    images_NTHWC = np.empty((P*G, T, *first.shape[1:]), np.uint8)
-    turns, goes_on_PT = [], torch.zeros(P, T - 1, dtype=torch.long) if choose else None
+    G = len(shard.members)
+    T = len(sessions[0].instructions)
+    pictures, tokens = share_pictures(editor, first_pictures(editor, sessions), G)   # what is edited next
+    sigmas = editor.sigmas(num_steps)                                                # for pictures of this shape
+    images_NTHWC = np.empty((len(rows), T, *pictures.shape[1:]), np.uint8)
+    turns = []
+    goes_on_PT = torch.zeros(len(sessions), T - 1, dtype=torch.long) if choose else None
     for t in range(T):
         text = editor.encode_text([s.instructions[t] for s in sessions for _ in range(G)], pictures)
         parts = []
@@ -314,8 +320,7 @@ def rollout(
             hand_out(on_turn, t, part, images_NTHWC, G, goes_on_PT)
             parts.append(made)
         turns.append((text, tokens, join_slices(parts)))
-        if t == T - 1: break
-        if choose: goes_on_PT[:, t] = choose(t, keys)
-        pictures, tokens = next_inputs(editor, images_NTHWC[:, t], G, batch, goes_on_PT[:, t] if choose else None)
-    return Rollout(images_NTHWC.reshape(P, G, T, *first.shape[1:]), **stack_turns(turns), steps=list(window),
+        if choose and t < T - 1: goes_on_PT[:, t] = choose(t, keys)
+        if t < T - 1: pictures, tokens = next_inputs(editor, images_NTHWC[:, t], G, batch, choose and goes_on_PT[:, t])
+    return Rollout(images_NTHWC.reshape(-1, G, *images_NTHWC.shape[1:]), **stack_turns(turns), steps=list(window),
                    sigmas=sigmas, keys=keys, shard=shard, goes_on_PT=goes_on_PT)

@@ -76,8 +76,10 @@ def sde_step(
     one_of('kind', kind, SAMPLER_KINDS)
     most = 1 if kind == 'cps' else math.inf
     expect(0 <= noise_level <= most, 'noise_level', 'at least 0, at most 1 for cps', noise_level)
-    x, v = x.float(), v.float()
-    s, s_next = _column(sigma, x, 'sigma'), _column(sigma_next, x, 'sigma_next')
+    x = x.float()
+    v = v.float()
+    s = _column(sigma, x, 'sigma')
+    s_next = _column(sigma_next, x, 'sigma_next')
     falls = ((0 <= s_next) & (s_next < s) & (s <= 1)).all()
     if not falls:
         raise InputError('sigma_next: expected 0 <= sigma_next < sigma <= 1, '
@@ -117,7 +119,8 @@ def sde_window(
     if not (0 <= first < end <= num_steps - 1 and 1 <= size <= end - first):
         raise InputError(f'size, within: expected 1 or more of the first {num_steps - 1} of {num_steps} steps '
                          f'(the last is never random), received {size} in ({first}, {end})')
-    start, free = first, end - first - size
+    start = first
+    free = end - first - size
     if free: start += torch.randint(free + 1, (), generator=generator).item()
     return range(start, start + size)
 
@@ -131,13 +134,16 @@ def dpm_step(
     sigma_before: float = None,     # the last step's noise level
 ) -> tuple: # (latents at `sigma_next`, the clean latents as predicted here), float32
     "One step of DPM-Solver++ 2M (arXiv 2211.01095) for rectified flow; deterministic."
-    x, v = x.float(), v.float()
-    s, s_next = float(sigma), float(sigma_next)
+    x = x.float()
+    v = v.float()
+    s = float(sigma)
+    s_next = float(sigma_next)
     expect(0 <= s_next < s <= 1, 'sigma_next', '0 <= sigma_next < sigma <= 1', (s, s_next))
     def signal_to_noise(s): return math.log((1 - s)/s)
     x0 = x - s*v
     towards = x0
     if x0_before is not None and sigma_before < 1 and s_next > 0:
-        h, h_before = signal_to_noise(s_next) - signal_to_noise(s), signal_to_noise(s) - signal_to_noise(sigma_before)
+        h = signal_to_noise(s_next) - signal_to_noise(s)
+        h_before = signal_to_noise(s) - signal_to_noise(sigma_before)
         towards = x0 + h/(2*h_before)*(x0 - x0_before)
     return s_next/s*x + (1 - s_next - (1 - s)*s_next/s)*towards, x0

@@ -76,7 +76,8 @@ def load_transformer(
     folder: str|Path, # from `save_transformer`
 ):
     "Replace the weights of an editor's transformer. Raises `InputError` for those of another architecture."
-    tensors, here = read_transformer(folder), editor.transformer.state_dict()
+    tensors = read_transformer(folder)
+    here = editor.transformer.state_dict()
     differ = sorted(here.keys() ^ tensors.keys()) or [k for k, x in here.items() if x.shape != tensors[k].shape]
     expect(not differ, f'lora: {folder}', "the weights of this editor's transformer", f'others, such as {differ[:1]}')
     for name, x in tensors.items(): check_finite(f'lora: {folder}: {name}', x)

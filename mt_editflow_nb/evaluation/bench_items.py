@@ -47,14 +47,16 @@ MICE_TOOLS = dict(vlm='Qwen/Qwen2.5-VL-32B-Instruct', detector=EDIVAL_DETECTOR,
                   features='facebook/dinov3-vitl16-pretrain-lvd1689m')  # that score instructions and consistency
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #b0d50002
-MT_OPSD_STEPS, _of_mt_opsd = 30, ('lme', 'mse', 'imgedit')
+MT_OPSD_STEPS = 30
+_of_mt_opsd = ('lme', 'mse', 'imgedit')
 
 def benchmark_protocol(
     name: str,   # out of `BENCHMARKS`
     editor: str, # 'tiny', a pipeline directory, or a hub name
 ) -> dict:       # steps, guidance, size (None: the editor's own), quantize
     "The settings of the published generations that a run stands beside."
-    facts, published = BENCHMARKS[name], published_protocol(editor)
+    facts = BENCHMARKS[name]
+    published = published_protocol(editor)
     if name in _of_mt_opsd and find_editor(editor)[1] == 'Flux2KleinPipeline': published['steps'] = MT_OPSD_STEPS
     return published | {key: getattr(facts, key) for key in ('steps', 'size') if getattr(facts, key) is not None}
 
@@ -70,7 +72,8 @@ def table_rows(
 ) -> list:            # of (`FILE: row N`, dict)
     "The rows of a parquet table. Raises `InputError` where there is none, or one without these columns."
     import pyarrow.lib, pyarrow.parquet
-    source, rows = Path(source), []
+    source = Path(source)
+    rows = []
     files = [source] if source.is_file() else sorted(source.rglob('*.parquet'))
     expect(files, str(source), 'a parquet file, or a folder of them', 'none')
     for file in files:
@@ -152,7 +155,8 @@ def load_imgedit(
 ) -> Sessions:               # of one turn; `task_types` holds the type
     "Read ImgEdit-Bench's basic part: 737 edits of 9 types."
     file = _find_file(source, 'basic_edit.json')
-    items, root = read_json(file), Path(images or file.parent)
+    items = read_json(file)
+    root = Path(images or file.parent)
     expect(isinstance(items, dict) and items, str(file), 'an object of edits by key', items)
     def session(key, item):
         needed = isinstance(item, dict) and {'id', 'prompt', 'edit_type'} <= item.keys()
@@ -172,7 +176,8 @@ def load_lme(
 ) -> Sessions:               # `task_types` holds each turn's label: hard, soft or local
     "Read LME-Bench: 100 sessions of 10 turns."
     file = _find_file(source, 'lme_bench.json')
-    items, root = read_json(file), Path(images or file.parent/'images')
+    items = read_json(file)
+    root = Path(images or file.parent/'images')
     items = items.get('items') if isinstance(items, dict) else None
     expect(isinstance(items, list) and items, str(file), 'an object with a list `items`', items)
     def session(item):
@@ -251,7 +256,8 @@ def benchmark_file(
     turn: int,        # 0: the first picture
 ) -> Path:
     "Where a picture lies, as the benchmark's scripts expect it."
-    folder, id = Path(folder), session.id
+    folder = Path(folder)
+    id = session.id
     if name == 'gedit':
         place = folder/'fullset'/session.task_types[0]/session.meta['language']
         return place/(f'{id}.png' if turn else f'{id}_SRCIMG.png')

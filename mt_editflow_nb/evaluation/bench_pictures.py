@@ -74,7 +74,8 @@ def _key(name, session, turn, before, settings): # of everything that a turn's p
 
 def _keep_first(editor, name, folder, session):
     "Write the first picture as the editor sees it, unless it is there."
-    file, image = benchmark_file(name, folder, session, 0), session.image
+    file = benchmark_file(name, folder, session, 0)
+    image = session.image
     fitted = fit_picture(image, *picture_size(editor, image))
     if not file.is_file() or content_hash(open_image(file)) != content_hash(fitted): save_made(fitted, file, 'input')
 

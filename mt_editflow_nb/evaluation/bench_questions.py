@@ -141,7 +141,8 @@ def session_question(
     turns: int,      # how many have been made
 ) -> str:
     "A question about a whole session so far."
-    half, formatted = session.meta['half'], session.meta['format_instructions']
+    half = session.meta['half']
+    formatted = session.meta['format_instructions']
     so_far = list(zip(session.instructions, formatted))[:turns]
     line = questions[f'{half}_line']
     lines = [line.format(turn=t, instruction=i, formatted=f) for t, (i, f) in enumerate(so_far, 1)]

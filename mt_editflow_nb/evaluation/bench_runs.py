@@ -131,7 +131,8 @@ def write_benchmark_run(
     against=None,            # folder of another run to compare with
 ) -> pd.DataFrame:           # the published table
     "Write all files of a run, its card among them."
-    folder, title = Path(folder), BENCHMARKS[name].title
+    folder = Path(folder)
+    title = BENCHMARKS[name].title
     sessions = list(sessions)
     if scores.outcomes: save_outcomes(folder/'outcomes.safetensors', scores.outcomes, [s.id for s in sessions])
     atomic_write(folder/'items.csv', scores.items.to_csv(index=False))

@@ -95,7 +95,8 @@ def frame_for_damage(
     side: int = 768,   # longest side in pixels
 ) -> np.ndarray:       # uint8
     "A frame as LME-Bench shows it when it asks about damage: no larger than this, and compressed as JPEG."
-    frame, f = Image.fromarray(image), io.BytesIO()
+    frame = Image.fromarray(image)
+    f = io.BytesIO()
     frame.thumbnail((side, side))
     frame.save(f, 'JPEG', quality=90)
     return np.asarray(Image.open(f))
@@ -111,7 +112,8 @@ def ask_gedit(
     ask_both = [_ask(p, item_question(questions, 'consistency', s.instructions[0])) for s, p in zip(sessions, pictures)]
     ask_one = [_ask(p[1:], questions['quality']) for p in pictures]
     values, answers = ask_values(engine, ask_both + ask_one, read_viescore, 2)
-    I, places = len(sessions), [(s, 1) for s in sessions]
+    I = len(sessions)
+    places = [(s, 1) for s in sessions]
     log = _logged(places, 'consistency', answers[:I]) + _logged(places, 'quality', answers[I:])
     return Answers(dict(consistency=values[:I], quality=values[I:]), log)
 
@@ -135,13 +137,17 @@ def ask_turns(
     limit: float = 6., # both scores must exceed it
 ) -> Answers:          # scores [I, T, 2], and judged [I, T]: 1 where the judge was asked
     "Turn after turn with all pictures so far; a session that has failed, or cannot be read, is not asked about again."
-    I, T = len(sessions), len(sessions[0].instructions)
-    scores, judged, log = np.full((I, T, 2), np.nan), np.zeros((I, T)), []
+    I = len(sessions)
+    T = len(sessions[0].instructions)
+    scores = np.full((I, T, 2), np.nan)
+    judged = np.zeros((I, T))
+    log = []
     unfailed = list(range(I))
     for t in range(T):
         asks = [_ask(pictures[i][:t + 2], turn_question(questions, sessions[i].instructions[:t + 1])) for i in unfailed]
         values, answers = ask_values(engine, asks, read_turn, 2)
-        scores[unfailed, t], judged[unfailed, t] = values, 1
+        scores[unfailed, t] = values
+        judged[unfailed, t] = 1
         log += _logged([(sessions[i], t + 1) for i in unfailed], 'turn', answers)
         unfailed = [i for i in unfailed if both_exceed(scores[i, t], limit) == 1]
     return Answers(dict(scores=scores, judged=judged), log)
@@ -154,7 +160,8 @@ def ask_collapse(
     pictures: list,  # of each: the first picture and every turn's result
 ) -> Answers:        # damage [I, T, 3]: content_loss, surface_corruption, appearance_violation
     "Ask about the damage to every frame beside the source, whether or not the session has failed."
-    I, T = len(sessions), len(sessions[0].instructions)
+    I = len(sessions)
+    T = len(sessions[0].instructions)
     places = [(s, t + 1) for s in sessions for t in range(T)]
     shown = [(frame_for_damage(p[0]), frame_for_damage(frame)) for p in pictures for frame in p[1:]]
     asks = [_ask(x, collapse_question(questions, s.instructions[:turn])) for x, (s, turn) in zip(shown, places)]
@@ -169,7 +176,8 @@ def ask_awareness(
     pictures: list,  # of each: the first picture and every turn's result
 ) -> Answers:        # awareness [I, T]
     "Ask Edit-R2's question about the whole session up to every turn."
-    I, T = len(sessions), len(sessions[0].instructions)
+    I = len(sessions)
+    T = len(sessions[0].instructions)
     places = [(i, t) for i in range(I) for t in range(T)]
     asks = [_ask(pictures[i][:t + 2], session_question(questions, sessions[i], t + 1)) for i, t in places]
     values, answers = ask_values(engine, asks, read_walk, 1)
@@ -199,9 +207,11 @@ def judged_damage(
     scores_ITM: np.ndarray, # if, cc, and quality where the judge gives it
 ) -> np.ndarray:            # [I, T, 3] as `ask_collapse` has it
     "Damage from 0 to 2, as on LME-Bench: content by cc, surface by quality, or by cc where there is no quality."
-    kept, quality = scores_ITM[..., 1], scores_ITM[..., min(2, scores_ITM.shape[-1] - 1)]
+    kept = scores_ITM[..., 1]
+    quality = scores_ITM[..., min(2, scores_ITM.shape[-1] - 1)]
     return 2 - 2 * np.stack([kept, quality, np.ones_like(kept)], -1)
 
+# %% ../../nbs/evaluation/09c_bench_scores.ipynb #1a67d28a
 def scaled_answers(
     name: str,              # of the benchmark
     scores_ITM: np.ndarray, # from `judged_scores`, in the order of `NEEDED_REWARDS`, for LME perhaps with quality
@@ -273,7 +283,8 @@ def ask_benchmark(
         return answers, [picture_statistics(p) for p in pictures]
     process, count = processes()
     size = max(1, min(batch, math.ceil(len(sessions)/count)))
-    parts, statistics = [], []
+    parts = []
+    statistics = []
     with tqdm(total=len(sessions), desc='scoring', unit='item', disable=process or not progress) as bar:
         for indices, (answers, drift) in share_out(batches_of(sessions, size), ask):
             parts.append(answers)
@@ -298,7 +309,8 @@ def _single_edits(name, sessions, answers):
     types = [s.task_types[0] for s in sessions]
     if name == 'imgedit':
         items = imgedit_items(answers['ratings'], types).assign(id=[s.id for s in sessions])
-        tables, columns = {'Scores by type, from 1 to 5': imgedit_table(items)}, ['score']
+        tables = {'Scores by type, from 1 to 5': imgedit_table(items)}
+        columns = ['score']
         return items, tables, columns, 'type'
     items = viescore_items(answers['consistency'], answers['quality']).assign(group=types, id=[s.id for s in sessions])
     keep = np.array([s.meta['intersection'] for s in sessions])
@@ -333,14 +345,17 @@ def multi_turn_scores(
     n_boot: int = 2000, # draws of sessions
 ) -> tuple:             # (success_IT, tables, rows)
     "What LME-Bench or MSE-Bench report."
-    scores, judged = arrays['scores'], arrays['judged'].astype(bool)
-    success, T = both_exceed(scores), scores.shape[1]
+    scores = arrays['scores']
+    judged = arrays['judged'].astype(bool)
+    success = both_exceed(scores)
+    T = scores.shape[1]
     shown = tuple(t for t in BENCHMARKS[name].turns if t <= T) or None
     if name == 'mse':
         table = mse_table(scores, judged, n_boot=n_boot)
         return success, {'Success rate in percent, scores from 0 to 10': table}, _rate_rows(table, 'SR')
     rates = success_rates(success, turns_I=judged.sum(1), n_boot=n_boot)
-    tables, rows = {'Success rate in percent': rates.loc[list(shown or rates.index)]}, [_rate_rows(rates, 'SR')]
+    tables = {'Success rate in percent': rates.loc[list(shown or rates.index)]}
+    rows = [_rate_rows(rates, 'SR')]
     if 'damage' in arrays:
         destroyed = arrays['damage'][..., 0] + arrays['damage'][..., 1]
         state = collapsed_so_far(np.where(np.isnan(destroyed), np.nan, destroyed >= 2))
@@ -375,7 +390,8 @@ def session_tables(
     n_boot: int = 2000, # draws of sessions
 ) -> dict:              # heading -> table
     "Tables of every benchmark with several turns, besides its own: half-life, decay, and drift without a judge."
-    life, known = half_life(success_IT, n_boot=n_boot), ~np.isnan(success_IT).all(0)
+    life = half_life(success_IT, n_boot=n_boot)
+    known = ~np.isnan(success_IT).all(0)
     decay = decay_table(success_IT, n_boot=n_boot).value.unstack()['given_right'][known]
     span = f'{life.mean:.1f} [{life.low:.1f}, {life.high:.1f}]'
     head = f'Success given that all turns before were right; half-life {span}'

@@ -68,7 +68,8 @@ def imgedit_items(
     types,         # I names
 ) -> pd.DataFrame: # one row per item: type, score
     "ImgEdit's score of each item. For `replace`, the second and third scores are capped by the first."
-    scores, types = np.asarray(scores, float), np.asarray(types)
+    scores = np.asarray(scores, float)
+    types = np.asarray(types)
     capped = np.minimum(scores, scores[:, :1])
     used = np.where((types == 'replace')[:, None], capped, scores)
     return pd.DataFrame(dict(type=types, score=used.mean(1)))
@@ -163,7 +164,8 @@ def mse_table(
     **kw,              # n_boot and seed of `success_rates`
 ) -> pd.DataFrame: # index turn; SR, low, high in percent; prompt_following, consistency, overall; sessions, unreadable
     "MSE-Bench's table. Sessions with an unreadable turn are left out from there on, and counted."
-    scores, judged = np.asarray(scores_IT2, float), np.asarray(judged_IT, bool)
+    scores = np.asarray(scores_IT2, float)
+    judged = np.asarray(judged_IT, bool)
     success = both_exceed(scores, limit)
     known = ~np.isnan(all_right_so_far(success))
     columns = dict(prompt_following=scores[..., 0], consistency=scores[..., 1], overall=np.sqrt(scores.prod(-1)))

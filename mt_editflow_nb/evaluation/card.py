@@ -47,7 +47,8 @@ def shape_failures(
     images_ITHWC = pack_pictures(images_ITHWC)['images']
     pictures = np.concatenate([first_I1HWC, images_ITHWC], 1).reshape(-1, *images_ITHWC.shape[2:])
     seen = recognise(pictures)
-    codes, ground = seen.codes.reshape(I, T + 1, -1), seen.background.reshape(I, T + 1)
+    codes = seen.codes.reshape(I, T + 1, -1)
+    ground = seen.background.reshape(I, T + 1)
     def why(i, t):
         if success_IT[i, t] != 0: return ''
         if (codes[i, t] == codes[i, t + 1]).all() and ground[i, t] == ground[i, t + 1]: return 'nothing changed'
@@ -72,7 +73,8 @@ def taxonomy(
     turns = pd.DataFrame(dict(type=np.concatenate(types_IT), success=success, why=np.concatenate(why_IT)))
     rows = {}
     for kind, of_kind in turns.groupby('type'):
-        k, n = int((of_kind.success == 1).sum()), int(of_kind.success.notna().sum())
+        k = int((of_kind.success == 1).sum())
+        n = int(of_kind.success.notna().sum())
         low, high = wilson(k, n) if n else (np.nan, np.nan)
         rows[kind] = dict(turns=n, success=100 * k / n if n else np.nan, low=100 * low, high=100 * high)
     reasons = turns[turns.success == 0].groupby(['type', 'why']).size().unstack(fill_value=0)
@@ -128,7 +130,8 @@ def unscored_sentences(
     turns: int,     # of all sessions together
 ) -> list:          # of sentences, none where every turn was scored
     "Sentences on how many turns could not be scored."
-    follow, kept = sum(unscored['if']), sum(unscored['cc'])
+    follow = sum(unscored['if'])
+    kept = sum(unscored['cc'])
     notes = [f'{follow} of {turns} turns could not be scored; every score leaves them out.'] if follow else []
     if kept: notes.append(f'CC of {kept} of {turns} turns could not be scored; CC and O leave out what is missing.')
     return notes
@@ -307,7 +310,8 @@ def write_card(
     cc_unscored_IT=None, # bool, where a question about consistency got no answer; None: nowhere
 ) -> Path:               # of card.md
     "Write the card as Markdown with pictures beside it, and as one self-contained HTML page."
-    folder, turns_I = Path(folder), [len(s.instructions) for s in sessions]
+    folder = Path(folder)
+    turns_I = [len(s.instructions) for s in sessions]
     types = [s.task_types or ['(no type)'] * n for s, n in zip(sessions, turns_I)]
     success, why = ([row[:n] for row, n in zip(x, turns_I)] for x in (outcomes.success_IT, why_IT))
     results = card_results(score_intervals(outcomes, turns_I=turns_I), outcomes.success_IT, turns_I, cc_unscored_IT)

@@ -69,7 +69,8 @@ def save_made(
     key: str,           # of all that the picture depends on
 ):
     "Write a PNG file with the key of what it was made from."
-    f, info = io.BytesIO(), PngInfo()
+    f = io.BytesIO()
+    info = PngInfo()
     info.add_text('made-from', key)
     image.save(f, 'PNG', pnginfo=info)
     atomic_write(path, f.getvalue())
@@ -127,7 +128,8 @@ def edit_images(
 
 def _keep_input(session, folder):
     "Write the first picture, again where it has changed."
-    file, square = turn_file(folder, session.id, 0), to_square(session.image)
+    file = turn_file(folder, session.id, 0)
+    square = to_square(session.image)
     if not file.is_file() or content_hash(open_image(file)) != content_hash(square): save_made(square, file, 'input')
 
 def in_batches(
@@ -188,9 +190,11 @@ def pictures_to_make(
     settings: dict = None,   # as for `generate_edival`
 ) -> int:                    # an upper bound: where a picture is made anew, those after it count too
     "How many pictures `generate_edival` would still make."
-    settings, count = dict(steps=num_steps, seed=seed) | (settings or {}), 0
+    settings = dict(steps=num_steps, seed=seed) | (settings or {})
+    count = 0
     for s in sessions:
-        before, T = to_square(s.image), len(s.instructions)
+        before = to_square(s.image)
+        T = len(s.instructions)
         for turn in range(1, T + 1):
             file = turn_file(folder, s.id, turn)
             if not is_made(file, content_hash(settings, before, s.instructions[turn - 1])): break
@@ -258,7 +262,8 @@ def score_edival(
             atomic_write(files[k], to_json(dict(key=keys[k], rows=result), indent=1))
             rows[k] = result
         return rows
-    scored, show = [], progress and processes()[0] == 0
+    scored = []
+    show = progress and processes()[0] == 0
     with tqdm(total=len(sessions), desc='scoring', unit='session', disable=not show) as bar:
         for indices, rows in share_out(in_batches(len(sessions), batch), score):
             scored += rows
@@ -334,7 +339,8 @@ def load_published(
     folder: str|Path, # evaluate_results/NAME, or its `multipass`
 ) -> tuple:           # (I `Session`s without images, I lists of T dicts as `score_sessions` gives them)
     "Published results of another editor, in the files of the benchmark's script. Raises `InputError` for none."
-    sessions, scored = [], []
+    sessions = []
+    scored = []
     for file in published_files(folder):
         data = read_json(file)
         expect(isinstance(data, dict), str(file), 'an object', data)

@@ -224,7 +224,8 @@ def nothing_sessions(
     seed: int = 0,          # of the first pictures
 ) -> list:                  # `Session`s
     "First pictures of the shape world, with instructions that ask for the background that is there already."
-    first, names = shape_sessions(n, 1, split, seed), list(BACKGROUNDS)
+    first = shape_sessions(n, 1, split, seed)
+    names = list(BACKGROUNDS)
     grounds = recognise(np.stack([np.asarray(s.image) for s in first])).background
     return [Session(f'{s.id}-nothing', s.image, [f'change the background to {names[b]}'] * turns, ['nothing'] * turns)
             for s, b in zip(first, grounds)]
@@ -272,7 +273,8 @@ def drift_change(
     seed: int = 0,      # of the draws
 ) -> pd.DataFrame:      # index (chain, turn, quantity); columns as those of `exposure_change`
     "What training changed in drift, paired over pictures. Better is less of `rms`, and more of `cells_kept`."
-    b, a = _drift(before, n_boot, seed), _drift(after, n_boot, seed)
+    b = _drift(before, n_boot, seed)
+    a = _drift(after, n_boot, seed)
     return pd.concat({name: _change(b[name][0], a[name][0], b[name][1], less=('rms',)) for name in b}, names=['chain'])
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #c3f29f6b
@@ -290,7 +292,8 @@ def measure_drift(
 ) -> dict:            # 'autoencoder' and 'edits' -> `Drift`
     "Drift through the autoencoder alone, and through whole edits that ask for no change."
     sessions = resize_sessions(editor, sessions)
-    first, T = np.stack([np.asarray(s.image) for s in sessions]), len(sessions[0].instructions)
+    first = np.stack([np.asarray(s.image) for s in sessions])
+    T = len(sessions[0].instructions)
     edited = evaluate(editor, sessions, _nothing_to_judge, num_steps=num_steps, seed=seed, batch=batch)[1]
     return dict(autoencoder=drift(first, round_trips(editor, first, T)), edits=drift(first, edited))
 
@@ -311,7 +314,8 @@ def plot_exposure(
     fig = Figure(figsize=(12 if drifts else 9, 2.9), layout='constrained')
     axs = fig.subplots(1, 4 if drifts else 3)
     for (name, exposure), color in zip(exposures.items(), colors):
-        table, life = exposure_table(exposure, n_boot), half_life(exposure.free_IT, n_boot=n_boot)
+        table = exposure_table(exposure, n_boot)
+        life = half_life(exposure.free_IT, n_boot=n_boot)
         name = plain_label(name)
         alive = f'{name}: half-life {life.mean:.1f} [{life.low:.1f}, {life.high:.1f}]'
         lines = ((0, 'perfect', 's--', f'{name}, perfect'), (0, 'free', 'o-', f'{name}, free'), (1, 'gap', 'o-', name),

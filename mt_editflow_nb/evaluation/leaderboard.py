@@ -62,7 +62,8 @@ def run_numbers(
         results = read_json(file)
         evaluated = isinstance(results, dict) and {'table', 'facts'} <= results.keys()  # a training's has no facts
         if not evaluated: continue
-        name, system = _benchmark_of(results), file.parent.relative_to(folder).as_posix()
+        name = _benchmark_of(results)
+        system = file.parent.relative_to(folder).as_posix()
         table = pd.DataFrame(results['table']).astype({k: float for k in ('value', 'low', 'high')})  # None becomes NaN
         if 'over' in table: table = table[table.over == 'mean of groups']
         table = table[table.metric.isin(HEADLINES[name])]
@@ -80,7 +81,8 @@ def _check_published(table, file):
     "Raises `InputError` for the first row without a source, a turn or value that is no number, or that occurs twice."
     numbers = {name: pd.to_numeric(table[name], errors='coerce') for name in ('turn', 'value')}
     same = ['benchmark', 'system', 'metric', 'turn']
-    first, seen = table[same].astype(str).agg(tuple, axis=1), {}
+    first = table[same].astype(str).agg(tuple, axis=1)
+    seen = {}
     for i in table.index:
         place = f'{file}: row {i + 2}'
         for name in ('source', 'benchmark', 'system', 'metric'):
@@ -123,12 +125,14 @@ def leaderboard_table(
                              text=[_cell(row) for row in numbers.itertuples()])
     order = numbers.assign(place=numbers.metric.map({m: i for i, m in enumerate(HEADLINES[name])}))
     columns = list(dict.fromkeys(order.sort_values(['place', 'turn']).column))
-    footnotes, rows = {}, []
+    footnotes = {}
+    rows = []
     ranked = [c for c in columns if c.startswith(('O', 'SR', 'score', 'weighted'))] or columns
     for (system, is_run), cells in numbers.groupby(['system', numbers.source == 'this run'], sort=False):
         notes = dict.fromkeys(note for notes in cells.footnotes for note in notes)
         marks = sorted(footnotes.setdefault(note, len(footnotes) + 1) for note in notes)
-        texts, values = cells.set_index('column').text, cells.set_index('column').value
+        texts = cells.set_index('column').text
+        values = cells.set_index('column').value
         rows.append(dict(system=system, published=not is_run, marks=marks,
                          cells=[texts.get(c, '') for c in columns], rank=values.get(ranked[-1], np.nan)))
     rows.sort(key=lambda row: (pd.isna(row['rank']), -row['rank']))
@@ -206,7 +210,8 @@ def write_leaderboard(
 ) -> Path:                      # of the page
     "Gather all evaluated runs of a folder beside published systems."
     numbers = pd.concat([run_numbers(runs), published_numbers(published)], ignore_index=True)
-    tables, out = leaderboard_tables(numbers), Path(out)
+    tables = leaderboard_tables(numbers)
+    out = Path(out)
     flat = numbers[numbers.benchmark.isin(numbers[numbers.source == 'this run'].benchmark)]
     flat = flat.assign(footnotes=[' | '.join(notes) for notes in flat.footnotes])
     atomic_write(out/'leaderboard.csv', flat.to_csv(index=False))

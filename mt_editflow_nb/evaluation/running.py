@@ -154,7 +154,8 @@ def _read_arrays(file):
     "The arrays of a file; None where it is missing, damaged, or another one."
     try:
         with safe_open(str(file), 'numpy') as f:
-            content, arrays = (f.metadata() or {}).get('content'), {k: f.get_tensor(k) for k in f.keys()}
+            content = (f.metadata() or {}).get('content')
+            arrays = {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError): return None
     return arrays if content in (None, content_hash(arrays)) else None
 
@@ -232,7 +233,8 @@ def evaluate_round(
     idle=None,     # called with a batch where this process has nothing to do and the others need its passes
 ) -> list:         # `EvaluatedSession`s of all batches, with pictures in the first process alone
     "Run and judge one batch in every process."
-    process, done = processes()[0], []
+    process = processes()[0]
+    done = []
     with failing_together(bool(idle)):
         if process < len(batches): done = run(batches[process])
         elif idle: idle(batches[0])
@@ -251,7 +253,8 @@ def share_out(
     "Share batches among the processes, one each per round, so that none is more than a batch ahead of another."
     process, count = processes()
     for k in range(0, len(batches), count):
-        here, done = batches[k:k + count], None
+        here = batches[k:k + count]
+        done = None
         with failing_together():
             if process < len(here): done = work(here[process])
         yield from zip(here, exchange(done))
@@ -334,7 +337,8 @@ def collect_cc_unscored(
 ): # bool [I, T], or None: every question about consistency got an answer
     "Where a question about consistency got no answer, in the order of `collect_sessions`."
     evaluated = sorted(evaluated, key=lambda e: e.index)
-    T, found = max(e.outcomes.success_IT.shape[1] for e in evaluated), [e.cc_unscored_1T for e in evaluated]
+    T = max(e.outcomes.success_IT.shape[1] for e in evaluated)
+    found = [e.cc_unscored_1T for e in evaluated]
     if not any(np.any(x) for x in found): return None
     return np.stack([np.zeros(T, bool) if x is None else np.pad(x[0], (0, T - x.shape[1])) for x in found])
 
@@ -360,7 +364,8 @@ def evaluated_sessions(
 ) -> list:          # of `EvaluatedSession`s
     "The evaluated sessions that `evaluate` makes arrays of. Unscored turns are counted on stderr."
     evaluated = list(evaluate_sessions(editor, sessions, judge, **kw))
-    success_IT, turns_I = collect_sessions(evaluated)[0].success_IT, [len(s.instructions) for s in sessions]
+    success_IT = collect_sessions(evaluated)[0].success_IT
+    turns_I = [len(s.instructions) for s in sessions]
     note = unscored_note(success_IT, turns_I, collect_cc_unscored(evaluated))
     if note and processes()[0] == 0: print(f'{kw.get("desc", "evaluating")}: {note}', file=sys.stderr)
     return evaluated

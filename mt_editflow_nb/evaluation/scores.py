@@ -56,8 +56,12 @@ def _checked(outcomes, dims=(2,), prefix=''):
         expect(x.ndim in dims and x.size, field, f'shape {axes}', list(x.shape))
         expect(x.shape == shape, field, f'shape {list(shape)} as success_IT', list(x.shape))
         known = x[~np.isnan(x)]
-        if name == 'success_IT': wrong, expected = known[~np.isin(known, (0, 1))], '0 or 1, or NaN for unscored'
-        else: wrong, expected = known[abs(known) > 1 + 1e-6], 'values in [-1, 1] or NaN'
+        if name == 'success_IT':
+            wrong = known[~np.isin(known, (0, 1))]
+            expected = '0 or 1, or NaN for unscored'
+        else:
+            wrong = known[abs(known) > 1 + 1e-6]
+            expected = 'values in [-1, 1] or NaN'
         if len(wrong): raise InputError(f'{field}: expected {expected}, received {wrong[0]:g}')
     return Outcomes(**arrays)
 
@@ -177,7 +181,8 @@ def score_intervals(
     """EdiVal's scores of one editor with 95 % intervals: a percentile bootstrap over sessions, and over several seeds.
 
     Where all or none succeeded it is Wilson's interval, and that of O takes its ends from those of IF and CC."""
-    parts, rng = _parts(outcomes, turns_I=turns_I), np.random.default_rng(seed)
+    parts = _parts(outcomes, turns_I=turns_I)
+    rng = np.random.default_rng(seed)
     I, T = parts[0].shape[1:]
     scores = bootstrap(_flat_scores, parts, session_weights(I, n_boot, rng))
     low, high = percentile_interval(scores.with_seed_errors(rng))
@@ -206,8 +211,10 @@ def compare_scores(
 
     Seeds are averaged per session, and to each draw is added a draw of their mean's error. `superiority` is the share
     of draws in which `after` is better, ties half. Raises `InputError` unless sessions, turns and seeds fit."""
-    b, a = _parts(before, 'before.', turns_I), _parts(after, 'after.', turns_I)
-    (S, I, T), received = b[0].shape, a[0].shape
+    b = _parts(before, 'before.', turns_I)
+    a = _parts(after, 'after.', turns_I)
+    S, I, T = b[0].shape
+    received = a[0].shape
     expect(received[1:] == (I, T), 'after', f'the same {I} sessions x {T} turns as before', received[1:])
     expect(len({1, S, received[0]}) <= 2, 'after', f'as many seeds as before ({S}), or one', received[0])
     rng = np.random.default_rng(seed)
@@ -298,7 +305,8 @@ def compare(
     **kw,          # n_boot, seed and turns_I of `compare_scores`; turns that are kept with a run are known
 ) -> pd.DataFrame: # as `compare_scores`, with columns `a` and `b` for `before` and `after`
     "Is run b better than run a? Paired over sessions. Raises `InputError` for runs over different sessions."
-    (a, ids_a), (b, ids_b) = load_outcomes(run_a), load_outcomes(run_b)
+    a, ids_a = load_outcomes(run_a)
+    b, ids_b = load_outcomes(run_b)
     if ids_a and ids_b: _check_same_sessions(run_a, ids_a, run_b, ids_b)
     if kw.get('turns_I') is None: kw = kw | dict(turns_I=stored_turns(run_a) or stored_turns(run_b))
     names = dict(before='a', after='b', before_unscored='a_unscored', after_unscored='b_unscored')

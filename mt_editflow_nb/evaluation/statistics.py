@@ -80,7 +80,8 @@ def power(
 ) -> float:             # in [0, 1]
     "Probability that a two-sided t test finds an effect."
     if not se > 0: return 1. if effect else alpha
-    critical, shift = t_quantile(df, 1 - alpha), abs(effect) / se
+    critical = t_quantile(df, 1 - alpha)
+    shift = abs(effect) / se
     if np.isinf(df): return float(special.ndtr(shift - critical) + special.ndtr(-shift - critical))
     return float(stats.nct.sf(critical, df, shift) + np.nan_to_num(stats.nct.cdf(-critical, df, shift)))
 
@@ -237,7 +238,8 @@ def alpha_of_coincidences(
     pairs: np.ndarray, # [labels, labels], summed over units
 ) -> float:            # NaN where no unit has two labels, or all labels are equal
     "Krippendorff's nominal alpha of a table of coincidences."
-    n, totals = pairs.sum(), pairs.sum(1)
+    n = pairs.sum()
+    totals = pairs.sum(1)
     expected = (n**2 - (totals**2).sum()) / (n - 1) if n > 1 else 0
     return float(1 - (n - np.trace(pairs)) / expected) if expected > 0 else np.nan
 

@@ -92,8 +92,11 @@ class RatingQueue:
         expect(rater.strip(), 'rater', 'a name', rater)
         for name, x in images.items():
             expect(len(x) == len(sessions), 'images', f'{len(sessions)} sessions of {name!r}', len(x))
-        self.sessions, self.images = {s.id: (i, s) for i, s in enumerate(sessions)}, images
-        self.path, self.rater, self.seed = Path(path), rater, seed
+        self.sessions = {s.id: (i, s) for i, s in enumerate(sessions)}
+        self.images = images
+        self.path = Path(path)
+        self.rater = rater
+        self.seed = seed
         self.trials = make_trials([s.id for s in sessions], tuple(images), rater, seed)
         self.next_trial()
 
@@ -125,7 +128,8 @@ class RatingQueue:
         choice: str, # one of `CHOICES`; None takes the last one back
     ):
         "Put a choice on disk, then go to the next trial."
-        seconds, now = round(time.monotonic() - self.shown_at, 2), time.strftime('%Y-%m-%dT%H:%M:%S%z')
+        seconds = round(time.monotonic() - self.shown_at, 2)
+        now = time.strftime('%Y-%m-%dT%H:%M:%S%z')
         row = dict(rater=self.rater, seed=self.seed, **trial, choice=choice, seconds=seconds, time=now)
         append_json_line(self.path, row)
         self.next_trial()
@@ -152,7 +156,8 @@ class RatingWidget:
         queue: RatingQueue, # of one rater
     ):
         self.queue = queue
-        self.image, self.status = widgets.Image(format='png'), widgets.HTML()
+        self.image = widgets.Image(format='png')
+        self.status = widgets.HTML()
         self.box = widgets.Text(placeholder='click here, then 1, 2, 0 or u', layout=widgets.Layout(width='16rem'))
         self.box.observe(self.typed, 'value')
         buttons = [widgets.Button(description=d) for d in ('1 upper', '2 lower', '0 no difference', 'u back')]
@@ -182,7 +187,8 @@ class RatingWidget:
 
     def draw(self):
         "Show the current trial, or thank the rater."
-        queue, picture = self.queue, trial_picture(self.queue)
+        queue = self.queue
+        picture = trial_picture(self.queue)
         self.image.layout.display = None if picture else 'none'
         if picture:
             png = io.BytesIO()
@@ -266,7 +272,8 @@ def judge_agreement(
     expect(len(votes), 'choices', 'at least one that is not a tie', list(choices.winner))
     ids, session_of_vote = np.unique(votes.session, return_inverse=True)
     weights_BI = session_weights(len(ids), n_boot, np.random.default_rng(seed))
-    prefers_first, rows = (votes.winner == votes['first']).to_numpy(), {}
+    prefers_first = (votes.winner == votes['first']).to_numpy()
+    rows = {}
     compared = list(zip(votes.session, votes['first'], votes['second']))
     for judge, by_system in scores.items():
         try: gap = [by_system[first][id] - by_system[second][id] for id, first, second in compared]
@@ -292,7 +299,8 @@ def export_labels(
 
     For each rated session and system: the first picture, the last, all instructions, and the share of votes in [0, 1];
     a tie is half a vote for each. The two systems of a session are a group; choices between others are left out."""
-    path, rows = Path(path), []
+    path = Path(path)
+    rows = []
     by_id = {s.id: (i, s) for i, s in enumerate(sessions)}
     choices = choices_between(choices, images)
     expect(len(choices), 'choices', f'at least one between {" and ".join(map(str, images))}', 'none')

@@ -145,7 +145,8 @@ def attempts(
         tries['another'] = replace(before, background=ground)
     drawn = [i for i in changed if right.cells[i]]
     if drawn and free:
-        i, j = drawn[0], free[int(rng.integers(len(free)))]
+        i = drawn[0]
+        j = free[int(rng.integers(len(free)))]
         tries['wrong cell'] = _with_cells(right, {i: before.cells[i], j: right.cells[i]})
         tries['twice'] = _with_cells(right, {j: right.cells[i]})
     if rest: tries['another object lost'] = _with_cells(right, {rest[int(rng.integers(len(rest)))]: 0})
@@ -166,13 +167,16 @@ def judge_rules(
     seed: int = 0,       # of the attempts
 ) -> pd.DataFrame:       # a row an attempt: session, type, attempt, truth, rule (bool), why
     "What the exact verifier and what EdiVal's rules say about many attempts."
-    rng, rows, by_type = np.random.default_rng(seed), [], {}
+    rng = np.random.default_rng(seed)
+    rows = []
+    by_type = {}
     edits = [[parse_edit(text) for text in s.instructions] for s in sessions]
     for edit in sum(edits, []): by_type.setdefault(edit.type, []).append(edit)
     for s, of_session in zip(sessions, edits):
         scene = read_scene(np.asarray(s.image))
         for edit in of_session:
-            words, same_type = edival_words(edit, scene), by_type[edit.type]
+            words = edival_words(edit, scene)
+            same_type = by_type[edit.type]
             tries = attempts(edit, scene, same_type[int(rng.integers(len(same_type)))], rng)
             before, *pictures = map(Image.fromarray, render([scene, *tries.values()]))
             if words[1]:
@@ -191,7 +195,8 @@ def judge_images(
     for s, images in zip(sessions, images_ITHWC):
         chain = [s.image, *map(Image.fromarray, images)]
         for t, (text, before, after) in enumerate(zip(s.instructions, chain, chain[1:])):
-            edit, seen = parse_edit(text), _read(before)
+            edit = parse_edit(text)
+            seen = _read(before)
             words = edival_words(edit, Scene(tuple(np.maximum(seen.codes, 0).tolist()), _ground_name(seen)))
             if words[1]: rows.append(_judged(s, f'turn {t + 1}', edit, words, before, after, (detect, ask)))
     return pd.DataFrame(rows)
@@ -207,10 +212,13 @@ def rule_table(
     Where all or none do, the interval is Wilson's."""
     ids, which = np.unique(judged.session, return_inverse=True)
     weights_BI = session_weights(len(ids), n_boot, np.random.default_rng(seed))
-    truth, rule, rows = judged.truth.to_numpy(bool), judged.rule.to_numpy(bool), {}
+    truth = judged.truth.to_numpy(bool)
+    rule = judged.rule.to_numpy(bool)
+    rows = {}
     def row(among, hit):
         k_I, n_I = (np.bincount(which, mask, len(ids)) for mask in (among & hit, among))
-        k, n = int(k_I.sum()), int(n_I.sum())
+        k = int(k_I.sum())
+        n = int(n_I.sum())
         ends = percentile_interval(100 * divide(weights_BI @ k_I, weights_BI @ n_I)[:, None])
         low, high = (float(x[0]) for x in ends)
         if n and k in (0, n): low, high = (100 * x for x in wilson(k, n))
@@ -251,7 +259,8 @@ def consistency_against_truth(
     seed: int = 0, # of pictures and damage
 ) -> pd.DataFrame: # a row a damaged picture: session, lost, shift, object_cc, background_cc
     "EdiVal's two terms on pictures whose damage is known."
-    rng, rows = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    rows = []
     for i, s in enumerate(shape_sessions(n, 1, 'heldout', seed)):
         scene = read_scene(np.asarray(s.image))
         names = [OBJECTS[o] for o in scene.cells if o]
@@ -274,8 +283,10 @@ def rank_correlation(
     "Spearman's rank correlation with a 95 % bootstrap interval over sessions."
     columns = dict(x=np.asarray(x, float), y=np.asarray(y, float), session=np.asarray(session))
     pairs = pd.DataFrame(columns).dropna().reset_index(drop=True)
-    x, y = pairs.x.to_numpy(), pairs.y.to_numpy()
-    of, rng = list(pairs.groupby('session').indices.values()), np.random.default_rng(seed)
+    x = pairs.x.to_numpy()
+    y = pairs.y.to_numpy()
+    of = list(pairs.groupby('session').indices.values())
+    rng = np.random.default_rng(seed)
     picks = [np.concatenate([of[i] for i in rng.integers(len(of), size=len(of))]) for _ in range(n_boot)]
     low, high = percentile_interval(np.array([spearmanr(x[pick], y[pick]).statistic for pick in picks])[:, None])
     return Interval(float(spearmanr(x, y).statistic), float(low[0]), float(high[0]))
@@ -288,7 +299,11 @@ def edival_session(
     def objects(scene): return {o for o in scene.cells if o}
     def names(codes): return [OBJECTS[o] for o in sorted(codes)]
     scene = read_scene(np.asarray(session.image))
-    first, ever, named, types, texts = objects(scene), objects(scene), set(), [], []
+    first = objects(scene)
+    ever = objects(scene)
+    named = set()
+    types = []
+    texts = []
     meta = dict(format_instructions=[], bg_consistency=[], unchanged_objects=[], all_objects=[])
     for text in session.instructions:
         edit = parse_edit(text)

@@ -67,7 +67,8 @@ def _against(verdict):
 def _row(point, scores, metric, base, judged, baseline):
     "A point as the table shows it."
     label = point.label
-    score, sd = scores.loc[label, metric], scores.loc[label, f'{metric} sd']
+    score = scores.loc[label, metric]
+    sd = scores.loc[label, f'{metric} sd']
     verdict = judged.loc[label] if label in judged.index else None
     difference, word = _against(verdict)
     return dict(label=label, seeds=len(point.seeds), score=score, sd=None if np.isnan(sd) else sd, gain=score - base,

@@ -46,7 +46,8 @@ def session_labels(
     return Labels(list(items.values()), *map(np.array, (truth, groups, types)))
 
 # %% ../../nbs/rewards/03_agreement.ipynb #1abe1003
-_needed, _optional = {'before', 'after', 'instructions', 'score'}, {'aspect', 'group', 'type'}
+_needed = {'before', 'after', 'instructions', 'score'}
+_optional = {'aspect', 'group', 'type'}
 
 def _label(line, where, folder):
     "(`Item`, truth, group, type) of a line."
@@ -98,7 +99,8 @@ def ask_repeatedly(
     began = time.perf_counter()
     rounds = [mode(engine, questions, prompts, seed=r) for r in range(repeats)]
     if is_joint(mode): rounds = [[v[i.aspect] for v, i in zip(verdicts, items)] for verdicts in rounds]
-    seconds, n = time.perf_counter() - began, repeats*len(items)
+    seconds = time.perf_counter() - began
+    n = repeats*len(items)
     tokens = sum(c['tokens'] for verdicts in rounds for v in verdicts for c in v.calls)
     return Judgements(np.array([[v.score for v in verdicts] for verdicts in rounds]), tokens/n, seconds/n)
 
@@ -113,7 +115,8 @@ def auc(
     right = np.asarray(right)[scored]
     pairs = right.sum()*(~right).sum()
     if not pairs: return np.nan
-    better, worse = scores[scored][right], scores[scored][~right]
+    better = scores[scored][right]
+    worse = scores[scored][~right]
     return float(mannwhitneyu(better, worse, method='asymptotic').statistic/pairs)     # pairs in the right order
 
 def kappa(
@@ -122,7 +125,8 @@ def kappa(
 ) -> float:
     "Cohen's kappa: agreement beyond chance; nan where all values of both are True, or all are False."
     from statsmodels.stats.inter_rater import cohens_kappa
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    a = np.asarray(a, bool)
+    b = np.asarray(b, bool)
     if len(np.unique([a, b])) < 2: return np.nan
     counts = np.bincount(2*a + b, minlength=4).reshape(2, 2)
     return float(cohens_kappa(counts, return_results=False))
@@ -131,7 +135,8 @@ def kappa(
 def _pairs(group_N):
     "Two arrays of indices: every pair whose members share a group, once."
     _, group_N, sizes = np.unique(group_N, return_inverse=True, return_counts=True)
-    in_order, place = np.argsort(group_N, kind='stable'), np.arange(len(group_N))
+    in_order = np.argsort(group_N, kind='stable')
+    place = np.arange(len(group_N))
     later = np.repeat(sizes.cumsum(), sizes) - place - 1           # members of the same group that follow
     first = np.repeat(place, later)
     nth = np.arange(len(first)) - np.repeat(later.cumsum() - later, later)
@@ -146,7 +151,8 @@ def ranking(
     "How often two members of a group with different truths are put in the right order (the same score counts half)."
     a, b = _pairs(group_N)
     differ = np.abs(truth_N[a] - truth_N[b]) > tie
-    a, b = a[differ], b[differ]
+    a = a[differ]
+    b = b[differ]
     agree = np.sign(scores_RN[:, a] - scores_RN[:, b])*np.sign(truth_N[a] - truth_N[b])
     total = (~np.isnan(agree)).sum()
     return np.nansum(agree + 1)/2/total if total else np.nan
@@ -162,7 +168,8 @@ def measures(
     several = len(scores_RN) > 1
     mean_N = np.nanmean(scores_RN, 0) if several else scores_RN[0]
     var_N = np.nanvar(scores_RN, 0, ddof=1) if several else np.full(len(truth_N), np.nan)
-    first, right = scores_RN[0], truth_N >= threshold
+    first = scores_RN[0]
+    right = truth_N >= threshold
     scored = ~np.isnan(first)
     return dict(bias=np.nanmean(mean_N - truth_N), sd=np.nanmean(var_N)**.5,
                 error=np.nanmean((scores_RN - truth_N)**2)**.5, ranking=ranking(scores_RN, truth_N, group_N),
@@ -172,7 +179,8 @@ def measures(
 # %% ../../nbs/rewards/03_agreement.ipynb #52c602e9
 def _draws_of_groups(group_N, n_boot, seed):
     "Bootstrap samples: the rows of each, and which draw of a group each belongs to."
-    rng, groups = np.random.default_rng(seed), pd.unique(group_N)
+    rng = np.random.default_rng(seed)
+    groups = pd.unique(group_N)
     rows = {g: np.flatnonzero(group_N == g) for g in groups}
     for _ in range(n_boot):
         picked = [rows[g] for g in rng.choice(groups, len(groups))]

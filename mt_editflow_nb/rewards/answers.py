@@ -71,7 +71,9 @@ def json_values(
 ) -> list:       # the outermost values of this kind
     "All values of a kind in a text, with or without prose around them."
     opening, closing = '{}' if kind is dict else '[]'
-    text, start, values = answer[-_longest_answer:], 0, []
+    text = answer[-_longest_answer:]
+    start = 0
+    values = []
     while (start := text.find(opening, start)) >= 0:
         for end in [m.end() for m in re.finditer(re.escape(closing), text[start:])][:50]:
             value = _value(text[start:start + end])

@@ -10,7 +10,9 @@ __all__ = ['FEWEST_INDEXED', 'KEPT_AT_ONCE', 'open_cache', 'make_tables', 'index
 # %% ../../nbs/rewards/00b_cache.ipynb #cac40004
 import json, os, sqlite3, sys
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from collections.abc import Callable
 from tqdm.auto import tqdm
 from ..data.files import InputError, expect, to_json
 from .engines import CutShort, Reply
@@ -60,7 +62,9 @@ FEWEST_INDEXED = 2048 # answers that are moved into the index together, at least
 class Recent:
     "Where the answers lie that are not indexed yet: those of all processes that write to the file."
     def __init__(self):
-        self.rows, self.first, self.last = {}, 0, 0     # key -> row; the first row, and the last one that was read
+        self.rows = {}    # key -> row
+        self.first = 0
+        self.last = 0     # row that was read
 
     def read(
         self,
@@ -69,7 +73,10 @@ class Recent:
         "Take in what has come since the last time; what was there before is forgotten when it has moved."
         if 'recent' not in _table_names(db): return
         first, = db.execute('select coalesce(min(row), 0) from recent').fetchone()
-        if first != self.first: self.rows, self.first, self.last = {}, first, 0
+        if first != self.first:
+            self.rows = {}
+            self.first = first
+            self.last = 0
         for row, key in db.execute('select row, key from recent where row > ?', [self.last]):
             self.rows[key] = self.last = row
 
@@ -279,24 +286,27 @@ def _ask_and_keep(engine, path, recent, by_key):
         asks = {k: by_key[k] for k in keys[i:i + KEPT_AT_ONCE]}
         cut_short = None
         try: replies = dict(zip(asks, engine(list(asks.values()))))
-        except CutShort as e: replies, cut_short = dict(zip(asks, e.replies)), e
+        except CutShort as e:
+            replies = dict(zip(asks, e.replies))
+            cut_short = e
         with open_cache(path) as db: _keep(db, recent, replies, asks, engine.model)
         if cut_short: raise cut_short                                  # what has been paid for is kept
         yield replies
 
 # %% ../../nbs/rewards/00b_cache.ipynb #1bc786fc
+@dataclass(eq=False)
 class Cached:
     "An engine that is asked only what is not yet in an SQLite file."
-    def __init__(
-        self,
-        engine,                # the one to ask
-        path: str|Path,        # of the file; created when missing
-        *,
-        offline: bool = False, # what is not in the file is an error
-    ):
-        self.engine, self.model, self.offline = engine, engine.model, offline
-        self.plain = getattr(engine, 'identity', engine.model)
-        self.path, self.recent = begin_cache(Path(path), offline), Recent()
+    engine: Callable      # the one to ask
+    path: str|Path        # of the file; created when missing
+    _: KW_ONLY
+    offline: bool = False # what is not in the file is an error
+
+    def __post_init__(self):
+        self.model = self.engine.model
+        self.plain = getattr(self.engine, 'identity', self.model)
+        self.path = begin_cache(Path(self.path), self.offline)
+        self.recent = Recent()
         with open_cache(self.path) as db: self.identity = serving_identity(db, self.plain)
         self.calls = self.hits = 0 # asked, and answered from the file
 

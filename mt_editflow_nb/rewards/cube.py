@@ -12,10 +12,12 @@ __all__ = ['JUDGES', 'REWARD_MODELS', 'Scores', 'verifier', 'check_scores', 'jud
 import math, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from typing import ClassVar
+from collections.abc import Callable
 import numpy as np, torch
 from PIL import Image
 from ..data.files import InputError, expect, one_of
@@ -25,7 +27,7 @@ from .cache import Cached
 from .edival_rules import EDIVAL_SIDE, check_edival_session, run_together, to_square, turn_steps
 from .edival_tools import LocalTools, RemoteTools, check_tools, rule_rewards
 from .engines import JudgeFailed, Local, TINY_JUDGE
-from .judges import Item, JOINT_REWARDS, PROMPTS, TINY_PROMPTS
+from .judges import Item, JOINT_REWARDS, PROMPTS, Prompts, TINY_PROMPTS
 from .judges import is_joint, load_mode, logit
 from .loading import JUDGE_EXAMPLES, check_settings_of, load_engine
 from .reward_models import HEAD_MODELS, RewardHeads, regress
@@ -142,8 +144,10 @@ def judge_items(
         first = np.asarray(session.image)
         for g in range(images_PGTHWC.shape[1]):
             for t in turns:
-                before, after = images_PGTHWC[p, g, t - 1] if t else first, images_PGTHWC[p, g, t]
-                instruction, so_far = tuple(session.instructions[t:t + 1]), tuple(session.instructions[:t + 1])
+                before = images_PGTHWC[p, g, t - 1] if t else first
+                after = images_PGTHWC[p, g, t]
+                instruction = tuple(session.instructions[t:t + 1])
+                so_far = tuple(session.instructions[:t + 1])
                 if joint:
                     items[p, g, t, 0] = Item('joint', (before, after), instruction)
                     continue
@@ -203,23 +207,23 @@ def check_rewards(
     expect(bool(prompts.joint), 'mode', 'one of the modes that the tiny judge knows', 'a joint one')
 
 # %% ../../nbs/rewards/02_cube.ipynb #e70d1373
+@dataclass(eq=False)
 class Judge:
     "A vision-language model that scores whole sessions, or one turn of them."
-    by_turn = True                    # see `TurnScorer`: it need not wait for the last turn
-    def __init__(
-        self,
-        engine,                        # (list of `Ask`) -> list of `Reply`
-        mode,                          # from `load_mode`
-        prompts=PROMPTS,               # the words
-        *,
-        rewards: tuple = ('if', 'cc'), # names out of 'if', 'cc', 'quality'
-        coarse: bool = False,          # one call for all turns instead of one each
-        success_at: float = .75,       # IF from which a turn counts as carried out
-        max_failed: float = .2,        # share of failed scores above which the run stops
-    ):
-        check_rewards(rewards, prompts, is_joint(mode), coarse)
-        self.engine, self.mode, self.prompts, self.rewards = engine, mode, prompts, tuple(rewards)
-        self.coarse, self.success_at, self.max_failed, self.joint = coarse, success_at, max_failed, is_joint(mode)
+    engine: Callable               # (list of `Ask`) -> list of `Reply`
+    mode: Callable                 # from `load_mode`
+    prompts: Prompts = PROMPTS     # the words
+    _: KW_ONLY
+    rewards: tuple = ('if', 'cc')  # names out of 'if', 'cc', 'quality'
+    coarse: bool = False           # one call for all turns instead of one each
+    success_at: float = .75        # IF from which a turn counts as carried out
+    max_failed: float = .2         # share of failed scores above which the run stops
+    by_turn: ClassVar[bool] = True # see `TurnScorer`: it need not wait for the last turn
+
+    def __post_init__(self):
+        self.joint = is_joint(self.mode)
+        check_rewards(self.rewards, self.prompts, self.joint, self.coarse)
+        self.rewards = tuple(self.rewards)
 
     def check(
         self,
@@ -282,7 +286,8 @@ def check_engine(
     if isinstance(engine, Local):
         return engine.check_ready(tuple(map(str, range(prompts.scale + 1))) if mode is logit else ())
     grey = np.full((32, 32, 3), 128, np.uint8)
-    patience, engine.judge_wait = getattr(engine, 'judge_wait', 0), 0
+    patience = getattr(engine, 'judge_wait', 0)
+    engine.judge_wait = 0
     try: verdict, = mode(engine, [Item(aspect, (grey, grey), ('make it brighter',))], prompts)
     finally:
         engine.judge_wait = patience
@@ -322,15 +327,18 @@ def scores_of(
 # %% ../../nbs/rewards/02_cube.ipynb #9a3010e2
 class EdivalJudge:
     "EdiVal's rules, with their tools in this process or behind a server."
-    by_turn, rewards = True, JOINT_REWARDS
+    by_turn = True
+    rewards = JOINT_REWARDS
     def __init__(
         self,
         engine,                 # `LocalTools` or `RemoteTools`
         max_failed: float = .2, # share of failed scores above which the run stops
     ):
-        self.engine, self.max_failed = engine, max_failed
+        self.engine = engine
+        self.max_failed = max_failed
 
-    check, cancel = Judge.check, Judge.cancel       # the same words about another engine
+    check = Judge.check      # the same words about another engine
+    cancel = Judge.cancel
 
     def check_sessions(
         self,
@@ -345,7 +353,8 @@ class EdivalJudge:
     ):
         "Find out by one question to each tool, before anything expensive, whether it answers."
         self.check_sessions(sessions)
-        patience, self.engine.judge_wait = getattr(self.engine, 'judge_wait', 0), 0
+        patience = getattr(self.engine, 'judge_wait', 0)
+        self.engine.judge_wait = 0
         try: check_tools(getattr(self.engine, 'tools_past_cache', self.engine.tools))
         finally: self.engine.judge_wait = patience
 
@@ -370,7 +379,8 @@ class EdivalJudge:
         "Score turns side by side; what a tool does not answer is NaN."
         for s in sessions: check_edival_session(s)
         P, G, T = images_PGTHWC.shape[:3]
-        turns, start = list(range(T)) if turn is None else [turn], time.perf_counter()
+        turns = list(range(T)) if turn is None else [turn]
+        start = time.perf_counter()
         pixels = getattr(self.engine.tools.features, 'pixels', EDIVAL_SIDE)
         shown = _squares(sessions, images_PGTHWC)
         places = [(p, g, t) for p in range(P) for g in range(G) for t in turns]
@@ -525,6 +535,14 @@ def scores_of_turn(
     return of_last_turn(check_scores(judge(sessions, images_PGTHWC), sessions, images_PGTHWC))
 
 # %% ../../nbs/rewards/02_cube.ipynb #0782feb4
+def _check_turn(s, images_PGTHWC):
+    "The scores of one turn; of a coarse judge none, or those of all turns with the last."
+    expect(isinstance(s, Scores), 'judge', 'a judge that returns `Scores`', type(s).__name__)
+    nested = getattr(s.success_PGT, 'is_nested', False)      # has no shape, which is refused below
+    turns = (1,) if nested else getattr(s.success_PGT, 'shape', ())[-1:]
+    return _check_shape(s, (*images_PGTHWC.shape[:2], *turns))
+
+# %% ../../nbs/rewards/02_cube.ipynb #be4670de
 class TurnScorer:
     "Scores a rollout in a thread, piece after piece: pass it to `rollout` as `on_turn`, then ask for the `scores`."
     def __init__(
@@ -535,11 +553,14 @@ class TurnScorer:
         every_turn: bool = False, # ask turn by turn whatever the judge, as turn branching needs
         **kw,                     # for the judge, such as `seed`
     ):
-        self.judge, self.sessions, one_turn = judge, sessions, getattr(judge, 'by_turn', False)
+        self.judge = judge
+        self.sessions = sessions
+        one_turn = getattr(judge, 'by_turn', False)
         self.by_turn = one_turn or every_turn
         self.kw = kw if one_turn else {}
         self.total = len(sessions)*group*len(sessions[0].instructions)*len(getattr(judge, 'rewards', ()))
-        self.pieces, self.with_failures = {}, []
+        self.pieces = {}
+        self.with_failures = []
 
     def __enter__(self):
         self.pool = ThreadPoolExecutor(1)
@@ -563,10 +584,7 @@ class TurnScorer:
         if self.with_failures:                                            # is too much lost already? Not one call more
             self.judge.check(_join(self.with_failures), self.total)
         s = scores_of_turn(self.judge, self.sessions[p], images_PGTHWC, t, **self.kw)
-        expect(isinstance(s, Scores), 'judge', 'a judge that returns `Scores`', type(s).__name__)
-        nested = getattr(s.success_PGT, 'is_nested', False)      # has no shape; it is refused below
-        turns = (1,) if nested else getattr(s.success_PGT, 'shape', ())[-1:]   # a coarse judge: none, or all last
-        s = _check_shape(s, (*images_PGTHWC.shape[:2], *turns))
+        s = _check_turn(s, images_PGTHWC)
         if s.failed and hasattr(self.judge, 'check'): self.with_failures.append(s)
         return s
 
@@ -585,8 +603,8 @@ class TurnScorer:
         "Wait for the last piece and put them together."
         if not self.by_turn:
             return check_scores(self.judge(self.sessions, images_PGTHWC, **self.kw), self.sessions, images_PGTHWC)
-        turns = [self.of_turn(t) for t in range(images_PGTHWC.shape[2])]
-        whole = check_scores(_join(turns, 2), self.sessions, images_PGTHWC)
+        turns = range(images_PGTHWC.shape[2])
+        whole = check_scores(_join([*map(self.of_turn, turns)], 2), self.sessions, images_PGTHWC)
         if hasattr(self.judge, 'check'): self.judge.check(whole)
         return whole
 

@@ -99,18 +99,21 @@ def _moved(slots, before, after):
     "Move: as many objects and references as before; the first one found is on the named side of the first reference."
     thing, side, reference = slots
     for name, what in ((reference, 'references'), (thing, 'objects')):
-        was, now = (yield Detect(before, (name,), .4)), (yield Detect(after, (name,), .4))
+        was = yield Detect(before, (name,), .4)
+        now = yield Detect(after, (name,), .4)
         if count_distinct(was.boxes_N4) != count_distinct(now.boxes_N4): return _failed(f'number of {what} changed')
         if what == 'references': references = now
     if not references or not now: return _failed('not detected')
     if side not in ('left', 'right', 'above', 'below'): return _failed('unknown place')
-    first, reference = _whole(now.boxes_N4)[0], _whole(references.boxes_N4)[0]
+    first = _whole(now.boxes_N4)[0]
+    reference = _whole(references.boxes_N4)[0]
     return RuleVerdict(True) if distance_beyond(first, reference, side) > 0 else _failed('wrong place')
 
 def _counted(slots, before, after):
     "Count: the object was there, and now there are as many as the instruction says, be it none."
     name, count = slots
-    was, now = (yield Detect(before, (name,), .3)), (yield Detect(after, (name,), .3))
+    was = yield Detect(before, (name,), .3)
+    now = yield Detect(after, (name,), .3)
     if not was: return _failed('not detected before')
     return RuleVerdict(True) if str(count_distinct(now.boxes_N4)) == count.strip() else _failed('wrong count')
 
@@ -129,7 +132,8 @@ def edit_r2_follow(
     after: Image.Image,  # this turn's result
 ):                       # a generator of requests that returns a `RuleVerdict`
     "Edit-R2's instruction following of one turn."
-    formatted, pictures = about['format_instructions'], (before, after)
+    formatted = about['format_instructions']
+    pictures = (before, after)
     slots = edit_r2_slots(task_type, formatted)
     if not slots: return _failed('the rule cannot read the instruction')
     if task_type == 'subject_add': return (yield from _added(formatted, slots, *pictures))
@@ -154,7 +158,8 @@ def _background(first, now, about, pixels):
     "Background term: while the background was to stay, where some box is found and something is not covered."
     names = about['all_objects'] if about['bg_consistency'] and about['unchanged_objects'] else []
     if not names: return np.nan
-    in_first, in_now = (yield Detect(first, tuple(names), .35)), (yield Detect(now, tuple(names), .35))
+    in_first = yield Detect(first, tuple(names), .35)
+    in_now = yield Detect(now, tuple(names), .35)
     boxes = np.concatenate([in_first.boxes_N4, in_now.boxes_N4])
     covered = not background_weights(boxes, (EDIVAL_SIDE, EDIVAL_SIDE)).any()
     if not len(boxes) or covered: return np.nan

@@ -150,7 +150,9 @@ class Detector:
         processor,  # its own
         batch: int, # pictures at a time
     ):
-        self.model, self.processor, self.batch = model, processor, batch
+        self.model = model
+        self.processor = processor
+        self.batch = batch
         self.cache = OrderedDict()  # (picture, prompt) -> `Found`, the latest ones
 
     def __call__(
@@ -218,7 +220,8 @@ def read_edival_questions(
     try: tree = ast.parse(read_text(file))
     except SyntaxError as e:
         raise InputError(f'{file}: expected Python source, received {e.msg} in line {e.lineno}') from None
-    texts, questions = text_constants(tree), {}
+    texts = text_constants(tree)
+    questions = {}
     for kind, (name, gaps) in _published.items():
         expect(name in texts, f'{file}: `{name}`', 'a text', 'none')
         questions[kind] = texts[name].format(**{gap: f'{{{i}}}' for i, gap in enumerate(gaps)})
@@ -277,7 +280,9 @@ class Vlm:
         questions: dict, # kind -> text with gaps
         max_tokens: int, # of an answer in words
     ):
-        self.engine, self.questions, self.max_tokens = engine, questions, max_tokens
+        self.engine = engine
+        self.questions = questions
+        self.max_tokens = max_tokens
         self.mode, _, votes = mode.partition('@')
         self.votes = int(votes or 1)
 
@@ -331,7 +336,9 @@ def load_edival_vlm(
     The default mode, `direct`, is the benchmark's: the likeliest words. The other modes apply to yes-or-no questions:
     `logit` takes the likelier of the two words, `think@k` the majority of k sampled thoughts, where a tie is a no."""
     model, _, mode = name.rpartition(':')
-    if mode.partition('@')[0] not in MODES: model, mode = name, 'direct'
+    if mode.partition('@')[0] not in MODES:
+        model = name
+        mode = 'direct'
     expect(mode != 'checklist', 'vlm', 'mode direct, logit or think@k, since EdiVal asks questions of its own', mode)
     load_mode(mode)  # raises for one that there is not
     return Vlm(load_engine(model, **kw), mode, questions, max_tokens)
@@ -361,7 +368,11 @@ class FeatureExtractor:
         skip: int,   # tokens in front of the patches
         batch: int,  # pictures at a time
     ):
-        self.model, self.prepare, self.pixels, self.skip, self.batch = model, prepare, pixels, skip, batch
+        self.model = model
+        self.prepare = prepare
+        self.pixels = pixels
+        self.skip = skip
+        self.batch = batch
 
     @torch.no_grad()
     def __call__(

@@ -114,7 +114,8 @@ def crop(
 ) -> Image.Image:       # at least one pixel
     "The picture inside a box."
     w, h = image.size
-    left, top = min(max(int(box[0] * w), 0), w - 1), min(max(int(box[1] * h), 0), h - 1)
+    left = min(max(int(box[0] * w), 0), w - 1)
+    top = min(max(int(box[1] * h), 0), h - 1)
     return image.crop((left, top, max(left + 1, min(int(box[2] * w), w)), max(top + 1, min(int(box[3] * h), h))))
 
 # %% ../../nbs/rewards/01c_edival_rules.ipynb #8c50b38a
@@ -526,7 +527,8 @@ def check_edival_session(
     session, # a `Session`
 ):
     "Raises `InputError` for a session that lacks an image or what the rules read about it. No picture is decoded."
-    T, place = len(session.instructions), f'session {session.id!r}'
+    T = len(session.instructions)
+    place = f'session {session.id!r}'
     maker = 'load_edival reads them, mtef_data make writes them'
     for name, (kind, fits_turn) in _needed.items():
         expect(name in session.meta, place, f"EdiVal-Bench's `{name}` in `meta` ({maker})", 'none')
@@ -575,10 +577,14 @@ def turn_steps(
     """Scores of one turn. A question without an answer leaves instruction following unscored.
 
     Where a detector or the features give no answer, the dict also says `unscored`: the reason, by term."""
-    about, task_type = {k: session.meta[k][t] for k in _needed}, session.task_types[t]
+    about = {k: session.meta[k][t] for k in _needed}
+    task_type = session.task_types[t]
     try: success, why = yield from rules.follow(task_type, session.instructions[t], about, *pictures[t:t + 2])
-    except NoAnswer as e: success, why = None, f'not scored: {e}'
-    first, now = pictures[0], pictures[t + 1]
+    except NoAnswer as e:
+        success = None
+        why = f'not scored: {e}'
+    first = pictures[0]
+    now = pictures[t + 1]
     object_cc, lost_object = yield from _term(rules.objects(first, now, about))
     background_cc, lost_ground = yield from _term(rules.background(first, now, about, pixels))
     row = dict(turn=t + 1, task_type=task_type, success=success, why=why,

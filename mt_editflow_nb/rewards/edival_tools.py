@@ -133,7 +133,8 @@ def tools_app(
         raise InputError("server: expected FastAPI (pip install 'mt_editflow_nb[serve]'), received none") from None
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
-    app, lock = FastAPI(title="EdiVal's tools"), Lock()
+    app = FastAPI(title="EdiVal's tools")
+    lock = Lock()
     def refused(status): return lambda _, e: JSONResponse(dict(error=one_line(e)), status)
     app.add_exception_handler(InputError, refused(400))
     app.add_exception_handler(Exception, refused(500))
@@ -178,8 +179,12 @@ class ToolsServer:
         retries: int,      # after bad luck, with growing pauses
         judge_wait: float, # seconds that a server that is gone is waited for
     ):
-        self.urls, self.timeout, self.retries, self.judge_wait = (url.rstrip('/'),), timeout, retries, judge_wait
-        self.stop, self.patience = threading.Event(), Patience()
+        self.urls = (url.rstrip('/'),)
+        self.timeout = timeout
+        self.retries = retries
+        self.judge_wait = judge_wait
+        self.stop = threading.Event()
+        self.patience = Patience()
 
     def call(
         self,
@@ -229,8 +234,10 @@ class RemoteTools(ToolsServer):
         expect(fine, 'judge', wanted, url.split('@')[-1])
         super().__init__(url, timeout, retries, judge_wait)
         self.concurrency = max(1, concurrency//int(os.environ.get('WORLD_SIZE') or 1))
-        self.batch, self.model = batch, f'edival@{self.urls[0]}'
-        self.encoded, self.cache = EncodedPictures('png'), cache
+        self.batch = batch
+        self.model = f'edival@{self.urls[0]}'
+        self.encoded = EncodedPictures('png')
+        self.cache = cache
 
     @cached_property
     def tools(self):
@@ -252,7 +259,10 @@ class RemoteTools(ToolsServer):
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #feef2b5c
 class _RemoteTool:
     "One of the tools behind a server; with a file that keeps its answers, it is also the engine that `Cached` asks."
-    def __init__(self, server, kind, cache=None): self.server, self.kind, self.cache = server, kind, cache
+    def __init__(self, server, kind, cache=None):
+        self.server = server
+        self.kind = kind
+        self.cache = cache
 
     @property
     def pixels(self): return int(self.server.about.get('pixels', EDIVAL_SIDE))
@@ -294,7 +304,8 @@ class _RemoteTool:
     def _send_piece(self, asks):
         urls = self.server.encoded([x for a in asks for x in a.images])
         places = {url: i for i, url in enumerate(dict.fromkeys(urls))}
-        shown, requests = iter(urls), []
+        shown = iter(urls)
+        requests = []
         for a in asks: requests.append(json.loads(a.text) | dict(pictures=[places[next(shown)] for _ in a.images]))
         body = dict(pictures=[url.partition(',')[2] for url in places], requests=requests)
         said = self.server.call('POST', f'/{self.kind}', body)
@@ -321,7 +332,10 @@ class LocalTools:
     ):
         words = read_edival_questions(questions) if questions else QUESTIONS
         self.asker = load_edival_vlm(vlm, questions=words, cache=cache, offline=offline)
-        self.detector, self.features, self.device, self.batch = detector, features, device, batch
+        self.detector = detector
+        self.features = features
+        self.device = device
+        self.batch = batch
         models = [weights_of(detector), self.asker.engine.model, weights_of(features)]
         self.model = ', '.join(models) + (f' asked {content_hash(words)[:12]}' if questions else '')
         self.urls = getattr(getattr(self.asker.engine, 'engine', self.asker.engine), 'urls', ())

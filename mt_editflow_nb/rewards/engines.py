@@ -104,7 +104,8 @@ class _RowNoise:
         self.temperature = temperature
 
     def __call__(self, input_ids, scores):
-        width, device = scores.shape[-1], scores.device
+        width = scores.shape[-1]
+        device = scores.device
         uniform = torch.stack([torch.rand(width, generator=g, device=device) for g in self.generators])
         gumbel = -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
         return scores.float()/self.temperature + gumbel
@@ -159,7 +160,9 @@ def _conversation(ask):
 @torch.inference_mode()
 def _answer_batch(model, processor, asks, identity):
     "Answer calls that differ in pictures, words and seeds alone."
-    t0, first, device = time.perf_counter(), asks[0], model.device
+    t0 = time.perf_counter()
+    first = asks[0]
+    device = model.device
     inputs = processor.apply_chat_template(
         [_conversation(a) for a in asks], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors='pt', processor_kwargs=dict(padding=True)).to(device)
@@ -237,8 +240,11 @@ class Local:
         one_of('quantize', quantize, (None, 'nf4'))
         _check_device(device)
         where = _checkpoint(name)
-        self.path, self.quantize, self.batch = str(where), quantize, batch
-        self.max_tokens, self.temperature = max_tokens, temperature
+        self.path = str(where)
+        self.quantize = quantize
+        self.batch = batch
+        self.max_tokens = max_tokens
+        self.temperature = temperature
         self.device = resolve_device(device)
         self.model = f'{Path(name).name}#{fingerprint(where)}' if isinstance(where, Path) else name
         if quantize: self.model += f'+{quantize}'

@@ -55,7 +55,8 @@ def update_pool(
     slots: dict, # name of a slot -> what the model gave
 ) -> list: # of names
     "What is in the picture after an edit."
-    object, new = slots.get('object'), slots.get('new')
+    object = slots.get('object')
+    new = slots.get('new')
     if kind == 'subject_add': return [*pool, new]
     if kind == 'subject_remove': return [name for name in pool if name != object]
     if kind == 'subject_replace': return [new if name == object else name for name in pool]
@@ -77,7 +78,8 @@ CHECK_PROMPT = (
     'second. Somebody asks for what stands between the last. Can an image editor do that, and is there one way to '
     'understand what is meant? Answer with yes or no and nothing else.\n<done>\n{done}\n</done>\n'
     '<things>\n{things}\n</things>\n<instruction>\n{instruction}\n</instruction>')
-MAX_THINGS, MAX_CHARACTERS = 10, 300   # names listed, characters of an instruction
+MAX_THINGS = 10         # names listed
+MAX_CHARACTERS = 300    # of an instruction
 
 # %% ../../nbs/rewards/04_instructions.ipynb #626915d5
 def read_things(
@@ -192,7 +194,10 @@ def list_things(
     asks = [Ask((np.asarray(d.image),), LIST_PROMPT) for d in drafts]
     for d, (names, calls) in zip(drafts, ask_and_parse(engine, asks, lambda reply: read_things(reply.text))):
         if names is None: d.fault = f'nothing could be listed ({calls[-1]["error"]})'
-        else: d.pool, d.first, d.ever = list(names), list(names), list(names)
+        else:
+            d.pool = list(names)
+            d.first = list(names)
+            d.ever = list(names)
 
 def _written(engine, drafts, kinds, seeds):
     "(instruction, slots) or None of each draft."
@@ -295,7 +300,8 @@ def write_sessions(
     counts: Counter = None, # gets the numbers of instructions 'written', 'refused' and 'unreadable'
 ): # yields (path, `Session`, or a text that says why there is none)
     "Write instructions for pictures. Raises `InputError` where the server stays away."
-    weights, counts = weights or dict.fromkeys(EDIT_FORMS, 1), Counter() if counts is None else counts
+    weights = weights or dict.fromkeys(EDIT_FORMS, 1)
+    counts = Counter() if counts is None else counts
     for kind in weights: one_of('type', kind, EDIT_FORMS)
     ids = list(pictures)
     for k in range(0, len(ids), batch):

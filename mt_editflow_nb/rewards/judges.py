@@ -148,7 +148,8 @@ def _limit(engine, ask):
 
 def _parsed(parse, ask, reply, limit):
     "(what was parsed or None, the call as a dict)"
-    parsed, error = None, reply.error
+    parsed = None
+    error = reply.error
     if not error:
         try: parsed = parse(reply)
         except InputError: raise
@@ -161,7 +162,8 @@ def _parsed(parse, ask, reply, limit):
 
 def _ask_until_parsed(engine, asks, parse):
     "Ask, parse, and ask again what was answered but could not be parsed: for each ask (parsed or None, calls)."
-    results, todo = [(None, []) for _ in asks], list(range(len(asks)))
+    results = [(None, []) for _ in asks]
+    todo = list(range(len(asks)))
     for n in range(RETRIES + 1):
         if not todo: break
         again = [_attempt(asks[i], n) for i in todo]
@@ -265,7 +267,8 @@ def checklist(
     written = dict(zip(distinct, ask_and_parse(engine, asks, lambda r: read_questions(r.text))))
     todo = [(n, q) for n, t in enumerate(texts) for q in written[t][0] or ()]
     asks = [Ask(items[n].images, prompt(prompts, items[n], 'yes_no', q), max_tokens=8) for n, q in todo]
-    scores, calls = [[] for _ in items], [list(written[t][1]) for t in texts]
+    scores = [[] for _ in items]
+    calls = [list(written[t][1]) for t in texts]
     for (n, _), (parsed, c) in zip(todo, ask_and_parse(engine, asks, lambda r: read_yes_no(r.text))):
         scores[n].append(parsed)
         calls[n] += c

@@ -34,7 +34,8 @@ def check_settings_of(
     known = {k: p for k, p in signature.items() if p.kind is p.KEYWORD_ONLY}
     for name, value in settings.items():
         one_of('judge_options', name, known)
-        kind, default = known[name].annotation, known[name].default
+        kind = known[name].annotation
+        default = known[name].default
         fine = default is None if value is None else _is_of_kind(name, value, kind)
         expect(fine, f'judge_options: {name}', _kinds[kind], value)
 

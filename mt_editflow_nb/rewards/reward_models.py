@@ -134,7 +134,9 @@ class RewardHeads:
         device: str = 'auto',    # 'auto' is the GPU where there is one
         batch: int = 8,          # calls at a time
     ):
-        self.kind, self.name, self.batch = kind, name, batch
+        self.kind = kind
+        self.name = name
+        self.batch = batch
         self.questions = head_questions(kind, questions)
         local = (Path(name)/'config.json').is_file()
         self.base = base or (name if local else HEAD_MODELS[kind].base)
@@ -162,7 +164,8 @@ class RewardHeads:
         asks: list, # of `Ask`
     ) -> list:      # of `Reply`
         "Numbers as texts, in batches of one head and one number of pictures."
-        groups, replies = {}, [None]*len(asks)
+        groups = {}
+        replies = [None]*len(asks)
         for i, a in enumerate(asks): groups.setdefault((a.text.partition('\n')[0], len(a.images)), []).append(i)
         with self._lock:
             for (reward, _), where in groups.items():
@@ -175,7 +178,8 @@ class RewardHeads:
         t0 = time.perf_counter()
         inputs = self.loaded.inputs([a.images for a in asks], [a.text.partition('\n')[2] for a in asks])
         numbers = self.loaded(inputs, HEAD_MODELS[self.kind].rewards[reward][0])
-        seconds, tokens = (time.perf_counter() - t0)/len(asks), inputs['attention_mask'].sum(1).tolist()
+        seconds = (time.perf_counter() - t0)/len(asks)
+        tokens = inputs['attention_mask'].sum(1).tolist()
         return [Reply(f'{x:.6f}', tokens=n, seconds=seconds) for x, n in zip(numbers, tokens)]
 
 # %% ../../nbs/rewards/01b_reward_models.ipynb #1ebd5276
@@ -188,7 +192,10 @@ class LoadedHeads:
         tokenizer,   # that knows `REWARD_TOKEN`
         images,      # the base model's image processor
     ):
-        self.model, self.heads, self.tokenizer, self.images = model, heads, tokenizer, images
+        self.model = model
+        self.heads = heads
+        self.tokenizer = tokenizer
+        self.images = images
         self.reward_id, self.image_id = tokenizer.convert_tokens_to_ids([REWARD_TOKEN, '<|image_pad|>'])
 
     def inputs(
@@ -213,7 +220,8 @@ class LoadedHeads:
         head: str,    # its name, such as 'rm_heads.head_0'
     ) -> list: # of N numbers, without bounds
         "The mean that a head gives to each row. Raises `InputError` unless each has one `REWARD_TOKEN`."
-        ids, mask = inputs['input_ids'], inputs['attention_mask']
+        ids = inputs['input_ids']
+        mask = inputs['attention_mask']
         embeds = self.model.get_input_embeddings()(ids)
         grid = inputs['image_grid_thw']
         seen = self.model.model.get_image_features(inputs['pixel_values'].to(embeds.dtype), grid)
@@ -243,7 +251,8 @@ def load_reward_model(
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     try:
         folder = Path(name) if Path(name).is_dir() else _downloaded(name)
-        config, tokenizer = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base)
         images = Qwen2VLImageProcessorPil.from_pretrained(base, min_pixels=REWARD_MODEL_PIXELS,
                                                           max_pixels=REWARD_MODEL_PIXELS)
     except (OSError, ValueError) as e: raise InputError(f'judge: {name} cannot be loaded: {one_line(e)[:300]}') from e

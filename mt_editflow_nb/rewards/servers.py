@@ -12,7 +12,7 @@ __all__ = ['PICTURE_FORMATS', 'SERVED_FACTS', 'data_url', 'EncodedPictures', 'pr
 import asyncio, base64, hashlib, io, json, math, os, re, socket, ssl, sys, threading, time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from http import HTTPStatus
 from importlib.util import find_spec
 from operator import attrgetter
@@ -46,7 +46,10 @@ class EncodedPictures:
         capacity: int = 256 << 20, # bytes of URLs that are kept
     ):
         one_of('picture', format, PICTURE_FORMATS)
-        self.format, self.capacity, self.size, self.urls = format, capacity, 0, OrderedDict()
+        self.format = format
+        self.capacity = capacity
+        self.size = 0
+        self.urls = OrderedDict()
         self.encoded = 0           # how many were, so far
 
     def __call__(
@@ -185,13 +188,15 @@ class Unreachable(Exception):
 
 def _line(e):
     "A message in one short line, without the key."
-    text, key = one_line(e), os.environ.get('OPENAI_API_KEY')
+    text = one_line(e)
+    key = os.environ.get('OPENAI_API_KEY')
     if key: text = text.replace(key, '***')                 # before it is cut: half a key is a secret, too
     return text[:200]
 
 def _text_of(message):
     "The words of an answer, which some servers send as a list of parts."
-    content, refusal = getattr(message, 'content', None), getattr(message, 'refusal', None)
+    content = getattr(message, 'content', None)
+    refusal = getattr(message, 'refusal', None)
     if isinstance(content, list):
         said = [part.get('text') for part in content if isinstance(part, dict)]
         content = ''.join(text for text in said if isinstance(text, str))
@@ -215,10 +220,12 @@ def choice_probs(
 ) -> dict:          # None where they cannot be read
     "The probability of each choice to be the first token of an answer."
     if not isinstance(likely, list): return None
-    tops, probs = getattr(likely[0], 'top_logprobs', None) or likely[:1], {}
+    tops = getattr(likely[0], 'top_logprobs', None) or likely[:1]
+    probs = {}
     if not isinstance(tops, list): return None
     for top in tops:
-        word, value = token_text(top), getattr(top, 'logprob', None)
+        word = token_text(top)
+        value = getattr(top, 'logprob', None)
         if word not in choices: continue
         if not isinstance(value, (int, float)) or not value <= .01: return None   # also NaN; 0 may be rounded up
         probs[word] = probs.get(word, 0.) + math.exp(max(value, -1e4))
@@ -233,7 +240,8 @@ def read_completion(
     choices = getattr(out, 'choices', None)
     message = getattr(choices[0], 'message', None) if isinstance(choices, list) and choices else None
     if message is None: return Reply(error='the server answered with something that is no chat completion')
-    choice, text = choices[0], _text_of(message)
+    choice = choices[0]
+    text = _text_of(message)
     tokens = getattr(getattr(out, 'usage', None), 'total_tokens', None)
     tokens = tokens if isinstance(tokens, int) else 0
     ended = getattr(choice, 'finish_reason', None)
@@ -386,7 +394,9 @@ class Patience:
 class _Presence:
     "Which of a server's addresses somebody answers at."
     def __init__(self, server, clients):
-        self.server, self.clients, self.lock = server, clients, asyncio.Lock()
+        self.server = server
+        self.clients = clients
+        self.lock = asyncio.Lock()
 
     async def lost(self, client, error):
         "A call has failed: is the server gone? One that is there and too slow is asked last for a while."
@@ -411,7 +421,8 @@ class _Presence:
 
     async def wait(self):
         "Wait until an address answers; False after `judge_wait` seconds, and then for the rest of the batch."
-        server, patience = self.server, Patience()
+        server = self.server
+        patience = Patience()
         async with self.lock:
             why = '; '.join(f'{url}: {cause}' for url, cause in server.absent.items())
             while not server.away and not await self.look():
@@ -430,20 +441,25 @@ class _Client:
         retries = min(server.retries, 1) if several else server.retries
         key = os.environ.get('OPENAI_API_KEY') or 'none'
         self.http = AsyncOpenAI(base_url=url, api_key=key, max_retries=retries, timeout=server.timeout)
-        self.url, self.busy = url, 0
+        self.url = url
+        self.busy = 0
 
 # %% ../../nbs/rewards/00a_servers.ipynb #68371fa8
 class _Dispatcher:
     "The calls of one batch, in one event loop."
     def __init__(self, server):
-        self.server, self.gate = server, asyncio.Semaphore(server.concurrency)
+        self.server = server
+        self.gate = asyncio.Semaphore(server.concurrency)
         self.clients = [_Client(server, url) for url in server.urls]
-        self.presence, self.failures, self.last = _Presence(server, self.clients), 0, ''
+        self.presence = _Presence(server, self.clients)
+        self.failures = 0
+        self.last = ''
 
     async def ask(self, ask, pictures):
         "A reply, whatever happens; raises `InputError` for what no patience repairs."
         async with self.gate:
-            tried, error = [], ''
+            tried = []
+            error = ''
             while client := await self.pick(tried):
                 if self.failures >= self.server.give_up:
                     why = f'{self.failures} calls in a row had failed, the last with: {self.last}'
@@ -451,7 +467,9 @@ class _Dispatcher:
                 t0 = time.perf_counter()
                 client.busy += 1
                 try: reply = await ask_server(self.server, client.http, client.url, ask, pictures)
-                except Unreachable as e: reply, error = None, str(e)
+                except Unreachable as e:
+                    reply = None
+                    error = str(e)
                 finally: client.busy -= 1
                 if reply is not None: return self.counted(replace(reply, seconds=time.perf_counter() - t0))
                 if not await self.presence.lost(client, error): tried.append(client)
@@ -553,37 +571,36 @@ def agreed_facts(
     return different[0] if len(different) == 1 else {}
 
 # %% ../../nbs/rewards/00a_servers.ipynb #dd2f3b20
+@dataclass(eq=False)
 class Server:
     "A server that speaks OpenAI's chat protocol, or several that serve the same model."
-    def __init__(
-        self,
-        name: str,                         # the model, as the server calls it
-        url: str,                          # such as 'http://localhost:8000/v1'; several with commas between them
-        *,
-        concurrency: int = 16,             # calls on their way at once, of all processes of a run together
-        timeout: float = 120,              # seconds a try
-        retries: int = 5,                  # after bad luck, with growing pauses
-        give_up: int = 8,                  # calls that fail in a row until a server that is there counts as down
-        judge_wait: float = 1800,          # seconds that a server that is gone is waited for
-        picture: str = 'png',              # how pictures are sent, one of `PICTURE_FORMATS`
-        max_tokens: int = None,            # of every answer in words; None: what each way of asking takes
-        max_completion_tokens: int = None, # the same, under the name that newer servers want
-        temperature: float = None,         # of every answer in words; None: what each way of asking takes
-        top_logprobs: int = 20,            # likely tokens to ask for; some servers allow 5
-        extra_body: dict = None,           # more fields of the request
-        price: float = None,               # of a million tokens, for the log
-        progress: bool = False,            # a progress bar
-    ):
-        self.model, self.urls = name, server_urls(url)
-        check_request_settings(timeout, top_logprobs, extra_body or {})
-        self.concurrency = max(1, concurrency//int(os.environ.get('WORLD_SIZE') or 1))
-        self.timeout, self.retries, self.give_up, self.judge_wait = timeout, retries, give_up, judge_wait
-        self.max_tokens, self.max_completion_tokens, self.temperature = max_tokens, max_completion_tokens, temperature
-        self.top_logprobs, self.extra_body = top_logprobs, extra_body or {}
-        self.progress, self.price = progress, price
-        self.picture, self.pictures = picture, EncodedPictures(picture)
-        self.has_no_logprobs, self.places_pictures = False, True  # they come from /systemone; in its newer form
-        self.absent, self.slow = {}, {}  # addresses: why nobody is there; until when one is asked last
+    model: str                         # its name, as the server calls it
+    url: InitVar[str]                  # such as 'http://localhost:8000/v1'; several with commas between them
+    _: KW_ONLY
+    concurrency: int = 16              # calls on their way at once, of all processes of a run together
+    timeout: float = 120               # seconds a try
+    retries: int = 5                   # after bad luck, with growing pauses
+    give_up: int = 8                   # calls that fail in a row until a server that is there counts as down
+    judge_wait: float = 1800           # seconds that a server that is gone is waited for
+    picture: str = 'png'               # how pictures are sent, one of `PICTURE_FORMATS`
+    max_tokens: int = None             # of every answer in words; None: what each way of asking takes
+    max_completion_tokens: int = None  # the same, under the name that newer servers want
+    temperature: float = None          # of every answer in words; None: what each way of asking takes
+    top_logprobs: int = 20             # likely tokens to ask for; some servers allow 5
+    extra_body: dict = None            # more fields of the request
+    price: float = None                # of a million tokens, for the log
+    progress: bool = False             # a progress bar
+
+    def __post_init__(self, url):
+        self.urls = server_urls(url)
+        self.extra_body = self.extra_body or {}
+        check_request_settings(self.timeout, self.top_logprobs, self.extra_body)
+        self.concurrency = max(1, self.concurrency//int(os.environ.get('WORLD_SIZE') or 1))
+        self.pictures = EncodedPictures(self.picture)
+        self.has_no_logprobs = False  # they come from /systemone
+        self.places_pictures = True   # in its newer form
+        self.absent = {}              # address -> why nobody is there
+        self.slow = {}                # address -> until when it is asked last
         self.away = ''                # why there was nobody when patience ended
         self.stopped = threading.Event()
 

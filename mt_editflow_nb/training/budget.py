@@ -108,7 +108,8 @@ def weightless_editor(
     with torch.device('meta'):
         transformer = getattr(diffusers, TRANSFORMER_CLASSES[family]).from_config(configs['transformer'])
     torch.nn.Module.to(transformer, dtype)          # diffusers' own `to` warns of what matters only with weights
-    editor, pipe = object.__new__(FAMILIES[family]), object.__new__(getattr(diffusers, family))
+    editor = object.__new__(FAMILIES[family])
+    pipe = object.__new__(getattr(diffusers, family))
     pipe.__dict__.update(transformer=transformer.requires_grad_(False), vae_scale_factor=configs['token']//2,
                          vae=SimpleNamespace(device=torch.device('meta')))
     adopt_pipeline(editor, pipe, size, 1. if configs.get('distilled') else guidance)
@@ -122,7 +123,8 @@ def weightless_text(
     rows: int = 1, # N
 ) -> Text:
     "Encoded instructions, as shapes without numbers."
-    config, dtype = editor.transformer.config, editor.transformer.dtype
+    config = editor.transformer.config
+    dtype = editor.transformer.dtype
     pooled = 'pooled_projection_dim' in config       # FLUX.1, whose guidance is embedded
     def text():
         return Text(torch.empty(rows, words, config.joint_attention_dim, dtype=dtype),
@@ -141,7 +143,10 @@ class SavedTensors:
         transformer,   # to be profiled
         sequence: int, # length of the sequence that attention runs over
     ):
-        self.sequence, self.kept, self.blocks, self.inside = sequence, {}, [], False
+        self.sequence = sequence
+        self.kept = {}
+        self.blocks = []
+        self.inside = False
         self.parameters = {id(p) for p in transformer.parameters()}
         named = [m for n, m in transformer.named_modules() if n.count('.') == 1 and 'blocks' in n]
         self.hooks = [m.register_forward_pre_hook(self._enter, with_kwargs=True) for m in named]
@@ -184,7 +189,8 @@ def profile_row(
     `activations` and `checkpointed` are the bytes kept without and with gradient checkpointing; the backward pass
     itself works on `working` more."""
     from torch.utils.flop_counter import FlopCounterMode
-    (L, C), device = editor.latent_shape, editor.device
+    L, C = editor.latent_shape
+    device = editor.device
     x, image = (torch.empty(1, L, C, device=device) for _ in range(2))
     sigma = torch.full((1,), .5, device=device)
     sequence = text.embeds.shape[1] + 2*L
@@ -208,7 +214,8 @@ def weight_bytes(
     within: str = '', # only layers whose name holds this are quantised
 ) -> int:
     "Bytes of a model's weights, in NF4 (arXiv 2305.14314, without double quantisation) or unquantised."
-    kept, quantised = _in_16_bits(model), 0
+    kept = _in_16_bits(model)
+    quantised = 0
     for name, m in model.named_modules():
         if not nf4 or not isinstance(m, torch.nn.Linear) or within not in name or 'lora_' in name: continue
         if not set(kept) & set(name.split('.')): quantised += m.weight.numel()
@@ -256,7 +263,8 @@ def count_rows(
     """Rows that pass through the transformer in an iteration, a mean over a run's iterations.
 
     `trained` ones pass forward and backward, others forward."""
-    P, members = c.sessions_per_iteration, c.sessions_per_iteration*c.group
+    P = c.sessions_per_iteration
+    members = c.sessions_per_iteration*c.group
     if c.algorithm == 'sft':                                              # sampled: inputs that are the editor's own
         return dict(sampled=P*(turns - 1)*c.exposure_turns*c.num_steps, trained=members*turns, compared=0)
     sampled = members*turns
@@ -381,7 +389,8 @@ def latents_a_turn(
 
 def _rollout_bytes(c, configs, profile, turns, element) -> int:
     "Bytes that the rollouts of an iteration keep for training: latents, and the encoded instructions."
-    (L, C), N = profile.latent_shape, count_rollouts(c)
+    L, C = profile.latent_shape
+    N = count_rollouts(c)
     sees = 'Qwen' in configs['pipeline']      # its texts are those of one picture, which members share at first
     a_text = profile.text_numbers*element*(2 if sees and profile.passes > 1 else 1)
     texts = c.sessions_per_iteration + (turns - 1)*(N if sees else c.sessions_per_iteration)
@@ -398,7 +407,9 @@ def memory_by_component(
     real,    # bfloat16 on a card, or float32 on the CPU
 ) -> dict:   # part -> bytes
     "Bytes that a run holds on the card at its peak, by component."
-    row, adapter, size = profile.row, profile.adapter, profile.size
+    row = profile.row
+    adapter = profile.adapter
+    size = profile.size
     activations = c.batch*(row['checkpointed' if c.checkpointing else 'activations'] + row['working'])
     if c.quantize: activations += profile.largest_layer*element                     # one at a time is unpacked
     encoders = _text_encoder_bytes(c, configs, element, real)
@@ -457,6 +468,13 @@ def _flops_of_rows(rows, row, checkpointing):
     return forward*row['flops_forward'] + rows['trained']*row['flops_backward']
 
 # %% ../../nbs/training/01_budget.ipynb #122a557e
+def _evaluated_row(c, size, configs, targets, real, row):
+    "What a row of the evaluation takes: that of training, or one of another size."
+    if not c.eval_size or c.eval_size == size: return row
+    expect(c.eval_size % configs['token'] == 0, 'eval_size', f"a multiple of {configs['token']}", c.eval_size)
+    return transformer_profile(str(c.editor), c.eval_size, c.guidance, c.lora_rank, targets, real).row
+
+# %% ../../nbs/training/01_budget.ipynb #de4d23df
 def plan(
     c,                  # a run's configuration, `Config`
     gpu: str = None,    # name of the card; None: the one found, else an H100
@@ -473,19 +491,17 @@ def plan(
     configs = editor_configs(c.editor)
     found = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     real = found is not None or str(c.editor) in PUBLISHED_EDITORS
-    element, size = 2 if real else 4, c.size or configs.get('size') or 1024
+    element = 2 if real else 4
+    size = c.size or configs.get('size') or 1024
     if_square = {(c.turns or 3, PREFERRED_SIZES.index((1024, 1024))): 1.}
     expect(size % configs['token'] == 0, 'size', f"a multiple of {configs['token']}", size)
     targets = c.lora_targets if isinstance(c.lora_targets, str) else tuple(c.lora_targets)
     longest, turns, shape, share = worst_and_mean(kinds or if_square, size, configs['token'])
     profile = transformer_profile(str(c.editor), size, c.guidance, c.lora_rank, targets, real, shape)
-    row, rows = profile.row, count_rows(c, turns)
+    row = profile.row
+    rows = count_rows(c, turns)
     flops = share*_flops_of_rows(rows, row, c.checkpointing)
-    evaluated = row
-    if c.eval_size and c.eval_size != size:
-        expect(c.eval_size % configs['token'] == 0, 'eval_size', f"a multiple of {configs['token']}", c.eval_size)
-        evaluated = transformer_profile(str(c.editor), c.eval_size, c.guidance, c.lora_rank, targets, real).row
-    evaluation = share*evaluation_rows(c, turns)*evaluated['flops_forward']
+    evaluation = share*evaluation_rows(c, turns)*_evaluated_row(c, size, configs, targets, real, row)['flops_forward']
     card = gpu or found or 'H100'
     speed = next((processes*v*UTILISATION[c.quantize] for k, v in PEAK_FLOPS.items() if k in card), None)
     memory = memory_by_component(c, configs, profile, longest, element, real)
@@ -536,7 +552,9 @@ def plan_text(
     p: dict, # from `plan`
 ) -> str:
     "A plan as text."
-    rows, total, count = p['rows'], sum(p['memory'].values()), p['processes']
+    rows = p['rows']
+    total = sum(p['memory'].values())
+    count = p['processes']
     trained = f"{p['parameters']/1e9:,.3f} billion parameters, {p['adapter']/1e6:,.1f} million trained"
     of_each = f' of each of {count} processes' if count > 1 else ''
     lines = [f"{p['editor']} at {p['size']}x{p['size']}: {trained}", '', f'memory{of_each}, GB']

@@ -96,7 +96,8 @@ def write_checkpoint(
 ) -> Path:            # the checkpoint's folder
     "Write `checkpoints/NNNNNN` whole or not at all. Raises `InputError`, naming the last good one, where that fails."
     folder = Path(run)/'checkpoints'
-    tmp, final = folder/f'.{iteration:06d}', folder/f'{iteration:06d}'
+    tmp = folder/f'.{iteration:06d}'
+    final = folder/f'{iteration:06d}'
     try:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -137,7 +138,9 @@ def checkpoint_damage(
     folder = Path(folder)
     try:
         state = json.loads((folder/'state.json').read_text())
-        iteration, parameters, tensors = state['iteration'], state['parameters'], folder/'state.safetensors'
+        iteration = state['iteration']
+        parameters = state['parameters']
+        tensors = folder/'state.safetensors'
         if type(iteration) is not int or type(parameters) is not int: return 'its state.json holds no whole numbers'
         if folder.name.isdigit() and iteration != int(folder.name): return f'its state.json says iteration {iteration}'
         if 'files' in state:                                            # of a transformer that processes share
@@ -145,7 +148,8 @@ def checkpoint_damage(
             return f'state/{wrong[0]} is not as written' if wrong else ''
         if 'sha256' in state and _sha256(tensors) != state['sha256']: return 'state.safetensors is not as written'
         with safe_open(str(tensors), 'pt') as f:
-            saved, found = (f.metadata() or {}).get('iteration'), sum(name.startswith('param.') for name in f.keys())
+            saved = (f.metadata() or {}).get('iteration')
+            found = sum(name.startswith('param.') for name in f.keys())
         if found != parameters: return f'its state.json says {parameters} trained tensors, there are {found}'
         if saved is not None and int(saved) != iteration: return f'its tensors are those of iteration {saved}'
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
@@ -158,7 +162,8 @@ def last_checkpoint(
     say=None, # called with a sentence for each newer one that is damaged
 ) -> Path:    # None: there is no checkpoint
     "The newest checkpoint that is as it was written. Raises `InputError` where there are some, but none is."
-    folders, wrong = sorted((Path(run)/'checkpoints').glob('[0-9]*'), reverse=True), []
+    folders = sorted((Path(run)/'checkpoints').glob('[0-9]*'), reverse=True)
+    wrong = []
     for folder in folders:
         problem = checkpoint_damage(folder)
         if problem:
@@ -254,7 +259,8 @@ def write_shared_checkpoint(
     "Write a checkpoint in all processes: each writes its pieces, then the first marks it as whole."
     from torch.distributed import checkpoint as dcp
     folder = Path(run)/'checkpoints'
-    tmp, final = folder/f'.{iteration:06d}', folder/f'{iteration:06d}'
+    tmp = folder/f'.{iteration:06d}'
+    final = folder/f'{iteration:06d}'
     def begin():
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -305,7 +311,10 @@ class RunState:
         run,            # its folder
         policy: Policy, # that is trained
     ):
-        self.c, self.run, self.policy, self.decay = c, Path(run), policy, c.ema
+        self.c = c
+        self.run = Path(run)
+        self.policy = policy
+        self.decay = c.ema
         self.average = [p.detach().clone() for p in policy.params] if c.ema else []
         self.iteration = self.saved = 0
 

@@ -26,7 +26,8 @@ def patch_change(
     H, W = before_NHWC.shape[-3:-1]
     shorter = min(H, W)
     size = max(min(4, shorter), shorter//across)
-    rows, columns = H//size, W//size
+    rows = H//size
+    columns = W//size
     squared = ((after_NHWC.astype(np.float32) - before_NHWC)**2).mean(-1)[..., :rows*size, :columns*size]
     patches = squared.reshape(*squared.shape[:-2], rows, size, columns, size)
     return np.sqrt(patches.mean((-1, -3)))
@@ -95,7 +96,8 @@ def hacking_signals(
     `identity` is a share for each turn; `spread`, `push` and, with `exact`, `gap` are a number for each reward."""
     first_PHWC = np.stack([np.asarray(s.image) for s in sessions])
     identity_T = identity_edits(first_PHWC, images_PGTHWC, reconstructed_PHWC, goes_on_PT).mean((0, 1))
-    rewards, adv = scores.rewards_PGTM.double(), adv_PGT.double()
+    rewards = scores.rewards_PGTM.double()
+    adv = adv_PGT.double()
     signals = dict(identity=[round(float(x), 6) for x in identity_T], spread={}, push={})
     for m, name in enumerate(scores.names):
         spread = within_groups(rewards[..., m]).clamp(min=0).sqrt().mean()
@@ -126,7 +128,8 @@ class Finding(NamedTuple):
 
 def _mean_with_error(values):
     "Mean, and square of its standard error; plain Python, since a log has a hundred of such windows for every row."
-    n, mean = len(values), fmean(values)
+    n = len(values)
+    mean = fmean(values)
     return mean, sum((x - mean)**2 for x in values)/(n - 1)/n if n > 1 else math.nan
 
 def change(
@@ -188,7 +191,8 @@ def _trade(first, last, smallest):
     def going(sign):
         return [n for n, (a, b, direction) in moved.items() if direction == sign and abs(b - a) > smallest/3]
     def say(names): return ', '.join(f'{n} {moved[n][0]:.3f} -> {moved[n][1]:.3f}' for n in names)
-    up, down = going(1), going(-1)
+    up = going(1)
+    down = going(-1)
     if up and down: yield 'trade', '/'.join(up + down), f'{say(up)} while {say(down)}'
 
 # %% ../../nbs/training/00_monitor.ipynb #f18dde88
@@ -213,6 +217,7 @@ def _with_held_out(rows, known=()):
     scored = [*known, *(r for r in rows if r.get('heldout_O') is not None)]
     return [max(scored, key=lambda r: r['heldout_O']), *scored[1:][-2:]] if scored else []
 
+# %% ../../nbs/training/00_monitor.ipynb #0894e36a
 def find_hacking(
     rows: list,            # of `metrics.jsonl`, in order
     window: int = 10,      # iterations that are averaged, at the start and now
@@ -221,13 +226,17 @@ def find_hacking(
     start: int = 0,        # rows that have been looked at before: what begins in them is not reported again
 ) -> list:                 # of `Finding`, each when it begins, not again while it lasts
     "Everything the monitor finds in a log. It depends on the rows alone, so a resumed run gives the same findings."
-    found, active, looked = [], set(), 0
+    found = []
+    active = set()
+    looked = 0
     evaluations = []
     for i in range(max(patience, start), len(rows) + 1):
-        evaluations, looked = _with_held_out(rows[looked:i], evaluations), i
+        evaluations = _with_held_out(rows[looked:i], evaluations)
+        looked = i
         seen = [*_nothing_to_learn(rows[i - patience:i]), *_held_out(evaluations, smallest)]
         if i >= 2*window:
-            first, last = rows[:window], rows[i - window:i]
+            first = rows[:window]
+            last = rows[i - window:i]
             for detect in (_identity, _collapse, _opposed, _gap, _trade): seen += detect(first, last, smallest)
         now = rows[i - 1]['iteration']
         if i > start: found += [Finding(now, name, text) for name, key, text in seen if (name, key) not in active]

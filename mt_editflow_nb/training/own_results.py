@@ -28,7 +28,8 @@ def keep_right_edits(
     exchange(len(edits))                                              # all are there
     parts = gather_to_first(edits)
     def write():
-        folder, together = Path(run)/'right'/f'{iteration:06d}', [edit for part in parts for edit in part]
+        folder = Path(run)/'right'/f'{iteration:06d}'
+        together = [edit for part in parts for edit in part]
         shutil.rmtree(folder, ignore_errors=True)                     # of the same iteration, made before
         if together: save_sessions(together, folder)
     from_first(write)
@@ -49,7 +50,8 @@ def without_damage(
 ) -> list:
     "The edits without those beyond Tukey's fence: they have lost far more consistency than others of their turn."
     def known(name): return np.array([e.meta.get(name, [np.nan])[0] for e in edits])
-    turn_E, lost_E = known('turn'), known('consistency_lost')
+    turn_E = known('turn')
+    lost_E = known('consistency_lost')
     damaged_E = np.zeros(len(edits), bool)
     for turn in np.unique(turn_E[~np.isnan(lost_E)]):
         here_E = turn_E == turn

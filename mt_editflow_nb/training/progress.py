@@ -34,7 +34,8 @@ class PhaseClock:
     def seconds(self) -> dict: # of the whole iteration, and of its phases
         "Seconds by phase. `judge` is only the wait for scores, not the time that overlaps with sampling."
         end = time.monotonic()
-        sampled, trained = self.sampled_until or self.start, self.trained_from or end
+        sampled = self.sampled_until or self.start
+        trained = self.trained_from or end
         split = dict(seconds=end - self.start, rollout=sampled - self.start, judge=trained - sampled,
                      training=end - trained)
         return {k: round(v, 3) for k, v in split.items()}
@@ -44,7 +45,8 @@ def clocked(
     editor, # from `load_editor`
 ):          # yields a `PhaseClock`
     "A context that measures when an editor's `velocity` is called."
-    clock, velocity = PhaseClock(), editor.velocity
+    clock = PhaseClock()
+    velocity = editor.velocity
     def clocked_velocity(x, sigma, text, image):
         clock.begins()
         v = velocity(x, sigma, text, image)

@@ -42,7 +42,8 @@ EDGE_BYTES = 1 << 25    # bytes at each end of a large file that its fingerprint
 def _edges(file: Path):
     "Size and both ends of a file, enough to distinguish two sets of weights; all of a small file."
     with open(file, 'rb') as f:
-        first, size = f.read(EDGE_BYTES), file.stat().st_size
+        first = f.read(EDGE_BYTES)
+        size = file.stat().st_size
         f.seek(max(EDGE_BYTES, size - EDGE_BYTES))
         return size, first, f.read(EDGE_BYTES)
 
@@ -114,7 +115,8 @@ def config_differences(
     new: Config,    # another
 ) -> list:          # of texts such as 'seed is 0 there and 1 here'
     "The settings in which two configurations differ."
-    there, here = stored.model_dump(), new.model_dump()
+    there = stored.model_dump()
+    here = new.model_dump()
     return [f'{k} is {there[k]!r} there and {here[k]!r} here' for k in sorted(here) if there[k] != here[k]]
 
 _CHANGED = dict(sessions='other sessions to train on', heldout='other held-out sessions', editor='another editor',
@@ -178,7 +180,8 @@ def note_environment(
 ) -> list: # sentences for the user, none if nothing has changed
     "Record the versions and threads under which a run resumes, if they differ from those it was begun with."
     file = Path(run)/'config.json'
-    stored, now = read_json(file), environment()
+    stored = read_json(file)
+    now = environment()
     last = [stored.get('environment') or {}, *stored.get('resumed', ())][-1]
     changed = [k for k in now if last.get(k) != now[k]]
     if not changed: return []
@@ -199,7 +202,8 @@ def cut_log(
     start: int, # the iteration that is next
 ) -> list:      # iterations before `start` that the log lacks
     "Drop the lines of iterations from `start` on, and incomplete lines."
-    file, kept = Path(file), {}
+    file = Path(file)
+    kept = {}
     if file.is_file():
         for line in file.read_text(encoding='utf-8', errors='replace').splitlines():
             iteration = _iteration(line)
@@ -248,10 +252,16 @@ class FollowedRun:
         self._begin([], [])
 
     def _begin(self, logged, evaluated):
-        self.logged, self.evaluated, self.rows, self.place, self.merged = logged, evaluated, [], {}, 0
+        self.logged = logged
+        self.evaluated = evaluated
+        self.rows = []
+        self.place = {}
+        self.merged = 0
         self._look_again()
 
-    def _look_again(self): self.looked, self.findings = 0, []         # rows that are as they will stay; what is in them
+    def _look_again(self):
+        self.looked = 0
+        self.findings = []    # rows that are as they will stay; what is in them
 
     def _merge(self):
         "Take over new rows and new held-out scores."
@@ -268,7 +278,8 @@ class FollowedRun:
     def __call__(self) -> tuple: # (rows, `Finding`s)
         "The log as it is now."
         with self.lock:
-            logged, evaluated = self.metrics(), self.heldout()     # in this order: scores are there before the next row
+            logged = self.metrics()
+            evaluated = self.heldout()    # in this order: scores are there before the next row
             if logged is not self.logged or evaluated is not self.evaluated: self._begin(logged, evaluated)
             self._merge()
             stay = max(len(self.rows) - 1, 0)

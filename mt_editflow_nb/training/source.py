@@ -95,12 +95,14 @@ class SessionSource(NamedTuple):
     ) -> tuple: # (width, height)
         "The size of the largest pictures that training can meet, for which memory must suffice."
         if self.of_file == () or self.crop == 'square': return size, size
-        sizes, known = bucket_sizes(size, multiple), {bucket for (_, bucket), share in self.kinds.items() if share}
+        sizes = bucket_sizes(size, multiple)
+        known = {bucket for (_, bucket), share in self.kinds.items() if share}
         return max((sizes[bucket] for bucket in known or range(len(sizes))), key=prod)
 
 # %% ../../nbs/training/02_source.ipynb #2aceb8a1
 def _shape_world(c):
-    turns, make = c.turns or 3, WORLDS[c.sessions]
+    turns = c.turns or 3
+    make = WORLDS[c.sessions]
     def batch(iteration):
         return make(c.sessions_per_iteration, turns, 'train', seed=c.seed, start=iteration*c.sessions_per_iteration)
     heldout = make(c.eval_sessions, c.eval_turns or turns, 'heldout', seed=c.eval_seed)
@@ -178,7 +180,8 @@ def kind_batches(
 ): # iteration -> numbers of P sessions of one kind
     "Which sessions an iteration takes: a function of the seed and the iteration alone."
     if len(kinds) == 1: return lambda i: shuffled_part(len(train), i*P, P, seed)
-    turns, probabilities = turns_of(train), np.array([*kinds.values()])
+    turns = turns_of(train)
+    probabilities = np.array([*kinds.values()])
     of_kind = [np.flatnonzero((turns == t) & (buckets == b)) for t, b in kinds]
     one_bucket = len({b for _, b in kinds}) == 1
     seeds = [(t,) if one_bucket else (t, b) for t, b in kinds]      # as before there were buckets
@@ -210,7 +213,8 @@ def trained_part(
 ):                # `Sessions` that were trained on; None where that cannot be found out
     "The sessions that a run has trained on, without those of the file that it held out. Raises `InputError`."
     if config.get('streaming'): return None
-    data, heldout = config['sessions'], config.get('heldout')
+    data = config['sessions']
+    heldout = config.get('heldout')
     allow_outside = bool(config.get('allow_outside')) and not is_table(data)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                # what a run skips it has listed
@@ -221,7 +225,8 @@ def trained_part(
 
 def _held_out_of(sessions, c):
     "(sessions to train on, held-out sessions, their name)."
-    file, amount = Path(c.sessions).name, c.heldout
+    file = Path(c.sessions).name
+    amount = c.heldout
     if amount == 'training': return sessions, sessions, f'training sessions of {file} (nothing is held out)'
     if isinstance(amount, str):
         allow_outside = c.allow_outside and not is_table(amount)
@@ -252,7 +257,10 @@ class SkippingBatches:
         kind_of,       # of each session
         skipped: dict, # as for `readable_sessions`
     ):
-        self.train, self.numbers, self.kind_of, self.skipped = train, numbers, kind_of, skipped
+        self.train = train
+        self.numbers = numbers
+        self.kind_of = kind_of
+        self.skipped = skipped
 
     def __call__(
         self,
@@ -289,7 +297,8 @@ def small_kinds_warning(
 
 def _batches(train, c, skipped):
     "(iteration -> P sessions of one kind, how often each kind is taken, warnings)."
-    turns, buckets = turns_of(train), buckets_of(train, c.crop)
+    turns = turns_of(train)
+    buckets = buckets_of(train, c.crop)
     kinds = kind_weights(turns, buckets, c.turn_weights)
     notes = small_kinds_warning(turns, buckets, kinds, c.sessions_per_iteration)
     numbers = kind_batches(train, kinds, buckets, c.sessions_per_iteration, c.seed)
@@ -366,7 +375,8 @@ def _streamed(c):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                # what is skipped is listed in the run
         whole = open_sessions(c.heldout, same_turns=False, on_bad=c.on_bad)
-    heldout, broken = whole[:c.eval_sessions], {}
+    heldout = whole[:c.eval_sessions]
+    broken = {}
     skipped = {f'held out: {message}': message for message in whole.skipped}
     if c.on_bad == 'skip':
         heldout = [*readable_sessions(heldout, broken)]
@@ -396,7 +406,8 @@ def session_source(
                                  targets=c.algorithm not in RL)
         check_for_judge(c.judge, sessions, c.crop)
         train, heldout, name = _held_out_of(sessions, c)
-    heldout, skipped = heldout[:c.eval_sessions], {message: message for message in sessions.skipped}
+    heldout = heldout[:c.eval_sessions]
+    skipped = {message: message for message in sessions.skipped}
     if c.on_bad == 'skip':
         broken = {}
         heldout = [*readable_sessions(heldout, broken)]

@@ -167,7 +167,8 @@ def check_size(
 ):
     "The exact verifier reads pictures of one size. Raises `InputError` before anything is rolled out."
     for field in ('judge', 'eval_judge'):
-        name, size = getattr(c, field), c.eval_size if field == 'eval_judge' and c.eval_size else editor.size
+        name = getattr(c, field)
+        size = c.eval_size if field == 'eval_judge' and c.eval_size else editor.size
         expect(size == WORLD_SIDE or not name.startswith('verifier'), field,
                f"MODEL:MODE (the verifier reads the shape world's pictures of {WORLD_SIDE} pixels, the editor works "
                f'at {size})', name)
@@ -288,7 +289,8 @@ def log_iteration(
     evaluation: float, # seconds that the held-out sessions took before it
 ):
     "Append an iteration to the logs. Raises `InputError` where they cannot be written."
-    c, iteration = ctx.c, metrics['iteration']
+    c = ctx.c
+    iteration = metrics['iteration']
     metrics |= dict(lr=learning_rate(c, iteration))
     seconds = clock.seconds()
     edits = c.sessions_per_iteration*c.group*len(metrics.get('success', ()))
@@ -337,7 +339,8 @@ def run_evaluation(
     on_session=None, # called in the first process with (sessions done, sessions there are)
 ) -> tuple:          # (`Outcomes`, pictures of the first eight sessions, bool [I, T] or None: CC got no answer)
     "Evaluate an editor on held-out sessions, or go on doing so. The pictures are in the first process."
-    c, evaluated = ctx.c, []
+    c = ctx.c
+    evaluated = []
     first = processes()[0] == 0
     settings = dict(editor_name=str(c.editor), judge_name=c.eval_judge)
     with at_size(editor, c.eval_size):
@@ -421,7 +424,8 @@ def evaluate_heldout(
     state: RunState, # where it stands
 ):
     "Evaluate the adapter as it is now, if this iteration asks for it and it has not been done."
-    c, done = ctx.c, state.iteration
+    c = ctx.c
+    done = state.iteration
     if not (c.eval_every and done and done % c.eval_every == 0 and done < c.iterations): return
     file = ctx.run/'heldout.jsonl'
     rows = from_first(lambda: log_rows(file))
@@ -447,7 +451,8 @@ def fit_batch(
     source,         # its `SessionSource`
 ) -> Config:        # with the rows per transformer call that fit
     "On a card, the batch that a trial finds; elsewhere the one that the run remembers, or the one asked for."
-    file, editor = Path(run)/'batch.json', policy.editor
+    file = Path(run)/'batch.json'
+    editor = policy.editor
     longest = max((turns for (turns, _), share in source.kinds.items() if share), default=c.turns or 3)
     def trial(n):
         set_shape(editor, *source.largest_size(editor.size, editor.token_pixels))
@@ -509,12 +514,16 @@ def one_iteration(
     evaluation: float, # seconds that the held-out sessions took before it
 ) -> dict:             # its metrics
     "Train on the next sessions; log, save and draw what is due. Writing is not interrupted."
-    c, run, stop, i = ctx.c, ctx.run, ctx.stop, state.iteration
+    c = ctx.c
+    run = ctx.run
+    stop = ctx.stop
+    i = state.iteration
     sessions = ctx.source.batch(i)
     with clocked(state.policy.editor) as clock:
         step = step_of(c, i)(c, state.policy, sessions, ctx.judge, i)
     metrics, rolled, scores, adv_PGT = step
-    first, compares = processes()[0] == 0, i < first_imitation(c) and c.algorithm in RL
+    first = processes()[0] == 0
+    compares = i < first_imitation(c) and c.algorithm in RL
     if compares and first_imitation(c) < c.iterations: keep_right(ctx, sessions, step)
     usage = sum_statistics(judge_usage(scores, c.judge_options.get('price')), largest=())
     with failing_together(), stop.deferred():
@@ -532,6 +541,7 @@ def one_iteration(
                 ctx.trackers.show('rollouts', save_group_figure(run, i, sessions, rolled, scores, adv_PGT), i)
     return metrics
 
+# %% ../../nbs/training/04_train.ipynb #c62fdb34
 @contextmanager
 def saving_before_stop(
     stop: StopRequests, # of the run
@@ -667,7 +677,11 @@ class FirstBatch:
         print_estimate: bool, # after the first batch
     ):
         self.start = time.monotonic()
-        self.c, self.run, self.name, self.turns, self.print_estimate = c, run, name, turns, print_estimate
+        self.c = c
+        self.run = run
+        self.name = name
+        self.turns = turns
+        self.print_estimate = print_estimate
 
     def __call__(
         self,
@@ -738,7 +752,8 @@ def trained_content(
     run,   # its folder
 ) -> dict: # 'adapter' or 'transformer' -> its hash; empty where there is none
     "A fingerprint of what a run has trained."
-    adapter, whole = Path(run)/'lora'/ADAPTER_FILE, sorted((Path(run)/'transformer').glob('*.safetensors'))
+    adapter = Path(run)/'lora'/ADAPTER_FILE
+    whole = sorted((Path(run)/'transformer').glob('*.safetensors'))
     if adapter.is_file(): return dict(adapter=content_hash(adapter))
     return dict(transformer=content_hash(whole)) if whole else {}
 
@@ -780,7 +795,8 @@ def track_results(
 ):
     "Send the two evaluations and their pictures, once."
     if not ctx.trackers.started: return
-    c, folder = ctx.c, ctx.run/'rollouts'
+    c = ctx.c
+    folder = ctx.run/'rollouts'
     _, table = results_of(c, ctx.run, ctx.source)
     for (turn, metric), row in table.iterrows():
         ctx.trackers.log({f'{when}_{metric}': {turn: row[when]} for when in ('before', 'after')}, c.iterations)
