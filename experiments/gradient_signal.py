@@ -17,13 +17,15 @@ from types import SimpleNamespace
 import numpy as np, torch
 from safetensors.torch import load_file, save_file
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.algorithm.iterate import continuation, iterate, turn_advantages
+from mt_editflow_nb.algorithm.credit import draw_members
+from mt_editflow_nb.algorithm.imitation import member_scores
+from mt_editflow_nb.algorithm.iterate import iterate, turn_advantages
 from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.data.files import atomic_write, expect, to_json
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.lora import load_lora, save_lora
-from mt_editflow_nb.editing.noise import choose_levels, normal_noise
+from mt_editflow_nb.editing.noise import choose_levels, normal_noise, random_generator
 from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.rewards.cube import TurnScorer, load_judge
 
@@ -32,7 +34,7 @@ G = 8
 T = 3
 SKETCH = 2048
 DRAWS = dict(chains=2, branching=1)                                   # of noise for training, a level
-STRUCTURES = dict(chains='none', branching='random', best='best')     # the last for the ceiling of rewards alone
+STRUCTURES = ('chains', 'branching', 'best')                          # the last for the ceiling of rewards alone
 FIRST_SESSION = 100_000                                               # far from those that the run is trained on
 RULES = {'paper': dict(fusion='advantage', credit='broadcast'),
          'broadcast, adaptive': dict(fusion='adaptive', credit='broadcast', std='none'),
@@ -87,18 +89,26 @@ class RowGradients:
         ((off**2).mean((1, 2))/weight).sum().backward()
         return self.sketch_NX
 
+def draw_best(scorer, turn, keys):
+    "Of the members with the best weighted score of a turn, one at random, [P]."
+    score_PG = member_scores(make_config({}), scorer.of_turn(turn))[..., 0]
+    best_PG = (score_PG == score_PG.amax(1, keepdim=True)).double()
+    uniform_P = torch.tensor([random_generator(*key, 'goes on', turn).random() for key in keys])
+    return (best_PG.cumsum(1) <= uniform_P[:, None]*best_PG.sum(1, keepdim=True)).sum(1)
+
 def measure_batch(editor, structure, b, with_gradients=True):
     "Rewards, success and sketches of the gradients of a batch."
-    config = make_config(dict(branching=STRUCTURES[structure], credit='local'))
+    num_steps = make_config({}).num_steps
     sessions = shape_sessions(P, T, start=FIRST_SESSION + P*b)
     with TurnScorer(load_judge('verifier'), sessions, G, every_turn=True) as scorer:
-        made = rollout(editor, sessions, group=G, num_steps=config.num_steps, seed=1, iteration=b, on_turn=scorer,
-                       choose=continuation(config, scorer))
+        choose = dict(chains=None, branching=partial(draw_members, group=G), best=partial(draw_best, scorer))[structure]
+        made = rollout(editor, sessions, group=G, num_steps=num_steps, seed=1, iteration=b, on_turn=scorer,
+                       choose=choose)
         scores = scorer.scores(made.images_PGTHWC)
     kept = dict(rewards_PGTM=scores.rewards_PGTM, success_PGT=scores.success_PGT)
     if made.goes_on_PT is not None: kept['goes_on_PT'] = made.goes_on_PT
     if not with_gradients: return kept
-    levels_TP = torch.stack([choose_levels([(*key, 'train', t) for key in made.keys], config.num_steps, 1)[0]
+    levels_TP = torch.stack([choose_levels([(*key, 'train', t) for key in made.keys], num_steps, 1)[0]
                              for t in range(T)])
     sketch_DKPGTX = measure_sketches(editor, made, DRAWS[structure])
     return kept | dict(level_PT=levels_TP.T.contiguous(), sketch_DKPGTX=sketch_DKPGTX)
@@ -148,16 +158,30 @@ def mean_sketch(kept, levels, draws):
     "The mean sketch of each row and turn over some noise levels and draws of noise, [P, G, T, X]."
     return kept['sketch_DKPGTX'][:draws, list(levels)].float().mean((0, 1))
 
+def add_what_follows(rewards_PGTM, goes_on_PT):
+    """Turn branching: the member that went on is also paid what followed, the siblings' mean rewards of later turns.
+
+    What would have followed the others is not known; the mean over sessions takes its place."""
+    mean_PTM = rewards_PGTM.mean(1)
+    value_PTM = mean_PTM.flip(1).cumsum(1).flip(1) - mean_PTM
+    expected_TM = value_PTM.mean(0)
+    paid_PGTM = rewards_PGTM + expected_TM
+    p = torch.arange(len(goes_on_PT))[:, None]
+    paid_PGTM[p, goes_on_PT, torch.arange(goes_on_PT.shape[1])] += (value_PTM - expected_TM)[:, :-1]
+    return paid_PGTM
+
 def batch_gradients(batches, rule, members, branching, sketch=chosen_levels):
     "Gradients of groups of some members, [batches, groups of them out of 8, X], and the share of turns that count."
-    config = make_config(dict(branching='random' if branching else 'none', **rule))
+    follows = branching and rule['credit'] == 'to_go'
+    config = make_config(rule | dict(credit='local') if follows else rule)
     gradients = []
     counted = []
     for kept, first in product(batches, range(0, G, members)):
         part = slice(first, first + members)
         names = ('rewards_PGTM', 'success_PGT')
         scores = SimpleNamespace(**{name: kept[name][:, part] for name in names})
-        A_PGT = turn_advantages(config, scores, kept.get('goes_on_PT')).clamp(-config.adv_max, config.adv_max)
+        if follows: scores.rewards_PGTM = add_what_follows(scores.rewards_PGTM, kept['goes_on_PT'])
+        A_PGT = turn_advantages(config, scores).clamp(-config.adv_max, config.adv_max)
         sketch_PGTX = sketch(kept)[:, part].float()
         gradients.append(torch.einsum('pgt,pgtx->x', A_PGT, sketch_PGTX)/A_PGT.numel())
         counted.append((A_PGT != 0).float().mean())

@@ -71,35 +71,14 @@ def test_a_judge_of_turns_and_one_of_sessions_are_asked_alike():
     other = one_iteration(ByTurn(), **branching)
     assert torch.equal(one.scores.rewards_PGTM, other.scores.rewards_PGTM) and torch.equal(one.adv_PGT, other.adv_PGT)
 
-@pytest.mark.parametrize('rule', ['best', 'worst', 'failed'])
-def test_who_goes_on_is_chosen_by_score(rule):
-    _, made, scores, _ = one_iteration(branching=rule, credit='local')
-    fused_PGT = scores.rewards_PGTM@torch.tensor([.35, .65])
-    mixed = []
-    for p in range(2):
-        for t in range(2):
-            g = made.goes_on_PT[p, t]
-            of_members = fused_PGT[p, :, t]
-            failed = scores.success_PGT[p, :, t] == 0
-            mixed.append(failed.any() and not failed.all())
-            wanted = dict(best=of_members[g] == of_members.max(), worst=of_members[g] == of_members.min(),
-                          failed=failed[g] or not failed.any())
-            assert wanted[rule]
-    assert any(mixed)                                                     # where the rule has something to choose
-
 def test_advantages_by_hand():
-    "Two sessions, two members, two turns; only if counts. What follows turn 1 is worth .5 and .1, on average .3."
+    "Two sessions, two members, two turns; only if counts. Each turn compares the members that edited one picture."
     follow_PGT = torch.tensor([[[1., .8], [0., .2]], [[.4, 0.], [.6, .2]]])
     rewards_PGTM = torch.stack([follow_PGT, torch.ones_like(follow_PGT)], -1)
     scores = SimpleNamespace(rewards_PGTM=rewards_PGTM, success_PGT=(follow_PGT > .7).float())
-    goes_on_PT = torch.tensor([[0], [1]])
     settings = small | branching | dict(weights=[1, 0], std='none', fusion='reward')
-    local = turn_advantages(make_config(settings), scores, goes_on_PT)
+    local = turn_advantages(make_config(settings), scores)
     torch.testing.assert_close(local, torch.tensor([[[.5, .3], [-.5, -.3]], [[-.1, -.1], [.1, .1]]]))
-    to_go = turn_advantages(make_config(settings | dict(credit='to_go')), scores, goes_on_PT)
-    # (1 + .5, 0 + .3) and (.4 + .3, .6 + .1)
-    by_hand = torch.tensor([[[.6, .3], [-.6, -.3]], [[0., -.1], [0., .1]]])
-    torch.testing.assert_close(to_go, by_hand, rtol=1e-5, atol=1e-6)
 
 def test_the_monitor_compares_with_the_picture_that_was_edited():
     "A judge that is no verifier is compared with one that saw the same pictures."
@@ -111,9 +90,9 @@ def test_the_monitor_compares_with_the_picture_that_was_edited():
     assert signals['gap'] == {'if': 0, 'cc': 0}
 
 @pytest.mark.parametrize(('wrong', 'words'), [
-    (dict(branching='second', credit='local'), 'branching'),
+    (dict(branching='best', credit='local'), "branching: expected 'none' or 'random', received 'best'"),
     (dict(branching='random'), 'credit: expected'),
-    (dict(branching='random', credit='to_go', aggregation='last'), 'aggregation: expected'),
+    (dict(branching='random', credit='to_go'), 'credit: expected'),
     (dict(branching='random', credit='local', turns=1), 'branching: expected'),
     (dict(branching='random', credit='local', judge='tiny:logit:coarse'), 'judge: expected'),
     (dict(branching='random', algorithm='sft'), 'branching|credit')])
@@ -122,8 +101,7 @@ def test_refused_with_one_line(wrong, words):
     assert '\n' not in str(e.value)
 
 def test_resumed_with_the_same_numbers(tmp_path):
-    settings = dict(branching='failed', credit='to_go', group=2, iterations=2, save_every=1)
-    config = make_config(small | settings)
+    config = make_config(small | branching | dict(group=2, iterations=2, save_every=1))
     calls = []
     def stops(sessions, images):
         calls.append(1)

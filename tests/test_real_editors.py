@@ -4,8 +4,9 @@ import copied, numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
+from mt_editflow_nb.algorithm.batch import make_batch
 from mt_editflow_nb.algorithm.config import make_config
-from mt_editflow_nb.algorithm.iterate import grpo_terms, make_batch, sampling_options
+from mt_editflow_nb.algorithm.iterate import grpo_terms, sampling_options
 from mt_editflow_nb.algorithm.policy import Policy
 from mt_editflow_nb.data.shapeworld import shape_sessions, teacher_images
 from mt_editflow_nb.editing.loading import load_editor

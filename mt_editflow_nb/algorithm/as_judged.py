@@ -11,11 +11,12 @@ from ..editing.noise import torch_generator
 from ..editing.rollout import Rollout, rollout
 from ..rewards.cube import TurnScorer, scores_by_session
 from .config import Config
-from .iterate import (Batch, Iteration, choose_rows, count_losses, grpo_terms,
-                                              iteration_metrics, nft_terms, sampling_options, share_scores,
+from .batch import Batch
+from .iterate import (choose_rows, count_losses, grpo_terms, nft_terms, sampling_options,
                                               turn_advantages, turn_scorer)
+from .metrics import Iteration, iteration_metrics
 from .policy import Policy
-from .processes import failing_together
+from .processes import failing_together, gather_scores
 from .updates import Statistics, add_gradients, check_signal, follow_gradients, learning_rate
 
 # %% ../../nbs/algorithm/07a_as_judged.ipynb #15795535
@@ -59,7 +60,7 @@ def iterate_as_judged(
         learned = Statistics(iteration, most)
         add_gradients(policy, terms_as_judged(config, policy, sampled, scorer), most, learned)
         with failing_together(): scores = scorer.scores(sampled.images_PGTHWC)
-    scores, _ = share_scores(config, policy.editor.device, scores, sampled)
+    scores = gather_scores(scores, config.group, policy.editor.device)
 
     # follow their sum, now that the number of its rows is known
     adv_PGT = turn_advantages(config, scores)

@@ -21,7 +21,6 @@ from ..editing.lora import LORA_TARGETS
 from ..rewards.cube import check_judge_options, load_judge
 from ..rewards.judges import JOINT_REWARDS
 from .aggregation import AGGREGATIONS
-from .credit import BRANCHINGS
 from .fusion import CREDITS, FUSIONS, PRESETS, STDS
 
 # %% ../../nbs/algorithm/03_config.ipynb #518f2c29
@@ -89,8 +88,8 @@ class RolloutFields(BaseModel):
     keep: int | None = Field(None, ge=1, description=(
         'members per group that are trained on, those with the largest absolute advantages; None: all'))
     num_steps: int = Field(3, ge=1, le=1000, description='denoising steps, in rollouts and in evaluation')
-    branching: Literal[BRANCHINGS] = Field('none', description=(
-        "the member whose picture all members of a group edit next; 'none': each edits its own"))
+    branching: Literal['none', 'random'] = Field('none', description=(
+        "'random': all members of a group edit the picture of one drawn at random; 'none': each edits its own"))
     learn_as_judged: bool = Field(False, description=(
         'the update begins with sessions that have been judged, while others are still being judged'))
 
@@ -305,10 +304,8 @@ def check_branching(
 ):
     "Raises `InputError` for turn branching with what needs whole sessions of one member."
     if config.branching == 'none': return
-    expect(config.credit in ('local', 'to_go'), 'credit',
-           "'local' or 'to_go' with branching, where members share pictures and not sessions", config.credit)
-    expect(config.credit == 'local' or config.aggregation == 'mean', 'aggregation',
-           "'mean' for credit to_go with branching", config.aggregation)
+    expect(config.credit == 'local', 'credit', "'local' with branching, where members share pictures and not sessions",
+           config.credit)
     expect(config.turns != 1, 'branching', 'turns above 1, without which it has no effect', f'turns={config.turns}')
 
 def check_scored_turns(

@@ -9,11 +9,12 @@ __all__ = ['teacher_inputs', 'distillation_terms', 'distill']
 import numpy as np, torch
 from ..editing.noise import torch_generator
 from ..editing.rollout import Rollout, rollout, share_pictures
+from .batch import Batch, make_batch, noised_rows
 from .config import Config
-from .iterate import (Batch, Iteration, iteration_metrics, make_batch, noised_rows,
-                                              sampling_options, share_scores)
+from .iterate import sampling_options
+from .metrics import Iteration, iteration_metrics
 from .policy import Policy
-from .processes import failing_together
+from .processes import failing_together, gather_scores
 from .supervised import right_results, starting_pictures, unjudged
 from .updates import Statistics, gradient_step, learning_rate
 
@@ -77,5 +78,5 @@ def distill(
     scores = unjudged(adv_PGT)
     if not sessions[0].targets:
         with failing_together(): scores = judge(shard, sampled.images_PGTHWC)
-        scores, _ = share_scores(config, policy.editor.device, scores, sampled)
+        scores = gather_scores(scores, config.group, policy.editor.device)
     return Iteration(iteration_metrics(len(rows), learned, policy.passes, scores), sampled, scores, adv_PGT)

@@ -16,8 +16,9 @@ from ..editing.editor import set_shape
 from ..editing.noise import normal_noise, random_generator, session_keys, torch_generator
 from ..editing.rollout import Rollout, Shard, rollout, row_slices
 from ..rewards.cube import Scores
+from .batch import Batch
 from .config import Config
-from .iterate import Batch, Iteration
+from .metrics import Iteration
 from .policy import Policy
 from .processes import failing_together, processes, sum_statistics
 from .updates import Statistics, gradient_step, learning_rate
