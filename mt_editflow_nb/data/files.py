@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'first_line', 'lacking_memory',
-           'expect', 'one_of', 'unreadable', 'atomic_write', 'at_home', 'read_text', 'to_json', 'parse_json',
+           'expect', 'one_of', 'unreadable_file', 'atomic_write', 'at_home', 'read_text', 'to_json', 'parse_json',
            'read_json', 'parse_yaml', 'read_json_lines', 'log_rows', 'append_json_line', 'add_missing_lines',
            'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked', 'check_writable', 'image_size',
            'open_image', 'save_png', 'shipped', 'skip_url_grammar', 'duration_text']
@@ -63,7 +63,7 @@ def one_of(
     hint = f' (did you mean {close[0]!r}?)' if close else ''
     raise InputError(f'{field}: expected one of {", ".join(names)}, received {value!r}{hint}')
 
-def unreadable(
+def unreadable_file(
     path: str|Path, # of a file
     e: OSError,     # what the system said about it
 ) -> InputError:    # to raise
@@ -111,7 +111,7 @@ def read_text(
 ) -> str:
     "A file's text. Raises `InputError` with one line where the file is missing or is not UTF-8."
     try: return Path(path).read_text(encoding='utf-8-sig')
-    except OSError as e: raise unreadable(path, e) from None
+    except OSError as e: raise unreadable_file(path, e) from None
     except UnicodeDecodeError as e:
         raise InputError(f'{path}: expected UTF-8 text, received {e.reason} at byte {e.start}') from None
 
@@ -207,7 +207,7 @@ def read_json_lines(
 ) -> list:          # of dicts; half a line at the end, which a killed process leaves, is left out
     "The rows of a log. Raises `InputError` with file and row for any other line that is not a JSON object."
     try: lines = Path(path).read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n')
-    except OSError as e: raise unreadable(path, e) from None
+    except OSError as e: raise unreadable_file(path, e) from None
     return _json_rows(lines, path)
 
 def log_rows(
@@ -330,7 +330,7 @@ def _kind_and_bytes(x):
     if isinstance(x, Sequence): return 'list', b''.join(map(_digest, x))
     if isinstance(x, PurePath):
         try: return 'file', Path(x).read_bytes()
-        except OSError as e: raise unreadable(x, e) from None
+        except OSError as e: raise unreadable_file(x, e) from None
     if x is None or type(x) in (bool, int, float): return 'number', repr(x).encode()
     array = np.asarray(x)
     if array.dtype.hasobject: raise TypeError(f'content_hash: expected data, received {type(x).__name__}')

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from pydantic_core import from_json
 from .files import (ABSENT_IF_EMPTY, InputError, at_home, atomic_write, expect, image_size, one_line,
-                                       one_of, open_image, parse_json, read_text, unreadable)
+                                       one_of, open_image, parse_json, read_text, unreadable_file)
 from .sizes import FittedPicture, fit_picture
 
 # %% ../../nbs/data/01_sessions.ipynb #5ec1a1e1
@@ -424,7 +424,7 @@ class _Index:
 
     def read(self, folder, allow_outside):
         try: file = open(self.path, 'rb')
-        except OSError as e: raise unreadable(self.path, e) from None
+        except OSError as e: raise unreadable_file(self.path, e) from None
         with file:
             for row, line in enumerate(file, 1):
                 line = line.removeprefix(b'\xef\xbb\xbf') if row == 1 else line
