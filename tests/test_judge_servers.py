@@ -206,7 +206,7 @@ def test_a_gateway_is_not_the_server():
         assert '\n' not in said
         server.models = 200                                         # it stands behind a gateway that says it is there
         judge = load_judge(f'm@{server.url}:think', retries=0, judge_wait=0)
-        with pytest.raises(InputError, match=f'expected one that is ready, received m at {server.url}: a proxy or gate'):
+        with pytest.raises(InputError, match=f'expected one that is ready, received m at {server.url}: a proxy or'):
             judge.check_ready()
         with pytest.raises(InputError, match=f'most often at {server.url}: a proxy or gateway answered'):
             judge(shape_sessions(1, turns=1, seed=3), np.zeros((1, 1, 1, 48, 48, 3), np.uint8))

@@ -160,7 +160,8 @@ def test_without_a_good_checkpoint_nothing_is_loaded(tmp_path, whole, monkeypatc
     monkeypatch.setattr(mt_editflow_nb.training.train, 'load_editor', lambda *a, **kw: loaded.append(a))
     assert main(['--resume', str(run)]) == 2 and not loaded
     *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith('mtef_train: checkpoint: expected a checkpoint of this run, received ') and '000008: ' in last
+    assert last.startswith('mtef_train: checkpoint: expected a checkpoint of this run, received ')
+    assert '000008: ' in last
     with pytest.raises(InputError, match='checkpoint: expected a checkpoint of this run, received .*000008: ') as e:
         train(make_config(small), run, progress=False)
     assert '\n' not in str(e.value)
