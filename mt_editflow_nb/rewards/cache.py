@@ -275,8 +275,8 @@ def _adapted(engine, asks):
 
 # %% ../../nbs/rewards/00b_cache.ipynb #b60fd3a1
 def _unrecorded(path, new, by_key): # what to raise for calls that are not in a file
-    return InputError(f'cache: expected {path} to have recorded {len(by_key)} calls, received no answers to '
-                      f'{len(new)}, of which the first begins with {by_key[new[0]].text[:60]!r}')
+    return InputError(f'cache: expected answers to {len(by_key)} calls in {path}, received none to {len(new)}, '
+                      f'of which the first begins with {by_key[new[0]].text[:60]!r}')
 
 KEPT_AT_ONCE = 256   # calls; a killed run has kept all but the last of these
 
