@@ -47,7 +47,7 @@ def test_killed_and_resumed(tmp_path):
 
 def test_half_a_file_of_the_protocol_is_one_line(tmp_path):
     (tmp_path/'protocol.json').write_text('{"sessions": "ab')
-    with pytest.raises(InputError, match='not valid JSON'):
+    with pytest.raises(InputError, match='expected JSON, received'):
         evaluate(load_editor(), shape_sessions(2, 1, 'heldout'), load_judge('verifier'), folder=tmp_path, **how)
 
 def test_outcomes_of_earlier_versions(tmp_path):

@@ -402,7 +402,7 @@ def test_hub_answers():
     response = httpx.Response(404, request=httpx.Request('GET', 'https://huggingface.co'))
     cases = [(hub.GatedRepoError('x', response=response), ['https://huggingface.co/some/model', 'HF_TOKEN']),
              (hub.RepositoryNotFoundError('x', response=response), ['some/model', 'HF_TOKEN']),
-             (hub.EntryNotFoundError('x'), ['not an editing pipeline']),
+             (hub.EntryNotFoundError('x'), ['expected an editing pipeline', 'received some/model']),
              (hub.LocalEntryNotFoundError('x'), ['cannot be reached'])]
     for error, parts in cases:
         with hub_says(error), pytest.raises(InputError) as e: find_editor('some/model')
@@ -412,7 +412,7 @@ def test_other_bad_input(tmp_path, folder):
     (tmp_path/'model_index.json').write_text(json.dumps(dict(_class_name='StableDiffusionPipeline')))
     with pytest.raises(InputError, match='FluxKontextPipeline.*StableDiffusionPipeline'): load_editor(tmp_path)
     (tmp_path/'model_index.json').write_text('no json')
-    with pytest.raises(InputError, match='not the index'): load_editor(tmp_path)
+    with pytest.raises(InputError, match='expected the index of a pipeline, received'): load_editor(tmp_path)
     with patch('mt_editflow_nb.editing.loading.find_spec', lambda name: None), \
          pytest.raises(InputError, match='pip install bitsandbytes'): load_editor(folder, quantize='nf4')
     with pytest.raises(InputError, match='expected a multiple of'): load_editor(folder, size=SIZE + 1)

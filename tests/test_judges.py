@@ -111,7 +111,7 @@ def test_prose_around_the_json_is_read():
 def test_what_no_patience_repairs_stops_the_run(monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-very-secret')
     says = []
-    for status, part in ((401, 'refused the key'), (404, 'does not know')):
+    for status, part in ((401, 'received one that it refused'), (404, "knows, received 'm'")):
         says[:] = status, '{"error": {"message": "bad key sk-very-secret"}}'
         with Faulty(lambda n, body: tuple(says)) as server:
             with pytest.raises(InputError, match=part) as e: think(engine(server), [item()], PROMPTS)
@@ -184,11 +184,13 @@ def test_a_rerun_costs_no_call_and_samples_stay_samples(tmp_path):
         assert len(server.seen) == n
     offline = Judge(Cached(Server('m', server.url), tmp_path/'c.sqlite', offline=True), think)   # the server is gone
     assert offline(sessions, images).failed == 0
-    with pytest.raises(InputError, match='not recorded'): offline(sessions, images, seed=9)
+    with pytest.raises(InputError, match='expected answers to 72 calls in .*, received none to 72'):
+        offline(sessions, images, seed=9)
     with pytest.raises(InputError, match='nothing to replay'):
         Cached(Server('m', server.url), tmp_path/'none.sqlite', offline=True)
     (tmp_path/'text.sqlite').write_text('this is no database, but it is long enough to be mistaken for one ' * 20)
-    with pytest.raises(InputError, match='cannot be used'): Cached(Server('m', server.url), tmp_path/'text.sqlite')
+    with pytest.raises(InputError, match='expected a file of answers that can be used, received'):
+        Cached(Server('m', server.url), tmp_path/'text.sqlite')
 
 def _writer(url, path, start):
     Cached(Server('m', url, concurrency=4), path)([Ask((), f'question {i}') for i in range(start, start + 400)])
@@ -283,7 +285,8 @@ def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(
         fails_from[0] = 10**9
         assert main(['--resume', str(tmp_path/'down')]) == 0
     said = capfd.readouterr()
-    assert 'scores failed' in said.err and 'is not ready' in said.err and key not in said.out + said.err
+    assert 'scores failed' in said.err and 'expected one that is ready, received ' in said.err
+    assert key not in said.out + said.err
     files = [p for p in tmp_path.rglob('*') if p.is_file()]
     assert any(p.name == 'judge.sqlite' for p in files)
     assert not [p for p in files if key.encode() in p.read_bytes()]

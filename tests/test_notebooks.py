@@ -236,6 +236,38 @@ def place(name):
     "Where a chapter stands in reading order: its room, then its number and letter."
     return (ROOMS.index(name[0]), *re.match(r'(\d+)([a-z]*)_', modules[name].name).groups())
 
+# errors that are about no value: where they are raised, their words, and what they are about
+OTHER_ERRORS = [
+    ('ablation.sweeps.check_point', '{}{}', "whatever somebody's own cell raises"),
+    ('editing.editor.hub_errors', '{}: {} cannot be reached on the hub: {}', 'the network'),
+    ('evaluation.bench_scores.ask_benchmark.ask',
+     'judge: {}. What has been answered is kept; the same command goes on', 'a judge that stays away'),
+    ('rewards.instructions.write_sessions', 'vlm: {}; what it said is kept', 'a judge that stays away'),
+    ('rewards.servers.ask_server', 'judge: {} has no quota left: {}', 'an account'),
+    ('training.checkpoints.write_checkpoint', 'checkpoint: cannot write {}: {}; the last good one is {}', 'a disk'),
+    ('training.checkpoints._in_one_line', 'checkpoint: {}: process {}: {}', 'a disk, or what its caller says'),
+    ('training.checkpoints._in_one_line', 'checkpoint: {}: {}', 'a disk, or what its caller says'),
+    ('training.train.log_iteration', '{}: cannot be written ({})', 'a disk')]
+
+def worded_errors(node, place, passed=()):
+    "(place, words, values as {}) of the `InputError`s that have a text of their own and do not pass on another's."
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): place = f'{place}.{node.name}'
+    if isinstance(node, ast.ExceptHandler) and node.type and ast.unparse(node.type) == 'InputError':
+        passed = (*passed, node.name)
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == 'InputError':
+        parts = getattr(node.args[0], 'values', node.args[:1])
+        shown = [ast.unparse(part.value) for part in parts if isinstance(part, ast.FormattedValue)]
+        texts = [part.value for part in parts if isinstance(part, ast.Constant)]
+        if len(shown) + len(texts) == len(parts) and not set(shown) & set(passed):
+            yield place, ''.join(part.value if isinstance(part, ast.Constant) else '{}' for part in parts)
+    for child in ast.iter_child_nodes(node): yield from worded_errors(child, place, passed)
+
+def test_errors_say_what_was_expected_and_what_was_received():
+    found = [error for name in modules for error in worded_errors(syntax_tree(name), '.'.join(name))]
+    assert len(found) > 100
+    others = {(place, words) for place, words in found if not re.search('.: expected .+, received .', words)}
+    assert others == {(place, words) for place, words, _ in OTHER_ERRORS}
+
 @pytest.mark.parametrize('name', modules, ids='.'.join)
 def test_imports_earlier_chapters_only(name):
     later = [m for m in imported(name) if m != name and place(m) >= place(name)]

@@ -104,7 +104,8 @@ def test_bad_input_is_one_line(run, argv, words, capsys):
 def test_what_the_hub_refuses_is_one_line(run, monkeypatch, capsys):
     with fake_hub(monkeypatch, status=403): assert main([str(run), 'ada/edits', '--yes']) == 2
     err = capsys.readouterr().err
-    assert err.startswith('mtef_push: REPO: ada/edits cannot be written: ') and err.count('\n') == 1
+    assert err.startswith('mtef_push: REPO: expected a repository that can be written to, received ada/edits: ')
+    assert err.count('\n') == 1
     assert 'hf_of_this_test' not in err
 
 def test_the_best_adapter_is_published_with_its_own_numbers(tmp_path, capsys):

@@ -47,12 +47,12 @@ def deep_png(grey, transparent):
 def line(**changes): return json.dumps({k: v for k, v in (good | changes).items() if v != 'DROP'})
 
 bad_lines = {
-    '{"id": "b", ': ['not valid JSON'],
-    '[' * 100_000: ['not valid JSON'],
+    '{"id": "b", ': ['the line: expected JSON, received'],
+    '[' * 100_000: ['the line: expected JSON, received'],
     '["b", "ok.png", ["x", "y"]]': ['JSON object'],
     'null': ['JSON object'],
-    line(id='DROP'): ['`id`', 'missing'],
-    line(image='DROP'): ['`image`', 'missing'],
+    line(id='DROP'): ['`id`: expected a value, received none'],
+    line(image='DROP'): ['`image`: expected a value, received none'],
     line(id=None): ['`id`', 'None'],
     line(id=True): ['`id`', 'True'],
     line(id=1.5): ['`id`', '1.5'],
@@ -60,12 +60,12 @@ bad_lines = {
     line(id=''): ['`id`'],
     line(image=None): ['`image`', 'None'],
     line(image=3): ['`image`', '3'],
-    line(image='no.png'): ['no.png', 'there is none'],
-    line(image='cut.png'): ['cut.png', 'could not read'],
-    line(image='text.png'): ['text.png', 'could not read'],
-    line(image='flipped.png'): ['flipped.png', 'could not read'],
-    line(image='empty.png'): ['empty.png', 'could not read'],
-    line(image='folder.png'): ['folder.png', 'could not read'],
+    line(image='no.png'): ['no.png: expected an image file, received none'],
+    line(image='cut.png'): ['cut.png', 'expected an image, received one that cannot be read'],
+    line(image='text.png'): ['text.png', 'expected an image, received one that cannot be read'],
+    line(image='flipped.png'): ['flipped.png', 'expected an image, received one that cannot be read'],
+    line(image='empty.png'): ['empty.png', 'expected an image, received one that cannot be read'],
+    line(image='folder.png'): ['folder.png', 'expected an image, received one that cannot be read'],
     line(image='a\0b.png'): ['`image`', 'path'],
     line(instructions='x'): ['`instructions`', "'x'"],
     line(instructions={'1': 'x'}): ['`instructions`'],
@@ -109,8 +109,8 @@ def test_bad_line(folder, bad):
     assert message.startswith(f'{path}:3: ') and '\n' not in message and len(message) < 400 + 2*len(str(folder))
     assert all(part in message for part in bad_lines[bad]), message
 
-@pytest.mark.parametrize('content,part', [(None, 'cannot be read'), (b'', 'at least one session'),
-                                          (b'\n \n', 'at least one session'),
+@pytest.mark.parametrize('content,part', [(None, 'expected a file that can be read, received none'),
+                                          (b'', 'at least one session'), (b'\n \n', 'at least one session'),
                                           (b'{"id": "\xff"}', 'UTF-8')], ids=['missing', 'empty', 'blank', 'latin-1'])
 @pytest.mark.parametrize('load', [load_sessions, load_edival])
 def test_bad_file(tmp_path, load, content, part):
@@ -121,13 +121,13 @@ def test_bad_file(tmp_path, load, content, part):
     assert str(e.value).startswith(str(path)) and '\n' not in str(e.value)
 
 def test_folder_instead_of_file(tmp_path):
-    with pytest.raises(InputError, match='cannot be read'): load_sessions(tmp_path)
+    with pytest.raises(InputError, match='expected a file that can be read, received none'): load_sessions(tmp_path)
 
 def test_csv_without_rows(tmp_path):
     path = tmp_path/'edival.csv'
     path.write_text('image_index,turns,task_type,instructions,format_instructions,bg_consistency,unchanged_objects,'
                     'available_objects,all_objects\n')
-    with pytest.raises(InputError, match='no rows'): load_edival(path)
+    with pytest.raises(InputError, match='expected at least one session, received none'): load_edival(path)
 
 def test_files_as_other_programs_write_them(folder):
     "Byte order mark, Windows line ends, blank lines, no line end at the end, an integer as id."
@@ -194,7 +194,7 @@ def test_pictures_are_decoded_when_they_are_asked_for(folder):
     (folder/'s.jsonl').write_text(f'{line(image="cut.png")}\n{line(id="2")}')
     cut, good = load_sessions(folder/'s.jsonl', decode=False)
     assert good.image.size == (32, 32) and cut.instructions == ['x', 'y']
-    with pytest.raises(InputError, match='cut.png: expected an image, could not read it'): cut.image
+    with pytest.raises(InputError, match='cut.png: expected an image, received one that cannot be read'): cut.image
     Image.new('RGB', (16, 16), 'red').save(folder/'ok.png')
     assert good.image.size == (16, 16)                        # what is in the file now, not what was decoded before
 

@@ -135,7 +135,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(file, tmp_path):
     rows = [r for r in file.read_text().splitlines()]
     file.write_text('\n'.join([*rows, rows[0].replace('60x60-0', 'gone').replace('images/', 'images/not'), 'no json']))
     fields = dict(on_bad='skip', heldout=2)
-    with pytest.raises(InputError, match='not valid JSON'): session_source(config(file, heldout=2))
+    with pytest.raises(InputError, match='expected JSON, received'): session_source(config(file, heldout=2))
     source = session_source(config(file, **fields))
     assert len(source.skipped) == 2 and source.warnings[-1].startswith('sessions: 2 left out, the first: ')
     kept = {i: [s.id for s in source.batch(i)] for i in range(12)}
@@ -153,7 +153,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(file, tmp_path):
 def test_a_run_lists_what_it_has_left_out(file, tmp_path):
     file.write_text(file.read_text() + 'no json\n')
     experiment(config(file, on_bad='skip', iterations=1), tmp_path/'run', right_where_asked, progress=False)
-    assert (tmp_path/'run'/'skipped.txt').read_text().startswith(f'{file}:10: not valid JSON')
+    assert (tmp_path/'run'/'skipped.txt').read_text().startswith(f'{file}:10: the line: expected JSON, received')
 
 def test_the_command_leaves_out_what_cannot_be_used_and_lists_it(file, tmp_path, capsys):
     "A line that is no JSON, and a picture with a good head and no end; three of nine sessions are asked for with --n."
@@ -166,7 +166,7 @@ def test_the_command_leaves_out_what_cannot_be_used_and_lists_it(file, tmp_path,
     assert evaluate_command(argv) == 2 and capsys.readouterr().err.count('\n') == 1
     assert evaluate_command([*argv, '--on-bad', 'skip']) == 0
     said = capsys.readouterr()
-    assert f'2 sessions left out, the first: {file}:10: not valid JSON' in said.err
+    assert f'2 sessions left out, the first: {file}:10: the line: expected JSON, received' in said.err
     listed = (out/'skipped.txt').read_text().splitlines()
     assert len(listed) == 2 and broken.name in listed[1]
     assert '2 sessions of the file could not be used' in said.out and 'skipped.txt' in (out/'card.md').read_text()

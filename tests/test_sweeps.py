@@ -217,7 +217,8 @@ def test_wrong_files(folder, capsys):
     write_notebook(folder/'julia.ipynb', kernel='julia-1.9')
     notebooks = {name: spec(folder, name, notebook=f'{name}.ipynb') for name in ('bare', 'half', 'two', 'julia')}
     for path, words in ((folder/'list.yaml', ['fields and values']), (folder/'broken.yaml', ['expected YAML']),
-                        (folder/'latin.yaml', ['UTF-8']), (folder/'none.yaml', ['cannot be read']),
+                        (folder/'latin.yaml', ['UTF-8']),
+                        (folder/'none.yaml', ['expected a file that can be read, received none']),
                         (notebooks['bare'], ['`parameters`']), (notebooks['half'], ['expected a notebook']),
                         (notebooks['two'], ['alpha', 'papermill can read']),
                         (notebooks['julia'], ['kernel', "'julia-1.9'", 'python3'])):

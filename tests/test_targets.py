@@ -104,7 +104,8 @@ def test_sessions_in_parquet_are_batches_of_the_same_sessions(tmp_path):
     for i in range(4): assert content(lines.batch(i)) == content(table.batch(i))
     with pytest.raises(InputError, match='allow_outside'):
         session_source(make_config(dict(sessions=str(tmp_path/'table'), allow_outside=True)))
-    with pytest.raises(InputError, match='hf:no/such: cannot be read as a data set'): source('hf:no/such')
+    with pytest.raises(InputError, match='hf:no/such: expected a data set, received one that cannot be read'):
+        source('hf:no/such')
 
 def test_a_streamed_table_has_an_order_of_its_own_and_another_set_held_out(tmp_path):
     world = [*shape_sessions(5, 2, seed=3), *shape_sessions(4, 1, seed=4)]
@@ -135,7 +136,7 @@ def test_a_streamed_table_leaves_out_what_cannot_be_read(tmp_path):
     file = save_sessions(shape_sessions(3, 1, seed=7), tmp_path/'heldout')
     file.write_text(file.read_text() + 'no json\n')
     fields = dict(sessions=str(tmp_path/'table'), heldout=str(file), sessions_per_iteration=2, seed=1, streaming=True)
-    with pytest.raises(InputError, match='not valid JSON'): session_source(make_config(fields))
+    with pytest.raises(InputError, match='expected JSON, received'): session_source(make_config(fields))
     source = session_source(make_config(fields | dict(on_bad='skip')))
     ids = [s.id for i in range(6) for s in source.batch(i)]
     assert sorted(ids) == sorted(['0', '1', '3', '5']*3)                              # three epochs
@@ -176,5 +177,6 @@ def test_a_folder_as_the_hub_has_them_is_read_offline(tmp_path, monkeypatch):
         assert sorted(s.id for i in range(5) for s in source.batch(i)) == ['0', '1', '2', '3', '4']
         assert [s.id for s in source.heldout] == ['5', '6']
     for name in (f'hf:{hub}:valid', 'hf:owner/none'):
-        with pytest.raises(InputError, match='cannot be read as a data set') as e: open_sessions(name)
+        with pytest.raises(InputError, match='expected a data set, received one that cannot be read') as e:
+            open_sessions(name)
         assert '\n' not in str(e.value)

@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
         loss, stats = real(*args, **kw)
         return (loss*float('nan') if len(calls) == 11 else loss), stats
     monkeypatch.setattr(module, 'nft_loss', poisoned)
-    with pytest.raises(InputError, match='iteration 2: loss is not finite') as e:
+    with pytest.raises(InputError, match='iteration 2: loss: expected finite numbers, received nan or inf') as e:
         train(make_config(small | dict(train_timesteps=2)), tmp_path/'run', progress=False)
     assert last_checkpoint(tmp_path/'run').name == '000002' and '\n' not in str(e.value)
 
@@ -160,8 +160,9 @@ def test_without_a_good_checkpoint_nothing_is_loaded(tmp_path, whole, monkeypatc
     monkeypatch.setattr(mt_editflow_nb.training.train, 'load_editor', lambda *a, **kw: loaded.append(a))
     assert main(['--resume', str(run)]) == 2 and not loaded
     *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith('mtef_train: checkpoint: ') and '000008 is not a checkpoint of this run' in last
-    with pytest.raises(InputError, match='checkpoint: .*000008 is not a checkpoint of this run') as e:
+    assert last.startswith('mtef_train: checkpoint: expected a checkpoint of this run, received ')
+    assert '000008: ' in last
+    with pytest.raises(InputError, match='checkpoint: expected a checkpoint of this run, received .*000008: ') as e:
         train(make_config(small), run, progress=False)
     assert '\n' not in str(e.value)
 
@@ -183,14 +184,16 @@ def test_a_damaged_checkpoint_is_never_gone_on_from(whole, tmp_path, harm, name)
     harm(run/'checkpoints'/'000008'/name)
     assert last_checkpoint(run, said.append).name == '000006'
     line, = said
-    assert '000008 is not a checkpoint of this run' in line and 'going on from 000006' in line
+    assert 'expected a checkpoint of this run, received ' in line and '000008: ' in line
+    assert 'going on from 000006' in line
 
 def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(whole, tmp_path, capsys):
     run = copied(whole, tmp_path/'run')
     flip(run/'checkpoints'/'000008'/'state.safetensors')
     with one_thread(): train(make_config(small), run, progress=False)
     said = capsys.readouterr().err
-    assert '000008 is not a checkpoint of this run' in said and 'going on from 000006' in said
+    assert 'expected a checkpoint of this run, received ' in said and '000008: ' in said
+    assert 'going on from 000006' in said
     assert same_end(whole, run)
 
 def test_logs_that_are_not_whole(whole, tmp_path, capsys):
@@ -390,7 +393,7 @@ def test_what_the_editor_cannot_have_is_found_before_it_is_evaluated(tmp_path, c
 @pytest.mark.parametrize('options, said', [
     (dict(lora_rank=97), 'lora_rank: expected a whole number from 1 to 96'),
     (dict(lora_rank=2, lora_targets=['attn.to_x']), 'lora_targets: expected'),
-    (dict(attention_backend='flash'), 'attention_backend: flash cannot be used here'),
+    (dict(attention_backend='flash'), 'attention_backend: expected one that can be used here, received flash: '),
     (dict(lora_rank=2, lora_targets='attention', init_lora='other'), 'only layers that are trained here')])
 def test_what_does_not_fit_an_editor_is_found_before_weights_are_read(options, said, tmp_path, monkeypatch):
     "An adapter of all layers is no start for one of the attention alone."

@@ -372,8 +372,8 @@ def _explain(error: dict) -> str: # one line
         if expected.startswith(('greater', 'less')): expected = f'a number {expected}'
         return f'{name}: expected {expected}, received {error["input"]!r}'
     near = difflib.get_close_matches(name, [*Config.model_fields, 'preset'], 1)
-    hint = f'did you mean `{near[0]}`?' if near else f'expected one of {", ".join(Config.model_fields)}, preset'
-    return f'{name}: unknown parameter, {hint}'
+    if near: return f'{name}: expected a setting of a run, received an unknown parameter (did you mean {near[0]!r}?)'
+    return f'{name}: expected one of {", ".join(Config.model_fields)}, preset, received an unknown parameter'
 
 def _check_judge(prefix, name, options):
     "The judge of a name, of training or of evaluation. Raises `InputError`, naming the field, where it is of no use."

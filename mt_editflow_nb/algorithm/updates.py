@@ -42,7 +42,8 @@ def require_finite(
 ):
     "Raises `InputError` where a number is NaN or infinite: the run stops before it spoils the adapter."
     if torch.as_tensor(x).isfinite().all(): return
-    raise InputError(f'iteration {iteration}: {name} is not finite (nan or inf); the last checkpoint is kept')
+    raise InputError(f'iteration {iteration}: {name}: expected finite numbers, received nan or inf; '
+                     'the last checkpoint is kept')
 
 # %% ../../nbs/algorithm/06_updates.ipynb #54a3ce1f
 class Statistics:
@@ -112,8 +113,8 @@ def follow_gradients(
         policy.optimizer.step()
         statistics.largest('grad_norm', float(norm))
         if broken := policy.broken_tensor():
-            raise InputError(f'iteration {statistics.iteration}: the update left {broken} not finite (nan or inf); '
-                             'the last checkpoint is kept')
+            raise InputError(f'iteration {statistics.iteration}: {broken}: expected finite numbers after the update, '
+                             'received nan or inf; the last checkpoint is kept')
 
 def gradient_step(
     config: Config,         # `max_grad_norm` is read

@@ -402,7 +402,8 @@ def upload(
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names,
                           commit_message='Weights, card, settings')
     except (OSError, hub.HfHubHTTPError, hub.HTTPError) as e:
-        raise InputError(f'REPO: {repo} cannot be written: {one_line(e)[:300]}') from e
+        raise InputError(f'REPO: expected a repository that can be written to, received {repo}: '
+                         f'{one_line(e)[:300]}') from e
     return str(url)
 
 # %% ../../nbs/cli/05_push.ipynb #64be14a5

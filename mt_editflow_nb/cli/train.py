@@ -44,7 +44,8 @@ def read_recipe(
     """A file of fields. Raises `InputError` where it cannot be read, or holds something else.
 
     Its `resources`, the cores and GPUs that a scheduler is to find for it, are checked and left out."""
-    if not Path(path).is_file(): raise InputError(f'{path}: expected a recipe file or field=value, there is no file')
+    if not Path(path).is_file():
+        raise InputError(f'{path}: expected a recipe file or field=value, received neither (there is no such file)')
     try: fields = parse_yaml(read_text(path), path)
     except InputError as e: raise InputError(f'recipe: {e}') from None
     expect(isinstance(fields, dict), f'recipe: {path}', 'fields and values', type(fields).__name__)
@@ -195,8 +196,8 @@ def _resumed(folder) -> tuple: # (`Config`, run folder)
     "A run to resume; relative paths in its configuration start from the folder in which it was begun."
     run = at_home(Path(folder)).resolve()
     if run.is_dir() and not (run/'config.json').is_file():
-        raise InputError(f'--resume: {folder} is not a run folder (it holds no config.json); a run that was stopped '
-                         f'before it wrote one is started again with --run {folder}')
+        raise InputError(f'--resume: expected a run folder, received {folder}, which holds no config.json; a run that '
+                         f'was stopped before it wrote one is started again with --run {folder}')
     _go_where_begun(run)
     try: return read_config(run), run
     except InputError as e: raise InputError(f'--resume: {e}') from None

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'first_line', 'lacking_memory',
-           'expect', 'one_of', 'atomic_write', 'at_home', 'read_text', 'to_json', 'read_json', 'parse_yaml',
-           'read_json_lines', 'log_rows', 'append_json_line', 'add_missing_lines', 'GrowingLog', 'file_name',
-           'content_hash', 'locked', 'is_locked', 'check_writable', 'image_size', 'open_image', 'save_png', 'shipped',
-           'skip_url_grammar', 'duration_text']
+           'expect', 'one_of', 'unreadable_file', 'atomic_write', 'at_home', 'read_text', 'to_json', 'parse_json',
+           'read_json', 'parse_yaml', 'read_json_lines', 'log_rows', 'append_json_line', 'add_missing_lines',
+           'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked', 'check_writable', 'image_size',
+           'open_image', 'save_png', 'shipped', 'skip_url_grammar', 'duration_text']
 
 # %% ../../nbs/data/00_files.ipynb #fb37697b
 import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, sys, uuid, warnings
@@ -63,6 +63,13 @@ def one_of(
     hint = f' (did you mean {close[0]!r}?)' if close else ''
     raise InputError(f'{field}: expected one of {", ".join(names)}, received {value!r}{hint}')
 
+def unreadable_file(
+    path: str|Path, # of a file
+    e: OSError,     # what the system said about it
+) -> InputError:    # to raise
+    "The error about a file that is not there, or that may not be read."
+    return InputError(f'{path}: expected a file that can be read, received none ({e.strerror})')
+
 # %% ../../nbs/data/00_files.ipynb #4c59e102
 def atomic_write(
     path: str|Path,   # file to create or replace; its folder is created when missing
@@ -104,9 +111,9 @@ def read_text(
 ) -> str:
     "A file's text. Raises `InputError` with one line where the file is missing or is not UTF-8."
     try: return Path(path).read_text(encoding='utf-8-sig')
-    except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
+    except OSError as e: raise unreadable_file(path, e) from None
     except UnicodeDecodeError as e:
-        raise InputError(f'{path}: expected UTF-8 text ({e.reason} at byte {e.start})') from None
+        raise InputError(f'{path}: expected UTF-8 text, received {e.reason} at byte {e.start}') from None
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2c32
 def _json_value(x):
@@ -129,14 +136,24 @@ def to_json(
     except UnicodeEncodeError: text = json.dumps(value, allow_nan=False, indent=indent)
     return text
 
+def parse_json(
+    text: str|bytes, # JSON; bytes are UTF-8
+    field: str,      # what the text is of, for the message: a field or a file
+):
+    "Parse JSON. Raises `InputError` for a text that is not JSON."
+    try:
+        if isinstance(text, bytes): text = text.decode('utf-8-sig')
+        return json.loads(text)
+    except UnicodeDecodeError as e:
+        raise InputError(f'{field}: expected UTF-8 text, received {e.reason} at byte {e.start}') from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f'{field}: expected JSON, received {text[:60]!r} ({one_line(e)})') from None
+
 def read_json(
     path: str|Path, # a JSON file
 ):
     "What a JSON file holds. Raises `InputError` with one line where that cannot be read, or is cut short."
-    try: return json.loads(read_text(path))
-    except (ValueError, RecursionError) as e:
-        if isinstance(e, InputError): raise
-        raise InputError(f'{path}: not valid JSON ({one_line(e)})') from None
+    return parse_json(read_text(path), path)
 
 # %% ../../nbs/data/00_files.ipynb #7c1e0a42
 class _Loader(yaml.SafeLoader):
@@ -177,10 +194,10 @@ def _json_rows(lines, path, first=1):
     rows = []
     for n, line in enumerate(lines, first):
         if not line.strip(): continue
-        try: row = json.loads(line)
-        except (ValueError, RecursionError) as e:
+        try: row = parse_json(line, f'{path}:{n}')
+        except InputError:
             if n == first + len(lines) - 1: break
-            raise InputError(f'{path}:{n}: not valid JSON ({one_line(e)})') from None
+            raise
         expect(isinstance(row, dict), f'{path}:{n}', 'a JSON object', row)
         rows.append(row)
     return rows
@@ -190,7 +207,7 @@ def read_json_lines(
 ) -> list:          # of dicts; half a line at the end, which a killed process leaves, is left out
     "The rows of a log. Raises `InputError` with file and row for any other line that is not a JSON object."
     try: lines = Path(path).read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n')
-    except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
+    except OSError as e: raise unreadable_file(path, e) from None
     return _json_rows(lines, path)
 
 def log_rows(
@@ -313,7 +330,7 @@ def _kind_and_bytes(x):
     if isinstance(x, Sequence): return 'list', b''.join(map(_digest, x))
     if isinstance(x, PurePath):
         try: return 'file', Path(x).read_bytes()
-        except OSError as e: raise InputError(f'{x}: cannot be read ({e.strerror})') from None
+        except OSError as e: raise unreadable_file(x, e) from None
     if x is None or type(x) in (bool, int, float): return 'number', repr(x).encode()
     array = np.asarray(x)
     if array.dtype.hasobject: raise TypeError(f'content_hash: expected data, received {type(x).__name__}')
@@ -395,10 +412,11 @@ def _opened(path):
                    f'{width} x {height}')
             yield image
     except InputError: raise
-    except FileNotFoundError: raise InputError(f'{path}: expected an image file, there is none') from None
+    except FileNotFoundError as e:
+        raise InputError(f'{path}: expected an image file, received none ({e.strerror})') from None
     except Exception as e:                               # Pillow raises a dozen kinds on broken files
         reason = f'{type(e).__name__}: {one_line(e)}'.replace(repr(source), 'these bytes')
-        raise InputError(f'{path}: expected an image, could not read it ({reason})') from None
+        raise InputError(f'{path}: expected an image, received one that cannot be read ({reason})') from None
 
 def _on_white(image):
     "An image with transparency as it looks on white."

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 from .files import (InputError, atomic_write, content_hash, expect, image_size, one_line, one_of,
-                                       open_image, read_text, to_json)
+                                       open_image, parse_json, read_text, to_json)
 from .sessions import Session, load_edival
 
 # %% ../../nbs/data/06_importers.ipynb #dab5c591
@@ -81,7 +81,7 @@ def tables_of(
     others = looks_like(source)
     if others: raise InputError(f'{source}: expected {wanted}, received what looks like {" and ".join(others)}')
     if tables: raise InputError(f'{tables[0]}: expected {wanted}, received {", ".join(table_fields(tables[0]))}')
-    raise InputError(f'{source}: expected {wanted}, there is no such file')
+    raise InputError(f'{source}: expected {wanted}, received no such file')
 
 # %% ../../nbs/data/06_importers.ipynb #70d0cbfb
 def _shared_end(a, b):
@@ -119,11 +119,11 @@ class PictureFinder:
         if not os.path.isabs(path) and plain.is_file(): return plain
         if self._by_end is None: self._by_end = self._index()
         there = self._by_end.get(parts[-2:]) or self._by_end.get(parts[-1:], [])
-        if not there: raise InputError(f'picture: expected {path} below {self.folder}, there is none{self._hint()}')
+        if not there: raise InputError(f'picture: expected {path} below {self.folder}, received none{self._hint()}')
         there = [Path(p) for p in there]
         most = max(_shared_end(p.parts, parts) for p in there)
         best = [p for p in there if _shared_end(p.parts, parts) == most]
-        if len(best) > 1: raise InputError(f'picture: expected one {path} below {self.folder}, there are {len(best)}')
+        expect(len(best) == 1, 'picture', f'one {path} below {self.folder}', len(best))
         return best[0]
 
     def _hint(self):
@@ -151,7 +151,8 @@ def archive_parts(
     for archive, parts in archives.items():
         first = min(min(parts), 1)
         missing = [n for n in range(first, max(parts)) if n not in parts]
-        if missing: raise InputError(f'{archive}: expected parts {first} to {max(parts)}, part {missing[0]} is missing')
+        if not missing: continue
+        raise InputError(f'{archive}: expected parts {first} to {max(parts)}, received no part {missing[0]}')
     return {archive: [parts[n] for n in sorted(parts)] for archive, parts in archives.items()}
 
 # %% ../../nbs/data/06_importers.ipynb #5a3c1e3f
@@ -177,7 +178,8 @@ def unpack_parts(
     try:
         with tarfile.open(fileobj=io.BufferedReader(_Joined(parts), 1 << 20), mode='r|*') as tar:
             tar.extractall(archive.parent, filter='data')
-    except tarfile.FilterError as e: raise InputError(f'{archive}: a file outside its folder ({one_line(e)})') from None
+    except tarfile.FilterError as e:
+        raise InputError(f'{archive}: expected files inside its folder, received one outside ({one_line(e)})') from None
     except (tarfile.TarError, EOFError, zlib.error) as e:
         raise InputError(f'{archive}: expected a whole archive in {len(parts)} parts, received one that ends early or '
                          f'is broken ({one_line(e)}); is the last part missing?') from None
@@ -195,14 +197,13 @@ def json_records(
 
 def _object(line):
     "The JSON object of a line."
-    try: row = json.loads(line)
-    except (ValueError, RecursionError) as e: raise InputError(f'not valid JSON: {one_line(e)}') from None
+    row = parse_json(line, 'the line')
     expect(isinstance(row, dict), 'the line', 'a JSON object', row)
     return row
 
 def _field(row, name, kind=str):
     "A field of a record, of the right type."
-    if name not in row: raise InputError(f'`{name}`: this field is missing')
+    if name not in row: raise InputError(f'`{name}`: expected a value, received none')
     names = {str: 'a text', list: 'a list', int: 'a whole number'}
     expect(isinstance(row[name], kind), f'`{name}`', names[kind], row[name])
     return row[name]
@@ -242,7 +243,8 @@ def _batches(path, columns=None):
                 yield first, rows
                 first += len(rows)
     except (OSError, pyarrow.lib.ArrowException) as e:
-        raise InputError(f'{path}: expected a whole parquet file ({one_line(e)[:200]})') from None
+        raise InputError(f'{path}: expected a parquet file, received one that cannot be read '
+                         f'({one_line(e)[:200]})') from None
 
 def magicbrush_records(
     name: str,    # of the set
@@ -371,7 +373,8 @@ def seed_edit_row(
     "A session of SEED-Data-Edit (arXiv 2405.04007). Raises `KnownFault` for the folders that are corrupt."
     row = _object(record)
     source = _field(row, 'source_image')
-    if SEED_CORRUPT.search(source): raise KnownFault(f'`source_image`: in a folder known to be corrupt: {source}')
+    if SEED_CORRUPT.search(source):
+        raise KnownFault(f'`source_image`: expected a whole folder, received one known to be corrupt: {source}')
     numbers = sorted(int(k.removeprefix('instruction_')) for k in row if re.fullmatch(r'instruction_\d+', k))
     expect(numbers and numbers == list(range(1, len(numbers) + 1)), '`instruction_1`, `instruction_2`, ...',
            'one a turn, from 1 on', [f'instruction_{n}' for n in numbers])
@@ -572,6 +575,7 @@ def import_set(
         except InputError as e:
             if on_bad == 'stop' and not isinstance(e, KnownFault): raise InputError(f'{place}: {e}') from None
             skipped.append(f'{place}: {e}')
-    if not writer.rows: raise InputError(f'{source}: expected at least one session, all are left out: {skipped[:1]}')
+    left_out = f', as all are left out, first {skipped[0]}' if skipped else ''
+    if not writer.rows: raise InputError(f'{source}: expected at least one session, received none{left_out}')
     writer.write()
     return Imported(out, len(writer.rows), skipped, writer.outside)

@@ -19,7 +19,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
-from .files import InputError, content_hash, expect, image_size, one_of
+from .files import content_hash, expect, image_size, one_of, unreadable_file
 from .importers import RowWriter
 from .sessions import DECODED_AT_LOAD, Session, Sessions, load_sessions
 
@@ -37,7 +37,7 @@ def _key_of_file(path, changed, size):
 def _stamp(path):
     "Time of the last change of any kind and size. Unpacking an archive sets the time of writing, but not this one."
     try: stat = os.stat(path)
-    except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
+    except OSError as e: raise unreadable_file(path, e) from None
     return stat.st_ctime_ns, stat.st_size
 
 def file_key(
@@ -45,7 +45,7 @@ def file_key(
 ) -> str:
     "What identifies a file without reading all of it: its size and both ends. A process reads it once."
     try: return _key_of_file(path, *_stamp(path))
-    except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from None
+    except OSError as e: raise unreadable_file(path, e) from None
 
 def are_many(
     sessions, # `Session`s

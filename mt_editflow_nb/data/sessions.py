@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from pydantic_core import from_json
 from .files import (ABSENT_IF_EMPTY, InputError, at_home, atomic_write, expect, image_size, one_line,
-                                       one_of, open_image, read_text)
+                                       one_of, open_image, parse_json, read_text, unreadable_file)
 from .sizes import FittedPicture, fit_picture
 
 # %% ../../nbs/data/01_sessions.ipynb #5ec1a1e1
@@ -309,9 +309,7 @@ def _read_json(line):
     "pydantic's parser is the fastest at hand; what it refuses, Python's reads, or says what is wrong with it."
     try: return from_json(line)
     except ValueError: pass
-    try: return json.loads(line.decode())
-    except UnicodeDecodeError as e: raise InputError(f'expected UTF-8 text ({e.reason} at byte {e.start})') from None
-    except (ValueError, RecursionError) as e: raise InputError(f'not valid JSON: {one_line(e)}') from None
+    return parse_json(line, 'the line')
 
 def _read_row(
     line,          # bytes: a JSON object
@@ -322,7 +320,7 @@ def _read_row(
     row = _read_json(line)
     expect(isinstance(row, dict), 'the line', 'a JSON object', row)
     for name in _required:
-        if name not in row: raise InputError(f'`{name}`: this field is missing')
+        if name not in row: raise InputError(f'`{name}`: expected a value, received none')
     for name in row:
         if name not in _known: one_of(f'`{name}`: unknown field', name, _known)
     if type(row['id']) is int: row['id'] = str(row['id'])
@@ -426,7 +424,7 @@ class _Index:
 
     def read(self, folder, allow_outside):
         try: file = open(self.path, 'rb')
-        except OSError as e: raise InputError(f'{self.path}: cannot be read ({e.strerror})') from None
+        except OSError as e: raise unreadable_file(self.path, e) from None
         with file:
             for row, line in enumerate(file, 1):
                 line = line.removeprefix(b'\xef\xbb\xbf') if row == 1 else line
@@ -468,7 +466,8 @@ def load_sessions(
     index.read(folder, allow_outside)
     good, sizes = index.good(len(index.image_paths) <= DECODED_AT_LOAD if decode is None else decode)
     if index.skipped: warnings.warn(f'{len(index.skipped)} sessions left out, first {index.skipped[0]}', stacklevel=2)
-    if not good: raise InputError(f'{path}: expected at least one session, the file is empty')
+    left_out = f', as all are left out, first {index.skipped[0]}' if index.skipped else ''
+    if not good: raise InputError(f'{path}: expected at least one session, received none{left_out}')
     ids, turns, rows = ([values[i] for i in good] for values in (index.ids, index.turns, index.rows))
     _check_agreement(ids, turns, _Places(path, rows), same_turns)
     parse = partial(_parse_row, folder=folder, allow_outside=allow_outside)
@@ -503,7 +502,7 @@ def save_sessions(
         if s.targets: row['targets'] = [_save_image(target, folder) for target in s.target_images()]
         try: rows.append(json.dumps(row, ensure_ascii=False, allow_nan=False).encode())
         except (TypeError, ValueError) as e:
-            raise InputError(f'{place}: `meta`: expected JSON values ({one_line(e)})') from None
+            raise InputError(f'{place}: `meta`: expected JSON values, received others ({one_line(e)})') from None
     return atomic_write(folder/'sessions.jsonl', b'\n'.join(rows) + b'\n')
 
 # %% ../../nbs/data/01_sessions.ipynb #09747329
@@ -523,7 +522,8 @@ def _edival_rows(csv):
     "[(`FILE:ROW`, row)] of the benchmark's CSV, whose columns are there."
     reader = DictReader(io.StringIO(read_text(csv), newline=''))
     try: rows = [(f'{csv}:{reader.line_num}', row) for row in reader]
-    except CSVError as e: raise InputError(f'{csv}:{reader.line_num}: not valid CSV ({one_line(e)})') from None
+    except CSVError as e:
+        raise InputError(f'{csv}:{reader.line_num}: expected CSV, received other text ({one_line(e)})') from None
     for name in ('image_index', 'turns') + _cumulative + _per_turn:
         if name not in (reader.fieldnames or ()):
             raise InputError(f'{csv}: expected the column `{name}`, received {reader.fieldnames}')
@@ -554,7 +554,7 @@ def load_edival(
 ) -> Sessions: # `meta` holds lists of T: format_instructions, bg_consistency, unchanged_, available_, all_objects
     "Read EdiVal-Bench (arXiv 2509.13399): a session per image, with the benchmark's own texts, unchanged."
     turns, place_of = _edival_turns(_edival_rows(csv))
-    if not turns: raise InputError(f'{csv}: expected at least one session, the file has no rows')
+    if not turns: raise InputError(f'{csv}: expected at least one session, received none')
     sessions = []
     for i, done in turns.items():
         columns = {k: [turn[k] for turn in done] for k in done[0]}

@@ -138,8 +138,8 @@ def parse_edit(
     words = ' '.join(text.lower().strip().strip('."\'').split())
     for type, pattern in PATTERNS.items():
         if found := re.fullmatch(pattern, words): return _edit_of(type, *found.groups())
-    raise InputError(f"instruction {text!r}: not in the shape world's grammar, expected for example "
-                     f"'add a blue ring at the top left'; sessions in free words need a VLM judge")
+    raise InputError("instruction: expected the shape world's grammar, such as 'add a blue ring at the top left', "
+                     f'received {text!r}; sessions in free words need a VLM judge')
 
 def _edit_of(type, name, value=None):
     "An `Edit` from the words that a pattern has found."
@@ -223,7 +223,8 @@ def read_scene(
     r = recognise(np.asarray(image)[None])
     if r.background[0] < 0 or (r.codes < 0).any():
         cell = POSITIONS[int((r.codes[0] < 0).argmax())]
-        raise InputError(f'image: cell {cell!r} or the background is not of the shape world')
+        raise InputError('image: expected cells and a background of the shape world, received another picture in cell '
+                         f'{cell!r} or another background')
     return Scene(tuple(r.codes[0].tolist()), list(BACKGROUNDS)[r.background[0]])
 
 # %% ../../nbs/data/02_shapeworld.ipynb #48655b95

@@ -44,11 +44,11 @@ def plain_edit(
     kind = structure_of(text)
     words = _words(text)
     if kind == 'undo':
-        if not edits: raise InputError(f'instruction {text!r}: there is no change to undo in the first turn')
+        if not edits: raise InputError(f'instruction {text!r}: expected a change to undo, received the first turn')
         return None
     if kind == 'referring':
         added = [e.obj for e in edits if e and e.type == 'subject_add']
-        if not added: raise InputError(f'instruction {text!r}: nothing was added before')
+        if not added: raise InputError(f'instruction {text!r}: expected an object added before, received none')
         return parse_edit(words.replace('the one you just added', f'the {OBJECTS[added[-1]]}'))
     if kind == 'conditional':
         name, then, other = _condition.fullmatch(words).groups()

@@ -11,7 +11,7 @@ __all__ = ['REQUIRED_COLUMNS', 'OPTIONAL_COLUMNS', 'SHUFFLE_BUFFER', 'cell_pictu
 import io, itertools, json, warnings
 from functools import partial
 from pathlib import Path
-from .files import InputError, expect, one_line, one_of, open_image
+from .files import InputError, expect, one_line, one_of, open_image, parse_json
 from .sessions import DECODED_AT_LOAD, Session, Sessions, load_sessions
 from .sizes import nearest_bucket
 
@@ -38,11 +38,9 @@ def row_session(
     if 'targets' in values:
         expect(isinstance(values['targets'], list), '`targets`', 'a list of embedded pictures', values['targets'])
         values['targets'] = [cell_picture(cell, 'targets') for cell in values['targets']]
-    if isinstance(values.get('meta'), str):
-        try: values['meta'] = json.loads(values['meta'])
-        except (ValueError, RecursionError) as e: raise InputError(f'`meta`: not valid JSON: {one_line(e)}') from None
+    if isinstance(values.get('meta'), str): values['meta'] = parse_json(values['meta'], '`meta`')
     missing = [name for name in REQUIRED_COLUMNS if name not in values]
-    if missing: raise InputError(f'`{missing[0]}`: this field is empty')
+    if missing: raise InputError(f'`{missing[0]}`: expected a value, received none')
     return Session(**values)
 
 # %% ../../nbs/data/09_tables.ipynb #2c297e62
@@ -115,7 +113,8 @@ def open_table(
         else: table = datasets.load_dataset(name, split=split or 'train', streaming=streaming)
         if streaming: table = table._resolve_features()
     except (OSError, ValueError, HfHubHTTPError, pyarrow.lib.ArrowException, datasets.exceptions.DatasetsError) as e:
-        raise InputError(f'{source}: cannot be read as a data set ({one_line(e)[:300]})') from None
+        raise InputError(f'{source}: expected a data set, received one that cannot be read '
+                         f'({one_line(e)[:300]})') from None
     finally:
         datasets.logging.set_verbosity(level)
         if not bars: datasets.enable_progress_bars()

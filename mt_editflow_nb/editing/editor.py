@@ -275,19 +275,21 @@ def guide(
 def hub_errors(
     field: str,   # what was being looked for, such as 'editor'
     name: str,    # on the hub
-    missing: str, # what to say when the repository is there and the file is not
+    wanted: str,  # what it should be, for a repository that is there without the file
 ):
     "Turn the errors of the hub into an `InputError` of one line."
     from huggingface_hub import errors as hub
     try: yield
     except hub.GatedRepoError:
-        raise InputError(f'{field}: {name} is gated: accept its terms at https://huggingface.co/{name}, and put a '
-                         'token of that account into the variable HF_TOKEN') from None
+        raise InputError(f'{field}: expected a repository that this account may read, received {name}, which is gated: '
+                         f'accept its terms at https://huggingface.co/{name}, and put a token of that account into the '
+                         'variable HF_TOKEN') from None
     except (hub.RepositoryNotFoundError, hub.HFValidationError):
-        raise InputError(f'{field}: {name} is neither a file or directory here nor public on the hub (if it is '
-                         'private, put a token into the variable HF_TOKEN)') from None
+        raise InputError(f'{field}: expected a file or directory here, or what is public on the hub, received {name} '
+                         '(if it is private, put a token into the variable HF_TOKEN)') from None
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
-        raise InputError(f'{field}: {name} is not in the local cache, and the hub cannot be reached') from None
-    except hub.EntryNotFoundError: raise InputError(f'{field}: {name} {missing}') from None
+        raise InputError(f'{field}: expected what is in the local cache, as the hub cannot be reached, received '
+                         f'{name}') from None
+    except hub.EntryNotFoundError: raise InputError(f'{field}: expected {wanted}, received {name}') from None
     except (OSError, hub.HTTPError) as e:                           # HTTPError is the HTTP library's: no connection
         raise InputError(f'{field}: {name} cannot be reached on the hub: {one_line(e)[:300]}') from None

@@ -50,7 +50,7 @@ def find_index(
     shipped = ', '.join(map(repr, SHIPPED_EDITORS))
     expect(hub, 'editor', f"{shipped}, a pipeline directory, or a hub name such as 'Qwen/Qwen-Image-Edit'", name)
     import huggingface_hub
-    with hub_errors('editor', name, 'is not an editing pipeline (it holds no model_index.json)'):
+    with hub_errors('editor', name, 'an editing pipeline (with a model_index.json)'):
         return huggingface_hub.hf_hub_download(name, 'model_index.json'), name
 
 def find_editor(
@@ -59,7 +59,8 @@ def find_editor(
     "Where an editor is and which pipeline it is, without loading it. Raises `InputError` for what is not an editor."
     index, source = find_index(str(name_or_path))
     try: family = json.loads(Path(index).read_text()).get('_class_name')
-    except (ValueError, AttributeError): raise InputError(f'editor: {index} is not the index of a pipeline') from None
+    except (ValueError, AttributeError):
+        raise InputError(f'editor: expected the index of a pipeline, received {index}') from None
     one_of(f'editor: pipeline of {name_or_path}', family, FAMILIES)
     return source, family
 
@@ -174,7 +175,8 @@ def use_attention(
         with dispatcher.attention_backend():                 # afterwards every other model has its own again
             editor.transformer.set_attention_backend(backend)
     except (ImportError, RuntimeError, ValueError) as e:
-        raise InputError(f'attention_backend: {backend} cannot be used here: {one_line(e)}') from None
+        raise InputError(f'attention_backend: expected one that can be used here, received {backend}: '
+                         f'{one_line(e)}') from None
 
 def compile_blocks(
     editor,       # of any family, with its adapter
@@ -226,7 +228,8 @@ def outline_editor(
         with torch.device('meta'): transformer = cls.from_config(config)
         return SimpleNamespace(transformer=transformer, pipe=getattr(diffusers, family))
     except (OSError, ValueError, TypeError, RuntimeError) as e:
-        raise InputError(f'editor: {name_or_path} cannot be loaded: {one_line(e)[:300]}') from None
+        raise InputError(f'editor: expected a model that can be loaded, received {name_or_path}: '
+                         f'{one_line(e)[:300]}') from None
 
 # %% ../../nbs/editing/05_loading.ipynb #5b0d7a11
 _missing = re.compile(r'newly initialized: \[(.+?)\]|^(\S+) *\|[^|\n]*MISSING', re.M)     # diffusers, transformers
@@ -258,7 +261,7 @@ def no_missing_weights(
             logger.removeHandler(handler)
             logger.setLevel(level)
     lacking = [name for name in handler.names if not name.startswith('lm_head')]
-    if lacking: raise InputError(f'{what}: expected all weights, {len(lacking)} are missing, as {lacking[0]}')
+    if lacking: raise InputError(f'{what}: expected all weights, received all but {len(lacking)}, such as {lacking[0]}')
 
 # %% ../../nbs/editing/05_loading.ipynb #2ac0fe9e
 @contextmanager
@@ -297,7 +300,8 @@ def load_pipeline(
             pipe = getattr(diffusers, family).from_pretrained(source, **options)
     except (torch.OutOfMemoryError, InputError): raise
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as e:
-        raise InputError(f'editor: {name_or_path} cannot be loaded: {one_line(e)[:300]}') from e
+        raise InputError(f'editor: expected a model that can be loaded, received {name_or_path}: '
+                         f'{one_line(e)[:300]}') from e
     pipe.to(device).set_progress_bar_config(disable=True)
     if quantize and device.type == 'cpu': quantize_nf4(pipe.transformer, dtype)
     for part in ('transformer', 'vae', *cls.text_encoders): getattr(pipe, part).requires_grad_(False).eval()

@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 import safetensors, torch
 from safetensors.torch import save
-from ..data.files import InputError, at_home, atomic_write, expect, one_line, one_of, read_json
+from ..data.files import (InputError, at_home, atomic_write, expect, one_line, one_of,
+                                       parse_json, read_json)
 from .editor import check_finite, hub_errors
 
 # bitsandbytes tells at every call that it misses a kernel which only inference would use
@@ -130,7 +131,7 @@ def find_adapter(
     expect(hub, field, 'a file, a folder, or a hub name such as owner/name', str(source))
     import huggingface_hub
     repo = f'{owner}/{name}'
-    with hub_errors(field, repo, 'has no such file'):
+    with hub_errors(field, repo, 'a repository that has this file'):
         file = '/'.join(inside) or choose(huggingface_hub.list_repo_files(repo))
         return Path(huggingface_hub.hf_hub_download(repo, file))
 
@@ -146,8 +147,7 @@ def adapter_facts(
     "What an adapter's file says about its rank and alpha. Raises `InputError` for fields that are not usable."
     config = file.parent/'adapter_config.json'
     written = metadata.get('lora_adapter_metadata', '{}')
-    try: fields = json.loads(written)
-    except json.JSONDecodeError as e: raise InputError(f'lora: {file}: its metadata is not JSON: {e}') from None
+    fields = parse_json(written, f'lora: {file}: metadata')
     expect(isinstance(fields, dict), f'lora: {file}: metadata', 'fields and values', written[:60])
     if fields: facts = {k.removeprefix('transformer.'): v for k, v in fields.items()}
     else: facts = read_json(config) if config.is_file() else {}
@@ -174,7 +174,8 @@ def read_adapter(
             metadata = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (safetensors.SafetensorError, OSError) as e:
-        raise InputError(f'lora: {file}: expected a safetensors file, could not read it ({one_line(e)})') from None
+        raise InputError(f'lora: {file}: expected a safetensors file, received one that cannot be read '
+                         f'({one_line(e)})') from None
     # 8-bit floats have no arithmetic, 64-bit ones may be infinite in 32
     tensors = {name: x.float() if x.dtype.itemsize in (1, 8) and x.is_floating_point() else x
                for name, x in tensors.items()}

@@ -68,7 +68,7 @@ def read_transformer(
         if index.is_file(): names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
         return {k: x for name in names for k, x in load_file(folder/name).items()}
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as e:
-        raise InputError(f'lora: {folder}: expected the weights of a transformer, could not read them '
+        raise InputError(f'lora: {folder}: expected the weights of a transformer, received some that cannot be read '
                          f'({one_line(e)})') from None
 
 def load_transformer(

@@ -79,7 +79,8 @@ def table_rows(
     for file in files:
         try: table = pyarrow.parquet.read_table(file)
         except (OSError, pyarrow.lib.ArrowException) as e:
-            raise InputError(f'{file}: expected a parquet file, could not read it ({one_line(e)[:200]})') from None
+            raise InputError(f'{file}: expected a parquet file, received one that cannot be read '
+                             f'({one_line(e)[:200]})') from None
         for name in columns: expect(name in table.column_names, str(file), f'the column `{name}`', table.column_names)
         rows += [(f'{file}: row {i}', row) for i, row in enumerate(table.select(columns).to_pylist(), 1)]
     return rows
@@ -90,7 +91,7 @@ def _decode(data, place):
     try:
         with Image.open(io.BytesIO(data)) as image: return ImageOps.exif_transpose(image).convert('RGB')
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow raises either of the first two
-        raise InputError(f'{place}: expected an image, could not read it ({one_line(e)})') from None
+        raise InputError(f'{place}: expected an image, received one that cannot be read ({one_line(e)})') from None
 
 def stored_picture(
     cell,           # of a table: bytes, or a dict with `bytes`

@@ -38,7 +38,8 @@ def open_cache(
         try:
             with db: yield db
         finally: db.close()
-    except sqlite3.Error as e: raise InputError(f'cache: {path} cannot be used: {e}') from e
+    except sqlite3.Error as e:
+        raise InputError(f'cache: expected a file of answers that can be used, received {path}: {e}') from e
 
 def make_tables(
     db, # from `open_cache`
@@ -274,8 +275,8 @@ def _adapted(engine, asks):
 
 # %% ../../nbs/rewards/00b_cache.ipynb #b60fd3a1
 def _unrecorded(path, new, by_key): # what to raise for calls that are not in a file
-    return InputError(f'cache: {len(new)} of {len(by_key)} calls are not recorded in {path}, '
-                      f'the first begins with {by_key[new[0]].text[:60]!r}')
+    return InputError(f'cache: expected answers to {len(by_key)} calls in {path}, received none to {len(new)}, '
+                      f'of which the first begins with {by_key[new[0]].text[:60]!r}')
 
 KEPT_AT_ONCE = 256   # calls; a killed run has kept all but the last of these
 

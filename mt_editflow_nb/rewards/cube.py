@@ -296,7 +296,7 @@ def check_engine(
     useless = ('the answer was cut', 'refused')
     answered = [c for c in verdict.calls if c['answer'] and not c['error'].startswith(useless)]
     if not answered or verdict.error and mode is logit:
-        raise InputError(f'judge: {engine.model}{_place(engine)} is not ready: {verdict.error}')
+        raise InputError(f'judge: expected one that is ready, received {engine.model}{_place(engine)}: {verdict.error}')
 
 # %% ../../nbs/rewards/02_cube.ipynb #4d3a79f1
 def scores_of(

@@ -8,7 +8,7 @@ __all__ = ['pack_array', 'unpack_array', 'pack_answer', 'unpack_answer', 'Reques
            'RuleRewards', 'rule_rewards']
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #02eafb90
-import base64, itertools, json, os, threading
+import base64, itertools, json, os, reprlib, threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -121,7 +121,9 @@ def unpack_requests(
 def _first_error(e): # of pydantic's, in the words of all others
     error = e.errors()[0]
     field = '.'.join(str(part) for part in error['loc'] if part != 'body')
-    return f'{field or "body"}: expected {error["msg"].removeprefix("Input should be ")}'
+    if error['type'] == 'missing': return f'{field or "body"}: expected a value, received none'
+    expected = error['msg'].removeprefix('Input should be ')
+    return f'{field or "body"}: expected {expected}, received {reprlib.repr(error["input"])}'
 
 def tools_app(
     tools: EdivalTools, # that answer
@@ -203,8 +205,10 @@ class ToolsServer:
             else:
                 self.patience.end(self.urls[0])
                 if response.status_code == 200: return _answer(response, self.urls[0] + path)
-                error = f'{self.urls[0]}{path}: {_refusal(response)}'
-                if response.status_code not in _try_again: raise InputError(f'judge: {error}')
+                said = _refusal(response)
+                error = f'{self.urls[0]}{path}: {said}'
+                if response.status_code not in _try_again:
+                    raise InputError(f'judge: expected an answer from {self.urls[0]}{path}, received a refusal: {said}')
                 if n >= self.retries: return NoAnswer(error)
             pause = min(.5*2**n, 15) if n < self.retries else self.patience.pause(self.judge_wait, error)
             if pause is None or stop.wait(pause):
@@ -357,7 +361,8 @@ def check_tools(
     grey = Image.new('RGB', (64, 64), 'grey')
     for request in (Detect(grey, ('cat',), .3), Question((grey, grey), 'added', ('cat',)), Describe((grey,))):
         answer, = answer_all([request], tools)
-        if isinstance(answer, NoAnswer): raise InputError(f'judge: edival is not ready: {answer}')
+        if not isinstance(answer, NoAnswer): continue
+        raise InputError(f'judge: expected one that is ready, received edival: {answer}')
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #e9f8bf4c
 class RuleRewards(NamedTuple):

@@ -117,7 +117,7 @@ def require_all_weights(
 ):
     "Raises `InputError` for weights that a checkpoint lacks: transformers logs them, and draws them at random."
     missing = sorted(info['missing_keys'])
-    if missing: raise InputError(f'{what}: expected all weights, {len(missing)} are missing, as {missing[0]}')
+    if missing: raise InputError(f'{what}: expected all weights, received all but {len(missing)}, such as {missing[0]}')
 
 def load_vlm(
     path: str,            # a checkpoint folder or a hub name
@@ -136,7 +136,7 @@ def load_vlm(
                                                                   output_loading_info=True, **kw)
         processor = AutoProcessor.from_pretrained(base_model(path))
     except (OSError, ValueError) as e:
-        raise InputError(f'judge: {path} cannot be loaded: {first_line(e)}') from e
+        raise InputError(f'judge: expected a model that can be loaded, received {path}: {first_line(e)}') from e
     require_all_weights(info, f'judge: {path}')
     processor.tokenizer.padding_side = 'left'
     return model.eval(), processor
@@ -271,7 +271,7 @@ class Local:
         from transformers import AutoTokenizer
         try: tokenizer = AutoTokenizer.from_pretrained(base_model(self.path))
         except (OSError, ValueError) as e:
-            raise InputError(f'judge: {self.path} cannot be loaded: {one_line(e)}') from e
+            raise InputError(f'judge: expected a model that can be loaded, received {self.path}: {one_line(e)}') from e
         if choices: choice_tokens(tokenizer, choices, self.model)
 
     def __call__(

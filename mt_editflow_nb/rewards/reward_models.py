@@ -255,7 +255,8 @@ def load_reward_model(
         tokenizer = AutoTokenizer.from_pretrained(base)
         images = Qwen2VLImageProcessorPil.from_pretrained(base, min_pixels=REWARD_MODEL_PIXELS,
                                                           max_pixels=REWARD_MODEL_PIXELS)
-    except (OSError, ValueError) as e: raise InputError(f'judge: {name} cannot be loaded: {one_line(e)[:300]}') from e
+    except (OSError, ValueError) as e:
+        raise InputError(f'judge: expected a model that can be loaded, received {name}: {one_line(e)[:300]}') from e
     tokenizer.add_special_tokens(dict(additional_special_tokens=[REWARD_TOKEN]), replace_extra_special_tokens=False)
     weights, heads = reward_weights(folder)
     embedding = next(x for key, x in weights.items() if key.endswith('embed_tokens.weight'))

@@ -157,7 +157,7 @@ _hints = (('max_completion_tokens', 'judge_options: {max_completion_tokens: ...}
           ('temperature', 'judge_options: {temperature: 1}'),
           ('image', "vllm serve needs --limit-mm-per-prompt '{\"image\": 4}'"),
           ('context length', 'serve the model with a longer context, or send smaller pictures'))
-_logprob_hint = 'which mode logit needs; judge_options: {top_logprobs: n} asks for fewer, mode direct or think for none'
+_logprob_hint = 'judge_options: {top_logprobs: n} asks for fewer, mode direct or think for none'
 
 def refusal_text(
     message: str, # of a server that refused a call
@@ -315,8 +315,8 @@ async def ask_systemone(
             out = await post(first)
             server.places_pictures = False                  # later calls need not find out again
     except openai.NotFoundError:
-        raise InputError(f'judge: {url} gives no token probabilities (neither top_logprobs nor /systemone), '
-                         f'{_logprob_hint}') from None
+        raise InputError(f'judge: expected token probabilities, which mode logit needs, received none from {url} '
+                         f'(neither top_logprobs nor /systemone); {_logprob_hint}') from None
     try:
         p = out['answers']['answer']['probabilities']
         probs = {c: float(p[str(i)]) for i, c in enumerate(ask.choices)}
@@ -340,14 +340,18 @@ async def ask_server(
             server.has_no_logprobs = True
         return await ask_systemone(server, http, url, ask, pictures)
     except (openai.AuthenticationError, openai.PermissionDeniedError):
-        raise InputError(f'judge: {url} refused the key (OPENAI_API_KEY)') from None
+        raise InputError(f'judge: expected a key that {url} accepts, received one that it refused '
+                         '(OPENAI_API_KEY)') from None
     except openai.NotFoundError as e:
-        raise InputError(f'judge: {url} does not know {server.model!r} or the address: {_line(e)}') from None
+        raise InputError(f'judge: expected a model and an address that {url} knows, received {server.model!r}: '
+                         f'{_line(e)}') from None
     except openai.APITimeoutError:
         raise Unreachable(f'no answer within {server.timeout:g} s, {http.max_retries + 1} times') from None
     except openai.APIConnectionError as e:
         cause = connection_cause(e, url)
-        if 'certificate' in cause: raise InputError(f'judge: {url}: {cause}') from None
+        if 'certificate' in cause:
+            raise InputError(f'judge: expected a server with a certificate that is trusted, received {url}: '
+                             f'{cause}') from None
         raise Unreachable(cause) from None
     except openai.InternalServerError as e:
         body = e.body if isinstance(e.body, dict) else {}                  # not a page of HTML
@@ -356,7 +360,8 @@ async def ask_server(
     except openai.APIStatusError as e:
         if e.code == 'insufficient_quota': raise InputError(f'judge: {url} has no quota left: {_line(e)}') from None
         if ask.choices and 'logprob' in str(e):
-            raise InputError(f'judge: {url} gives no such token probabilities ({_line(e)}), {_logprob_hint}') from None
+            raise InputError(f'judge: expected token probabilities, which mode logit needs, received none from {url} '
+                             f'({_line(e)}); {_logprob_hint}') from None
         if e.status_code == 429: return Reply(error=f'{type(e).__name__}: {_line(e)}')
         return Reply(error=refusal_text(_line(e)))
     except (openai.OpenAIError, json.JSONDecodeError):

@@ -131,6 +131,9 @@ def save_checkpoint(
     "Save the state of a run: `state_tensors`, then `write_checkpoint`."
     return write_checkpoint(run, iteration, state_tensors(params, old, optimizer, ema), editor)
 
+def _not_ours(folder, problem):
+    return InputError(f'checkpoint: expected a checkpoint of this run, received {folder}: {problem}')
+
 def checkpoint_damage(
     folder, # a checkpoint
 ) -> str:   # what is wrong with it; '' if nothing is
@@ -167,19 +170,18 @@ def last_checkpoint(
     for folder in folders:
         problem = checkpoint_damage(folder)
         if problem:
-            wrong.append(f'{folder} is not a checkpoint of this run: {problem}')
+            wrong.append(str(_not_ours(folder, problem)))
             continue
-        if say and wrong: say(f'checkpoint: {"; ".join(wrong)}; going on from {folder.name}')
+        if say and wrong: say(f'{"; ".join(wrong)}; going on from {folder.name}')
         return folder
-    if wrong: raise InputError(f'checkpoint: {wrong[0]}' + (f', and {len(wrong) - 1} older' if len(wrong) > 1 else ''))
+    if wrong: raise InputError(wrong[0] + (f', and {len(wrong) - 1} older' if len(wrong) > 1 else ''))
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #38d2ce20
 def read_checkpoint(
     folder, # a checkpoint
 ) -> tuple: # (iterations done, number of trained tensors, tensors by name)
     "What a checkpoint holds. Raises `InputError` for one that is damaged."
-    if problem := checkpoint_damage(folder):
-        raise InputError(f'checkpoint: {folder} is not a checkpoint of this run: {problem}')
+    if problem := checkpoint_damage(folder): raise _not_ours(folder, problem)
     state = json.loads((Path(folder)/'state.json').read_text())
     return state['iteration'], state['parameters'], load_file(Path(folder)/'state.safetensors')
 
@@ -196,7 +198,7 @@ def restore_checkpoint(
     try:
         expect(parameters == len(params), 'parameters', len(params), parameters)
         restore_tensors(tensors, params, old, optimizer, ema)
-    except InputError as e: raise InputError(f'checkpoint: {folder} is not a checkpoint of this run: {e}') from None
+    except InputError as e: raise _not_ours(folder, e) from None
     return iteration
 
 def load_checkpoint(
@@ -290,7 +292,7 @@ def restore_shared_checkpoint(
 ) -> int:       # iterations done
     "Restore a checkpoint in place, in all processes. Raises `InputError` for that of another transformer."
     from torch.distributed import checkpoint as dcp
-    with _in_one_line(f'{folder} is not a checkpoint of this run'):
+    with _in_one_line(f'expected a checkpoint of this run, received {folder}'):
         reader = dcp.FileSystemReader(Path(folder)/'state')
         saved = reader.read_metadata().state_dict_metadata
         for i, p in enumerate(params):
