@@ -27,14 +27,15 @@ def scaled_outcomes(run, scale):
     "How the editor of a run does with its adapter times `scale`, [I, T]."
     file = run/f'scaled_{scale:g}.safetensors'
     if not (kept := read_outcomes(file)):
-        c = make_config(read_json(run/'config.json')['config'])
-        editor = load_editor(c.editor)
+        config = make_config(read_json(run/'config.json')['config'])
+        editor = load_editor(config.editor)
         load_lora(editor, run/'lora')
         for name, p in editor.transformer.named_parameters():
             if 'lora_B' in name: p.data *= scale
-        sessions = WORLDS[c.sessions](c.eval_sessions, c.eval_turns or c.turns or 3, 'heldout', seed=c.eval_seed)
-        outcomes, _ = evaluate(editor, sessions, load_judge(c.eval_judge), seed=NOISE,
-                               num_steps=c.eval_steps or c.num_steps)
+        turns = config.eval_turns or config.turns or 3
+        sessions = WORLDS[config.sessions](config.eval_sessions, turns, 'heldout', seed=config.eval_seed)
+        outcomes, _ = evaluate(editor, sessions, load_judge(config.eval_judge), seed=NOISE,
+                               num_steps=config.eval_steps or config.num_steps)
         write_outcomes(file, outcomes, [])
         kept = read_outcomes(file)
     return Outcomes(*(np.asarray(x, float) for x in kept[0]))

@@ -44,8 +44,8 @@ def test_second_order_solver(tmp_path, monkeypatch):
 def test_evaluation_at_another_size(tmp_path, monkeypatch, capsys):
     "The held-out pictures are made at that size from the first ones on, the rollouts at training's; it is said."
     trained, evaluated = (noting(monkeypatch, module) for module in (page, running))
-    c = make_config(few | dict(iterations=2, eval_sessions=4, eval_size=64, eval_steps=3, eval_every=1))
-    editor_size = experiment(c, tmp_path/'run', judge, progress=False)
+    config = make_config(few | dict(iterations=2, eval_sessions=4, eval_size=64, eval_steps=3, eval_every=1))
+    editor_size = experiment(config, tmp_path/'run', judge, progress=False)
     assert trained == [('flow', 48, 4)]*2 and evaluated == [('ode', 64, 3)]*3
     said = capsys.readouterr().err
     assert said.count('warning: evaluation: size: 64 here, but training used 48') == 1
@@ -96,8 +96,8 @@ def test_merged_rollouts(tmp_path, monkeypatch):
         return pictures[-1]
     monkeypatch.setattr(page, 'rollout', noted)
     for name in ('apart', 'merged'):
-        c = make_config(few | dict(iterations=2, merge=name == 'merged', lr=1e-2))
-        experiment(c, tmp_path/name, judge, progress=False)
+        config = make_config(few | dict(iterations=2, merge=name == 'merged', lr=1e-2))
+        experiment(config, tmp_path/name, judge, progress=False)
     for apart, merged in zip(pictures[:2], pictures[2:]):
         assert torch.allclose(apart.clean_TNLC, merged.clean_TNLC, atol=1e-3)
         assert np.abs(apart.images_PGTHWC.astype(int) - merged.images_PGTHWC).max() <= 1
@@ -134,8 +134,8 @@ def test_rows_that_teach_nothing_are_not_counted_as_judged():
             if session.id in (sessions[1].id, sessions[2].id): scores.rewards_PGTM[p] = .5
         return scores
     def learned(step, **settings):
-        c = config.model_copy(update=settings)
-        return step(c, Policy(c, load_editor(lora_rank=c.lora_rank)), sessions, half, 0)[0]
+        changed = config.model_copy(update=settings)
+        return step(changed, Policy(changed, load_editor(lora_rank=changed.lora_rank)), sessions, half, 0)[0]
     plain = learned(page.iterate)
     early = learned(iterate_as_judged, learn_as_judged=True)
     assert plain['rows'] == early['rows'] == 4 and plain['passes'] == early['passes']

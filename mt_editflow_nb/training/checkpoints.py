@@ -81,19 +81,19 @@ def _sync(file: Path):
 def _drop_older(folder: Path, keep: int):
     for p in sorted(folder.glob('[0-9]*'))[:-keep]: shutil.rmtree(p, ignore_errors=True)
 
-def _trained_with(c):
+def _trained_with(config):
     "What `check_configuration` compares; `batch` may be lowered where memory runs out."
-    return dict(config=c.model_dump(exclude={'batch'})) if c else {}
+    return dict(config=config.model_dump(exclude={'batch'})) if config else {}
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #65a542a5
 def write_checkpoint(
-    run,              # a run folder
-    iteration: int,   # iterations done
-    tensors: dict,    # from `state_tensors`
-    editor=None,      # save its adapter, as it is now, in `lora/`
-    keep: int = 2,    # checkpoints that stay
-    c: Config = None, # of the run
-) -> Path:            # the checkpoint's folder
+    run,                   # a run folder
+    iteration: int,        # iterations done
+    tensors: dict,         # from `state_tensors`
+    editor=None,           # save its adapter, as it is now, in `lora/`
+    keep: int = 2,         # checkpoints that stay
+    config: Config = None, # of the run
+) -> Path:                 # the checkpoint's folder
     "Write `checkpoints/NNNNNN` whole or not at all. Raises `InputError`, naming the last good one, where that fails."
     folder = Path(run)/'checkpoints'
     tmp = folder/f'.{iteration:06d}'
@@ -104,7 +104,7 @@ def write_checkpoint(
         save_file(tensors, tmp/'state.safetensors', dict(iteration=str(iteration)))
         parameters = sum(name.startswith('param.') for name in tensors)
         state = dict(iteration=iteration, parameters=parameters, sha256=_sha256(tmp/'state.safetensors'),
-                     **_trained_with(c))
+                     **_trained_with(config))
         (tmp/'state.json').write_text(to_json(state))
         shutil.copymode(tmp/'state.json', tmp/'state.safetensors')  # save_file gives 0600, whatever the umask
         if editor is not None: save_lora(editor, tmp/'lora')
@@ -211,8 +211,8 @@ def load_checkpoint(
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #b43e15b3
 def check_configuration(
-    run,       # a run folder
-    c: Config, # with which it is to resume
+    run,            # a run folder
+    config: Config, # with which it is to resume
 ):
     """Raises `InputError` where the newest checkpoint was trained with other settings: `config.json` was edited.
 
@@ -221,9 +221,9 @@ def check_configuration(
         try: settings = json.loads((folder/'state.json').read_text()).get('config')
         except (OSError, ValueError, AttributeError): continue
         if not isinstance(settings, dict): continue
-        try: there = make_config(settings | dict(batch=c.batch), strict=False)
+        try: there = make_config(settings | dict(batch=config.batch), strict=False)
         except InputError as e: raise InputError(f'checkpoint: {folder/"state.json"}: {e}') from None
-        differ = config_differences(there, c)
+        differ = config_differences(there, config)
         if not differ: return
         raise InputError(f'run: {Path(run)/"config.json"}: expected the settings of checkpoints/{folder.name}, '
                          f'received others ({"; ".join(differ[:3])}); put them back, or choose another folder')
@@ -250,11 +250,11 @@ def _in_one_line(what: str):
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #ef961010
 def write_shared_checkpoint(
-    run,              # a run folder, which all processes see
-    iteration: int,   # iterations done
-    tensors: dict,    # from `live_tensors`
-    keep: int = 2,    # checkpoints that stay
-    c: Config = None, # of the run
+    run,                   # a run folder, which all processes see
+    iteration: int,        # iterations done
+    tensors: dict,         # from `live_tensors`
+    keep: int = 2,         # checkpoints that stay
+    config: Config = None, # of the run
 ):
     "Write a checkpoint in all processes: each writes its pieces, then the first marks it as whole."
     from torch.distributed import checkpoint as dcp
@@ -268,7 +268,7 @@ def write_shared_checkpoint(
         files = {name: digest for part in digests for name, digest in part.items()}
         files |= {'.metadata': _sha256(tmp/'state'/'.metadata')}
         parameters = sum(name.startswith('param.') for name in tensors)
-        state = dict(iteration=iteration, parameters=parameters, files=files, **_trained_with(c))
+        state = dict(iteration=iteration, parameters=parameters, files=files, **_trained_with(config))
         (tmp/'state.json').write_text(to_json(state))
         _sync(tmp/'state.json')
         shutil.rmtree(final, ignore_errors=True)
@@ -307,15 +307,15 @@ class RunState:
     "What training changes, the iterations done, and the copy that is saved."
     def __init__(
         self,
-        c: Config,      # of the run
+        config: Config, # of the run
         run,            # its folder
         policy: Policy, # that is trained
     ):
-        self.c = c
+        self.config = config
         self.run = Path(run)
         self.policy = policy
-        self.decay = c.ema
-        self.average = [p.detach().clone() for p in policy.params] if c.ema else []
+        self.decay = config.ema
+        self.average = [p.detach().clone() for p in policy.params] if config.ema else []
         self.iteration = self.saved = 0
 
     def parts(self) -> tuple: # (trained tensors, those of the old policy, the optimiser, the moving average)
@@ -354,8 +354,9 @@ class RunState:
         if self.saved == self.iteration: return
         def write():
             with self.evaluated():
-                write_checkpoint(self.run, self.iteration, self.tensors, self.policy.editor, c=self.c)
-        if self.policy.whole: write_shared_checkpoint(self.run, self.iteration, live_tensors(*self.parts()), c=self.c)
+                write_checkpoint(self.run, self.iteration, self.tensors, self.policy.editor, config=self.config)
+        if self.policy.whole:
+            write_shared_checkpoint(self.run, self.iteration, live_tensors(*self.parts()), config=self.config)
         else: from_first(write)
         self.saved = self.iteration
 
