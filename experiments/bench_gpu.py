@@ -363,11 +363,11 @@ def main():
     parser.add_argument('--options', nargs='+', choices=OPTIONS, default=OPTIONS,
                         help='to measure beside `plain`, behind the recipe (default: all)')
     parser.add_argument('--out', default='experiments/results')
-    a = parser.parse_args()
+    args = parser.parse_args()
     values = {}
-    for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
+    for setting in args.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    toy = a.toy or device.type == 'cpu'
+    toy = args.toy or device.type == 'cpu'
     if toy: values |= dict(lora_rank=4, batch=2, sessions_per_iteration=2, group=2, keep=None, num_steps=3)
     if toy and not Path(str(values.get('editor'))).is_dir(): values |= dict(editor='tiny', size=48)
     config = make_config(values)
@@ -380,7 +380,7 @@ def main():
                   encoders=[], iterations={}, parts={},
                   planned_GB={k: v/1e9 for k, v in planned['memory'].items()},
                   planned_minutes=planned['minutes'])
-    def save(): atomic_write(Path(a.out)/f'bench_{name}.json', to_json(report, indent=1))
+    def save(): atomic_write(Path(args.out)/f'bench_{name}.json', to_json(report, indent=1))
     def keep(rows, where):
         for row in rows:
             where.append(row)
@@ -388,7 +388,7 @@ def main():
     for nf4 in (True, False):
         weights = weights_name(nf4, dtype)
         here = config.model_copy(update=dict(quantize='nf4' if nf4 else None))
-        keep(measure_options(here, configs, nf4, device, dtype, a.repeat, a.options), report['rows'])
+        keep(measure_options(here, configs, nf4, device, dtype, args.repeat, args.options), report['rows'])
         report['iterations'][weights], measured = run_iterations(here, configs, nf4, device, dtype)
         parts = compare_parts(plan(here)['memory'], measured)
         report['parts'][weights] = parts.to_dict('index')
@@ -396,7 +396,7 @@ def main():
         show(f'{weights}: three iterations', pd.DataFrame(report['iterations'][weights]))
         show(f'{weights}: memory by part{PLAN_OF_TOY if toy else ""}', parts)
     show('rows, by option', pd.DataFrame(report['rows']).T, header=False)
-    keep(measure_encoders(config, configs, device, dtype, a.repeat), report['encoders'])
+    keep(measure_encoders(config, configs, device, dtype, args.repeat), report['encoders'])
     report['finished'] = True
     save()
     show('text encoders and autoencoder', pd.DataFrame(report['encoders']).T, header=False)

@@ -71,18 +71,18 @@ def main():
     parser.add_argument('sweep', type=Path, help='NAME.json of a sweep that the exact verifier scores')
     parser.add_argument('--scales', nargs='+', type=float, default=[.7], help='(default: 0.7)')
     parser.add_argument('--results', type=Path, default=Path(__file__).resolve().parent/'results')
-    a = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    folders = {point['label']: {job['seed']: a.sweep.parent/job['folder'] for job in point['jobs']}
-               for point in read_json(a.sweep)['points']}
-    points = load_results(a.sweep).points
+    folders = {point['label']: {job['seed']: args.sweep.parent/job['folder'] for job in point['jobs']}
+               for point in read_json(args.sweep)['points']}
+    points = load_results(args.sweep).points
     rows = []
     for label, point in tqdm(points.items(), desc='settings'):
         rows.append(row_of(label, 1., point.seeds, point.before, point.after))
-        for scale in a.scales:
+        for scale in args.scales:
             each = [scaled_outcomes(folders[label][seed], scale) for seed in point.seeds]
             rows.append(row_of(label, scale, point.seeds, point.before, Outcomes(*map(np.stack, zip(*each)))))
-    atomic_write(a.results/'overshoot.jsonl', ''.join(f'{to_json(row)}\n' for row in rows))
-    save_figure(a.results/'overshoot.png', plot(rows))
+    atomic_write(args.results/'overshoot.jsonl', ''.join(f'{to_json(row)}\n' for row in rows))
+    save_figure(args.results/'overshoot.png', plot(rows))
 
 if __name__ == '__main__': main()

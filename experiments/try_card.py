@@ -92,20 +92,20 @@ def main():
     parser.add_argument('settings', nargs='*', metavar='field=value')
     parser.add_argument('--out', default='runs', help='folder for the report, card_RECIPE_CARD.json (default: runs)')
     parser.add_argument('--folder', help='where the pipeline is made for the time (default: the temporary folder)')
-    a = parser.parse_intermixed_args()
-    values = read_recipe(a.recipe) | SMALL | parse_overrides(a.settings)
+    args = parser.parse_intermixed_args()
+    values = read_recipe(args.recipe) | SMALL | parse_overrides(args.settings)
     one_of('editor', values.get('editor'), [EDITOR])
-    expect(not a.folder or Path(a.folder).is_dir(), 'folder', 'a folder', a.folder)
+    expect(not args.folder or Path(args.folder).is_dir(), 'folder', 'a folder', args.folder)
     config = make_config(values)                                           # what is wrong is said before the work
     device, name = card()
-    with tempfile.TemporaryDirectory(dir=a.folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         temporary = Path(temporary)
         make_pipeline(temporary/'pipeline', device)
         sessions = make_sessions(temporary/'sessions', config)
         config = make_config(values | dict(editor=str(temporary/'pipeline'), sessions=str(sessions),
                                            heldout=values['eval_sessions']))
         report = train_and_report(config, temporary/'run', device, name) | dict(settings=values)
-    atomic_write(Path(a.out)/f"card_{Path(a.recipe).stem}_{name.split()[-1]}.json", to_json(report, indent=1))
+    atomic_write(Path(args.out)/f"card_{Path(args.recipe).stem}_{name.split()[-1]}.json", to_json(report, indent=1))
     say(report)
 
 if __name__ == '__main__':

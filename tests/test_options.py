@@ -34,9 +34,9 @@ def test_second_order_solver(tmp_path, monkeypatch):
     experiment(make_config(few | dict(sampler='dpm2')), tmp_path/'run', judge, progress=False)
     assert trained == [('dpm2', 48, 4)] and evaluated == [('dpm2', 48, 4)]*2
     for argv, expected in (([], 'dpm2'), (['--sampler', 'ode'], 'ode')):
-        a = eval_parser().parse_args(['--lora', str(tmp_path/'run'/'lora'), *argv])
-        fill_settings(a)
-        assert a.sampler == expected
+        args = eval_parser().parse_args(['--lora', str(tmp_path/'run'/'lora'), *argv])
+        fill_settings(args)
+        assert args.sampler == expected
     with pytest.raises(InputError, match='sampler: expected another than dpm2, which has no stochastic steps'):
         make_config(dict(sampler='dpm2', algorithm='grpo'))
     with pytest.raises(InputError, match='sampler: expected algorithm=grpo'): make_config(dict(sampler='cps'))
@@ -63,11 +63,11 @@ def test_benchmarks_keep_their_protocol_and_say_where_training_was_otherwise(tmp
     def trained_with(**fields):
         atomic_write(tmp_path/'run/config.json', to_json(dict(config=dict(editor='tiny', sampler='flow') | fields)))
     def filled(fill, *argv):
-        a = eval_parser().parse_args(['--lora', str(tmp_path/'run/lora'), *argv])
-        fill(a)
+        args = eval_parser().parse_args(['--lora', str(tmp_path/'run/lora'), *argv])
+        fill(args)
         said = capsys.readouterr().err.replace('here, but training used', 'for')
-        return (a.steps, a.size, a.guidance, a.quantize), [line.removeprefix('mtef_eval: warning: --')
-                                                           for line in said.splitlines()]
+        return (args.steps, args.size, args.guidance, args.quantize), [line.removeprefix('mtef_eval: warning: --')
+                                                                       for line in said.splitlines()]
     edival = ['--sessions', 'edival', '--images', 'd']
     lme = ['--bench', 'lme', '--data', 'd', '--judge', 'm']
     trained_with(size=64, guidance=1., num_steps=6, quantize='nf4')

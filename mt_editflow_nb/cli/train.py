@@ -202,28 +202,29 @@ def _resumed(folder) -> tuple: # (`Config`, run folder)
     except InputError as e: raise InputError(f'--resume: {e}') from None
 
 # %% ../../nbs/cli/00_train.ipynb #e1c4a7b2
-def _chosen(a) -> tuple: # (`Config`, run folder)
+def _chosen(args) -> tuple: # (`Config`, run folder)
     "The run that the command line asks for."
-    expect(a.processes is None or a.plan and a.processes > 0, '--processes', 'a number above 0, beside --plan',
-           a.processes)
-    expect(not a.plan or not (a.run or a.notebook), '--plan', 'no --run and no --notebook beside it',
-           a.run or a.notebook)
-    if a.notebook:
-        expect(Path(a.notebook).is_file(), 'notebook', 'a file', a.notebook)
-        parameters = read_notebook(a.notebook).parameters
-        expect('settings' in parameters, f'notebook: {a.notebook}', 'a parameter `settings`', list(parameters))
-    if a.resume:
-        expect(not a.settings and not a.run, '--resume', 'no other setting (the configuration is in the run folder)',
-               ' '.join(a.settings) or f'--run {a.run}')
-        return _resumed(a.resume)
+    expect(args.processes is None or args.plan and args.processes > 0, '--processes', 'a number above 0, beside --plan',
+           args.processes)
+    expect(not args.plan or not (args.run or args.notebook), '--plan', 'no --run and no --notebook beside it',
+           args.run or args.notebook)
+    if args.notebook:
+        expect(Path(args.notebook).is_file(), 'notebook', 'a file', args.notebook)
+        parameters = read_notebook(args.notebook).parameters
+        expect('settings' in parameters, f'notebook: {args.notebook}', 'a parameter `settings`', list(parameters))
+    if args.resume:
+        expect(not args.settings and not args.run, '--resume',
+               'no other setting (the configuration is in the run folder)',
+               ' '.join(args.settings) or f'--run {args.run}')
+        return _resumed(args.resume)
     values = {}
-    for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
-    for name, value in values.items(): expect(name not in vars(a), name, f'an option, --{name}', f'{name}={value}')
+    for setting in args.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
+    for name, value in values.items(): expect(name not in vars(args), name, f'an option, --{name}', f'{name}={value}')
     config = make_config(values)
-    if a.plan: return config, None
-    run = at_home(Path(a.run or 'runs'))
-    check_writable(run, '--run' if a.run else 'runs')
-    if a.run: return config, run
+    if args.plan: return config, None
+    run = at_home(Path(args.run or 'runs'))
+    check_writable(run, '--run' if args.run else 'runs')
+    if args.run: return config, run
     prepare(config)                                                 # a folder is made only for what can run
     run = new_run_folder() if processes()[0] == 0 else ''
     return config, Path(broadcast_path(run) if processes()[1] > 1 else run)
@@ -273,13 +274,13 @@ def main(
 ) -> int:              # exit status: 0, 2 for what cannot be done, 128 plus the number of a signal that stopped it
     "The command `mtef_train`."
     if argv is None: stop_at_once('mtef_train')
-    a = _parser().parse_intermixed_args(argv)            # settings before and after options
+    args = _parser().parse_intermixed_args(argv)         # settings before and after options
     config = None
     def work():
         nonlocal config
-        config, run = _chosen(a)
-        if a.plan: _plan(config, a.processes or processes()[1])
-        else: _run(config, run, a.notebook)
+        config, run = _chosen(args)
+        if args.plan: _plan(config, args.processes or processes()[1])
+        else: _run(config, run, args.notebook)
     with stop_requests():                                  # also while a line is written: nobody is interrupted twice
         try: return _exit_status(work)
         except torch.OutOfMemoryError: _say(f'the GPU has too little memory; {advice(plan(config))}')
