@@ -46,8 +46,8 @@ def values_to_come(
 def add_what_follows(
     r_PGTM: torch.Tensor,      # rewards under branching
     goes_on_PT: torch.Tensor,  # the member that went on from each turn but the last, [P, T - 1]
-    value_PTM: torch.Tensor,   # of what followed it, from `values_to_come`
-    expected_TM: torch.Tensor, # the same for the members that did not go on: a mean over sessions
+    value_PTM: torch.Tensor,   # of what followed the member that went on, from `values_to_come`
+    expected_TM: torch.Tensor, # of what would follow the members that did not go on: a mean over sessions
 ) -> torch.Tensor:             # [P, G, T, M], to be compared turn by turn
     "Add to each reward the value of what follows, as far as it is known."
     paid_PGTM = r_PGTM + expected_TM

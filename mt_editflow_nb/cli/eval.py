@@ -502,7 +502,7 @@ def run_free(
     from_first(lambda: check_older_mode(out, args.judge))
     kw = dict(num_steps=args.steps, kind=args.sampler or 'ode', batch=args.batch, folder=out/'sessions', progress=True,
               settings=settings)
-    size = sum(len(s.instructions) for s in sessions) * editor.size**2 * 3
+    size = sum(len(s.instructions) for s in sessions)*editor.size**2*3
     if size > MAX_BYTES_IN_MEMORY:
         evaluated = evaluated_sessions(editor, sessions, _keeping(judge, out), keep=0, **kw)
         outcomes, _ = collect_sessions(evaluated)
@@ -660,7 +660,7 @@ def quality_table(
     def text(x_IT):
         mean = x_IT.mean(0)
         I = len(x_IT)
-        half = 1.96 * x_IT.std(0, ddof=1) / I**.5 if I > 1 else np.full(len(mean), np.nan)
+        half = 1.96*x_IT.std(0, ddof=1)/I**.5 if I > 1 else np.full(len(mean), np.nan)
         table = pd.DataFrame(dict(value=mean, low=mean - half, high=mean + half))
         return format_intervals(table, digits=2).to_numpy()
     turns = pd.RangeIndex(1, quality_IT.shape[1] + 1, name='turn')
