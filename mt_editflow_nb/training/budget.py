@@ -512,10 +512,10 @@ def plan(
     memory = memory_by_component(config, configs, profile, longest, element, real)
     return dict(
         editor=str(config.editor), size=size, parameters=profile.parameters, adapter=profile.adapter, rows=rows,
-        gpu=card, memory=memory_of_each(memory, config, processes), passes=profile.passes, processes=processes,
-        resting=_text_encoder_bytes(config, configs, element, real) if config.offload else 0, flops=flops,
-        kinds=_kinds_text(longest, turns, shape, share) if kinds else '', found=found is not None,
-        iterations=config.iterations,
+        flops=flops, gpu=card, memory=memory_of_each(memory, config, processes), passes=profile.passes,
+        processes=processes, resting=_text_encoder_bytes(config, configs, element, real) if config.offload else 0,
+        iterations=config.iterations, kinds=_kinds_text(longest, turns, shape, share) if kinds else '',
+        found=found is not None,
         minutes=flops/speed/60 if speed else None, evaluation_hours=evaluation/speed/3600 if speed else None,
         hours=(flops*config.iterations + evaluation)/speed/3600 if speed else None, sampling=first_imitation(config),
         uncounted=sorted(j for j in {config.judge, config.eval_judge} if judge_bytes(j, size, element) is None),
