@@ -26,9 +26,9 @@ from .runs import config_differences
 # %% ../../nbs/training/03a_checkpoints.ipynb #240701c3
 def live_tensors(
     params: list, # trained tensors
-    old: list,    # those of the old policy; may be empty
+    old: list,    # tensors of the old policy; may be empty
     optimizer,    # AdamW, of 32 or 8 bits
-    ema=(),       # those of the moving average; may be empty
+    ema=(),       # tensors of the moving average; may be empty
 ) -> dict:        # name -> the tensor itself, not a copy
     "Everything that the next iteration depends on."
     tensors = {f'{kind}.{i}': x.detach() for kind, xs in (('param', params), ('old', old), ('ema', ema))
@@ -54,9 +54,9 @@ def _restore(x, saved, name):
 def restore_tensors(
     tensors: dict, # from `state_tensors`
     params: list,  # trained tensors
-    old: list,     # those of the old policy; may be empty
+    old: list,     # tensors of the old policy; may be empty
     optimizer,     # AdamW, of 32 or 8 bits
-    ema=(),        # those of the moving average; may be empty
+    ema=(),        # tensors of the moving average; may be empty
 ):
     "Put a saved state back in place. Raises `InputError` for the state of another adapter."
     for kind, xs in (('param', params), ('old', old), ('ema', ema)):
@@ -123,10 +123,10 @@ def save_checkpoint(
     run,         # a run folder
     iteration,   # iterations done
     params,      # trained tensors
-    old,         # those of the old policy; may be empty
+    old,         # tensors of the old policy; may be empty
     optimizer,   # AdamW, of 32 or 8 bits
     editor=None, # save its adapter, as it is now, in `lora/`
-    ema=(),      # those of the moving average; may be empty
+    ema=(),      # tensors of the moving average; may be empty
 ):               # the checkpoint's folder
     "Save the state of a run: `state_tensors`, then `write_checkpoint`."
     return write_checkpoint(run, iteration, state_tensors(params, old, optimizer, ema), editor)
@@ -187,9 +187,9 @@ def restore_checkpoint(
     folder,     # for messages
     saved,      # from `read_checkpoint`
     params,     # trained tensors
-    old,        # those of the old policy
+    old,        # tensors of the old policy
     optimizer,  # AdamW, of 32 or 8 bits
-    ema=(),     # those of the moving average; may be empty
+    ema=(),     # tensors of the moving average; may be empty
 ) -> int:       # iterations done
     "Restore a checkpoint in place. Raises `InputError` for that of another adapter."
     iteration, parameters, tensors = saved
@@ -202,9 +202,9 @@ def restore_checkpoint(
 def load_checkpoint(
     folder,    # a checkpoint
     params,    # trained tensors
-    old,       # those of the old policy
+    old,       # tensors of the old policy
     optimizer, # AdamW, of 32 or 8 bits
-    ema=(),    # those of the moving average; may be empty
+    ema=(),    # tensors of the moving average; may be empty
 ) -> int:      # iterations done
     "Read a checkpoint and restore it in place. Raises `InputError` for one that is damaged, or of another adapter."
     return restore_checkpoint(folder, read_checkpoint(folder), params, old, optimizer, ema)
@@ -284,9 +284,9 @@ def write_shared_checkpoint(
 def restore_shared_checkpoint(
     folder,     # a checkpoint, which all processes see
     params,     # trained tensors, the pieces that are here
-    old,        # those of the old policy
+    old,        # tensors of the old policy
     optimizer,  # AdamW
-    ema=(),     # those of the moving average; may be empty
+    ema=(),     # tensors of the moving average; may be empty
 ) -> int:       # iterations done
     "Restore a checkpoint in place, in all processes. Raises `InputError` for that of another transformer."
     from torch.distributed import checkpoint as dcp
