@@ -49,10 +49,10 @@ def fill(module, device, home=None):
         else: p.data.fill_(1. if 'norm' in name else 0.)
     for buffer in module.buffers(): buffer.zero_()
 
-def real_editor(c, configs, device, dtype, nf4):
+def real_editor(config, configs, device, dtype, nf4):
     "The transformer with random weights; each block is quantised as soon as it exists: bf16 is never held whole."
     torch.manual_seed(0)                                        # the same weights for every option
-    editor = weightless_editor(configs, size=c.size or configs.get('size'), guidance=c.guidance, dtype=dtype)
+    editor = weightless_editor(configs, size=config.size or configs.get('size'), guidance=config.guidance, dtype=dtype)
     editor.device = device
     for name, child in editor.transformer.named_children():
         if 'blocks' not in name:
@@ -65,8 +65,9 @@ def real_editor(c, configs, device, dtype, nf4):
     if hasattr(position, 'pos_freqs'):                          # Qwen's tables are neither weights nor buffers
         axes = list(editor.transformer.config.axes_dims_rope)
         editor.transformer.pos_embed = type(position)(theta=10000, axes_dim=axes, scale_rope=True)
-    for p in add_lora(editor, c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets): p.data.normal_(0, .01)
-    if c.checkpointing: editor.transformer.enable_gradient_checkpointing()
+    added = add_lora(editor, config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets)
+    for p in added: p.data.normal_(0, .01)
+    if config.checkpointing: editor.transformer.enable_gradient_checkpointing()
     return editor
 
 def random_text(text, device):
@@ -110,7 +111,7 @@ def weights_name(nf4, dtype): return 'nf4' if nf4 else str(dtype).split('.')[-1]
 
 OPTIONS = ('plain', 'compile', 'attention', 'autocast', 'tf32', 'merge')
 
-def options_of(c, device, dtype, nf4):
+def options_of(config, device, dtype, nf4):
     "The options that there are here, and for these weights; the CPU has no TF32, 4 bits cannot be merged."
     absent = {'tf32': device.type == 'cpu', 'merge': nf4, 'autocast': dtype == torch.float32}
     return [option for option in OPTIONS if not absent.get(option)]
@@ -123,23 +124,23 @@ def with_option(option, editor, device):
     if option == 'autocast': autocast_velocity(editor)
     torch.backends.cuda.matmul.allow_tf32 = option == 'tf32'
 
-def inputs_of(c, configs, editor, device):
+def inputs_of(config, configs, editor, device):
     "What a transformer call takes, the same numbers for every option."
     torch.manual_seed(1)
-    text = random_text(weightless_text(editor, configs['words'], c.batch), device)
-    x, image = (torch.randn(c.batch, *editor.latent_shape, device=device) for _ in range(2))
-    return x, torch.full((c.batch,), .5, device=device), text, image
+    text = random_text(weightless_text(editor, configs['words'], config.batch), device)
+    x, image = (torch.randn(config.batch, *editor.latent_shape, device=device) for _ in range(2))
+    return x, torch.full((config.batch,), .5, device=device), text, image
 
-def measure(c, configs, nf4, option, device, dtype, repeat, exact=None):
+def measure(config, configs, nf4, option, device, dtype, repeat, exact=None):
     "(a row of the table: seconds, memory and utilisation with these weights, the velocity)."
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    editor = real_editor(c, configs, device, dtype, nf4)
-    inputs = inputs_of(c, configs, editor, device)
+    editor = real_editor(config, configs, device, dtype, nf4)
+    inputs = inputs_of(config, configs, editor, device)
     with_option(option, editor, device)
-    optimizer = make_optimizer(c, lora_parameters(editor))
+    optimizer = make_optimizer(config, lora_parameters(editor))
     @torch.no_grad()
     def sample(): return editor.velocity(*inputs)
     def train():
@@ -149,21 +150,21 @@ def measure(c, configs, nf4, option, device, dtype, repeat, exact=None):
     if option == 'merge':
         with merged(editor):
             velocity = sample()
-            forward = seconds(sample, device, repeat)/c.batch
+            forward = seconds(sample, device, repeat)/config.batch
     else:
         velocity = sample()
-        forward = seconds(sample, device, repeat)/c.batch
-    both = seconds(train, device, repeat)/c.batch
-    T = c.turns or 3
+        forward = seconds(sample, device, repeat)/config.batch
+    both = seconds(train, device, repeat)/config.batch
+    T = config.turns or 3
     speed = peak(device)
-    rows = count_rows(c, T)
+    rows = count_rows(config, T)
     iteration = (rows['sampled'] + rows['compared'])*forward + rows['trained']*both
     error = None if exact is None else float((velocity - exact).norm()/exact.norm())
     row = dict(weights=weights_name(nf4, dtype), option=option, seconds_forward_row=forward, seconds_train_row=both,
-               seconds_iteration=iteration, edits_per_gpu_second=c.sessions_per_iteration*c.group*T/iteration,
+               seconds_iteration=iteration, edits_per_gpu_second=config.sessions_per_iteration*config.group*T/iteration,
                relative_error=error, kernel_share=kernel_share(train, device),
                peak_GB=torch.cuda.max_memory_allocated()/1e9 if device.type == 'cuda' else None,
-               utilisation=(flops_of_a_row(c, configs)/forward)/speed if speed else None)
+               utilisation=(flops_of_a_row(config, configs)/forward)/speed if speed else None)
     return row, velocity
 
 def peak(device):
@@ -171,19 +172,19 @@ def peak(device):
     if device.type != 'cuda': return None
     return next((v for k, v in PEAK_FLOPS.items() if k in torch.cuda.get_device_name()), None)
 
-def flops_of_a_row(c, configs):
+def flops_of_a_row(config, configs):
     "Operations of one forward row, counted on the meta device."
-    editor = weightless_editor(configs, size=c.size or configs.get('size'), guidance=c.guidance)
+    editor = weightless_editor(configs, size=config.size or configs.get('size'), guidance=config.guidance)
     add_lora(editor, 1)
     return profile_row(editor, weightless_text(editor, configs['words']))['flops_forward']
 
-def measure_options(c, configs, nf4, device, dtype, repeat, options=OPTIONS):
+def measure_options(config, configs, nf4, device, dtype, repeat, options=OPTIONS):
     "A row for every option, as it is measured, or why there is none: one that fails spoils no other."
     exact = None
-    for option in options_of(c, device, dtype, nf4):
+    for option in options_of(config, device, dtype, nf4):
         if option != 'plain' and option not in options: continue       # the errors of others are against it
         failed = dict(weights=weights_name(nf4, dtype), option=option)
-        try: row, velocity = measure(c, configs, nf4, option, device, dtype, repeat, exact)
+        try: row, velocity = measure(config, configs, nf4, option, device, dtype, repeat, exact)
         except torch.OutOfMemoryError: row = dict(failed, error='out of memory')
         except Exception as e:
             if option == 'plain': raise
@@ -222,25 +223,26 @@ def texts_held(text):
     storages = [x.untyped_storage().nbytes() for x in (text.embeds, text.pooled) if x is not None]
     return sum(storages) + texts_held(text.negative)
 
-def run_iterations(c, configs, nf4, device, dtype, iterations=3):
+def run_iterations(config, configs, nf4, device, dtype, iterations=3):
     "Seconds and losses of whole iterations, and the bytes of the plan's parts as they are held."
     gc.collect()
     before = allocated(device)
-    editor = real_editor(c, configs, device, dtype, nf4)
+    editor = real_editor(config, configs, device, dtype, nf4)
     adapter = held(lora_parameters(editor))
     built = allocated(device) - before if before is not None else held(
         [*editor.transformer.parameters()]) + held([m.weight.quant_state.absmax for m in editor.transformer.modules()
                                                     if hasattr(getattr(m, 'weight', None), 'quant_state')])
     stand_in(editor, configs, device)
-    policy = Policy(c, editor)
-    pictures = [Image.new('RGB', (editor.size, editor.size))]*c.sessions_per_iteration
-    sessions = [Session(str(p), picture, [f'instruction {p}']*(c.turns or 3)) for p, picture in enumerate(pictures)]
+    policy = Policy(config, editor)
+    pictures = [Image.new('RGB', (editor.size, editor.size))]*config.sessions_per_iteration
+    T = config.turns or 3
+    sessions = [Session(str(p), picture, [f'instruction {p}']*T) for p, picture in enumerate(pictures)]
     log = []
     rolled = None
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
     for i in range(iterations):
         start = time.perf_counter()
-        metrics, rolled, *_ = iterate(c, policy, sessions, random_judge, i)
+        metrics, rolled, *_ = iterate(config, policy, sessions, random_judge, i)
         log.append(dict(seconds=time.perf_counter() - start, loss=metrics['loss'], grad_norm=metrics['grad_norm']))
     optimiser = held([x for state in policy.optimizer.state.values() for x in state.values()])
     rollouts = held([rolled.inputs_TNLC, rolled.clean_TNLC, rolled.path_TKNLC, rolled.next_TKNLC, rolled.mean_TKNLC])
@@ -248,7 +250,7 @@ def run_iterations(c, configs, nf4, device, dtype, iterations=3):
              'rollouts': rollouts + sum(texts_held(t.once) for t in rolled.texts_T)}
     if device.type == 'cuda':
         rest = sum(parts.values())
-        parts[f'activations (batch {c.batch})'] = torch.cuda.max_memory_allocated() - before - rest
+        parts[f'activations (batch {config.batch})'] = torch.cuda.max_memory_allocated() - before - rest
     return log, parts
 
 # --- text encoders and autoencoder
@@ -300,9 +302,9 @@ def encoder_row(name, config, words, quantized, device, dtype, repeat):
         grid = torch.tensor([[1, 28, 28]], device=device)
         return row | dict(seconds_a_picture_seen=seconds(lambda: tower(pixels, grid_thw=grid), device, repeat))
 
-def autoencoder_row(c, configs, size, device, dtype, repeat):
+def autoencoder_row(config, configs, size, device, dtype, repeat):
     "Seconds a picture and bytes of the autoencoder with random weights; the memory that decoding a picture takes."
-    vae = autoencoder_of(c.editor, configs['pipeline'])
+    vae = autoencoder_of(config.editor, configs['pipeline'])
     torch.nn.Module.to(vae, dtype)                    # diffusers' own `to` warns of what matters only with weights
     fill(vae, device)
     vae.requires_grad_(False).eval()
@@ -320,16 +322,16 @@ def autoencoder_row(c, configs, size, device, dtype, repeat):
     if device.type == 'cuda': row['decoding_GB'] = (torch.cuda.max_memory_allocated() - before)/1e9
     return row
 
-def measure_encoders(c, configs, device, dtype, repeat):
+def measure_encoders(config, configs, device, dtype, repeat):
     "A row for each text encoder (the large one also in 4 bits) and the autoencoder; one that fails spoils no other."
-    editor = weightless_editor(configs, size=c.size or configs.get('size'), guidance=c.guidance)
-    T = c.turns or 3
-    P = c.sessions_per_iteration
-    many = dict(seconds_a_prompt=P*T, seconds_a_picture_seen=P*c.group*T, seconds_to_encode=P*c.group*T,
-                seconds_to_decode=P*c.group*T)
-    jobs = [partial(encoder_row, name, config, configs['words'], False) for name, config in configs['text']]
+    editor = weightless_editor(configs, size=config.size or configs.get('size'), guidance=config.guidance)
+    T = config.turns or 3
+    P = config.sessions_per_iteration
+    many = dict(seconds_a_prompt=P*T, seconds_a_picture_seen=P*config.group*T, seconds_to_encode=P*config.group*T,
+                seconds_to_decode=P*config.group*T)
+    jobs = [partial(encoder_row, name, encoder, configs['words'], False) for name, encoder in configs['text']]
     jobs.append(partial(encoder_row, *configs['text'][-1], configs['words'], True))
-    jobs.append(partial(autoencoder_row, c, configs, editor.size))
+    jobs.append(partial(autoencoder_row, config, configs, editor.size))
     for job in jobs:
         gc.collect()
         if device.type == 'cuda': torch.cuda.empty_cache()
@@ -361,32 +363,32 @@ def main():
     parser.add_argument('--options', nargs='+', choices=OPTIONS, default=OPTIONS,
                         help='to measure beside `plain`, behind the recipe (default: all)')
     parser.add_argument('--out', default='experiments/results')
-    a = parser.parse_args()
+    args = parser.parse_args()
     values = {}
-    for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
+    for setting in args.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    toy = a.toy or device.type == 'cpu'
+    toy = args.toy or device.type == 'cpu'
     if toy: values |= dict(lora_rank=4, batch=2, sessions_per_iteration=2, group=2, keep=None, num_steps=3)
     if toy and not Path(str(values.get('editor'))).is_dir(): values |= dict(editor='tiny', size=48)
-    c = make_config(values)
-    configs = editor_configs(c.editor)
+    config = make_config(values)
+    configs = editor_configs(config.editor)
     dtype = torch.bfloat16
-    planned = plan(c)
-    name = Path(c.editor).name + ('_toy' if toy else '')
+    planned = plan(config)
+    name = Path(config.editor).name + ('_toy' if toy else '')
     machine = torch.cuda.get_device_name() if device.type == 'cuda' else f'{platform.machine()} CPU'
-    report = dict(finished=False, device=machine, toy=toy, torch=torch.__version__, config=c.model_dump(), rows=[],
+    report = dict(finished=False, device=machine, toy=toy, torch=torch.__version__, config=config.model_dump(), rows=[],
                   encoders=[], iterations={}, parts={},
                   planned_GB={k: v/1e9 for k, v in planned['memory'].items()},
                   planned_minutes=planned['minutes'])
-    def save(): atomic_write(Path(a.out)/f'bench_{name}.json', to_json(report, indent=1))
+    def save(): atomic_write(Path(args.out)/f'bench_{name}.json', to_json(report, indent=1))
     def keep(rows, where):
         for row in rows:
             where.append(row)
             save()
     for nf4 in (True, False):
         weights = weights_name(nf4, dtype)
-        here = c.model_copy(update=dict(quantize='nf4' if nf4 else None))
-        keep(measure_options(here, configs, nf4, device, dtype, a.repeat, a.options), report['rows'])
+        here = config.model_copy(update=dict(quantize='nf4' if nf4 else None))
+        keep(measure_options(here, configs, nf4, device, dtype, args.repeat, args.options), report['rows'])
         report['iterations'][weights], measured = run_iterations(here, configs, nf4, device, dtype)
         parts = compare_parts(plan(here)['memory'], measured)
         report['parts'][weights] = parts.to_dict('index')
@@ -394,7 +396,7 @@ def main():
         show(f'{weights}: three iterations', pd.DataFrame(report['iterations'][weights]))
         show(f'{weights}: memory by part{PLAN_OF_TOY if toy else ""}', parts)
     show('rows, by option', pd.DataFrame(report['rows']).T, header=False)
-    keep(measure_encoders(c, configs, device, dtype, a.repeat), report['encoders'])
+    keep(measure_encoders(config, configs, device, dtype, args.repeat), report['encoders'])
     report['finished'] = True
     save()
     show('text encoders and autoencoder', pd.DataFrame(report['encoders']).T, header=False)

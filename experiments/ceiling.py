@@ -50,11 +50,11 @@ def main():
     parser.add_argument('--lora', help='a trained adapter; none: the editor before training')
     parser.add_argument('--name', default='before training', help='what the rows are called')
     parser.add_argument('--results', type=Path, default=Path('experiments/results/ceiling.jsonl'))
-    a = parser.parse_args()
-    editor = load_editor(lora_rank=16, init_lora=a.lora) if a.lora else load_editor()
-    known = [(row['name'], row['samples']) for row in log_rows(a.results)]
-    for samples in a.samples:
-        if (a.name, samples) in known: continue
-        append_json_line(a.results, dict(name=a.name, samples=samples) | best_of(editor, samples))
+    args = parser.parse_args()
+    editor = load_editor(lora_rank=16, init_lora=args.lora) if args.lora else load_editor()
+    known = [(row['name'], row['samples']) for row in log_rows(args.results)]
+    for samples in args.samples:
+        if (args.name, samples) in known: continue
+        append_json_line(args.results, dict(name=args.name, samples=samples) | best_of(editor, samples))
 
 if __name__ == '__main__': main()

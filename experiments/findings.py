@@ -106,13 +106,13 @@ def filled(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 if a table is out of date')
-    a = parser.parse_args()
+    args = parser.parse_args()
     old = findings.read_text(encoding='utf-8')
     try: new = filled(old)
     except InputError as e:
         print(f'findings.py: {e}', file=sys.stderr)
         return 2
-    if a.check: return int(new != old)
+    if args.check: return int(new != old)
     atomic_write(findings, new)
     return 0
 

@@ -313,11 +313,11 @@ def main():
     parser.add_argument('--folder', type=Path, default=Path('runs/signal'))
     parser.add_argument('--stages', nargs='+', default=['base', '20', '60'])
     parser.add_argument('--batches', type=int, default=64)
-    a = parser.parse_args()
-    a.folder.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    if a.what == 'measure': return measure(a.folder, a.stages, a.batches)
-    rows = [row for stage in a.stages for row in report_stage(a.folder, stage)]
+    if args.what == 'measure': return measure(args.folder, args.stages, args.batches)
+    rows = [row for stage in args.stages for row in report_stage(args.folder, stage)]
     file = Path(__file__).resolve().parent/'results'/'signal.jsonl'
     atomic_write(file, ''.join(f'{to_json(row)}\n' for row in rows))
 

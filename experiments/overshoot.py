@@ -27,14 +27,15 @@ def scaled_outcomes(run, scale):
     "How the editor of a run does with its adapter times `scale`, [I, T]."
     file = run/f'scaled_{scale:g}.safetensors'
     if not (kept := read_outcomes(file)):
-        c = make_config(read_json(run/'config.json')['config'])
-        editor = load_editor(c.editor)
+        config = make_config(read_json(run/'config.json')['config'])
+        editor = load_editor(config.editor)
         load_lora(editor, run/'lora')
         for name, p in editor.transformer.named_parameters():
             if 'lora_B' in name: p.data *= scale
-        sessions = WORLDS[c.sessions](c.eval_sessions, c.eval_turns or c.turns or 3, 'heldout', seed=c.eval_seed)
-        outcomes, _ = evaluate(editor, sessions, load_judge(c.eval_judge), seed=NOISE,
-                               num_steps=c.eval_steps or c.num_steps)
+        turns = config.eval_turns or config.turns or 3
+        sessions = WORLDS[config.sessions](config.eval_sessions, turns, 'heldout', seed=config.eval_seed)
+        outcomes, _ = evaluate(editor, sessions, load_judge(config.eval_judge), seed=NOISE,
+                               num_steps=config.eval_steps or config.num_steps)
         write_outcomes(file, outcomes, [])
         kept = read_outcomes(file)
     return Outcomes(*(np.asarray(x, float) for x in kept[0]))
@@ -70,18 +71,18 @@ def main():
     parser.add_argument('sweep', type=Path, help='NAME.json of a sweep that the exact verifier scores')
     parser.add_argument('--scales', nargs='+', type=float, default=[.7], help='(default: 0.7)')
     parser.add_argument('--results', type=Path, default=Path(__file__).resolve().parent/'results')
-    a = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    folders = {point['label']: {job['seed']: a.sweep.parent/job['folder'] for job in point['jobs']}
-               for point in read_json(a.sweep)['points']}
-    points = load_results(a.sweep).points
+    folders = {point['label']: {job['seed']: args.sweep.parent/job['folder'] for job in point['jobs']}
+               for point in read_json(args.sweep)['points']}
+    points = load_results(args.sweep).points
     rows = []
     for label, point in tqdm(points.items(), desc='settings'):
         rows.append(row_of(label, 1., point.seeds, point.before, point.after))
-        for scale in a.scales:
+        for scale in args.scales:
             each = [scaled_outcomes(folders[label][seed], scale) for seed in point.seeds]
             rows.append(row_of(label, scale, point.seeds, point.before, Outcomes(*map(np.stack, zip(*each)))))
-    atomic_write(a.results/'overshoot.jsonl', ''.join(f'{to_json(row)}\n' for row in rows))
-    save_figure(a.results/'overshoot.png', plot(rows))
+    atomic_write(args.results/'overshoot.jsonl', ''.join(f'{to_json(row)}\n' for row in rows))
+    save_figure(args.results/'overshoot.png', plot(rows))
 
 if __name__ == '__main__': main()

@@ -169,19 +169,21 @@ def make_report(sweeps, ours, results):
                 sessions=points[ours].after.success_IT.shape[1], ours=ours, ours_gains_times=times,
                 turn1_success_by_type=success_by_type(points[ours], points[ours].before), methods=methods)
 
-def run(a):
+def run(args):
     "What the options ask for. Raises `InputError` for what is not there."
-    if a.show:
-        methods = read_json(a.results/'recipe.json')['methods']
-        one_of('--show', a.show, methods)
-        print('committed results:', line(a.show, methods[a.show]))
+    if args.show:
+        methods = read_json(args.results/'recipe.json')['methods']
+        one_of('--show', args.show, methods)
+        print('committed results:', line(args.show, methods[args.show]))
         return
-    expect(a.pool or a.sweeps and a.ours, 'recipe.py', 'SWEEP.json and --ours, --pool, or --show', 'none of them')
-    expect(a.pool or not a.latest, '--latest', 'reports to put together: --pool', 'none of them')
-    if a.pool: report = pooled([read_json(a.results/f'{name}.json') for name in a.pool], a.ours, a.latest)
-    else: report = make_report(a.sweeps, a.ours, a.results)
-    atomic_write(a.results/f'{a.name}.json', to_json(report, indent=1))
-    save_figure(a.results/f'{a.name}.png', plot(report))
+    expect(args.pool or args.sweeps and args.ours, 'recipe.py', 'SWEEP.json and --ours, --pool, or --show',
+           'none of them')
+    expect(args.pool or not args.latest, '--latest', 'reports to put together: --pool', 'none of them')
+    if args.pool:
+        report = pooled([read_json(args.results/f'{name}.json') for name in args.pool], args.ours, args.latest)
+    else: report = make_report(args.sweeps, args.ours, args.results)
+    atomic_write(args.results/f'{args.name}.json', to_json(report, indent=1))
+    save_figure(args.results/f'{args.name}.png', plot(report))
     for label, m in report['methods'].items(): print(line(label, m))
     for label, times in report.get('ours_gains_times', {}).items():
         if times: print('{} gains {:.2f} [{:.2f}, {:.2f}] times as much as {}'.format(report['ours'], *times, label))
@@ -196,8 +198,8 @@ def main():
                         help='labels that count in the last report of --pool which has them')
     parser.add_argument('--show', metavar='METHOD', help='a label of the committed results')
     parser.add_argument('--results', type=Path, default=Path(__file__).resolve().parent/'results')
-    a = parser.parse_args()
-    try: run(a)
+    args = parser.parse_args()
+    try: run(args)
     except InputError as e:
         print(f'recipe.py: {e}', file=sys.stderr)
         return 2

@@ -51,24 +51,24 @@ def make_pipeline(folder, device):
         save_random(weightless_encoder(encoder, config), folder/part, device)
     save_random(autoencoder_of(EDITOR, configs['pipeline']), folder/'vae', device)
 
-def make_sessions(folder, c):
+def make_sessions(folder, config):
     "Sessions of noise, enough for training and for those that are held out."
-    count = c.sessions_per_iteration*c.iterations + c.eval_sessions
-    size = c.size or 1024
+    count = config.sessions_per_iteration*config.iterations + config.eval_sessions
+    size = config.size or 1024
     def session(i):
         picture = Image.effect_noise((size, size), 40 + 5*i).convert('RGB')
-        return Session(str(i), picture, [f'instruction {t}' for t in range(c.turns or 3)])
+        return Session(str(i), picture, [f'instruction {t}' for t in range(config.turns or 3)])
     save_sessions([session(i) for i in range(count)], folder)
     return folder/'sessions.jsonl'
 
-def train_and_report(c, run, device, name):
+def train_and_report(config, run, device, name):
     "What was held and taken, beside the plan."
-    planned = plan(c)
+    planned = plan(config)
     print(plan_text(planned), flush=True)
     if device.type == 'cuda':
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    experiment(c, run, judge=random_judge)
+    experiment(config, run, judge=random_judge)
     steps = log_rows(run/'metrics.jsonl')
     return dict(device=name, torch=torch.__version__,
                 planned_GB={part: b/1e9 for part, b in planned['memory'].items()},
@@ -92,20 +92,20 @@ def main():
     parser.add_argument('settings', nargs='*', metavar='field=value')
     parser.add_argument('--out', default='runs', help='folder for the report, card_RECIPE_CARD.json (default: runs)')
     parser.add_argument('--folder', help='where the pipeline is made for the time (default: the temporary folder)')
-    a = parser.parse_intermixed_args()
-    values = read_recipe(a.recipe) | SMALL | parse_overrides(a.settings)
+    args = parser.parse_intermixed_args()
+    values = read_recipe(args.recipe) | SMALL | parse_overrides(args.settings)
     one_of('editor', values.get('editor'), [EDITOR])
-    expect(not a.folder or Path(a.folder).is_dir(), 'folder', 'a folder', a.folder)
-    c = make_config(values)                                                # what is wrong is said before the work
+    expect(not args.folder or Path(args.folder).is_dir(), 'folder', 'a folder', args.folder)
+    config = make_config(values)                                           # what is wrong is said before the work
     device, name = card()
-    with tempfile.TemporaryDirectory(dir=a.folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         temporary = Path(temporary)
         make_pipeline(temporary/'pipeline', device)
-        sessions = make_sessions(temporary/'sessions', c)
-        c = make_config(values | dict(editor=str(temporary/'pipeline'), sessions=str(sessions),
-                                      heldout=values['eval_sessions']))
-        report = train_and_report(c, temporary/'run', device, name) | dict(settings=values)
-    atomic_write(Path(a.out)/f"card_{Path(a.recipe).stem}_{name.split()[-1]}.json", to_json(report, indent=1))
+        sessions = make_sessions(temporary/'sessions', config)
+        config = make_config(values | dict(editor=str(temporary/'pipeline'), sessions=str(sessions),
+                                           heldout=values['eval_sessions']))
+        report = train_and_report(config, temporary/'run', device, name) | dict(settings=values)
+    atomic_write(Path(args.out)/f"card_{Path(args.recipe).stem}_{name.split()[-1]}.json", to_json(report, indent=1))
     say(report)
 
 if __name__ == '__main__':

@@ -65,11 +65,12 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--look-every', type=int, default=30, help='iterations between evaluations')
     parser.add_argument('--results', type=Path, default=Path('experiments/results/tuning.jsonl'))
-    a = parser.parse_intermixed_args()
-    values = parse_overrides(a.settings) | dict(seed=a.seed)
-    known = log_rows(a.results)
-    if any((row['method'], row['settings']) == (a.method, values) for row in known): return
+    args = parser.parse_intermixed_args()
+    values = parse_overrides(args.settings) | dict(seed=args.seed)
+    known = log_rows(args.results)
+    if any((row['method'], row['settings']) == (args.method, values) for row in known): return
     torch.set_num_threads(1)
-    append_json_line(a.results, dict(method=a.method, settings=values, curve=try_settings(values, a.look_every)))
+    curve = try_settings(values, args.look_every)
+    append_json_line(args.results, dict(method=args.method, settings=values, curve=curve))
 
 if __name__ == '__main__': main()

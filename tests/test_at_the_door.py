@@ -77,7 +77,7 @@ def test_a_judge_that_is_not_there_is_found_before_the_editor_is_loaded(tmp_path
     assert 'nobody listens there' in capsys.readouterr().err.splitlines()[-1]
 
 def test_a_notebook_that_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, 'prepare', lambda c: None)
+    monkeypatch.setattr(train, 'prepare', lambda config: None)
     monkeypatch.setattr(train, 'start_notebook', lambda *args: SimpleNamespace(poll=lambda: -9, returncode=-9))
     with pytest.raises(InputError, match=r'killed by signal 9 \(memory\?\); go on with: mtef_train ... --run'):
         train.run_notebook(Path(__file__), None, tmp_path)

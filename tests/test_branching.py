@@ -61,7 +61,7 @@ def test_a_judge_of_turns_and_one_of_sessions_are_asked_alike():
     class ByTurn:
         by_turn = True
         rewards = ('if', 'cc')
-        def check(self, scores, of=None): assert not scores.failed
+        def check(self, scores, total=None): assert not scores.failed
         def score(self, sessions, images_PGTHWC, turn, seed):
             assert images_PGTHWC.shape[2] == turn + 1
             whole = verifier(sessions, images_PGTHWC)

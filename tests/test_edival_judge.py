@@ -92,9 +92,9 @@ def test_a_run_of_one_iteration_with_a_scripted_server(told, tmp_path):
     detector = Counting(lambda r: same_box)
     vlm = Counting(lambda r: 'Yes')
     with Served(detector, vlm, Counting(constant)) as server:
-        c = of_run(tmp_path, told, f'edival@{server.url}')
-        train(c, tmp_path/'run', progress=False)
-        trained_on = session_source(c).batch(0)
+        config = of_run(tmp_path, told, f'edival@{server.url}')
+        train(config, tmp_path/'run', progress=False)
+        trained_on = session_source(config).batch(0)
     row, = read_json_lines(tmp_path/'run'/'metrics.jsonl')
     done = ('color_alter', 'subject_replace', 'subject_add')
     follows = np.array([[kind in done for kind in s.task_types] for s in trained_on])
@@ -119,9 +119,9 @@ def test_server_and_process_give_the_same_as_the_benchmark(told):
 
 def test_sessions_without_lists_are_refused_before_anything_is_loaded(tmp_path, capsys):
     bare = shape_sessions(2, 1, 'train')
-    c = of_run(tmp_path, bare, 'edival')
+    config = of_run(tmp_path, bare, 'edival')
     with pytest.raises(InputError, match=r"session '.*': expected EdiVal-Bench's `format_instructions` in `meta`"):
-        train(c, tmp_path/'run', progress=False)
+        train(config, tmp_path/'run', progress=False)
     assert not (tmp_path/'run').exists()
     assert mtef_eval(['--n', '2', '--judge', 'edival', '--out', str(tmp_path/'out')]) == 2
     error = capsys.readouterr().err

@@ -208,9 +208,9 @@ def judge(sessions, images_PGTHWC):
 
 def one_iteration(editor, session, **kw):
     usual = dict(group=3, sessions_per_iteration=2, num_steps=3, iterations=2, std='group', min_std=0., batch=4)
-    c = make_config(usual | kw)
+    config = make_config(usual | kw)
     flip = Session('b', session.image.transpose(Image.FLIP_TOP_BOTTOM), session.instructions)
-    with small_condition(): return iterate(c, Policy(c, editor), [session, flip], judge, 0)[0]
+    with small_condition(): return iterate(config, Policy(config, editor), [session, flip], judge, 0)[0]
 
 @pytest.mark.parametrize('algorithm', ['nft', 'grpo'])
 def test_training_changes_the_adapter_only(folder, session, algorithm):

@@ -121,9 +121,9 @@ def test_a_sweep_plans_what_training_takes(tmp_path, monkeypatch):
     held = save_sessions(shape_sessions(2, 1, 'heldout'), tmp_path/'b')
     table = tmp_path/'mine.parquet'
     save_table(shape_sessions(3, 1), table)
-    c = make_config(dict(sessions=str(table), streaming=True, heldout=str(held), sessions_per_iteration=1))
-    source = session_source(c)
-    assert {'sessions': source.train_hash, 'heldout': source.heldout_hash}.items() <= config_content(c).items()
+    config = make_config(dict(sessions=str(table), streaming=True, heldout=str(held), sessions_per_iteration=1))
+    source = session_source(config)
+    assert {'sessions': source.train_hash, 'heldout': source.heldout_hash}.items() <= config_content(config).items()
     assert opened == [str(held)]
 
 # --- adapters as other tools save them, and as nobody should
@@ -261,23 +261,23 @@ def test_logs_and_notes_of_another_kind(tmp_path):
 
 def test_a_finished_run_mends_what_can_be_made_again(tmp_path, capsys):
     "A picture that was cut off, results that are none, half a line inside a log: the numbers stay."
-    c = make_config(dict(iterations=0, eval_sessions=1, num_steps=1, turns=1, lora_rank=2))
+    config = make_config(dict(iterations=0, eval_sessions=1, num_steps=1, turns=1, lora_rank=2))
     run = tmp_path/'run'
-    results = experiment(c, run, progress=False)
+    results = experiment(config, run, progress=False)
     picture = run/'rollouts'/'heldout_0.png'
     drawn = picture.read_bytes()
     picture.write_bytes(drawn[:60])
     (run/'results.json').write_text('[1]')
     (run/'timings.jsonl').write_text('{"iterat\n{}\n')
-    assert experiment(c, run, progress=False) == results
+    assert experiment(config, run, progress=False) == results
     assert picture.read_bytes() == drawn and json.loads((run/'results.json').read_text()) == results
 
 def test_an_edited_configuration_is_noticed(tmp_path):
     "Half a run with one seed and half with another is neither; what the checkpoint does not know is not compared."
     run = tmp_path/'run'
-    c = make_config({})
-    file = open_run(c, run)/'config.json'
-    write_checkpoint(run, 1, {'param.0': torch.ones(2)}, c=c)
+    config = make_config({})
+    file = open_run(config, run)/'config.json'
+    write_checkpoint(run, 1, {'param.0': torch.ones(2)}, config=config)
     def go_on():
         with opened_run(read_config(run), run, {}): return True
     assert go_on()
@@ -289,25 +289,25 @@ def test_an_edited_configuration_is_noticed(tmp_path):
     assert go_on()
 
 def test_an_evaluation_without_a_score_is_not_the_best(tmp_path):
-    c = make_config(dict(eval_every=1, keep_best=1, iterations=3))
+    config = make_config(dict(eval_every=1, keep_best=1, iterations=3))
     editor = load_editor(lora_rank=2)
     rows = [dict(iteration=n, heldout_O=score) for n, score in ((1, float('nan')), (2, None), (3, 5.))]
     for n in (1, 3):
-        keep_best(c, tmp_path, rows[:n], SimpleNamespace(iteration=n, policy=SimpleNamespace(editor=editor)))
+        keep_best(config, tmp_path, rows[:n], SimpleNamespace(iteration=n, policy=SimpleNamespace(editor=editor)))
     assert [p.name for p in (tmp_path/'best').iterdir()] == ['000003']
 
 def test_the_best_adapter_is_kept_before_its_score_is_written(tmp_path, monkeypatch):
     "A disk that is full just then costs no best adapter: the evaluation is not done yet."
-    c = make_config(dict(iterations=3, eval_sessions=2, turns=1, sessions_per_iteration=1, group=2, num_steps=2,
-                         lora_rank=2, batch=2, eval_every=2, keep_best=1, save_every=10))
+    config = make_config(dict(iterations=3, eval_sessions=2, turns=1, sessions_per_iteration=1, group=2, num_steps=2,
+                              lora_rank=2, batch=2, eval_every=2, keep_best=1, save_every=10))
     full = [True]
     def save(editor, folder):
         if folder.parent.name == 'best' and full.pop(): raise OSError(28, 'No space left on device', str(folder))
         return save_lora(editor, folder)
     monkeypatch.setattr(train_chapter, 'save_lora', save)
-    with pytest.raises((InputError, OSError), match='No space left'): experiment(c, tmp_path/'run', progress=False)
+    with pytest.raises((InputError, OSError), match='No space left'): experiment(config, tmp_path/'run', progress=False)
     full.append(False)
-    experiment(c, tmp_path/'run', progress=False)
+    experiment(config, tmp_path/'run', progress=False)
     rows = read_json_lines(tmp_path/'run'/'heldout.jsonl')
     assert [row['iteration'] for row in rows] == [2] and (tmp_path/'run'/'best'/'000002').is_dir()
 

@@ -60,9 +60,9 @@ def test_what_is_kept_is_right(whole):
 @pytest.mark.parametrize('cut', [1, 4], ids=['while it samples', 'while it repeats'])
 def test_cut_and_resumed(whole, tmp_path, monkeypatch, cut):
     real = train_chapter.step_of
-    def stops(c, iteration):
+    def stops(config, iteration):
         if iteration == cut: raise KeyboardInterrupt
-        return real(c, iteration)
+        return real(config, iteration)
     monkeypatch.setattr(train_chapter, 'step_of', stops)
     with pytest.raises(KeyboardInterrupt): train(make_config(small), tmp_path/'run', progress=False)
     monkeypatch.undo()

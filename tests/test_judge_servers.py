@@ -460,7 +460,7 @@ def test_scores_of_a_users_own_judge_are_checked_where_they_enter(change, reason
             half = torch.full((2, 3, 1), .5)
             return change(Scores(('if', 'cc'), torch.stack([half, half], -1), half.round(), half, half))
         def __call__(self, sessions, images): return self.score(sessions, images)
-        def check(self, scores, of=None): pass
+        def check(self, scores, total=None): pass
     Theirs.by_turn = by_turn
     with pytest.raises(InputError, match=f'^judge.*{reason}') as e, TurnScorer(Theirs(), sessions, 3) as scorer:
         scorer(0, slice(0, 2), images)

@@ -33,10 +33,10 @@ def test_a_run_over_sessions_of_two_and_three_turns(tmp_path):
     sessions = [*shape_sessions(4, 2, seed=1), *(replace(s, id=f'three {s.id}') for s in shape_sessions(2, 3, seed=2))]
     sessions[0] = replace(sessions[0], id='x')
     file = save_sessions(sessions, tmp_path/'mine', same_turns=False)
-    c = make_config(dict(sessions=str(file), heldout='training', sessions_per_iteration=1, group=2, iterations=2,
-                         num_steps=2, train_timesteps=1, lora_rank=1, judge='tiny:logit', eval_judge='tiny:logit',
-                         turn_weights={2: 1, 3: 1}))
-    results = experiment(c, tmp_path/'run', right_where_asked, progress=False)
+    config = make_config(dict(sessions=str(file), heldout='training', sessions_per_iteration=1, group=2, iterations=2,
+                              num_steps=2, train_timesteps=1, lora_rank=1, judge='tiny:logit', eval_judge='tiny:logit',
+                              turn_weights={2: 1, 3: 1}))
+    results = experiment(config, tmp_path/'run', right_where_asked, progress=False)
     rows = {(r['turn'], r['metric']): r for r in results['table']}
     assert [rows[t, 'IF']['sessions'] for t in (1, 2, 3)] == [6, 6, 2]
     assert [rows[t, 'marginal']['before'] for t in (1, 2, 3)] == [100, 40, 0]       # 2 of the 5 that are scored
@@ -47,7 +47,7 @@ def test_a_run_over_sessions_of_two_and_three_turns(tmp_path):
     assert text.splitlines()[0].endswith('sessions') and text.splitlines()[-3].split()[-1] == '2'
     assert 'before: 1 of 14 turns could not be scored' in text
     assert read_json(tmp_path/'run'/'config.json')['config']['turn_weights'] == {'2': 1.0, '3': 1.0}
-    assert experiment(c, tmp_path/'run', right_where_asked, progress=False) == results    # nothing is done twice
+    assert experiment(config, tmp_path/'run', right_where_asked, progress=False) == results # nothing is done twice
     turns = [2, 2, 2, 2, 3, 3]
     assert [stored_turns(tmp_path/'run'/f'{name}.safetensors') for name in ('before', 'after')] == [turns, turns]
     against_itself = compare(tmp_path/'run', tmp_path/'run')

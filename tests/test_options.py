@@ -34,9 +34,9 @@ def test_second_order_solver(tmp_path, monkeypatch):
     experiment(make_config(few | dict(sampler='dpm2')), tmp_path/'run', judge, progress=False)
     assert trained == [('dpm2', 48, 4)] and evaluated == [('dpm2', 48, 4)]*2
     for argv, expected in (([], 'dpm2'), (['--sampler', 'ode'], 'ode')):
-        a = eval_parser().parse_args(['--lora', str(tmp_path/'run'/'lora'), *argv])
-        fill_settings(a)
-        assert a.sampler == expected
+        args = eval_parser().parse_args(['--lora', str(tmp_path/'run'/'lora'), *argv])
+        fill_settings(args)
+        assert args.sampler == expected
     with pytest.raises(InputError, match='sampler: expected another than dpm2, which has no stochastic steps'):
         make_config(dict(sampler='dpm2', algorithm='grpo'))
     with pytest.raises(InputError, match='sampler: expected algorithm=grpo'): make_config(dict(sampler='cps'))
@@ -44,8 +44,8 @@ def test_second_order_solver(tmp_path, monkeypatch):
 def test_evaluation_at_another_size(tmp_path, monkeypatch, capsys):
     "The held-out pictures are made at that size from the first ones on, the rollouts at training's; it is said."
     trained, evaluated = (noting(monkeypatch, module) for module in (page, running))
-    c = make_config(few | dict(iterations=2, eval_sessions=4, eval_size=64, eval_steps=3, eval_every=1))
-    editor_size = experiment(c, tmp_path/'run', judge, progress=False)
+    config = make_config(few | dict(iterations=2, eval_sessions=4, eval_size=64, eval_steps=3, eval_every=1))
+    editor_size = experiment(config, tmp_path/'run', judge, progress=False)
     assert trained == [('flow', 48, 4)]*2 and evaluated == [('ode', 64, 3)]*3
     said = capsys.readouterr().err
     assert said.count('warning: evaluation: size: 64 here, but training used 48') == 1
@@ -63,11 +63,11 @@ def test_benchmarks_keep_their_protocol_and_say_where_training_was_otherwise(tmp
     def trained_with(**fields):
         atomic_write(tmp_path/'run/config.json', to_json(dict(config=dict(editor='tiny', sampler='flow') | fields)))
     def filled(fill, *argv):
-        a = eval_parser().parse_args(['--lora', str(tmp_path/'run/lora'), *argv])
-        fill(a)
+        args = eval_parser().parse_args(['--lora', str(tmp_path/'run/lora'), *argv])
+        fill(args)
         said = capsys.readouterr().err.replace('here, but training used', 'for')
-        return (a.steps, a.size, a.guidance, a.quantize), [line.removeprefix('mtef_eval: warning: --')
-                                                           for line in said.splitlines()]
+        return (args.steps, args.size, args.guidance, args.quantize), [line.removeprefix('mtef_eval: warning: --')
+                                                                       for line in said.splitlines()]
     edival = ['--sessions', 'edival', '--images', 'd']
     lme = ['--bench', 'lme', '--data', 'd', '--judge', 'm']
     trained_with(size=64, guidance=1., num_steps=6, quantize='nf4')
@@ -96,8 +96,8 @@ def test_merged_rollouts(tmp_path, monkeypatch):
         return pictures[-1]
     monkeypatch.setattr(page, 'rollout', noted)
     for name in ('apart', 'merged'):
-        c = make_config(few | dict(iterations=2, merge=name == 'merged', lr=1e-2))
-        experiment(c, tmp_path/name, judge, progress=False)
+        config = make_config(few | dict(iterations=2, merge=name == 'merged', lr=1e-2))
+        experiment(config, tmp_path/name, judge, progress=False)
     for apart, merged in zip(pictures[:2], pictures[2:]):
         assert torch.allclose(apart.clean_TNLC, merged.clean_TNLC, atol=1e-3)
         assert np.abs(apart.images_PGTHWC.astype(int) - merged.images_PGTHWC).max() <= 1
@@ -134,8 +134,8 @@ def test_rows_that_teach_nothing_are_not_counted_as_judged():
             if session.id in (sessions[1].id, sessions[2].id): scores.rewards_PGTM[p] = .5
         return scores
     def learned(step, **settings):
-        c = config.model_copy(update=settings)
-        return step(c, Policy(c, load_editor(lora_rank=c.lora_rank)), sessions, half, 0)[0]
+        changed = config.model_copy(update=settings)
+        return step(changed, Policy(changed, load_editor(lora_rank=changed.lora_rank)), sessions, half, 0)[0]
     plain = learned(page.iterate)
     early = learned(iterate_as_judged, learn_as_judged=True)
     assert plain['rows'] == early['rows'] == 4 and plain['passes'] == early['passes']

@@ -22,8 +22,8 @@ def run(tmp_path_factory):
     "A finished run on sessions of a file."
     folder = tmp_path_factory.mktemp('secret_project')
     save_sessions(shape_sessions(6, 2), folder)
-    c = make_config(small | dict(iterations=2, sessions=str(folder/'sessions.jsonl'), heldout=2))
-    experiment(c, folder/'run', progress=False)
+    config = make_config(small | dict(iterations=2, sessions=str(folder/'sessions.jsonl'), heldout=2))
+    experiment(config, folder/'run', progress=False)
     held = json.loads((folder/'run'/'config.json').read_text())
     held['config']['judge'] = f'Qwen/Qwen2.5-VL-7B-Instruct@{ADDRESS}:logit'      # as if a server had judged
     (folder/'run'/'config.json').write_text(json.dumps(held))

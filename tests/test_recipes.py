@@ -72,18 +72,18 @@ def test_recipe(path, twins):
     twin = str(twins[PUBLISHED_EDITORS[published.editor]['pipeline']])
     small = dict(editor=twin, size=64, sessions_per_iteration=2, group=2, num_steps=min(published.num_steps, 4),
                  turns=2, window=min(published.window, 2), min_std=0., iterations=2, judge='verifier')   # see below
-    c = make_config(read_recipe(path) | small)
-    editor = load_configured_editor(c, lora_rank=c.lora_rank)
+    config = make_config(read_recipe(path) | small)
+    editor = load_configured_editor(config, lora_rank=config.lora_rank)
     layers = {type(m).__name__ for m in editor.transformer.modules()}
     assert any('Linear4bit' in name for name in layers) == (published.quantize == 'nf4')
-    policy = Policy(c, editor)
+    policy = Policy(config, editor)
     passes = counting(editor)
     for o in policy.old: o += .01                                     # off-policy, as after some iterations
     with patch.object(pipeline_qwenimage_edit_plus, 'CONDITION_IMAGE_SIZE', 112**2):
-        metrics = iterate(c, policy, [noise_session('a', 1), noise_session('b', 2)], judge, 0)[0]
+        metrics = iterate(config, policy, [noise_session('a', 1), noise_session('b', 2)], judge, 0)[0]
     assert np.isfinite(metrics['loss'])
     assert metrics['rows'] == 4                                         # no row is without an advantage
-    planned = count_rows(c, 2)
+    planned = count_rows(config, 2)
     assert sum(n for n, grad in passes if grad) == planned['trained']
     assert sum(n for n, grad in passes if not grad) == planned['sampled'] + planned['compared']
 
@@ -91,10 +91,10 @@ def test_recipe(path, twins):
                                       dict(algorithm='distill', train_timesteps=2)], ids=str)
 def test_the_plan_counts_what_other_algorithms_pass(settings):
     "As an iteration counts it: pictures that are given are not sampled, and a perfect state needs no teacher."
-    c = make_config(settings | dict(sessions_per_iteration=2, group=2, num_steps=3, turns=3, lora_rank=2))
-    policy = Policy(c, load_editor(lora_rank=2))
-    step = step_of(c, 0)(c, policy, shape_sessions(2, 3), load_judge('verifier'), 0)
-    planned = count_rows(c, 3)
+    config = make_config(settings | dict(sessions_per_iteration=2, group=2, num_steps=3, turns=3, lora_rank=2))
+    policy = Policy(config, load_editor(lora_rank=2))
+    step = step_of(config, 0)(config, policy, shape_sessions(2, 3), load_judge('verifier'), 0)
+    planned = count_rows(config, 3)
     passes = Counter(step.metrics['passes'])
     assert planned['sampled'] == passes['sampled'] and planned['trained'] == passes['trained'] > 0
     assert planned['compared'] == passes['old'] + passes['reference']
@@ -107,11 +107,11 @@ def test_evaluations_are_counted_as_they_are_made():
 def test_expected_hours_and_card_of_a_recipe(path):
     "The head of a recipe says what the plan says, and its card has a gigabyte to spare."
     text = path.read_text()
-    c = make_config(read_recipe(path))
+    config = make_config(read_recipe(path))
     said = dict(re.findall(r'(RTX 4090|L40S|A100|H100) (\d+)', text.splitlines()[1]))
-    assert len(said) >= 2 and said == {card: f"{plan(c, card)['hours']:.0f}" for card in said}
+    assert len(said) >= 2 and said == {card: f"{plan(config, card)['hours']:.0f}" for card in said}
     gigabytes, = re.findall(r'one GPU of (\d+) GB', text.splitlines()[0])
-    p = plan(c, 'H100')
+    p = plan(config, 'H100')
     assert sum(p['memory'].values()) < (int(gigabytes) - 1)*1e9 and not p['uncounted']
     assert (p['memory']['judge'] > 5e9) == ('one_card' in path.stem)
 
@@ -196,9 +196,9 @@ def test_parameters_of_the_other_parts():
                                                   ('qwen_edit_nft', 'attention', 40e9)])
 def test_memory_targets(recipe, targets, limit):
     "512 pixels, 3 turns, groups of 8, LoRA of rank 32, NF4, and a gigabyte to spare."
-    c = make_config(read_recipe(root/f'experiments/recipes/{recipe}.yaml') | dict(turns=3, lora_targets=targets))
-    p = plan(c, gpu='H100')
-    assert (c.size, c.group, c.lora_rank, c.quantize) == (512, 8, 32, 'nf4')
+    config = make_config(read_recipe(root/f'experiments/recipes/{recipe}.yaml') | dict(turns=3, lora_targets=targets))
+    p = plan(config, gpu='H100')
+    assert (config.size, config.group, config.lora_rank, config.quantize) == (512, 8, 32, 'nf4')
     assert sum(p['memory'].values()) < limit - 1e9, plan_text(p)
 
 def most_held(f):
@@ -270,8 +270,8 @@ def test_judges_are_counted():
     held = sum(p.numel()*p.element_size() for p in Local('tiny').loaded[0].parameters())
     assert held <= judge_bytes('tiny:think', 48, 4) < 200*held
     def known(name, *_): return None if name == 'some/model:think' else 0
-    c = make_config(dict(judge='some/model:think'))
-    with patch('mt_editflow_nb.training.budget.judge_bytes', known): p = plan(c)
+    config = make_config(dict(judge='some/model:think'))
+    with patch('mt_editflow_nb.training.budget.judge_bytes', known): p = plan(config)
     assert 'not counted: some/model:think' in plan_text(p) and p['memory']['judge'] == 0
 
 def test_the_verifier_reads_small_pictures_only(tmp_path, capsys):
@@ -281,9 +281,10 @@ def test_the_verifier_reads_small_pictures_only(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith('mtef_train: judge: expected MODEL:MODE') and '48 pixels' in said and 'works at 64' in said
     assert said.endswith("received 'verifier'")
-    c = make_config(dict(size=64, judge='tiny:logit', eval_judge='tiny:logit', iterations=1, sessions_per_iteration=1,
-                         group=2, turns=1, num_steps=2, lora_rank=2, std='group', min_std=0.))
-    training.train(c, tmp_path/'b', judge, progress=False)
+    config = make_config(dict(size=64, judge='tiny:logit', eval_judge='tiny:logit', iterations=1,
+                              sessions_per_iteration=1, group=2, turns=1, num_steps=2, lora_rank=2, std='group',
+                              min_std=0.))
+    training.train(config, tmp_path/'b', judge, progress=False)
     assert len((tmp_path/'b'/'metrics.jsonl').read_text().splitlines()) == 1
 
 def test_a_judge_is_loaded_once(tmp_path):
@@ -293,15 +294,15 @@ def test_a_judge_is_loaded_once(tmp_path):
     def one(name, **kw):
         asked.append(name)
         return judge
-    c = make_config(dict(judge='tiny:logit', eval_judge='tiny:logit', eval_sessions=1, iterations=0))
+    config = make_config(dict(judge='tiny:logit', eval_judge='tiny:logit', eval_sessions=1, iterations=0))
     with patch.object(training, 'load_judge', one), patch.object(training, 'load_configured_editor', side_effect=Stop):
-        with pytest.raises(Stop): experiment(c, tmp_path/'run')
+        with pytest.raises(Stop): experiment(config, tmp_path/'run')
     assert asked == ['tiny:logit']
 
 def test_both_judges_keep_their_answers(tmp_path):
     "A resumed run asks neither of them twice; a judge that is asked in another way is another judge."
-    c = make_config(dict(judge='tiny:think', eval_judge='tiny:logit'))
-    judge, eval_judge = training.load_judges(c, cache=tmp_path/'judge.sqlite')
+    config = make_config(dict(judge='tiny:think', eval_judge='tiny:logit'))
+    judge, eval_judge = training.load_judges(config, cache=tmp_path/'judge.sqlite')
     assert judge.engine.path == eval_judge.engine.path == tmp_path/'judge.sqlite'
     plain = judge_fingerprint('tiny:think')
     assert judge_fingerprint('tiny:think', {}) == plain != judge_fingerprint('tiny:think', dict(max_tokens=9))
@@ -329,17 +330,18 @@ def test_activations_of_a_loaded_editor():
     text = real.encode_text(['add a ring'])
     a = profile_row(meta, weightless_text(meta, text.embeds.shape[1]))
     b = profile_row(real, text)
-    c = real.transformer.config
+    config = real.transformer.config
     S = text.embeds.shape[1] + 2*real.latent_shape[0]
     # the CPU's fused kernel is not counted
-    attention = 4*S**2*c.num_attention_heads*c.attention_head_dim*(c.num_layers + c.num_single_layers)
+    layers = config.num_layers + config.num_single_layers
+    attention = 4*S**2*config.num_attention_heads*config.attention_head_dim*layers
     assert a['flops_forward'] == b['flops_forward'] + attention
     assert a['flops_backward'] == b['flops_backward'] + 2*attention
     assert abs(a['activations']/b['activations'] - 1) < .05 and a['checkpointed'] < a['activations']
 
 def test_advice_and_size():
-    c = make_config(dict(editor='black-forest-labs/FLUX.2-klein-base-4B', size=520, guidance=1.))
-    with pytest.raises(InputError, match='multiple of 16'): plan(c)
+    config = make_config(dict(editor='black-forest-labs/FLUX.2-klein-base-4B', size=520, guidance=1.))
+    with pytest.raises(InputError, match='multiple of 16'): plan(config)
     assert 'on a card of 16.0 GB' in advice(dict(memory={'judge': 1e9}, gpu_bytes=16e9))
     assert '+nf4' in advice(dict(memory={'judge': 1e9}))
     p = dict(memory={'transformer': 24e9, 'activations (batch 64)': 9e9, 'judge': 0})
@@ -350,20 +352,20 @@ def test_the_card_that_is_found(monkeypatch):
     "Minutes are those of the card, too little memory is said, and a card without a known peak gets no number."
     name = ['NVIDIA GeForce RTX 4090']
     size = [24e9]
-    c = make_config(dict(lora_rank=4))
-    here = plan(c)
+    config = make_config(dict(lora_rank=4))
+    here = plan(config)
     assert 'no GPU is found here' in plan_text(here) and here['gpu'] == 'H100'
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
     monkeypatch.setattr('torch.cuda.get_device_name', lambda: name[0])
     monkeypatch.setattr('torch.cuda.get_device_properties', lambda i: SimpleNamespace(total_memory=size[0]))
-    p = plan(c)
+    p = plan(config)
     assert p['minutes'] == pytest.approx(here['minutes']*PEAK_FLOPS['H100']/PEAK_FLOPS['RTX 4090'])
     assert 'estimate on NVIDIA GeForce RTX 4090' in plan_text(p)
     assert 'no GPU' not in plan_text(p) and 'too much' not in plan_text(p)
     size[0] = 1e8
-    assert "too much for this card's 0.1 GB" in plan_text(plan(c)) and 'a smaller batch' in plan_text(plan(c))
+    assert "too much for this card's 0.1 GB" in plan_text(plan(config)) and 'a smaller batch' in plan_text(plan(config))
     name[0] = 'Tesla T4'
-    assert plan(c)['minutes'] is None and 'no peak is known for Tesla T4' in plan_text(plan(c))
+    assert plan(config)['minutes'] is None and 'no peak is known for Tesla T4' in plan_text(plan(config))
 
 def test_batch_is_found_and_remembered(tmp_path):
     tried = []
@@ -379,14 +381,14 @@ def test_a_run_halves_its_batch_and_remembers(tmp_path, capsys):
     "Memory ends in the middle of a run: it goes on from the last checkpoint with half the rows, also when resumed."
     settings = dict(sessions_per_iteration=1, group=4, turns=1, num_steps=2, lora_rank=2, save_every=1, std='group',
                     min_std=0.)
-    c = make_config(dict(settings, iterations=3, batch=4))
+    config = make_config(dict(settings, iterations=3, batch=4))
     iterate = training.iterate
     seen = []
-    def card(c, *args):
-        seen.append((args[-1], c.batch))
-        if args[-1] == 1 and c.batch > 2: raise torch.OutOfMemoryError
-        return iterate(c, *args)
-    with patch.dict(training.STEPS, nft=card): training.train(c, tmp_path/'a', judge, progress=False)
+    def card(config, *args):
+        seen.append((args[-1], config.batch))
+        if args[-1] == 1 and config.batch > 2: raise torch.OutOfMemoryError
+        return iterate(config, *args)
+    with patch.dict(training.STEPS, nft=card): training.train(config, tmp_path/'a', judge, progress=False)
     assert seen == [(0, 4), (1, 4), (1, 2), (2, 2)]
     assert 'out of memory in iteration 1 with 4 rows a transformer call: going on with 2' in capsys.readouterr().err
     lines = (tmp_path/'a'/'metrics.jsonl').read_text().splitlines()
@@ -395,13 +397,13 @@ def test_a_run_halves_its_batch_and_remembers(tmp_path, capsys):
     (tmp_path/'a'/'checkpoints'/'000003').rename(tmp_path/'gone')      # killed after iteration 1, and resumed
     adapter = load_file(tmp_path/'a'/'lora'/'pytorch_lora_weights.safetensors')
     seen.clear()
-    with patch.dict(training.STEPS, nft=card): training.train(c, tmp_path/'a', judge, progress=False)
+    with patch.dict(training.STEPS, nft=card): training.train(config, tmp_path/'a', judge, progress=False)
     assert seen == [(2, 2)]
     again = load_file(tmp_path/'a'/'lora'/'pytorch_lora_weights.safetensors')
     assert all(torch.equal(adapter[k], again[k]) for k in adapter)
     def none(*args): raise torch.OutOfMemoryError
     with patch.dict(training.STEPS, nft=none), pytest.raises(torch.OutOfMemoryError):
-        training.train(c, tmp_path/'b', judge, progress=False)
+        training.train(config, tmp_path/'b', judge, progress=False)
     assert json.loads((tmp_path/'b'/'batch.json').read_text()) == dict(batch=1)
 
 def test_8bit_adamw(tmp_path):
@@ -443,23 +445,24 @@ def test_bench_measures_every_family(family, twins, monkeypatch):
     "At toy size, on the CPU: the script runs; what it measures says nothing about a GPU."
     monkeypatch.syspath_prepend(str(root/'experiments'))
     import bench_gpu
-    c = make_config(dict(editor=str(twins[family]), size=64, batch=2, lora_rank=2, checkpointing=True, guidance=2.5))
-    configs = editor_configs(c.editor)
+    config = make_config(dict(editor=str(twins[family]), size=64, batch=2, lora_rank=2, checkpointing=True,
+                              guidance=2.5))
+    configs = editor_configs(config.editor)
     cpu = torch.device('cpu')
-    row, exact = bench_gpu.measure(c, configs, True, 'plain', cpu, torch.float32, 1)
-    edits = c.sessions_per_iteration*c.group*3
+    row, exact = bench_gpu.measure(config, configs, True, 'plain', cpu, torch.float32, 1)
+    edits = config.sessions_per_iteration*config.group*3
     assert 0 < row['seconds_forward_row'] and row['option'] == 'plain' and row['relative_error'] is None
     assert row['edits_per_gpu_second'] == pytest.approx(edits/row['seconds_iteration'])
-    again, _ = bench_gpu.measure(c, configs, True, 'attention', cpu, torch.float32, 1, exact)
+    again, _ = bench_gpu.measure(config, configs, True, 'attention', cpu, torch.float32, 1, exact)
     assert again['relative_error'] < 1e-4                               # the same weights and inputs
-    few = c.model_copy(update=dict(sessions_per_iteration=1, group=2, turns=2, adam8bit=True, min_std=0.))
+    few = config.model_copy(update=dict(sessions_per_iteration=1, group=2, turns=2, adam8bit=True, min_std=0.))
     log, held = bench_gpu.run_iterations(few, configs, True, cpu, torch.float32)
     assert len(log) == 3 and all(np.isfinite(i['loss']) and i['grad_norm'] > 0 for i in log)
     table = bench_gpu.compare_parts(plan(few.model_copy(update=dict(quantize='nf4')))['memory'], held)
     assert table.error['adapter, its gradient, old policy'] == 0 and -.2 < table.error['rollouts'] < 1
     *encoders, quantized, autoencoder = bench_gpu.measure_encoders(few, configs, cpu, torch.float32, 1)
-    for row, (name, config) in zip(encoders, configs['text'], strict=True):
-        numbers = sum(p.numel() for p in weightless_encoder(name, config).parameters())
+    for row, (name, encoder) in zip(encoders, configs['text'], strict=True):
+        numbers = sum(p.numel() for p in weightless_encoder(name, encoder).parameters())
         assert row['part'] == name and row['held_GB'] == pytest.approx(4*numbers/1e9) and row['seconds_a_prompt'] > 0
     assert quantized['weights'] == 'nf4' and quantized['held_GB'] < encoders[-1]['held_GB']
     assert ('seconds_a_picture_seen' in quantized) == ('Qwen' in family)
@@ -505,7 +508,7 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     assert all(0 < r['kernel_share'] < 1 and r['edits_per_gpu_second'] > 0 and 'error' not in r for r in result['rows'])
     words = ('seconds_iteration', 'kernel_share', 'peak_GB', 'planned', 'say nothing about a GPU')
     assert result['toy'] and all(x in table for x in words)
-    def broken(c, about, nf4, option, *args):
+    def broken(config, about, nf4, option, *args):
         if option == 'compile': raise NotImplementedError('no compiler')
         return result['rows'][0], None
     monkeypatch.setattr(bench_gpu, 'measure', broken)

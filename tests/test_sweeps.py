@@ -312,15 +312,15 @@ def test_the_sweeps_of_the_paper_are_there_and_share_jobs(shipped_plans):
 def test_sweeps_at_equal_compute(shipped_plans):
     "What comments in the files say, with the configuration's defaults: as many turns, or passes, as the baseline."
     from mt_editflow_nb.algorithm.config import Config
-    c = Config()
+    config = Config()
     paper = shipped_plans['paper'].points
     turns = shipped_plans['turns'].points
     edited = [p['turns']*p['sessions_per_iteration'] for p in (*turns.values(), paper['single-turn RL'])]
-    assert all(abs(n/(3*c.sessions_per_iteration) - 1) < .05 for n in edited), edited
+    assert all(abs(n/(3*config.sessions_per_iteration) - 1) < .05 for n in edited), edited
     # a rollout, and for each noise level a forward and a backward (the old policy is the trained one)
-    passes = c.sessions_per_iteration*c.group*(c.num_steps + 3*c.train_timesteps)
-    assert c.old_decay == 0
-    assert abs(paper['supervised']['sessions_per_iteration']*c.group*3/passes - 1) < .05
+    passes = config.sessions_per_iteration*config.group*(config.num_steps + 3*config.train_timesteps)
+    assert config.old_decay == 0
+    assert abs(paper['supervised']['sessions_per_iteration']*config.group*3/passes - 1) < .05
 
 def test_ablation_parameters_are_the_configuration():
     sys.path.insert(0, str(root/'experiments'))

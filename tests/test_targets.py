@@ -45,14 +45,14 @@ def test_from_parquet_to_an_adapter_with_the_losses_of_the_shape_world(tmp_path)
     world = shape_sessions(2, 2, seed=3)
     as_magicbrush(world, tmp_path/'train.parquet')
     file = import_set('magicbrush', tmp_path/'train.parquet', tmp_path/'mine/s.jsonl').path
-    c = make_config(dict(algorithm='sft', sessions=str(file), heldout='training', sessions_per_iteration=2, group=2,
-                         iterations=2, num_steps=2, lora_rank=1, exposure_turns=1))
-    train(c, tmp_path/'run', progress=False)
+    config = make_config(dict(algorithm='sft', sessions=str(file), heldout='training', sessions_per_iteration=2,
+                              group=2, iterations=2, num_steps=2, lora_rank=1, exposure_turns=1))
+    train(config, tmp_path/'run', progress=False)
     rows = read_json_lines(tmp_path/'run'/'metrics.jsonl')
     found = [row['loss'] for row in rows]
-    policy = Policy(c, load_editor(lora_rank=1, seed=c.seed))
+    policy = Policy(config, load_editor(lora_rank=1, seed=config.seed))
     losses = []
-    for i in range(2): losses.append(supervise(c, policy, world, load_judge('verifier'), i).metrics['loss'])
+    for i in range(2): losses.append(supervise(config, policy, world, load_judge('verifier'), i).metrics['loss'])
     assert found == pytest.approx(losses, rel=1e-4) and found[0] != found[1]
     assert [(row['iteration'], row['rows']) for row in rows] == [(0, 8), (1, 8)] and min(found) > 0
     assert (tmp_path/'run'/'lora'/'pytorch_lora_weights.safetensors').is_file()
@@ -63,8 +63,9 @@ def test_distillation_on_targets_of_a_file_is_that_on_the_shape_world(tmp_path):
     as_magicbrush(world, tmp_path/'train.parquet')
     file = import_set('magicbrush', tmp_path/'train.parquet', tmp_path/'mine/s.jsonl').path
     taught = load_sessions(file, targets=True)
-    c = make_config(dict(algorithm='distill', group=2, iterations=2, num_steps=1, lora_rank=1))
-    def learn(sessions): return distill(c, Policy(c, load_editor(lora_rank=1)), sessions, load_judge('verifier'), 0)
+    config = make_config(dict(algorithm='distill', group=2, iterations=2, num_steps=1, lora_rank=1))
+    def learn(sessions):
+        return distill(config, Policy(config, load_editor(lora_rank=1)), sessions, load_judge('verifier'), 0)
     from_file = learn(taught)
     from_world = learn(world)
     assert from_file.metrics['loss'] == pytest.approx(from_world.metrics['loss'], rel=1e-4)
@@ -74,9 +75,9 @@ def test_distillation_on_targets_of_a_file_is_that_on_the_shape_world(tmp_path):
 @pytest.mark.parametrize('algorithm', ['sft', 'distill'])
 def test_sessions_without_targets_are_refused_before_anything_is_loaded(tmp_path, algorithm):
     file = save_sessions(shape_sessions(3, 2), tmp_path)
-    c = make_config(dict(algorithm=algorithm, sessions=str(file)))
+    config = make_config(dict(algorithm=algorithm, sessions=str(file)))
     with pytest.raises(InputError, match='sessions.jsonl:1: `targets`: expected the right results'):
-        train(c, tmp_path/'run', progress=False)
+        train(config, tmp_path/'run', progress=False)
     assert not (tmp_path/'run').exists()
 
 def test_targets_of_a_large_table_are_asked_for_without_decoding_it(tmp_path):

@@ -32,9 +32,9 @@ def logged(run, name):
 def test_tensorboard_shows_what_the_run_folder_holds(tmp_path, untracked):
     "Numbers, pictures, settings; the same after a stop, of which nothing is seen twice."
     pytest.importorskip('tensorboard')
-    c = make_config(fields | dict(track=['tensorboard']))
+    config = make_config(fields | dict(track=['tensorboard']))
     run = tmp_path/'run'
-    experiment(c, run, progress=False)
+    experiment(config, run, progress=False)
     assert lines(run) == lines(untracked) and not (untracked/'tensorboard').exists()
     for state in ('whole', 'gone on with'):
         numbers, pictures = events(run)
@@ -48,7 +48,7 @@ def test_tensorboard_shows_what_the_run_folder_holds(tmp_path, untracked):
         assert pictures['rollouts'] == [0, 1, 2] and 'heldout_0' in pictures
         shutil.rmtree(run/'checkpoints'/'000003')                           # as if killed in the last iteration
         (run/'after.safetensors').unlink(missing_ok=True)
-        experiment(c, run, progress=False)
+        experiment(config, run, progress=False)
     written = next((run/'tensorboard').glob('*/hparams.yml')).read_text()
     assert 'lora_rank: 2' in written
 
@@ -97,12 +97,12 @@ def test_trackio_is_told_the_same_name_again(tmp_path, monkeypatch):
     fake.config = types.SimpleNamespace(update=lambda values, **_: told.append(values))
     monkeypatch.setitem(sys.modules, 'trackio', fake)
     monkeypatch.setattr(accelerate, 'get_available_trackers', lambda: ['trackio'])
-    c = make_config(fields | dict(track=['trackio'], eval_every=0))
+    config = make_config(fields | dict(track=['trackio'], eval_every=0))
     run = tmp_path/'run'
-    experiment(c, run, progress=False)
+    experiment(config, run, progress=False)
     shutil.rmtree(run/'checkpoints'/'000003')
     (run/'after.safetensors').unlink()
-    experiment(c, run, progress=False)
+    experiment(config, run, progress=False)
     assert started == [dict(project='mt_editflow_nb', name=tracked_name(run), resume='allow')]*2
     assert len(told) == 1 and told[0]['lora_rank'] == 2 and told[0]['track'] == '["trackio"]'
     assert [step for step, values in sent if 'loss' in values] == [0, 1, 2, 2]

@@ -116,22 +116,22 @@ def test_adapter_of_a_run_in_plain_diffusers(whole):
 def test_full_disk_keeps_the_last_checkpoint(tmp_path, algorithm):
     "A limit on the size of files stands in for a disk that fills up after the second checkpoint."
     few = dict(algorithm=algorithm, iterations=3, save_every=1)
-    c = make_config(small | few)
+    config = make_config(small | few)
     run = tmp_path/'run'
     calls = []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    judge = load_judge(c.judge)
+    judge = load_judge(config.judge)
     def fills_the_disk(sessions, images):
         calls.append(1)
         if len(calls) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         return judge(sessions, images)
     try:
         with pytest.raises(InputError, match='cannot write .*000003.*the last good one is .*000002'):
-            train(c, run, judge=fills_the_disk, progress=False)
+            train(config, run, judge=fills_the_disk, progress=False)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert last_checkpoint(run).name == '000002' and not list((run/'checkpoints').glob('.*'))
-    train(c, run, progress=False)
-    train(c, tmp_path/'whole', progress=False)
+    train(config, run, progress=False)
+    train(config, tmp_path/'whole', progress=False)
     assert same_end(tmp_path/'whole', run)
 
 def test_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
@@ -304,13 +304,13 @@ def test_a_stop_in_an_evaluation_says_how_to_go_on(tmp_path, capsys):
         calls.append(1)
         if len(calls) == 2: signal.raise_signal(signal.SIGTERM)
         return judge(sessions, images)
-    c = make_config(small | dict(batch=1))
-    with pytest.raises(Stopped): experiment(c, tmp_path/'run', judge=stops, progress=False)
+    config = make_config(small | dict(batch=1))
+    with pytest.raises(Stopped): experiment(config, tmp_path/'run', judge=stops, progress=False)
     assert f'stopped by SIGTERM; go on with: mtef_train --resume {tmp_path/"run"}' in capsys.readouterr().err
     done = list((tmp_path/'run'/'evaluations'/'before').glob('*.safetensors'))
     assert len(done) == 1                                          # the first of two batches is not asked again
-    experiment(c, tmp_path/'run', progress=False)
-    experiment(c, tmp_path/'whole', progress=False)
+    experiment(config, tmp_path/'run', progress=False)
+    experiment(config, tmp_path/'whole', progress=False)
     results = [json.loads((tmp_path/n/'results.json').read_text())['table'] for n in ('run', 'whole')]
     assert results[0] == results[1]
 
@@ -459,9 +459,9 @@ variants = [dict(algorithm='grpo', sampler='flow'), dict(algorithm='grpo', sampl
 
 @pytest.mark.parametrize('kw', variants, ids=str)
 def test_only_the_adapter_changes(tmp_path, kw):
-    c = make_config(small | dict(iterations=2, num_steps=3, group=4) | kw)
-    before = load_editor(c.editor, lora_rank=2).transformer.state_dict()
-    after = train(c, tmp_path/'run', progress=False).transformer.state_dict()
+    config = make_config(small | dict(iterations=2, num_steps=3, group=4) | kw)
+    before = load_editor(config.editor, lora_rank=2).transformer.state_dict()
+    after = train(config, tmp_path/'run', progress=False).transformer.state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed and all('lora_' in k for k in changed)
 

@@ -27,16 +27,16 @@ def derived_passes(
     T: int,       # turns of a training session
 ) -> dict:        # kind -> rows times forward passes, as `PASS_COST` names them
     "The passes of an iteration of NFT, GRPO or supervised training, from its configuration."
-    c = _settings(config)
+    settings = _settings(config)
     n = row['rows']
-    if c['algorithm'] == 'sft': return dict(sampled=0, old=0, reference=0, trained=n)     # its rows are turns already
-    nft = c['algorithm'] == 'nft'
-    sampled = c['sessions_per_iteration']*c['group']*T*c['num_steps']
-    levels = c['train_timesteps'] if nft else c['window'] or c['num_steps'] - 1
-    on_policy = math.ceil(n/c['updates'])            # rows of the first update, which still finds the old policy
-    if c['old_decay'] and row['iteration']: on_policy = 0
+    if settings['algorithm'] == 'sft': return dict(sampled=0, old=0, reference=0, trained=n)   # its rows are turns
+    nft = settings['algorithm'] == 'nft'
+    sampled = settings['sessions_per_iteration']*settings['group']*T*settings['num_steps']
+    levels = settings['train_timesteps'] if nft else settings['window'] or settings['num_steps'] - 1
+    on_policy = math.ceil(n/settings['updates'])     # rows of the first update, which still finds the old policy
+    if settings['old_decay'] and row['iteration']: on_policy = 0
     return dict(sampled=sampled, old=(n - on_policy)*T*levels if nft else 0,
-                reference=n*T*levels if c['kl_weight'] else 0, trained=n*T*levels)
+                reference=n*T*levels if settings['kl_weight'] else 0, trained=n*T*levels)
 
 def count_passes(
     row: dict,    # of `metrics.jsonl`

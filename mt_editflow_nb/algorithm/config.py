@@ -78,7 +78,7 @@ class SessionFields(BaseModel):
     eval_judge: str = Field('verifier', description='who evaluates, before and after')
     judge_options: dict = Field({}, description=(
         'settings of the judge, such as {max_tokens: 2000, concurrency: 64}, see `Server`'))
-    eval_judge_options: dict = Field({}, description='the same for the one that evaluates')
+    eval_judge_options: dict = Field({}, description='settings of the judge that evaluates, see `Server`')
 
 # %% ../../nbs/algorithm/03_config.ipynb #b71bb40d
 class RolloutFields(BaseModel):

@@ -117,22 +117,22 @@ def score_step(
 ) -> tuple:           # (mean [rows, L, C], scale of the noise, log-probability [rows])
     "How likely a policy was to go where the step went."
     step = sampled.steps[k]
-    _, mean, std, logp = sde_step(sampled.path_TKNLC[t, k, n], v, sampled.sigmas[step], sampled.sigmas[step + 1],
-                                  kind=config.sampler, noise_level=config.noise_level, sigma_max=sampled.sigmas[1],
-                                  x_next=sampled.next_TKNLC[t, k, n])
-    return mean, std, logp
+    _, mean, noise_std, logp = sde_step(
+        sampled.path_TKNLC[t, k, n], v, sampled.sigmas[step], sampled.sigmas[step + 1], kind=config.sampler,
+        noise_level=config.noise_level, sigma_max=sampled.sigmas[1], x_next=sampled.next_TKNLC[t, k, n])
+    return mean, noise_std, logp
 
 def guarded_logp(
     config: Config,     # `sampler` is read
     mean: torch.Tensor, # of the step under the policy in training, [rows, L, C]
-    std,                # scale of its noise
+    noise_std,          # scale of its noise
     logp: torch.Tensor, # its log-probability, [rows]
     mean_old,           # mean of the step under the old policy, [rows, L, C]
     logp_old,           # log-probability of the step under the old policy, [rows]
 ) -> torch.Tensor:      # [rows]
     "The log-probability whose ratio to the old one is GRPO-Guard's: centred, and on one scale at all steps."
-    scale = 1/(2*std**2) if config.sampler == 'cps' else 1.      # cps leaves this factor out of its logp
-    return logp_old + guard_log_ratio(logp*scale, logp_old*scale, mean, mean_old, std)
+    scale = 1/(2*noise_std**2) if config.sampler == 'cps' else 1. # cps leaves this factor out of its logp
+    return logp_old + guard_log_ratio(logp*scale, logp_old*scale, mean, mean_old, noise_std)
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #36b0bd32
 def grpo_terms(
@@ -150,14 +150,14 @@ def grpo_terms(
             s = sampled.sigmas[step].to(device).expand(len(n))
             v = policy.velocity(x, s, text, image)
             logp_old = sampled.logp_TKN[t, k, n]
-            mean, std, logp = score_step(config, sampled, t, k, n, v)
-            if config.guard: logp = guarded_logp(config, mean, std, logp, sampled.mean_TKNLC[t, k, n], logp_old)
+            mean, noise_std, logp = score_step(config, sampled, t, k, n, v)
+            if config.guard: logp = guarded_logp(config, mean, noise_std, logp, sampled.mean_TKNLC[t, k, n], logp_old)
             loss, statistics = grpo_loss(logp, logp_old, batch.adv_NT[n, t], clip=config.clip, adv_max=config.adv_max)
             if config.guard: loss = loss*step_weights[step].item()
             if config.kl_weight:
                 v_base = policy.base_velocity(x, s, text, image)
                 mean_base, *_ = score_step(config, sampled, t, k, n, v_base)
-                loss = loss + config.kl_weight*kl_to_base(mean, mean_base, std).mean()
+                loss = loss + config.kl_weight*kl_to_base(mean, mean_base, noise_std).mean()
             yield loss, statistics, counted
 
 # %% ../../nbs/algorithm/07_iterate.ipynb #9be55bee

@@ -36,7 +36,7 @@ def _trailing(a, x, name):
 # %% ../../nbs/algorithm/02_losses.ipynb #9fc0265a
 def grpo_loss(
     logp: torch.Tensor,     # log-probability of the steps taken under the policy in training; any shape, such as [N, K]
-    logp_old: torch.Tensor, # the same under the policy that took them
+    logp_old: torch.Tensor, # log-probability of the steps under the policy that took them, like `logp`
     adv: torch.Tensor,      # advantages of that shape, or of its leading axes, such as [N]
     *,
     clip: float,            # c: a ratio counts until it has left [1-c, 1+c] in the direction of its advantage
@@ -58,30 +58,31 @@ def grpo_loss(
     return loss, stats
 
 # %% ../../nbs/algorithm/02_losses.ipynb #600f3868
-def _step_std(std, mean):
-    "`std` as a tensor that broadcasts against `mean`, above 0 everywhere."
-    std, = _finite(std=torch.as_tensor(std, device=mean.device))
-    if not (std > 0).all():
-        raise InputError(f'std: expected the scale of a stochastic step, above 0, received {std.min().item():g}')
-    return _trailing(std, mean, 'std')
+def _broadcast_std(noise_std, mean):
+    "`noise_std` as a tensor that broadcasts against `mean`, above 0 everywhere."
+    noise_std, = _finite(noise_std=torch.as_tensor(noise_std, device=mean.device))
+    if not (noise_std > 0).all():
+        least = noise_std.min().item()
+        raise InputError(f'noise_std: expected the scale of a stochastic step, above 0, received {least:g}')
+    return _trailing(noise_std, mean, 'noise_std')
 
 def guard_log_ratio(
     logp: torch.Tensor,     # of the steps taken: Gaussian log-density, mean over dimensions (`kind='flow'`), [N]
-    logp_old: torch.Tensor, # the same under the policy that took them
-    mean: torch.Tensor,     # mean of the step [N, ...], trained policy
-    mean_old: torch.Tensor, # the same under the policy that took it
-    std: torch.Tensor       # scale of the step's noise, above 0: a number, [N] or [N, 1, ...]
+    logp_old: torch.Tensor, # log-density of the steps under the policy that took them, like `logp`
+    mean: torch.Tensor,     # mean of the step under the policy in training, [N, ...]
+    mean_old: torch.Tensor, # mean of the step under the policy that took it, [N, ...]
+    noise_std: torch.Tensor # scale of the step's noise, above 0: a number, [N] or [N, 1, ...]
 ) -> torch.Tensor: # like `logp`
     """GRPO-Guard's normalised log-ratio, arXiv 2510.22319: `grpo_loss(guard_log_ratio(...), zeros, adv, clip=...)`.
 
-    For 'cps', whose log-probability lacks the factor, pass `logp/(2 std²)` and `logp_old/(2 std²)`."""
+    For 'cps', whose log-probability lacks the factor, pass `logp/(2 noise_std²)` and `logp_old/(2 noise_std²)`."""
     _same_shape(mean=mean, mean_old=mean_old)
     _same_shape(logp=logp, logp_old=logp_old)
     logp, logp_old, mean, mean_old = _finite(logp=logp, logp_old=logp_old, mean=mean, mean_old=mean_old)
-    std = _step_std(std, mean)
-    std = std.reshape(logp.shape if std.numel() > 1 else ())
+    noise_std = _broadcast_std(noise_std, mean)
+    noise_std = noise_std.reshape(logp.shape if noise_std.numel() > 1 else ())
     square = (mean - mean_old.detach())**2
-    return (logp - logp_old.detach())*std + square.reshape(*logp.shape, -1).mean(-1)/(2*std)
+    return (logp - logp_old.detach())*noise_std + square.reshape(*logp.shape, -1).mean(-1)/(2*noise_std)
 
 # %% ../../nbs/algorithm/02_losses.ipynb #c98589f2
 def guard_weights(
@@ -95,14 +96,14 @@ def guard_weights(
 
 # %% ../../nbs/algorithm/02_losses.ipynb #a35a2089
 def kl_to_base(
-    mean: torch.Tensor,     # mean of the step [N, ...], trained policy
-    mean_ref: torch.Tensor, # the same under the base model (adapter disabled)
-    std: torch.Tensor       # scale of the step's noise, above 0: a number, [N] or [N, 1, ...]
+    mean: torch.Tensor,     # mean of the step under the policy in training, [N, ...]
+    mean_ref: torch.Tensor, # mean of the step under the base model (adapter disabled), [N, ...]
+    noise_std: torch.Tensor # scale of the step's noise, above 0: a number, [N] or [N, 1, ...]
 ) -> torch.Tensor: # [N]
     "KL divergence of one denoising step from the base model's, averaged over the latent dimensions."
     _same_shape(mean=mean, mean_ref=mean_ref)
     mean, mean_ref = _finite(mean=mean, mean_ref=mean_ref)
-    return ((mean - mean_ref.detach())**2/(2*_step_std(std, mean)**2)).reshape(len(mean), -1).mean(1)
+    return ((mean - mean_ref.detach())**2/(2*_broadcast_std(noise_std, mean)**2)).reshape(len(mean), -1).mean(1)
 
 # %% ../../nbs/algorithm/02_losses.ipynb #f700f70a
 def _normalised_error(x0, xt, t, v):
@@ -114,15 +115,15 @@ def _normalised_error(x0, xt, t, v):
 # %% ../../nbs/algorithm/02_losses.ipynb #6fde175e
 def nft_loss(
     x0: torch.Tensor,           # clean latents [N, ...] of the rollouts
-    xt: torch.Tensor,           # the same, noised: `(1-t) x0 + t eps`
+    xt: torch.Tensor,           # noised latents `(1-t) x0 + t eps`, like `x0`
     t: torch.Tensor,            # [N], in (0, 1]
     v: torch.Tensor,            # velocity at `(xt, t)` of the policy in training
-    v_old: torch.Tensor,        # of the old policy
+    v_old: torch.Tensor,        # velocity at `(xt, t)` of the old policy
     adv: torch.Tensor,          # advantages [N]
     *,
     beta: float,                # above 0, DiffusionNFT uses 1 or 0.1
     adv_max: float = 5.0,       # the advantage that makes an image certainly good
-    v_ref: torch.Tensor = None, # velocity of the base model; needed where `kl_weight` is not 0
+    v_ref: torch.Tensor = None, # velocity at `(xt, t)` of the base model; needed where `kl_weight` is not 0
     kl_weight: float = 0.0      # w_KL
 ) -> tuple: # `(loss, stats)`: a scalar; floats `r_mean`, `loss_pos`, `loss_neg`, `v_diff`, `adv_abs`; `kl` with `v_ref`
     """DiffusionNFT's loss, arXiv 2509.16117, with the self-normalised weighting of its code.

@@ -33,8 +33,8 @@ def _say_written(path, n, outside):
     print(f'{path}: {n} {"session" if n == 1 else "sessions"}')
     if outside: print('its pictures lie outside its folder: train with allow_outside=true')
 
-def _import(a):
-    done = import_set(a.set, a.source, a.out, pictures=a.pictures, on_bad=a.on_bad, unpack=a.unpack)
+def _import(args):
+    done = import_set(args.set, args.source, args.out, pictures=args.pictures, on_bad=args.on_bad, unpack=args.unpack)
     _say_skipped(done.skipped)
     if done.skipped: print(f'left out in all: {len(done.skipped)}')
     _say_written(done.path, done.sessions, done.outside)
@@ -48,20 +48,21 @@ def _import_options(add):
     add('--unpack', action='store_true', help='unpack split archives beside themselves first')
 
 # %% ../../nbs/cli/06_data.ipynb #b21f92d0
-def _stats(a):
-    expect(not (a.heads and a.against), '--against', 'no --heads, with which no picture is compared', a.against)
+def _stats(args):
+    expect(not (args.heads and args.against), '--against', 'no --heads, with which no picture is compared',
+           args.against)
     formats = Figure().canvas.get_supported_filetypes()
-    fine = not a.picture or Path(a.picture).suffix[1:].lower() in formats
-    expect(fine, '--picture', f'a file name that ends in one of .{", .".join(sorted(formats))}', a.picture)
-    benchmark = read_for_selection(a.against) if a.against else None
-    editors = a.editor or list(HUB_EDITORS)
-    found = overview(read_for_selection(a.file), benchmark=benchmark, decode=not a.heads,
+    fine = not args.picture or Path(args.picture).suffix[1:].lower() in formats
+    expect(fine, '--picture', f'a file name that ends in one of .{", .".join(sorted(formats))}', args.picture)
+    benchmark = read_for_selection(args.against) if args.against else None
+    editors = args.editor or list(HUB_EDITORS)
+    found = overview(read_for_selection(args.file), benchmark=benchmark, decode=not args.heads,
                      limits=tuple(map(text_limit, editors)))
     print(found.table.to_string(formatters=dict(share='{:.1%}'.format)))
     for kind, pairs in (('near copies', found.copies), ('pictures of the benchmark', found.shared)):
         for one, other in pairs[:3]: print(f'{kind}: {one} looks like {other}')
-    if a.picture: overview_figure(found).savefig(a.picture, dpi=100)
-    if a.table: atomic_write(a.table, found.table.to_csv())
+    if args.picture: overview_figure(found).savefig(args.picture, dpi=100)
+    if args.table: atomic_write(args.table, found.table.to_csv())
 
 def _stats_options(add):
     add('file', metavar='FILE.jsonl', help='file of sessions')
@@ -72,12 +73,12 @@ def _stats_options(add):
     add('--picture', metavar='FILE.png', help='draw the numbers too')
     add('--table', metavar='FILE.csv', help='write the table too')
 
-def _show(a):
-    anywhere = a.allow_outside or Path(a.file).suffix == '.parquet' or Path(a.file).is_dir()
-    sessions = read_for_selection(a.file) if anywhere else load_sessions(a.file, same_turns=False, decode=False)
-    expect(a.n > 0, '--n', 'at least 1', a.n)
-    atomic_write(a.out, sessions_page(sessions[:a.n], Path(a.file).name))
-    print(f'{a.out}: {min(a.n, len(sessions))} of {len(sessions)} sessions')
+def _show(args):
+    anywhere = args.allow_outside or Path(args.file).suffix == '.parquet' or Path(args.file).is_dir()
+    sessions = read_for_selection(args.file) if anywhere else load_sessions(args.file, same_turns=False, decode=False)
+    expect(args.n > 0, '--n', 'at least 1', args.n)
+    atomic_write(args.out, sessions_page(sessions[:args.n], Path(args.file).name))
+    print(f'{args.out}: {min(args.n, len(sessions))} of {len(sessions)} sessions')
 
 def _show_options(add):
     add('file', metavar='FILE.jsonl', help='file of sessions')
@@ -90,18 +91,18 @@ def _write(sessions, path, source):
     written = write_selection(sessions, path, source)
     _say_written(path, len(written.rows), written.outside)
 
-def _filter(a):
-    sessions = read_for_selection(a.file)
-    there = sorted({kind for s in sessions for kind in s.task_types}) if a.type else ()
-    expect(there or not a.type, '--type', 'a file whose turns have types', f'none in {a.file}')
-    for name in a.type or (): one_of('--type', name, there)
-    if a.language: one_of('--language', a.language, LANGUAGES)
+def _filter(args):
+    sessions = read_for_selection(args.file)
+    there = sorted({kind for s in sessions for kind in s.task_types}) if args.type else ()
+    expect(there or not args.type, '--type', 'a file whose turns have types', f'none in {args.file}')
+    for name in args.type or (): one_of('--type', name, there)
+    if args.language: one_of('--language', args.language, LANGUAGES)
     def ends(name):
-        text = getattr(a, name)
+        text = getattr(args, name)
         return None if text is None else read_range(f'--{name}', text)
-    wanted = dict(types=a.type, turns=ends('turns'), side=ends('side'), length=ends('length'), language=a.language,
-                  chained=a.chained)
-    _write(sessions[[i for i, s in enumerate(sessions) if matches(s, **wanted)]], a.out, a.file)
+    wanted = dict(types=args.type, turns=ends('turns'), side=ends('side'), length=ends('length'),
+                  language=args.language, chained=args.chained)
+    _write(sessions[[i for i, s in enumerate(sessions) if matches(s, **wanted)]], args.out, args.file)
 
 def _filter_options(add):
     add('file', metavar='FILE.jsonl', help='file of sessions')
@@ -114,14 +115,15 @@ def _filter_options(add):
     add('--chained', action='store_true', help='every turn edits the result of the turn before')
 
 # %% ../../nbs/cli/06_data.ipynb #1e356c7a
-def _split(a):
-    try: amount = int(a.heldout) if a.heldout.isdigit() else float(a.heldout)
+def _split(args):
+    try: amount = int(args.heldout) if args.heldout.isdigit() else float(args.heldout)
     except ValueError: amount = 0
     good = 0 < amount < 1 or isinstance(amount, int) and amount > 0
-    expect(good, '--heldout', 'a whole number, or a share below 1', a.heldout)
-    expect(Path(a.train).resolve() != Path(a.heldout_file).resolve(), 'HELDOUT', 'another file than TRAIN', a.train)
-    train, heldout = split_by_picture(read_for_selection(a.file), amount)
-    for sessions, path in ((train, a.train), (heldout, a.heldout_file)): _write(sessions, path, a.file)
+    expect(good, '--heldout', 'a whole number, or a share below 1', args.heldout)
+    expect(Path(args.train).resolve() != Path(args.heldout_file).resolve(), 'HELDOUT', 'another file than TRAIN',
+           args.train)
+    train, heldout = split_by_picture(read_for_selection(args.file), amount)
+    for sessions, path in ((train, args.train), (heldout, args.heldout_file)): _write(sessions, path, args.file)
 
 def _split_options(add):
     add('file', metavar='FILE.jsonl', help='file of sessions')
@@ -129,9 +131,9 @@ def _split_options(add):
     add('heldout_file', metavar='HELDOUT.jsonl', help='file of those held out; no picture stands in both')
     add('--heldout', default='.2', help='how many are held out, or a share below 1 (default: .2)')
 
-def _sample(a):
-    sessions = read_for_selection(a.file)
-    _write(sessions[sample_indices(sessions, a.n, a.seed, a.by_type)], a.out, a.file)
+def _sample(args):
+    sessions = read_for_selection(args.file)
+    _write(sessions[sample_indices(sessions, args.n, args.seed, args.by_type)], args.out, args.file)
 
 def _sample_options(add):
     add('file', metavar='FILE.jsonl', help='file of sessions')
@@ -155,20 +157,20 @@ def read_type_weights(
     return weights or None
 
 # %% ../../nbs/cli/06_data.ipynb #011eae4e
-def _make(a):
-    folder = Path(a.pictures)
-    out = Path(a.out)
+def _make(args):
+    folder = Path(args.pictures)
+    out = Path(args.out)
     expect(out.suffix == '.jsonl', 'OUT', 'a file that ends in .jsonl', str(out))
-    expect(1 <= a.turns <= MAX_TURNS, '--turns', f'1 to {MAX_TURNS}', a.turns)
-    weights = read_type_weights(a.type)
+    expect(1 <= args.turns <= MAX_TURNS, '--turns', f'1 to {MAX_TURNS}', args.turns)
+    weights = read_type_weights(args.type)
     pictures = find_pictures(folder)
-    judge = load_judge(f'{a.vlm}:direct', cache=a.cache or out.with_suffix('.answers.sqlite'))
+    judge = load_judge(f'{args.vlm}:direct', cache=args.cache or out.with_suffix('.answers.sqlite'))
     judge.check_ready()
     writer = RowWriter(out)
     left_out = []
     counts = Counter()
     named = {p.relative_to(folder).as_posix(): p for p in pictures}
-    made = write_sessions(judge.engine, named, turns=a.turns, weights=weights, seed=a.seed, counts=counts)
+    made = write_sessions(judge.engine, named, turns=args.turns, weights=weights, seed=args.seed, counts=counts)
     for path, session in tqdm(made, total=len(named), unit='picture', disable=not sys.stderr.isatty()):
         if isinstance(session, str): left_out.append(f'{path}: {session}')
         else: writer.add(str(path), dict(id=session.id, image=path, instructions=session.instructions,
@@ -216,11 +218,11 @@ def main(
     argv: list|None = None, # arguments; None: those of the command line
 ) -> int: # exit status
     "The command `mtef_data`."
-    a = data_parser().parse_args(argv)
+    args = data_parser().parse_args(argv)
     try:
-        for name, value in vars(a).items():
-            if isinstance(value, str): setattr(a, name, at_home(value))            # --table=~/x, which no shell expands
-        a.work(a)
+        for name, value in vars(args).items():
+            if isinstance(value, str): setattr(args, name, at_home(value))         # --table=~/x, which no shell expands
+        args.work(args)
     except InputError as e: print(f'mtef_data: {e}', file=sys.stderr)
     except OSError as e: print(f'mtef_data: {one_line(e)}', file=sys.stderr)
     else: return 0

@@ -112,21 +112,22 @@ def _bench_options(ap):
     g.add_argument('--language', choices=['en', 'cn'], help="of GEdit-Bench's instructions (default: en)")
 
 def check_bench_options(
-    a, # the parsed options, with --bench
+    args, # the parsed options, with --bench
 ):
     "Raises `InputError` for options that `--bench` does not know, or lacks."
     unknown = ['sessions', 'turns', 'structure', 'plain', 'keep', 'allow_outside', 'crop', 'on_bad', 'csv']
     unknown += ['quality', 'imported', 'sampler']
-    if a.bench != 'mice': unknown += ['detector', 'vlm', 'features']
-    if a.bench != 'gedit': unknown += ['language']
+    if args.bench != 'mice': unknown += ['detector', 'vlm', 'features']
+    if args.bench != 'gedit': unknown += ['language']
     for name in unknown:
         flag = '--import' if name == 'imported' else f'--{name.replace("_", "-")}'
-        expect(getattr(a, name) in (None, False), flag, f'no such option with --bench {a.bench}', getattr(a, name))
-    _check_values(a, {name: f'--{name}' for name in vars(a)})
-    check_writable(a.out, '--out')
-    expect(a.data, '--data', f'the files of {BENCHMARKS[a.bench].title}', a.data)
-    judge = f"a model that scores, such as 'Qwen/Qwen2.5-VL-7B-Instruct' (published: {BENCHMARKS[a.bench].judge})"
-    expect(a.judge or a.generate_only, '--judge', judge, a.judge)
+        expect(getattr(args, name) in (None, False), flag, f'no such option with --bench {args.bench}',
+               getattr(args, name))
+    _check_values(args, {name: f'--{name}' for name in vars(args)})
+    check_writable(args.out, '--out')
+    expect(args.data, '--data', f'the files of {BENCHMARKS[args.bench].title}', args.data)
+    judge = f"a model that scores, such as 'Qwen/Qwen2.5-VL-7B-Instruct' (published: {BENCHMARKS[args.bench].judge})"
+    expect(args.judge or args.generate_only, '--judge', judge, args.judge)
 
 # %% ../../nbs/cli/01_eval.ipynb #ce3a2153
 def _edival_options(ap):
@@ -158,61 +159,62 @@ _needs = dict(
     csv=['edival'], questions=['edival'], generate_only=['edival'], shard=['edival'], detector=['edival'],
     vlm=['edival'], features=['edival'], quality=['edival'])
 
-def _given(a, names): return [name for name in names if getattr(a, name) not in (None, False)]
+def _given(args, names): return [name for name in names if getattr(args, name) not in (None, False)]
 
-def _kind(a):
+def _kind(args):
     "Which of the three kinds of sessions is asked for."
-    if a.sessions in (None, *WORLDS): return 'shapeworld'
-    return 'edival' if a.sessions == 'edival' else 'a file'
+    if args.sessions in (None, *WORLDS): return 'shapeworld'
+    return 'edival' if args.sessions == 'edival' else 'a file'
 
 def judge_options(
-    a, # the parsed options
+    args, # the parsed options
 ) -> dict: # for `load_judge`
     "The settings of the judge. Raises `InputError` for what is not a YAML mapping."
-    if a.judge_options is None: return {}
+    if args.judge_options is None: return {}
     example = 'a YAML mapping such as {max_tokens: 2000}'
-    options = parse_yaml(a.judge_options, '--judge-options')
+    options = parse_yaml(args.judge_options, '--judge-options')
     mapping = isinstance(options, dict) and all(isinstance(name, str) for name in options)
-    expect(mapping, '--judge-options', example, a.judge_options)
+    expect(mapping, '--judge-options', example, args.judge_options)
     check_judge_options(options)
     return options
 
 # %% ../../nbs/cli/01_eval.ipynb #a91f7303
-def _check_values(a, flags):
+def _check_values(args, flags):
     "Raises `InputError` for impossible numbers, and for settings of the judge that are no mapping."
     for name in ('n', 'steps', 'batch', 'keep', 'size'):
-        x = getattr(a, name)
+        x = getattr(args, name)
         expect(x is None or x >= 1, flags[name], 'at least 1', x)
-    made_up = (a.n or 0) if _kind(a) == 'shapeworld' else 0
-    expect(made_up <= MAX_SESSIONS, '--n', f'at most {MAX_SESSIONS} sessions of the shape world', a.n)
-    expect(a.turns is None or 1 <= a.turns <= MAX_TURNS, '--turns', f'1 to {MAX_TURNS}', a.turns)
-    expect(a.guidance is None or 0 <= a.guidance < 1e4, '--guidance', 'a number from 0 to 10000', a.guidance)
-    judge_options(a)
+    made_up = (args.n or 0) if _kind(args) == 'shapeworld' else 0
+    expect(made_up <= MAX_SESSIONS, '--n', f'at most {MAX_SESSIONS} sessions of the shape world', args.n)
+    expect(args.turns is None or 1 <= args.turns <= MAX_TURNS, '--turns', f'1 to {MAX_TURNS}', args.turns)
+    expect(args.guidance is None or 0 <= args.guidance < 1e4, '--guidance', 'a number from 0 to 10000', args.guidance)
+    judge_options(args)
 
 def check_options(
-    a, # the parsed options
+    args, # the parsed options
 ):
     "Raises `InputError` for values that cannot be, and for options without effect."
-    if a.bench: return check_bench_options(a)
-    flags = {name: '--' + name.replace('_', '-') for name in vars(a)}
-    for name in _given(a, ('data', 'language')): expect(False, flags[name], '--bench as well', 'none')
-    check_writable(a.out, '--out')
-    if a.imported:
-        others = _given(a, [n for n in vars(a) if n not in ('imported', 'out', 'against')])
+    if args.bench: return check_bench_options(args)
+    flags = {name: '--' + name.replace('_', '-') for name in vars(args)}
+    for name in _given(args, ('data', 'language')): expect(False, flags[name], '--bench as well', 'none')
+    check_writable(args.out, '--out')
+    if args.imported:
+        others = _given(args, [n for n in vars(args) if n not in ('imported', 'out', 'against')])
         if others: raise InputError(f'{flags[others[0]]}: expected no such option beside --import, received one')
         return
-    _check_values(a, flags)
-    kind = _kind(a)
-    for name in _given(a, _needs):
-        expect(kind in _needs[name], flags[name], f'--sessions {" or ".join(_needs[name])}', a.sessions or 'shapeworld')
-    expect(not a.plain or a.structure, '--plain', '--structure as well', 'none')
-    plain = a.sessions in (None, 'shapeworld')
-    expect(plain or not a.structure, '--structure', 'sessions of plain shapeworld to apply it to', a.sessions)
+    _check_values(args, flags)
+    kind = _kind(args)
+    for name in _given(args, _needs):
+        expect(kind in _needs[name], flags[name], f'--sessions {" or ".join(_needs[name])}',
+               args.sessions or 'shapeworld')
+    expect(not args.plain or args.structure, '--plain', '--structure as well', 'none')
+    plain = args.sessions in (None, 'shapeworld')
+    expect(plain or not args.structure, '--structure', 'sessions of plain shapeworld to apply it to', args.sessions)
     pictures = "the folder of EdiVal-Bench's pictures, {id}_input_raw.jpg"
-    expect(kind != 'edival' or a.images, '--images', pictures, a.images)
-    exact = kind != 'edival' and (a.judge or 'verifier').startswith('verifier')
-    for name in _given(a, ('cache', 'offline', 'judge_options')):
-        expect(not exact, flags[name], 'a --judge that is a model', a.judge or 'verifier')
+    expect(kind != 'edival' or args.images, '--images', pictures, args.images)
+    exact = kind != 'edival' and (args.judge or 'verifier').startswith('verifier')
+    for name in _given(args, ('cache', 'offline', 'judge_options')):
+        expect(not exact, flags[name], 'a --judge that is a model', args.judge or 'verifier')
 
 # %% ../../nbs/cli/01_eval.ipynb #686e6293
 def _is_first(): return not int(os.environ.get('RANK') or 0) # of the processes that a launcher started
@@ -221,35 +223,35 @@ def _say(text):
     if _is_first(): print(f'mtef_eval: {text}', file=sys.stderr)
 
 def warn_of_training(
-    a,             # the options, filled
+    args,          # the options, filled
     trained: dict, # from `trained_with`
 ):
     "Say where an adapter is used otherwise than it was trained, also where a benchmark's protocol has it so."
     if not trained: return
-    defaults = dict(guidance=FAMILIES[find_editor(a.editor)[1]].guidance, sampler='ode')
-    for text in training_mismatches(trained, vars(a), defaults): _say(f'warning: --{text}')
+    defaults = dict(guidance=FAMILIES[find_editor(args.editor)[1]].guidance, sampler='ode')
+    for text in training_mismatches(trained, vars(args), defaults): _say(f'warning: --{text}')
 
 def fill_settings(
-    a, # the parsed options; those that were not given are set
+    args, # the parsed options; those that were not given are set
 ):
     "Set what was not given; say where an adapter is used otherwise than it was trained."
-    edival = a.sessions == 'edival'
-    trained = trained_with(a.lora) if a.lora else {}
-    a.editor = a.editor or trained.get('editor') or 'tiny'
-    a.sessions = a.sessions or 'shapeworld'
-    if edival: a.steps = a.steps or published_protocol(a.editor)['steps']
+    edival = args.sessions == 'edival'
+    trained = trained_with(args.lora) if args.lora else {}
+    args.editor = args.editor or trained.get('editor') or 'tiny'
+    args.sessions = args.sessions or 'shapeworld'
+    if edival: args.steps = args.steps or published_protocol(args.editor)['steps']
     else:
         for name in ('size', 'guidance', 'steps', 'quantize', 'sampler'):
-            if getattr(a, name) is None: setattr(a, name, trained.get(name))
-        a.steps = a.steps or 3
-    warn_of_training(a, trained)
-    if _kind(a) == 'a file' and a.crop is None: a.crop = training_of(a.lora).get('crop')
-    a.judge = a.judge or 'verifier'
-    a.turns = a.turns or 3
-    a.batch = a.batch or (4 if edival else 64)
-    a.detector = a.detector or EDIVAL_DETECTOR
-    a.vlm = a.vlm or EDIVAL_VLM
-    a.features = a.features or EDIVAL_FEATURES
+            if getattr(args, name) is None: setattr(args, name, trained.get(name))
+        args.steps = args.steps or 3
+    warn_of_training(args, trained)
+    if _kind(args) == 'a file' and args.crop is None: args.crop = training_of(args.lora).get('crop')
+    args.judge = args.judge or 'verifier'
+    args.turns = args.turns or 3
+    args.batch = args.batch or (4 if edival else 64)
+    args.detector = args.detector or EDIVAL_DETECTOR
+    args.vlm = args.vlm or EDIVAL_VLM
+    args.features = args.features or EDIVAL_FEATURES
 
 # %% ../../nbs/cli/01_eval.ipynb #5034ead3
 def _weights(path): # of a checkpoint folder or adapter on this disk, by content; large files by both of their ends
@@ -264,28 +266,28 @@ def _weights(path): # of a checkpoint folder or adapter on this disk, by content
     return content_hash([[str(f.relative_to(path)), content(f)] for f in files])
 
 def made_with(
-    a,     # the options, filled
+    args,  # the options, filled
 ) -> dict: # for keys and protocols
     "What pictures depend on: settings, and the content of editor and adapter where they lie on this disk."
-    source = Path(find_editor(a.editor)[0])
-    lora = Path(a.lora or '')
-    return dict(editor=a.editor, lora=a.lora, quantize=a.quantize, editor_size=a.size, guidance=a.guidance,
-                editor_weights=_weights(source) if source.is_dir() else None,
-                adapter_weights=_weights(lora) if a.lora and lora.exists() else None)
+    source = Path(find_editor(args.editor)[0])
+    lora = Path(args.lora or '')
+    return dict(editor=args.editor, lora=args.lora, quantize=args.quantize, editor_size=args.size,
+                guidance=args.guidance, editor_weights=_weights(source) if source.is_dir() else None,
+                adapter_weights=_weights(lora) if args.lora and lora.exists() else None)
 
 def check_names(
-    a, # the options, filled
+    args, # the options, filled
 ):
     "Find out without loading weights whether editor and adapter are there. Raises `InputError`."
-    find_editor(a.editor)
-    if not a.lora: return
-    check_trained(a.lora, a.quantize)
-    if not is_transformer(a.lora): check_adapter_fits(a.editor, a.lora)
+    find_editor(args.editor)
+    if not args.lora: return
+    check_trained(args.lora, args.quantize)
+    if not is_transformer(args.lora): check_adapter_fits(args.editor, args.lora)
 
-def _load_editor(a, sessions): # raises `InputError` where instructions of a file are longer than its text encoder takes
-    editor = load_editor(a.editor, quantize=a.quantize, size=a.size, guidance=a.guidance)
-    if a.lora: load_trained(editor, a.lora)
-    if not a.bench and a.sessions not in (*WORLDS, 'edival'): check_instructions(editor, sessions)
+def _load_editor(args, sessions): # raises `InputError` where instructions of a file are longer than its encoder takes
+    editor = load_editor(args.editor, quantize=args.quantize, size=args.size, guidance=args.guidance)
+    if args.lora: load_trained(editor, args.lora)
+    if not args.bench and args.sessions not in (*WORLDS, 'edival'): check_instructions(editor, sessions)
     elif cut := long_instructions(editor, sessions):
         _say(f'warning: {len(cut)} instructions are longer than the {editor.max_text_tokens} tokens that the editor '
              'reads, and are cut')
@@ -294,16 +296,17 @@ def _load_editor(a, sessions): # raises `InputError` where instructions of a fil
 # %% ../../nbs/cli/01_eval.ipynb #0026380f
 _ignored = ('seconds_a_turn', 'versions', 'editor', 'adapter')  # a comparison is about these, or they explain nothing
 
-def _editor_facts(a):
+def _editor_facts(args):
     packages = ('mt_editflow_nb', 'torch', 'diffusers', 'transformers')
-    return dict(editor=a.editor, adapter=a.lora or 'none', versions=', '.join(f'{p} {version(p)}' for p in packages))
+    versions = ', '.join(f'{p} {version(p)}' for p in packages)
+    return dict(editor=args.editor, adapter=args.lora or 'none', versions=versions)
 
-def _generation_facts(a):
-    return dict(steps=a.steps, guidance="the family's" if a.guidance is None else a.guidance,
-                size=a.size or "the editor's own", weights=a.quantize or 'not quantised')
+def _generation_facts(args):
+    return dict(steps=args.steps, guidance="the family's" if args.guidance is None else args.guidance,
+                size=args.size or "the editor's own", weights=args.quantize or 'not quantised')
 
-def _judge_facts(a): # settings of a judge that were given
-    return {f'judge: {name}': value for name, value in judge_options(a).items()}
+def _judge_facts(args): # settings of a judge that were given
+    return {f'judge: {name}': value for name, value in judge_options(args).items()}
 
 def made_otherwise(
     facts: dict,         # heading -> {name: value}
@@ -399,13 +402,13 @@ def finish_run(
 MAX_BYTES_IN_MEMORY = 1 << 30  # bytes of pictures that are held in memory at most
 
 def sessions_of_file(
-    a,     # the options, filled
+    args,  # the options, filled
 ) -> list: # `Sessions`
     "The sessions of a file; with `--on-bad skip` every picture is decoded once, to find those that cannot be."
-    skip = a.on_bad == 'skip'
+    skip = args.on_bad == 'skip'
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                # what is skipped is said below
-        sessions = open_sessions(a.sessions, allow_outside=a.allow_outside, same_turns=False,
+        sessions = open_sessions(args.sessions, allow_outside=args.allow_outside, same_turns=False,
                                  on_bad='skip' if skip else 'stop', decode=True if skip else None)
     if sessions.skipped: _say(f'{len(sessions.skipped)} sessions left out, the first: {sessions.skipped[0]}')
     return sessions
@@ -421,20 +424,21 @@ def list_skipped(
     return [f'{len(skipped)} sessions of the file could not be used and are left out; skipped.txt lists them.']
 
 def chosen_sessions(
-    a,     # the options, filled
+    args,  # the options, filled
 ) -> list: # of `Session`
     "The sessions that the options ask for. Raises `InputError` for a file that is too short, or not for the verifier."
-    if a.structure:
-        sessions = structured_sessions(a.n or 512, a.structure, a.turns)
-        return plain_form(sessions) if a.plain else sessions
-    if a.sessions in WORLDS:
-        sessions = WORLDS[a.sessions](a.n or 512, a.turns, 'heldout')
-        check_for_judge(a.judge, sessions[:1])
+    if args.structure:
+        sessions = structured_sessions(args.n or 512, args.structure, args.turns)
+        return plain_form(sessions) if args.plain else sessions
+    if args.sessions in WORLDS:
+        sessions = WORLDS[args.sessions](args.n or 512, args.turns, 'heldout')
+        check_for_judge(args.judge, sessions[:1])
         return sessions
-    sessions = sessions_of_file(a)
-    expect(a.n is None or a.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {a.sessions}', a.n)
-    check_for_judge(a.judge, sessions[:a.n], a.crop)
-    return sessions[:a.n]
+    sessions = sessions_of_file(args)
+    expect(args.n is None or args.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {args.sessions}',
+           args.n)
+    check_for_judge(args.judge, sessions[:args.n], args.crop)
+    return sessions[:args.n]
 
 # %% ../../nbs/cli/01_eval.ipynb #67a71d39
 def judge_of_rules(
@@ -445,14 +449,14 @@ def judge_of_rules(
     return options.get('vlm') or EDIVAL_VLM if judge == 'edival' else judge
 
 def notes_about(
-    a,                   # the options, filled
+    args,                # the options, filled
     sessions: list,      # I `Session`s
     success_IT,          # NaN: unscored
     judge: str,          # its name
     cc_unscored_IT=None, # bool, where a question about consistency got no answer; None: nowhere
 ) -> list:               # of sentences
     "What to know beside the scores of these sessions."
-    config = training_of(a.lora)
+    config = training_of(args.lora)
     data = config.get('sessions', 'shapeworld')
     shared = []
     if data not in WORLDS:
@@ -460,7 +464,7 @@ def notes_about(
         except InputError: training = None
         shared = None if training is None else shared_pictures(sessions, training)
     trained_by = config.get('judge') and judge_of_rules(config['judge'], config.get('judge_options') or {})
-    judge = judge_of_rules(judge, judge_options(a))
+    judge = judge_of_rules(judge, judge_options(args))
     return blind_spots(success_IT, judge, trained_by, shared, turn_counts(sessions), cc_unscored_IT)
 
 # %% ../../nbs/cli/01_eval.ipynb #bff30cde
@@ -484,21 +488,21 @@ def check_older_mode(
                      'choose another folder')
 
 def run_free(
-    a,              # the options, filled
+    args,           # the options, filled
     editor,         # from `load_editor`
     sessions: list, # I `Session`s
     judge,          # from `load_judge`
     out: Path,      # keeps pictures and outcomes as they come
 ) -> tuple:         # (outcomes, i -> pictures of session i, bool [I, T] or None: CC got no answer)
     "Evaluate session by session; pictures and outcomes are on disk as they come."
-    model = getattr(getattr(judge, 'engine', None), 'model', a.judge)
-    settings = dict(judge=model) | {'model' if k == 'editor' else k: v for k, v in made_with(a).items()}
-    if a.judge_options: settings |= dict(judge_options=judge_options(a))
-    if mode := judge_mode(a.judge): settings |= dict(judge_mode=mode)
-    from_first(lambda: check_older_mode(out, a.judge))
-    kw = dict(num_steps=a.steps, kind=a.sampler or 'ode', batch=a.batch, folder=out/'sessions', progress=True,
+    model = getattr(getattr(judge, 'engine', None), 'model', args.judge)
+    settings = dict(judge=model) | {'model' if k == 'editor' else k: v for k, v in made_with(args).items()}
+    if args.judge_options: settings |= dict(judge_options=judge_options(args))
+    if mode := judge_mode(args.judge): settings |= dict(judge_mode=mode)
+    from_first(lambda: check_older_mode(out, args.judge))
+    kw = dict(num_steps=args.steps, kind=args.sampler or 'ode', batch=args.batch, folder=out/'sessions', progress=True,
               settings=settings)
-    size = sum(len(s.instructions) for s in sessions) * editor.size**2 * 3
+    size = sum(len(s.instructions) for s in sessions)*editor.size**2*3
     if size > MAX_BYTES_IN_MEMORY:
         evaluated = evaluated_sessions(editor, sessions, _keeping(judge, out), keep=0, **kw)
         outcomes, _ = collect_sessions(evaluated)
@@ -527,61 +531,60 @@ def turns_to_make(
 
 # %% ../../nbs/cli/01_eval.ipynb #b1e3a084
 def check_verifier_size(
-    a,    # the options, filled
+    args, # the options, filled
     size, # pixels a side at which the editor works; None: not known yet
 ):
     "The exact verifier reads pictures of one size. Raises `InputError` before anything is edited."
-    expect(size in (None, WORLD_SIDE) or not a.judge.startswith('verifier'), '--judge',
+    expect(size in (None, WORLD_SIDE) or not args.judge.startswith('verifier'), '--judge',
            f"MODEL:MODE (the verifier reads the shape world's {WORLD_SIDE} pixels, the editor works at {size})",
-           a.judge)
+           args.judge)
 
 def evaluate_free(
-    a,         # the options, filled
+    args,      # the options, filled
     out: Path, # gets scores, outcomes, card and pictures
 ) -> tuple:    # (table, sessions)
     "Evaluate in the shape world, or on a file of sessions."
     with failing_together():
-        check_names(a)
-        check_verifier_size(a, a.size)
-        cache = None if a.judge.startswith('verifier') else a.cache or out/'judge.sqlite'
-        judge = load_judge(a.judge, cache=cache, offline=a.offline, **judge_options(a))
-        if a.structure and not a.plain and a.judge.startswith('verifier'): judge = structured_judge
-        chosen = chosen_sessions(a)
-        check_against(a.against, chosen)
+        check_names(args)
+        check_verifier_size(args, args.size)
+        cache = None if args.judge.startswith('verifier') else args.cache or out/'judge.sqlite'
+        judge = load_judge(args.judge, cache=cache, offline=args.offline, **judge_options(args))
+        if args.structure and not args.plain and args.judge.startswith('verifier'): judge = structured_judge
+        chosen = chosen_sessions(args)
+        check_against(args.against, chosen)
         if not (out/'results.json').is_file(): check_answering(judge)
-        editor = _load_editor(a, chosen)
-        check_verifier_size(a, editor.size)
-        sessions = resize_sessions(editor, chosen, a.crop)
+        editor = _load_editor(args, chosen)
+        check_verifier_size(args, editor.size)
+        sessions = resize_sessions(editor, chosen, args.crop)
     turns = turns_to_make(out/'sessions', sessions)
     began = time.monotonic()
-    found = run_free(a, editor, sessions, judge, out)
+    found = run_free(args, editor, sessions, judge, out)
     seconds = f'{(time.monotonic() - began)/turns:.3f}' if turns else 'not measured, as all were there'
-    return from_first(lambda: _finish_free(a, out, chosen, sessions, *found, seconds)), sessions
+    return from_first(lambda: _finish_free(args, out, chosen, sessions, *found, seconds)), sessions
 
 # %% ../../nbs/cli/01_eval.ipynb #b1e3a085
-def _finish_free(a, out, chosen, sessions, outcomes, images, cc_unscored_IT, seconds):
+def _finish_free(args, out, chosen, sessions, outcomes, images, cc_unscored_IT, seconds):
     "Pictures, scores and card of a run that is over."
-    keep = a.keep or (32 if a.sessions in WORLDS else len(sessions))
+    keep = args.keep or (32 if args.sessions in WORLDS else len(sessions))
     for i, s in enumerate(sessions[:keep]): save_session_images(out, s, images(i))
     save_run_images(out, sessions[:keep])
     success_IT = outcomes.success_IT
     why = plain_failures(outcomes.success_IT)
     if is_shape_world(sessions):
         why = shape_failures(sessions, [images(i) for i in range(len(sessions))], success_IT)
-    structure = a.structure or 'chain'
+    structure = args.structure or 'chain'
     split = 'held out'
-    if a.sessions not in WORLDS: split = f'its first {a.n}' if a.n else 'the whole file'
+    if args.sessions not in WORLDS: split = f'its first {args.n}' if args.n else 'the whole file'
     lengths = ' to '.join(map(str, sorted({min(turn_counts(chosen)), max(turn_counts(chosen))})))
-    data = dict(sessions=f'{a.sessions}, {len(sessions)} sessions of {lengths} turns',
-                structure=f'{structure}, in plain words' if a.plain else structure, split=split)
-    protocol = dict(judge=a.judge, **_judge_facts(a), **_generation_facts(a), solver=a.sampler or 'ode', seed=1234,
-                    input='every turn edits the last output',
-                    seconds_a_turn=seconds)
-    if a.sessions not in WORLDS: protocol |= dict(pictures='cut to squares' if a.crop else 'in their own ratio')
-    facts = dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
-    notes = list_skipped(out, chosen) + notes_about(a, chosen, success_IT, a.judge, cc_unscored_IT)
+    data = dict(sessions=f'{args.sessions}, {len(sessions)} sessions of {lengths} turns',
+                structure=f'{structure}, in plain words' if args.plain else structure, split=split)
+    protocol = dict(judge=args.judge, **_judge_facts(args), **_generation_facts(args), solver=args.sampler or 'ode',
+                    seed=1234, input='every turn edits the last output', seconds_a_turn=seconds)
+    if args.sessions not in WORLDS: protocol |= dict(pictures='cut to squares' if args.crop else 'in their own ratio')
+    facts = dict(Editor=_editor_facts(args), Data=data, Protocol=protocol)
+    notes = list_skipped(out, chosen) + notes_about(args, chosen, success_IT, args.judge, cc_unscored_IT)
     return finish_run(out, title='Evaluation of a multi-turn editor', facts=facts, sessions=sessions, notes=notes,
-                      outcomes=outcomes, images=images, why_IT=why, against=a.against, cc_unscored_IT=cc_unscored_IT)
+                      outcomes=outcomes, images=images, why_IT=why, against=args.against, cc_unscored_IT=cc_unscored_IT)
 
 # %% ../../nbs/cli/01_eval.ipynb #14438df7
 def with_picture(
@@ -593,19 +596,19 @@ def with_picture(
     return replace(session, image=file)
 
 def edival_sessions(
-    a,     # the options, filled
+    args,  # the options, filled
 ) -> list: # of `Session`
     "The benchmark's sessions with their pictures, of this shard."
-    csv = Path(a.csv) if a.csv else Path(a.images)/'oai_instruction_generation_output.csv'
+    csv = Path(args.csv) if args.csv else Path(args.images)/'oai_instruction_generation_output.csv'
     sessions = load_edival(csv)
-    expect(a.n is None or a.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {csv}', a.n)
-    sessions = sessions[:a.n]
-    if a.shard:
-        i, _, n = a.shard.partition('/')
-        expect(i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n), '--shard', 'I/N with I from 1 to N', a.shard)
+    expect(args.n is None or args.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {csv}', args.n)
+    sessions = sessions[:args.n]
+    if args.shard:
+        i, _, n = args.shard.partition('/')
+        expect(i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n), '--shard', 'I/N with I from 1 to N', args.shard)
         sessions = sessions[int(i) - 1::int(n)]
         expect(sessions, '--shard', 'at least one session in it', 'none')
-    return [with_picture(s, Path(a.images)/f'{s.id}_input_raw.jpg') for s in sessions]
+    return [with_picture(s, Path(args.images)/f'{s.id}_input_raw.jpg') for s in sessions]
 
 def _check_model(flag, name):
     if name in (None, 'none'): return
@@ -616,34 +619,34 @@ def _check_model(flag, name):
 
 # %% ../../nbs/cli/01_eval.ipynb #961c410d
 def edival_judges(
-    a,         # the options, filled
+    args,      # the options, filled
     questions, # from `read_edival_questions`
 ) -> dict:
     "What scores pictures: names, content of what lies on this disk, and which questions are asked."
-    vlm = a.vlm.partition(':')[0]
-    return dict(detector=weights_of(a.detector), vlm=a.vlm, vlm_weights=weights_of(vlm),
-                features=weights_of(a.features), quality=a.quality and weights_of(a.quality.removeprefix('hpsv3:')),
-                questions=content_hash(questions))
+    vlm = args.vlm.partition(':')[0]
+    quality = args.quality and weights_of(args.quality.removeprefix('hpsv3:'))
+    return dict(detector=weights_of(args.detector), vlm=args.vlm, vlm_weights=weights_of(vlm),
+                features=weights_of(args.features), quality=quality, questions=content_hash(questions))
 
 def load_edival_tools(
-    a,     # the options, filled
+    args,  # the options, filled
     asker, # from `load_edival_vlm`
 ) -> EdivalTools:
     "The models that score."
-    quality = load_quality(a.quality) if a.quality else None
-    return EdivalTools(load_detector(a.detector), asker, load_features(a.features), quality)
+    quality = load_quality(args.quality) if args.quality else None
+    return EdivalTools(load_detector(args.detector), asker, load_features(args.features), quality)
 
 # %% ../../nbs/cli/01_eval.ipynb #1a9f0f0f
 def quality_to_ask(
-    a,          # the options
+    args,       # the options
     out: Path,  # of the run
     tools=None, # given instead of loaded models
 ) -> str:       # None: no model is loaded for quality
     "The model for quality: the one asked for, the one that scored this folder, or the published one if it is here."
-    if a.quality: return None if a.quality == 'none' else a.quality
+    if args.quality: return None if args.quality == 'none' else args.quality
     if (out/'judges.json').is_file(): return read_json(out/'judges.json').get('quality')
     if tools is not None: return None
-    why = '--offline' if a.offline else lacks_quality()
+    why = '--offline' if args.offline else lacks_quality()
     if not why: return EDIVAL_QUALITY
     _say(f'warning: quality is not scored: {EDIVAL_QUALITY} cannot be had here ({why}); --quality none asks for that')
 
@@ -657,261 +660,264 @@ def quality_table(
     def text(x_IT):
         mean = x_IT.mean(0)
         I = len(x_IT)
-        half = 1.96 * x_IT.std(0, ddof=1) / I**.5 if I > 1 else np.full(len(mean), np.nan)
+        half = 1.96*x_IT.std(0, ddof=1)/I**.5 if I > 1 else np.full(len(mean), np.nan)
         table = pd.DataFrame(dict(value=mean, low=mean - half, high=mean + half))
         return format_intervals(table, digits=2).to_numpy()
     turns = pd.RangeIndex(1, quality_IT.shape[1] + 1, name='turn')
     return pd.DataFrame(dict(quality=text(quality_IT), change=text(quality_IT - first_I[:, None])), turns)
 
 # %% ../../nbs/cli/01_eval.ipynb #73ffb77f
-def _generate(a, sessions, out, settings, asks): # asks: the vision-language model is needed afterwards
-    if not from_first(lambda: pictures_to_make(sessions, out, a.steps, settings=settings)): return
+def _generate(args, sessions, out, settings, asks): # asks: the vision-language model is needed afterwards
+    if not from_first(lambda: pictures_to_make(sessions, out, args.steps, settings=settings)): return
     with failing_together():
-        if asks: check_answering(a.vlm, offline=a.offline)
-        editor = _load_editor(a, sessions)
-    generate_edival(editor, sessions, out, num_steps=a.steps, batch=a.batch, settings=settings, progress=True)
+        if asks: check_answering(args.vlm, offline=args.offline)
+        editor = _load_editor(args, sessions)
+    generate_edival(editor, sessions, out, num_steps=args.steps, batch=args.batch, settings=settings, progress=True)
 
-def _scoring_differences(a, sessions):
+def _scoring_differences(args, sessions):
     "Where a run on EdiVal-Bench is scored otherwise than the published numbers."
     published = dict(detector=EDIVAL_DETECTOR, vlm=EDIVAL_VLM, features=EDIVAL_FEATURES)
-    mode = a.vlm.rpartition(':')[2].partition('@')[0]
-    others = [name for name, theirs in published.items() if model_of(getattr(a, name)) != model_of(theirs)]
+    mode = args.vlm.rpartition(':')[2].partition('@')[0]
+    others = [name for name, theirs in published.items() if model_of(getattr(args, name)) != model_of(theirs)]
     if 'vlm' not in others and mode in MODES and mode != 'direct': others.append('vlm')
-    differences = [f'{name} {getattr(a, name)} (published: {published[name]})' for name in others]
-    if not a.questions: differences.append('our wording of the questions')
+    differences = [f'{name} {getattr(args, name)} (published: {published[name]})' for name in others]
+    if not args.questions: differences.append('our wording of the questions')
     if len(sessions) == EDIVAL_SESSIONS: return differences
     return [*differences, f'{len(sessions)} sessions (published: {EDIVAL_SESSIONS})']
 
-def _edival_facts(a, sessions, out):
-    used = dict(steps=a.steps, guidance=a.guidance, size=a.size, quantize=a.quantize)
-    differences = protocol_differences(used, published_protocol(a.editor))
+def _edival_facts(args, sessions, out):
+    used = dict(steps=args.steps, guidance=args.guidance, size=args.size, quantize=args.quantize)
+    differences = protocol_differences(used, published_protocol(args.editor))
     others = pictures_of_others(sessions, out)
     if others: differences.append(f'{others} pictures were not made by this program')
     T = len(sessions[0].instructions)
     data = dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {T} turns',
-                instructions=Path(a.csv).name if a.csv else 'oai_instruction_generation_output.csv')
-    protocol = _generation_facts(a) | dict(
+                instructions=Path(args.csv).name if args.csv else 'oai_instruction_generation_output.csv')
+    protocol = _generation_facts(args) | dict(
         seed=f'{EDIVAL_SEED} in every turn', between_turns=f'{EDIVAL_SIDE} pixels', mode='multipass',
-        detector=a.detector, vlm=a.vlm, features=a.features,
-        quality=a.quality or f'not scored (published: {EDIVAL_QUALITY})',
-        questions=f"the benchmark's own, from {a.questions}" if a.questions else 'own wording',
+        detector=args.detector, vlm=args.vlm, features=args.features,
+        quality=args.quality or f'not scored (published: {EDIVAL_QUALITY})',
+        questions=f"the benchmark's own, from {args.questions}" if args.questions else 'own wording',
         generation='; '.join(differences) or 'as published',
-        scoring='; '.join(_scoring_differences(a, sessions)) or 'as published')
-    return dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
+        scoring='; '.join(_scoring_differences(args, sessions)) or 'as published')
+    return dict(Editor=_editor_facts(args), Data=data, Protocol=protocol)
 
 # %% ../../nbs/cli/01_eval.ipynb #717d978a
 def evaluate_edival(
-    a,          # the options
+    args,       # the options
     out: Path,  # gets pictures, scores and the card
     tools=None, # (detect, ask, features, quality) instead of loaded models
 ) -> tuple:     # (table or None, sessions)
     "EdiVal-Bench: generate what is missing, score what is unscored, write the card."
-    scores = not a.generate_only
+    scores = not args.generate_only
     with failing_together():
-        check_names(a)
-        questions = read_edival_questions(a.questions) if a.questions else QUESTIONS
-        sessions = edival_sessions(a)
-        if not a.shard: check_against(a.against, sessions)
+        check_names(args)
+        questions = read_edival_questions(args.questions) if args.questions else QUESTIONS
+        sessions = edival_sessions(args)
+        if not args.shard: check_against(args.against, sessions)
         if scores and tools is None:
-            for flag in ('detector', 'features', 'quality'): _check_model('--' + flag, getattr(a, flag))
-            asker = load_edival_vlm(a.vlm, questions=questions, cache=a.cache or out/'judge.sqlite', offline=a.offline)
-        settings = made_with(a)
-    if scores: a.quality = from_first(lambda: quality_to_ask(a, out, tools))
+            for flag in ('detector', 'features', 'quality'): _check_model('--' + flag, getattr(args, flag))
+            keeping = dict(cache=args.cache or out/'judge.sqlite', offline=args.offline)
+            asker = load_edival_vlm(args.vlm, questions=questions, **keeping)
+        settings = made_with(args)
+    if scores: args.quality = from_first(lambda: quality_to_ask(args, out, tools))
     def note_settings():
-        check_settings(out, 'protocol.json', settings | dict(steps=a.steps, seed=EDIVAL_SEED, size=EDIVAL_SIDE))
-        names = dict(detector=a.detector, vlm=a.vlm, features=a.features, quality=a.quality)
-        if scores: check_settings(out, 'judges.json', names | dict(questions=a.questions or 'own wording'))
+        check_settings(out, 'protocol.json', settings | dict(steps=args.steps, seed=EDIVAL_SEED, size=EDIVAL_SIDE))
+        names = dict(detector=args.detector, vlm=args.vlm, features=args.features, quality=args.quality)
+        if scores: check_settings(out, 'judges.json', names | dict(questions=args.questions or 'own wording'))
     from_first(note_settings)
-    _generate(a, sessions, out, settings, asks=scores and tools is None)
+    _generate(args, sessions, out, settings, asks=scores and tools is None)
     if not scores: return None, sessions
-    judges = edival_judges(a, questions)
+    judges = edival_judges(args, questions)
     to_score = from_first(lambda: sessions_to_score(sessions, out, judges))
     if tools is None and to_score:
-        with failing_together(): tools = load_edival_tools(a, asker)
+        with failing_together(): tools = load_edival_tools(args, asker)
     scored = score_edival(sessions, out, tools and EdivalTools(*tools), judges=judges, progress=True)
-    if a.shard: return None, sessions
-    return from_first(lambda: _finish_edival(a, out, sessions, scored)), sessions
+    if args.shard: return None, sessions
+    return from_first(lambda: _finish_edival(args, out, sessions, scored)), sessions
 
 # %% ../../nbs/cli/01_eval.ipynb #8344d199
-def _finish_edival(a, out, sessions, scored):
+def _finish_edival(args, out, sessions, scored):
     "Scores and card of EdiVal-Bench."
     save_run_images(out, sessions)
     outcomes = outcomes_of(scored)
     no_cc_IT = cc_unscored_of(scored)
     return finish_run(
-        out, title='EdiVal-Bench evaluation of a multi-turn editor', facts=_edival_facts(a, sessions, out),
+        out, title='EdiVal-Bench evaluation of a multi-turn editor', facts=_edival_facts(args, sessions, out),
         sessions=sessions, outcomes=outcomes, images=lambda i: load_session_images(out, sessions[i]),
-        why_IT=[[row['why'] for row in rows] for rows in scored], against=a.against,
+        why_IT=[[row['why'] for row in rows] for rows in scored], against=args.against,
         extra={'Quality': quality_table(scored)} if 'quality' in scored[0][0] else None,
-        notes=notes_about(a, sessions, outcomes.success_IT, a.vlm, no_cc_IT), cc_unscored_IT=no_cc_IT)
+        notes=notes_about(args, sessions, outcomes.success_IT, args.vlm, no_cc_IT), cc_unscored_IT=no_cc_IT)
 
 # %% ../../nbs/cli/01_eval.ipynb #cee223e6
 def import_published(
-    a,         # the options
+    args,      # the options
     out: Path, # gets scores, outcomes and the card
 ) -> tuple:    # (table, sessions)
     "Make a run of what the benchmark's own script wrote about another editor."
-    sessions, scored = load_published(a.imported)
-    check_against(a.against, sessions)
+    sessions, scored = load_published(args.imported)
+    check_against(args.against, sessions)
     outcomes = outcomes_of(scored)
     T = len(scored[0])
-    incomplete = len(published_files(a.imported)) - len(sessions)
+    incomplete = len(published_files(args.imported)) - len(sessions)
     notes = [f'Sessions that lack a turn and are left out, as published: {incomplete}.'] if incomplete else []
-    facts = dict(Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {T} turns', results=a.imported),
+    facts = dict(Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {T} turns', results=args.imported),
                  Protocol=dict(scored="by the benchmark's own script"))
     looked_at = all('quality' in row for rows in scored for row in rows)
     table = finish_run(
         out, title='EdiVal-Bench results of another editor, as published', facts=facts, sessions=sessions,
-        outcomes=outcomes, why_IT=[[row['why'] for row in rows] for rows in scored], against=a.against,
+        outcomes=outcomes, why_IT=[[row['why'] for row in rows] for rows in scored], against=args.against,
         extra={'Quality': quality_table(scored)} if looked_at else None,
         notes=notes + blind_spots(outcomes.success_IT, 'published'))
     return table, sessions
 
 # %% ../../nbs/cli/01_eval.ipynb #ebdd114f
 def fill_bench_settings(
-    a, # the parsed options, with --bench
+    args, # the parsed options, with --bench
 ):
     "Set what was not given to what is published; say where an adapter is used otherwise than it was trained."
-    trained = trained_with(a.lora) if a.lora else {}
-    a.editor = a.editor or trained.get('editor') or 'tiny'
-    published = benchmark_protocol(a.bench, a.editor)
-    a.steps = a.steps or published['steps']
-    a.size = a.size or published['size']
-    a.batch = a.batch or 4
-    a.language = a.language or 'en'
-    warn_of_training(a, trained)
-    if a.bench == 'mice':
-        for name, published in MICE_TOOLS.items(): setattr(a, name, getattr(a, name) or published)
+    trained = trained_with(args.lora) if args.lora else {}
+    args.editor = args.editor or trained.get('editor') or 'tiny'
+    published = benchmark_protocol(args.bench, args.editor)
+    args.steps = args.steps or published['steps']
+    args.size = args.size or published['size']
+    args.batch = args.batch or 4
+    args.language = args.language or 'en'
+    warn_of_training(args, trained)
+    if args.bench == 'mice':
+        for name, published in MICE_TOOLS.items(): setattr(args, name, getattr(args, name) or published)
 
 def bench_items(
-    a,      # the parsed options, with --bench
+    args,   # the parsed options, with --bench
 ) -> list:  # of this shard
     "The benchmark's items."
-    items = load_benchmark(a.bench, a.data, a.images, a.language)
-    expect(a.n is None or a.n <= len(items), '--n', f'at most the {len(items)} items of {a.data}', a.n)
-    items = items[:a.n]
-    if not a.shard: return items
-    i, _, n = a.shard.partition('/')
-    expect(i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n), '--shard', 'I/N with I from 1 to N', a.shard)
+    items = load_benchmark(args.bench, args.data, args.images, args.language)
+    expect(args.n is None or args.n <= len(items), '--n', f'at most the {len(items)} items of {args.data}', args.n)
+    items = items[:args.n]
+    if not args.shard: return items
+    i, _, n = args.shard.partition('/')
+    expect(i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n), '--shard', 'I/N with I from 1 to N', args.shard)
     return items[int(i) - 1::int(n)]
 
-def _mice_asker(a, out): # (who is asked about instructions, the questions); no weights are loaded yet
-    questions = read_edit_r2_questions(a.questions) if a.questions else EDIT_R2_QUESTIONS
-    for flag in ('detector', 'features'): _check_model('--' + flag, getattr(a, flag))
-    keeping = dict(cache=a.cache or out/'judge.sqlite', offline=a.offline)
-    return load_edival_vlm(a.vlm, questions=questions, **keeping), questions
+def _mice_asker(args, out): # (who is asked about instructions, the questions); no weights are loaded yet
+    questions = read_edit_r2_questions(args.questions) if args.questions else EDIT_R2_QUESTIONS
+    for flag in ('detector', 'features'): _check_model('--' + flag, getattr(args, flag))
+    keeping = dict(cache=args.cache or out/'judge.sqlite', offline=args.offline)
+    return load_edival_vlm(args.vlm, questions=questions, **keeping), questions
 
-def _mice_arrays(a, items, out, tools, asker, questions): # Edit-R2's verdict and consistency of every turn
+def _mice_arrays(args, items, out, tools, asker, questions): # Edit-R2's verdict and consistency of every turn
     shown = [with_picture(s, benchmark_file('mice', out, s, 0)) for s in items]
-    judges = edival_judges(a, questions) | dict(rules='Edit-R2')
+    judges = edival_judges(args, questions) | dict(rules='Edit-R2')
     if from_first(lambda: sessions_to_score(shown, out, judges)) and tools is None:
-        with failing_together(): tools = load_edival_tools(a, asker)
+        with failing_together(): tools = load_edival_tools(args, asker)
     scored = score_edival(shown, out, tools and EdivalTools(*tools), judges=judges, progress=True, rules=EDIT_R2_RULES)
     arrays = {k.removesuffix('_IT'): x for k, x in outcomes_of(scored)._asdict().items()}
     return arrays | dict(cc_unscored=cc_unscored_of(scored))
 
 # %% ../../nbs/cli/01_eval.ipynb #fb972c35
-def _mice_tools(a): return {name: getattr(a, name) for name in MICE_TOOLS}
+def _mice_tools(args): return {name: getattr(args, name) for name in MICE_TOOLS}
 
-def _bench_facts(a, items):
-    words = "the judge's own" if asks_own_questions(a.judge) else f"the benchmark's, from {a.questions}"
-    if not a.questions and not asks_own_questions(a.judge): words = 'own wording'
-    data = dict(benchmark=BENCHMARKS[a.bench].title, items=f'{len(items)} of {len(items[0].instructions)} turns')
-    seed = BENCHMARKS[a.bench].seed
-    protocol = _generation_facts(a) | dict(seed='the number of the session' if seed is None else seed, judge=a.judge,
-                                           questions=words) | _judge_facts(a)
-    if a.bench == 'mice': protocol |= _mice_tools(a)
-    return dict(Editor=_editor_facts(a), Data=data, Protocol=protocol)
+def _bench_facts(args, items):
+    words = "the judge's own" if asks_own_questions(args.judge) else f"the benchmark's, from {args.questions}"
+    if not args.questions and not asks_own_questions(args.judge): words = 'own wording'
+    data = dict(benchmark=BENCHMARKS[args.bench].title, items=f'{len(items)} of {len(items[0].instructions)} turns')
+    seed = BENCHMARKS[args.bench].seed
+    protocol = _generation_facts(args) | dict(seed='the number of the session' if seed is None else seed,
+                                              judge=args.judge, questions=words) | _judge_facts(args)
+    if args.bench == 'mice': protocol |= _mice_tools(args)
+    return dict(Editor=_editor_facts(args), Data=data, Protocol=protocol)
 
-def _generate_items(a, items, out, settings, judge, vlm):
+def _generate_items(args, items, out, settings, judge, vlm):
     "Make the pictures that are missing."
-    if not from_first(lambda: items_to_make(a.bench, items, out, a.steps, settings)): return
+    if not from_first(lambda: items_to_make(args.bench, items, out, args.steps, settings)): return
     with failing_together():
-        if not a.generate_only: check_answering(judge, offline=a.offline, **judge_options(a))
-        if vlm: check_answering(vlm, offline=a.offline)
-        editor = _load_editor(a, items)
-    generate_benchmark(editor, a.bench, items, out, num_steps=a.steps, batch=a.batch, settings=settings, progress=True)
+        if not args.generate_only: check_answering(judge, offline=args.offline, **judge_options(args))
+        if vlm: check_answering(vlm, offline=args.offline)
+        editor = _load_editor(args, items)
+    generate_benchmark(editor, args.bench, items, out, num_steps=args.steps, batch=args.batch, settings=settings,
+                       progress=True)
 
-def _finish_bench(a, out, items, answers, statistics):
+def _finish_bench(args, out, items, answers, statistics):
     "Scores and card of a benchmark."
-    scores = benchmark_scores(a.bench, items, answers, statistics)
-    used = dict(steps=a.steps, guidance=a.guidance, size=a.size, quantize=a.quantize)
-    cut = count_cut(a.bench, items, out)
-    differences = benchmark_differences(a.bench, used, a.editor, judge=a.judge, own_wording=not a.questions, cut=cut,
-                                        items=len(items),
-                                        temperature=judge_options(a).get('temperature') or 0.,
-                                        tools=_mice_tools(a) if a.bench == 'mice' else None)
+    scores = benchmark_scores(args.bench, items, answers, statistics)
+    used = dict(steps=args.steps, guidance=args.guidance, size=args.size, quantize=args.quantize)
+    cut = count_cut(args.bench, items, out)
+    differences = benchmark_differences(args.bench, used, args.editor, judge=args.judge,
+                                        own_wording=not args.questions, cut=cut, items=len(items),
+                                        temperature=judge_options(args).get('temperature') or 0.,
+                                        tools=_mice_tools(args) if args.bench == 'mice' else None)
     success = scores.outcomes.success_IT if scores.outcomes else np.zeros((len(items), 1))
-    judges = [a.judge, a.vlm] if a.bench == 'mice' else [a.judge]
-    known = dict.fromkeys(text for judge in judges for text in notes_about(a, items, success, judge))
+    judges = [args.judge, args.vlm] if args.bench == 'mice' else [args.judge]
+    known = dict.fromkeys(text for judge in judges for text in notes_about(args, items, success, judge))
     notes = [text for text in known if 'could not be scored' not in text]
-    facts = _bench_facts(a, items)
-    differs = made_otherwise(facts, a.against) if a.against else {}
-    if differs: facts |= {f'Made otherwise than {a.against}': differs}
-    return write_benchmark_run(a.bench, out, items, scores, answers, facts=facts, notes=notes,
-                               differences=differences, against=a.against)
+    facts = _bench_facts(args, items)
+    differs = made_otherwise(facts, args.against) if args.against else {}
+    if differs: facts |= {f'Made otherwise than {args.against}': differs}
+    return write_benchmark_run(args.bench, out, items, scores, answers, facts=facts, notes=notes,
+                               differences=differences, against=args.against)
 
 # %% ../../nbs/cli/01_eval.ipynb #5030a1b5
 def evaluate_bench(
-    a,          # the parsed options, with --bench
+    args,       # the parsed options, with --bench
     out: Path,  # gets pictures, answers, scores and the card
     tools=None, # for MICE: (detect, ask, features, quality) instead of loaded models
 ) -> tuple:     # (the published table or None, items)
     "Another benchmark: make the pictures that are missing, ask what has not been answered, write the card."
     with failing_together():
-        fill_bench_settings(a)
-        items = bench_items(a)
-        if a.against and not a.shard: read_items(a.against)
-        questions = BENCHMARK_QUESTIONS[a.bench]
-        if a.questions: questions = read_benchmark_questions(a.bench, a.questions)
-        keeping = dict(cache=a.cache or out/'judge.sqlite', offline=a.offline, **judge_options(a))
-        judge = a.judge and load_benchmark_judge(a.bench, a.judge, **keeping)
-        rules_asker = _mice_asker(a, out) if a.bench == 'mice' else None
-        settings = made_with(a)
-    from_first(lambda: check_settings(out, 'protocol.json', settings | dict(benchmark=a.bench, steps=a.steps)))
-    vlm = a.vlm if a.bench == 'mice' and tools is None and not a.generate_only else None
-    _generate_items(a, items, out, settings, judge if not a.judge or asks_own_questions(a.judge) else a.judge, vlm)
-    if a.generate_only: return None, items
-    judged_by = dict(judge=a.judge, questions=a.questions or 'own wording')
+        fill_bench_settings(args)
+        items = bench_items(args)
+        if args.against and not args.shard: read_items(args.against)
+        questions = BENCHMARK_QUESTIONS[args.bench]
+        if args.questions: questions = read_benchmark_questions(args.bench, args.questions)
+        keeping = dict(cache=args.cache or out/'judge.sqlite', offline=args.offline, **judge_options(args))
+        judge = args.judge and load_benchmark_judge(args.bench, args.judge, **keeping)
+        rules_asker = _mice_asker(args, out) if args.bench == 'mice' else None
+        settings = made_with(args)
+    from_first(lambda: check_settings(out, 'protocol.json', settings | dict(benchmark=args.bench, steps=args.steps)))
+    vlm = args.vlm if args.bench == 'mice' and tools is None and not args.generate_only else None
+    own_questions = not args.judge or asks_own_questions(args.judge)
+    _generate_items(args, items, out, settings, judge if own_questions else args.judge, vlm)
+    if args.generate_only: return None, items
+    judged_by = dict(judge=args.judge, questions=args.questions or 'own wording')
     from_first(lambda: check_settings(out, 'judges.json', judged_by))
-    answers, statistics = ask_benchmark(a.bench, judge, questions, items, out, progress=True)
-    if a.bench == 'mice':
-        of_rules = _mice_arrays(a, items, out, tools, *rules_asker)
+    answers, statistics = ask_benchmark(args.bench, judge, questions, items, out, progress=True)
+    if args.bench == 'mice':
+        of_rules = _mice_arrays(args, items, out, tools, *rules_asker)
         answers = Answers(answers.arrays | of_rules, answers.log)
-    if a.shard: return None, items
-    return from_first(lambda: _finish_bench(a, out, items, answers, statistics)), items
+    if args.shard: return None, items
+    return from_first(lambda: _finish_bench(args, out, items, answers, statistics)), items
 
 # %% ../../nbs/cli/01_eval.ipynb #92dc8e22
 def evaluation_answers(
-    a,         # the options
+    args,      # the options
     out: Path, # folder of the results
 ) -> Path:     # None: no judge's answers are kept
     "Where the first process keeps what judges answer."
-    asks = a.sessions == 'edival' or a.bench == 'mice' or a.judge and not a.judge.startswith('verifier')
-    return Path(a.cache or out/'judge.sqlite') if asks and not (a.offline or a.generate_only) else None
+    asks = args.sessions == 'edival' or args.bench == 'mice' or args.judge and not args.judge.startswith('verifier')
+    return Path(args.cache or out/'judge.sqlite') if asks and not (args.offline or args.generate_only) else None
 
 # %% ../../nbs/cli/01_eval.ipynb #89372d38
-def _run(a, tools):
-    out = at_home(Path(a.out))
+def _run(args, tools):
+    out = at_home(Path(args.out))
     with failing_together():
-        for name, value in vars(a).items():
-            if isinstance(value, str): setattr(a, name, at_home(value))        # --lora=~/x, which no shell expands
-        check_options(a)
-        if not (a.imported or a.bench): fill_settings(a)
-    if a.imported: return from_first(lambda: import_published(a, out))
-    answers = evaluation_answers(a, out)
+        for name, value in vars(args).items():
+            if isinstance(value, str): setattr(args, name, at_home(value))     # --lora=~/x, which no shell expands
+        check_options(args)
+        if not (args.imported or args.bench): fill_settings(args)
+    if args.imported: return from_first(lambda: import_published(args, out))
+    answers = evaluation_answers(args, out)
     share_answers(answers)
-    if a.bench: done = evaluate_bench(a, out, tools)
-    else: done = evaluate_edival(a, out, tools) if a.sessions == 'edival' else evaluate_free(a, out)
+    if args.bench: done = evaluate_bench(args, out, tools)
+    else: done = evaluate_edival(args, out, tools) if args.sessions == 'edival' else evaluate_free(args, out)
     collect_answers(answers)
     return done
 
-def _summary(a, table, sessions):
-    out = Path(a.out)
-    if a.shard: return f'{len(sessions)} sessions done; the same command without --shard writes the card'
-    if table is None: return f'{len(sessions)} sessions: pictures in {out if a.bench else out/"multipass"}'
+def _summary(args, table, sessions):
+    out = Path(args.out)
+    if args.shard: return f'{len(sessions)} sessions done; the same command without --shard writes the card'
+    if table is None: return f'{len(sessions)} sessions: pictures in {out if args.bench else out/"multipass"}'
     note = ''.join(f'\n\nnote: {text}' for text in read_json(out/'results.json')['notes'])
-    what = f'{len(sessions)} items' if a.bench else f'{len(sessions)} sessions, in percent with 95 % intervals'
+    what = f'{len(sessions)} items' if args.bench else f'{len(sessions)} sessions, in percent with 95 % intervals'
     return (f'{what}\n\n{table.round(2).to_string()}{note}\n\n'
             f'card: {out/"card.md"}, {out/"card.html"}')
 
@@ -922,22 +928,22 @@ def main(
 ) -> int:              # the exit code
     "The command `mtef_eval`."
     if argv is None: stop_at_once('mtef_eval')
-    a = eval_parser().parse_args(argv)
+    args = eval_parser().parse_args(argv)
     with stop_requests() as stop:                          # also while the line is written: nobody is interrupted twice
         if int(os.environ.get('WORLD_SIZE') or 1) > 1: stop.deliver = interrupt
         try:
-            with hearing_others(): table, sessions = _run(a, tools)
+            with hearing_others(): table, sessions = _run(args, tools)
         except InputError as e: _say(e)
-        except OSError as e: _say(f'{e.filename or a.out}: {e.strerror or e}')
+        except OSError as e: _say(f'{e.filename or args.out}: {e.strerror or e}')
         except KeyboardInterrupt as e:
             _say(f'{str(e) or "stopped"}; what is done is kept, and the same command goes on')
             return 130
         except (MemoryError, RuntimeError) as e:
             if not lacking_memory(e): raise
             _say(f'{lacking_memory(e)} has too little memory; what is done is kept, and a smaller --batch '
-                 f'(now {a.batch}) or --size may go on')
+                 f'(now {args.batch}) or --size may go on')
         else:
-            if _is_first(): print('\n' + _summary(a, table, sessions))
+            if _is_first(): print('\n' + _summary(args, table, sessions))
             return 0
     return 2
 

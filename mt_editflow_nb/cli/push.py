@@ -423,22 +423,22 @@ def _parser():
     add('--licence', metavar='NAME', help="of the adapter (default: the base model's, where it is known)")
     return parser
 
-def _push(a):
-    check_repo(a.repo)
-    expect(a.yes or not a.public, '--public', '--yes, without which nothing is uploaded', 'none')
-    run = at_home(Path(a.run))
-    folder = at_home(Path(a.to or run/'hub'))
-    names = hub_folder(run, folder, a.repo, a.base_model, a.licence, a.adapter)
+def _push(args):
+    check_repo(args.repo)
+    expect(args.yes or not args.public, '--public', '--yes, without which nothing is uploaded', 'none')
+    run = at_home(Path(args.run))
+    folder = at_home(Path(args.to or run/'hub'))
+    names = hub_folder(run, folder, args.repo, args.base_model, args.licence, args.adapter)
     for name in names: print(f'{(folder/name).stat().st_size:12,}  {name}')
-    if a.yes: print(f'uploaded to {upload(folder, names, a.repo, a.public)}')
-    else: print(f'{folder} holds what would be uploaded to {a.repo}; look at README.md there, then add --yes')
+    if args.yes: print(f'uploaded to {upload(folder, names, args.repo, args.public)}')
+    else: print(f'{folder} holds what would be uploaded to {args.repo}; look at README.md there, then add --yes')
 
 def main(
     argv=None, # None: those of the process
 ) -> int:      # exit status
     "The command `mtef_push`."
-    a = _parser().parse_args(argv)
-    try: _push(a)
+    args = _parser().parse_args(argv)
+    try: _push(args)
     except InputError as e: print(f'mtef_push: {e}', file=sys.stderr)
     except OSError as e: print(f'mtef_push: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr)
     else: return 0

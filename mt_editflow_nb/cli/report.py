@@ -28,16 +28,17 @@ def _parser():
     return parser
 
 # %% ../../nbs/cli/03_report.ipynb #c7a90e12
-def _report_all(a):
+def _report_all(args):
     "Report every sweep that the arguments name, and print the verdicts; or write the leaderboard."
     for name in ('runs', 'out', 'notebook', 'published'):
-        if getattr(a, name): setattr(a, name, at_home(getattr(a, name)))           # --out=~/x, which no shell expands
-    if a.leaderboard: return print(write_leaderboard(a.runs, a.out or Path(a.runs)/'leaderboard', a.published))
-    expect(a.published is None, '--published', '--leaderboard as well', 'none')
-    expect(a.n_boot >= 100, '--n-boot', 'at least 100', a.n_boot)
-    expect(a.notebook is None or Path(a.notebook).is_file(), '--notebook', 'a file', a.notebook)
-    for plan in find_plans(a.runs):
-        html = write_report(plan, Path(a.out or plan.parent/'report')/plan.stem, a.notebook, a.n_boot)
+        if getattr(args, name): setattr(args, name, at_home(getattr(args, name)))  # --out=~/x, which no shell expands
+    if args.leaderboard:
+        return print(write_leaderboard(args.runs, args.out or Path(args.runs)/'leaderboard', args.published))
+    expect(args.published is None, '--published', '--leaderboard as well', 'none')
+    expect(args.n_boot >= 100, '--n-boot', 'at least 100', args.n_boot)
+    expect(args.notebook is None or Path(args.notebook).is_file(), '--notebook', 'a file', args.notebook)
+    for plan in find_plans(args.runs):
+        html = write_report(plan, Path(args.out or plan.parent/'report')/plan.stem, args.notebook, args.n_boot)
         print(f'{plan.stem}: {html}')
         table = html.parent/'verdicts.csv'
         if not table.is_file(): continue
@@ -47,10 +48,10 @@ def main(
     argv=None, # arguments; None: those of the command line
 ):             # exit status
     "The command `mtef_report`."
-    a = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     skip_url_grammar()
     from papermill.exceptions import PapermillExecutionError
-    try: _report_all(a)
+    try: _report_all(args)
     except InputError as e: print(f'mtef_report: {e}', file=sys.stderr)
     except OSError as e: print(f'mtef_report: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr)
     except PapermillExecutionError as e:

@@ -35,71 +35,72 @@ def _parser():
     add('--address', help='of the Ray cluster (default: $RAY_ADDRESS, or one on this machine)')
     return parser
 
-def _check_arguments(a):
+def _check_arguments(args):
     "Check the arguments by themselves."
-    for name, n in (('--slots', a.slots), ('--per-gpu', a.per_gpu)):
+    for name, n in (('--slots', args.slots), ('--per-gpu', args.per_gpu)):
         expect(n is None or n >= 1, name, 'at least 1', n)
-    expect(not (a.slots and a.per_gpu), '--slots, --per-gpu', 'one or the other', 'both')
-    if a.jobs: jobs_of_shard([], a.jobs)
-    ray = a.engine == 'ray'
-    expect(a.address is None or ray, '--address', '--engine ray, without which it has no effect', a.address)
-    for there, option in ((a.slots, f'--slots {a.slots}'), (ray, '--engine ray')):
-        expect(not (a.gpus and there), '--gpus', f'no {option}, beside which it has no effect', a.gpus)
+    expect(not (args.slots and args.per_gpu), '--slots, --per-gpu', 'one or the other', 'both')
+    if args.jobs: jobs_of_shard([], args.jobs)
+    ray = args.engine == 'ray'
+    expect(args.address is None or ray, '--address', '--engine ray, without which it has no effect', args.address)
+    for there, option in ((args.slots, f'--slots {args.slots}'), (ray, '--engine ray')):
+        expect(not (args.gpus and there), '--gpus', f'no {option}, beside which it has no effect', args.gpus)
 
-def _check_gpus(a, plans):
+def _check_gpus(args, plans):
     "Raises `InputError` where GPUs are named and no job uses one."
-    used = a.per_gpu or any(plan.sweep.resources.gpus for plan in plans)
-    expect(used or not a.gpus, '--gpus', 'a sweep with resources.gpus, or --per-gpu, without which it has no effect',
-           a.gpus)
+    used = args.per_gpu or any(plan.sweep.resources.gpus for plan in plans)
+    expect(used or not args.gpus, '--gpus', 'a sweep with resources.gpus, or --per-gpu, without which it has no effect',
+           args.gpus)
 
 # %% ../../nbs/cli/02_sweep.ipynb #cada2704
-def _plans(a):
+def _plans(args):
     "Plan all sweeps, so that each is checked before the first one runs."
-    plans = [plan_sweep(path, a.out) for path in a.sweeps]
+    plans = [plan_sweep(path, args.out) for path in args.sweeps]
     names = [plan.name for plan in plans]
-    for path, name in zip(a.sweeps, names): expect(names.count(name) == 1, path, 'sweeps with different names', name)
+    for path, name in zip(args.sweeps, names): expect(names.count(name) == 1, path, 'sweeps with different names', name)
     return plans
 
-def _slots(plan, a):
+def _slots(plan, args):
     "(the plan with the resources of the command line, the environment of each slot)."
     resources = plan.sweep.resources
-    if a.slots or a.per_gpu: resources = Resources(cpus=resources.cpus, gpus=1/a.per_gpu if a.per_gpu else 0)
+    if args.slots or args.per_gpu:
+        resources = Resources(cpus=resources.cpus, gpus=1/args.per_gpu if args.per_gpu else 0)
     plan = plan._replace(sweep=plan.sweep.model_copy(update=dict(resources=resources)))
-    if a.slots or a.engine == 'ray':
+    if args.slots or args.engine == 'ray':
         slot = dict(OMP_NUM_THREADS=str(resources.cpus), CUDA_VISIBLE_DEVICES='')
-        return plan, [slot]*(a.slots or len(plan.jobs))
-    return plan, job_slots(resources, gpus=a.gpus.split(',') if a.gpus else None)
+        return plan, [slot]*(args.slots or len(plan.jobs))
+    return plan, job_slots(resources, gpus=args.gpus.split(',') if args.gpus else None)
 
-def _run_one(plan, slots, a):
+def _run_one(plan, slots, args):
     "Run a sweep, or a shard of it, and print how it ended; returns the number of failed jobs."
-    save_plan(plan, a.out)
-    if a.jobs: plan = plan._replace(jobs=jobs_of_shard(plan.jobs, a.jobs))
-    start = start_ray(plan, a.address) if a.engine == 'ray' else start_local(plan)
-    result = run_sweep(plan, start, slots, a.retry_failed)
+    save_plan(plan, args.out)
+    if args.jobs: plan = plan._replace(jobs=jobs_of_shard(plan.jobs, args.jobs))
+    start = start_ray(plan, args.address) if args.engine == 'ray' else start_local(plan)
+    result = run_sweep(plan, start, slots, args.retry_failed)
     failed = [job for job in plan.jobs if result[job.folder.name] != 'done']
     print(f'\n{plan.name}: {len(plan.jobs) - len(failed)} of {len(plan.jobs)} jobs are done')
     for job in failed:
         error = job_state(job.folder).get('error') or 'its process died'
         print(f'  failed: {job.label}, seed {job.seed}: {error}\n          {job.folder}')
     if failed: print('  --retry-failed runs the failed jobs again, from their last checkpoints')
-    if len(failed) < len(plan.jobs): print(f'the report: mtef_report {Path(a.out)/plan.name}.json\n')
+    if len(failed) < len(plan.jobs): print(f'the report: mtef_report {Path(args.out)/plan.name}.json\n')
     return len(failed)
 
 # %% ../../nbs/cli/02_sweep.ipynb #7b19762e
-def _run_all(a):
+def _run_all(args):
     "Run everything that the arguments name; returns the number of failed jobs."
-    _check_arguments(a)
-    a.out = at_home(a.out)                             # --out=~/x, which no shell expands
-    a.sweeps = [at_home(path) for path in a.sweeps]
-    plans = _plans(a)
+    _check_arguments(args)
+    args.out = at_home(args.out)                       # --out=~/x, which no shell expands
+    args.sweeps = [at_home(path) for path in args.sweeps]
+    plans = _plans(args)
     failed = 0
-    _check_gpus(a, plans)
+    _check_gpus(args, plans)
     for plan in plans:
-        plan, slots = _slots(plan, a)
-        print(describe_sweep(plan, a.out, slots), flush=True)
-        if a.dry_run: print()
-        else: failed += _run_one(plan, slots, a)
-    if a.dry_run and len(plans) > 1:
+        plan, slots = _slots(plan, args)
+        print(describe_sweep(plan, args.out, slots), flush=True)
+        if args.dry_run: print()
+        else: failed += _run_one(plan, slots, args)
+    if args.dry_run and len(plans) > 1:
         jobs = {job.folder.name: job for plan in plans for job in plan.jobs}
         left = sum(job_status(job) != 'done' for job in jobs.values())
         print(f'{len(jobs)} jobs in all, shared ones counted once; {left} are not done')
@@ -110,8 +111,8 @@ def main(
 ):             # exit status
     "The command `mtef_sweep`."
     no_longer_at_once()                                  # jobs are stopped one by one, and save what they have
-    a = _parser().parse_args(argv)
-    try: return int(_run_all(a) > 0)
+    args = _parser().parse_args(argv)
+    try: return int(_run_all(args) > 0)
     except InputError as e: print(f'mtef_sweep: {e}', file=sys.stderr)
     except OSError as e: print(f'mtef_sweep: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr)
     except KeyboardInterrupt:

@@ -42,13 +42,13 @@ def names_of_tools(
                 features=weights_of(local.features)) | words
 
 def served_app(
-    a, # the parsed options
-):     # a FastAPI application
+    args, # the parsed options
+):        # a FastAPI application
     "Load the models, ask each one small thing, and put them behind an application. Raises `InputError`."
-    expect(0 < a.port < 65536, '--port', 'a number from 1 to 65535', a.port)
-    expect(a.batch >= 1, '--batch', 'at least 1', a.batch)
-    folders = {name: at_home(getattr(a, name)) for name in ('detector', 'vlm', 'features')}
-    local = LocalTools(a.cache, questions=a.questions, device=a.device, batch=a.batch, **folders)
+    expect(0 < args.port < 65536, '--port', 'a number from 1 to 65535', args.port)
+    expect(args.batch >= 1, '--batch', 'at least 1', args.batch)
+    folders = {name: at_home(getattr(args, name)) for name in ('detector', 'vlm', 'features')}
+    local = LocalTools(args.cache, questions=args.questions, device=args.device, batch=args.batch, **folders)
     app = tools_app(local.tools, names_of_tools(local))
     check_tools(local.tools)
     return app
@@ -59,17 +59,17 @@ def main(
 ) -> int:              # the exit code
     "The command `mtef_tools`."
     if argv is None: stop_at_once('mtef_tools')
-    a = tools_parser().parse_args(argv)
+    args = tools_parser().parse_args(argv)
     try:
-        app = served_app(a)
+        app = served_app(args)
         if serve is None:
             try: from uvicorn import run as serve
             except ImportError:
                 raise InputError("mtef_tools: expected uvicorn (pip install 'mt_editflow_nb[serve]'), received none")
     except InputError as e: print(f'mtef_tools: {e}', file=sys.stderr)
     else:
-        print(f'mtef_tools: listening on http://{a.host}:{a.port}', file=sys.stderr)
-        serve(app, host=a.host, port=a.port, log_level='warning')
+        print(f'mtef_tools: listening on http://{args.host}:{args.port}', file=sys.stderr)
+        serve(app, host=args.host, port=args.port, log_level='warning')
         return 0
     return 2
 

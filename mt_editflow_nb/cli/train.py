@@ -62,11 +62,11 @@ papermill()
 
 def start_notebook(
     notebook: Path, # one that runs `experiment` with the parameters `run` and `settings`
-    c: Config,      # of the run
+    config: Config, # of the run
     run: Path,      # its folder
 ) -> subprocess.Popen:
     "Start papermill on a notebook that runs `experiment`; what it says is in `papermill.log`."
-    values = dict(run=str(run), settings=c.model_dump(exclude_defaults=True))
+    values = dict(run=str(run), settings=config.model_dump(exclude_defaults=True))
     parameters = atomic_write(run/'parameters.yaml', yaml.safe_dump(values))
     command = [sys.executable, '-c', _PAPERMILL, str(notebook), str(run/'train.ipynb'), '-f', str(parameters),
                '--no-progress-bar']
@@ -138,18 +138,18 @@ def _failure(run, code):
 
 def run_notebook(
     notebook: str|Path, # a papermill notebook that runs `experiment` on the folder `run`
-    c: Config,          # of the run
+    config: Config,     # of the run
     run: str|Path,      # its folder; the executed notebook is `run/train.ipynb`
 ) -> Path:              # of the executed notebook
     "Execute the main job through papermill. Raises `InputError` with the last line of what went wrong."
     notebook = Path(notebook)
     run = Path(run)
     expect(notebook.is_file(), 'notebook', 'a file', str(notebook))
-    prepare(c)                                                      # what does not fit is found before a kernel starts
+    prepare(config)                                                 # what does not fit is found before a kernel starts
     run.mkdir(parents=True, exist_ok=True)
     (run/'.progress.json').unlink(missing_ok=True)
     with stop_requests():
-        job = start_notebook(notebook, c, run)
+        job = start_notebook(notebook, config, run)
         try: show_progress(job, run)
         except Stopped as e:
             stop_notebook(job, e.signum)
@@ -203,47 +203,48 @@ def _resumed(folder) -> tuple: # (`Config`, run folder)
     except InputError as e: raise InputError(f'--resume: {e}') from None
 
 # %% ../../nbs/cli/00_train.ipynb #e1c4a7b2
-def _chosen(a) -> tuple: # (`Config`, run folder)
+def _chosen(args) -> tuple: # (`Config`, run folder)
     "The run that the command line asks for."
-    expect(a.processes is None or a.plan and a.processes > 0, '--processes', 'a number above 0, beside --plan',
-           a.processes)
-    expect(not a.plan or not (a.run or a.notebook), '--plan', 'no --run and no --notebook beside it',
-           a.run or a.notebook)
-    if a.notebook:
-        expect(Path(a.notebook).is_file(), 'notebook', 'a file', a.notebook)
-        parameters = read_notebook(a.notebook).parameters
-        expect('settings' in parameters, f'notebook: {a.notebook}', 'a parameter `settings`', list(parameters))
-    if a.resume:
-        expect(not a.settings and not a.run, '--resume', 'no other setting (the configuration is in the run folder)',
-               ' '.join(a.settings) or f'--run {a.run}')
-        return _resumed(a.resume)
+    expect(args.processes is None or args.plan and args.processes > 0, '--processes', 'a number above 0, beside --plan',
+           args.processes)
+    expect(not args.plan or not (args.run or args.notebook), '--plan', 'no --run and no --notebook beside it',
+           args.run or args.notebook)
+    if args.notebook:
+        expect(Path(args.notebook).is_file(), 'notebook', 'a file', args.notebook)
+        parameters = read_notebook(args.notebook).parameters
+        expect('settings' in parameters, f'notebook: {args.notebook}', 'a parameter `settings`', list(parameters))
+    if args.resume:
+        expect(not args.settings and not args.run, '--resume',
+               'no other setting (the configuration is in the run folder)',
+               ' '.join(args.settings) or f'--run {args.run}')
+        return _resumed(args.resume)
     values = {}
-    for setting in a.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
-    for name, value in values.items(): expect(name not in vars(a), name, f'an option, --{name}', f'{name}={value}')
-    c = make_config(values)
-    if a.plan: return c, None
-    run = at_home(Path(a.run or 'runs'))
-    check_writable(run, '--run' if a.run else 'runs')
-    if a.run: return c, run
-    prepare(c)                                                      # a folder is made only for what can run
+    for setting in args.settings: values |= parse_overrides([setting]) if '=' in setting else read_recipe(setting)
+    for name, value in values.items(): expect(name not in vars(args), name, f'an option, --{name}', f'{name}={value}')
+    config = make_config(values)
+    if args.plan: return config, None
+    run = at_home(Path(args.run or 'runs'))
+    check_writable(run, '--run' if args.run else 'runs')
+    if args.run: return config, run
+    prepare(config)                                                 # a folder is made only for what can run
     run = new_run_folder() if processes()[0] == 0 else ''
-    return c, Path(broadcast_path(run) if processes()[1] > 1 else run)
+    return config, Path(broadcast_path(run) if processes()[1] > 1 else run)
 
 # %% ../../nbs/cli/00_train.ipynb #5526c3be
-def _plan(c, count):
+def _plan(config, count):
     if processes()[0]: return
-    elsewhere = c.sessions in WORLDS or c.sessions.startswith('hf:')         # a plan fetches nothing from the hub
-    expect(elsewhere or Path(c.sessions).exists(), 'sessions', 'a file that is there', c.sessions)
-    kinds = None if elsewhere or c.streaming else session_source(c).kinds
-    print(plan_text(plan(c, kinds=kinds, processes=count)))
-    if str(c.editor) in PUBLISHED_EDITORS or torch.cuda.is_available():
-        print(f'\nwhat a change would save, all else equal\n{savings_text(c, kinds=kinds, processes=count)}')
+    elsewhere = config.sessions in WORLDS or config.sessions.startswith('hf:') # a plan fetches nothing from the hub
+    expect(elsewhere or Path(config.sessions).exists(), 'sessions', 'a file that is there', config.sessions)
+    kinds = None if elsewhere or config.streaming else session_source(config).kinds
+    print(plan_text(plan(config, kinds=kinds, processes=count)))
+    if str(config.editor) in PUBLISHED_EDITORS or torch.cuda.is_available():
+        print(f'\nwhat a change would save, all else equal\n{savings_text(config, kinds=kinds, processes=count)}')
 
-def _run(c, run, notebook):
+def _run(config, run, notebook):
     if notebook:
-        executed = run_notebook(notebook, c, run)
+        executed = run_notebook(notebook, config, run)
         results = read_json(run/'results.json')
-    else: results = experiment(c, run)
+    else: results = experiment(config, run)
     if processes()[0]: return
     on = results.get('evaluated_on', 'held-out sessions')
     print(f"\n{results['turns']}-turn editing on {results['sessions']} {on}, in percent\n\n{results_table(results)}\n")
@@ -274,20 +275,20 @@ def main(
 ) -> int:              # exit status: 0, 2 for what cannot be done, 128 plus the number of a signal that stopped it
     "The command `mtef_train`."
     if argv is None: stop_at_once('mtef_train')
-    a = _parser().parse_intermixed_args(argv)            # settings before and after options
-    c = None
+    args = _parser().parse_intermixed_args(argv)         # settings before and after options
+    config = None
     def work():
-        nonlocal c
-        c, run = _chosen(a)
-        if a.plan: _plan(c, a.processes or processes()[1])
-        else: _run(c, run, a.notebook)
+        nonlocal config
+        config, run = _chosen(args)
+        if args.plan: _plan(config, args.processes or processes()[1])
+        else: _run(config, run, args.notebook)
     with stop_requests():                                  # also while a line is written: nobody is interrupted twice
         try: return _exit_status(work)
-        except torch.OutOfMemoryError: _say(f'the GPU has too little memory; {advice(plan(c))}')
+        except torch.OutOfMemoryError: _say(f'the GPU has too little memory; {advice(plan(config))}')
         except (MemoryError, RuntimeError) as e:
             if not lacking_memory(e): raise
-            _say(f'this machine has too little memory for a batch of {c.batch} rows and an adapter of rank '
-                 f'{c.lora_rank}')
+            _say(f'this machine has too little memory for a batch of {config.batch} rows and an adapter of rank '
+                 f'{config.lora_rank}')
     return 2
 
 # %% ../../nbs/cli/00_train.ipynb #cd226150

@@ -85,7 +85,7 @@ def _local_tables(source):
 # %% ../../nbs/data/09_tables.ipynb #4e38456f
 def undecoded(
     table, # of the `datasets` library
-):         # the same one, otherwise described
+):         # this table, with pictures described as files
     "A table whose pictures come as files, not decoded."
     import datasets
     picture = datasets.Image(decode=False)

@@ -232,8 +232,9 @@ def linear_shift(
 ) -> float: # mu
     "The shift that grows linearly with the number of tokens, between the scheduler's two configured points."
     from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
-    c = scheduler.config
-    return calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    config = scheduler.config
+    return calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift,
+                           config.max_shift)
 
 # %% ../../nbs/editing/00_editor.ipynb #f9438667
 def transformer_timestep(

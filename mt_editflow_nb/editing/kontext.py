@@ -61,9 +61,9 @@ class KontextPictures:
         images: np.ndarray, # uint8 [N, H, W, 3]
     ) -> torch.Tensor: # float32 [N, L, C]
         "Pictures as tokens: the mode of the posterior, as in the pipeline."
-        c = self.vae.config
+        config = self.vae.config
         pixels = to_vae(images, self.vae).contiguous(memory_format=torch.channels_last)
-        z = ((self.vae.encode(pixels).latent_dist.mode() - c.shift_factor)*c.scaling_factor).float()
+        z = ((self.vae.encode(pixels).latent_dist.mode() - config.shift_factor)*config.scaling_factor).float()
         return self.pipe._pack_latents(z, len(z), self.channels//4, *z.shape[2:])
 
     @torch.no_grad()
@@ -72,9 +72,9 @@ class KontextPictures:
         x: torch.Tensor, # [N, L, C] clean latents
     ) -> np.ndarray: # uint8 [N, H, W, 3]
         "Tokens as pictures. NaN raises `InputError`."
-        c = self.vae.config
+        config = self.vae.config
         z = self.pipe._unpack_latents(x, self.height, self.width, self.pipe.vae_scale_factor)
-        z = (z/c.scaling_factor + c.shift_factor).to(self.vae.dtype)
+        z = (z/config.scaling_factor + config.shift_factor).to(self.vae.dtype)
         return to_uint8(self.vae.decode(z.contiguous(memory_format=torch.channels_last)).sample)
 
 # %% ../../nbs/editing/01_kontext.ipynb #192a4e1d

@@ -24,9 +24,9 @@ class Trajectory(NamedTuple):
     "How N rows were denoised: the clean latents, and the K stochastic steps as lists of one entry per step."
     clean_NLC: torch.Tensor
     path_KNLC: list  # latents before each stochastic step
-    next_KNLC: list  # and after it
-    mean_KNLC: list  # and where it went on average
-    logp_KN: list    # log-probability of each
+    next_KNLC: list  # latents after each stochastic step
+    mean_KNLC: list  # where each stochastic step went on average
+    logp_KN: list    # log-probability of each stochastic step
 
 def sample_dpm(
     editor,                  # from `load_editor`
@@ -56,7 +56,7 @@ def sample(
     kind: str = 'ode',        # 'ode', 'flow', 'cps' or 'dpm2'
     noise_level: float = 0.,  # of the stochastic steps
     window=(),                # indices of the stochastic steps
-    eps_KNLC=(),              # their noise
+    eps_KNLC=(),              # noise of the stochastic steps
 ) -> Trajectory:
     "Denoise N rows, and keep the stochastic steps of a window."
     one_of('kind', kind, (*SAMPLER_KINDS, 'dpm2'))
@@ -92,9 +92,9 @@ class Shard(NamedTuple):
 
 def shard_rows(
     all_keys: list,      # the key of each session of a batch
-    sessions: list,      # its `Session`s
-    group: int,          # members of each
-    shard: Shard = None, # which of them; None: all
+    sessions: list,      # the `Session`s of the batch
+    group: int,          # members per session
+    shard: Shard = None, # which sessions and members; None: all
 ) -> tuple: # (the shard, keys of its P sessions, the sessions, of each of its N rows (key of its session, member))
     "The rows of a batch that a shard makes."
     shard = shard or Shard(range(len(sessions)), range(group))
@@ -123,10 +123,10 @@ class Rollout:
     inputs_TNLC: torch.Tensor     # tokens of every turn's input picture
     clean_TNLC: torch.Tensor      # every turn's final latents
     path_TKNLC: torch.Tensor      # latents before each stochastic step; K = 0 for a deterministic rollout
-    next_TKNLC: torch.Tensor      # and after it
-    mean_TKNLC: torch.Tensor      # and where it went on average
+    next_TKNLC: torch.Tensor      # latents after each stochastic step
+    mean_TKNLC: torch.Tensor      # where each stochastic step went on average
     logp_TKN: torch.Tensor        # log-probability of each stochastic step
-    steps: list                   # which steps of the schedule those are
+    steps: list                   # numbers of the stochastic steps in the schedule
     sigmas: torch.Tensor          # the schedule, [steps + 1]
     keys: list                    # of P tuples, with which the keys of a session's random numbers begin
     shard: Shard                  # which sessions and members of the whole batch these are
@@ -138,7 +138,7 @@ def resize_sessions(
     sessions: list,   # of `Session`s
     crop: str = None, # 'square': pictures are cut to squares; None: they keep their ratio
 ) -> list: # of `Session`s
-    """The same sessions with their first images as the editor takes them, so that a judge sees what the editor saw.
+    """Sessions with their first images as the editor takes them, so that a judge sees what the editor saw.
 
     Pictures of files are opened when they are asked for: a file may hold more of them than memory does."""
     return [resized_session(sessions, i, working_size(editor, sessions[i].image_size, crop))

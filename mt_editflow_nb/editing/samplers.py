@@ -31,28 +31,28 @@ def noise_scales(
     s_max: torch.Tensor,  # stands in where sigma is 1, for 'flow'
 ) -> tuple: # (scale of the fresh noise, coefficient of the predicted noise), both 0 where `s_next` is 0
     "How much noise a step puts in, and how much of the predicted noise it takes out."
-    std = k = torch.zeros_like(s_next - s)
+    noise_std = k = torch.zeros_like(s_next - s)
     if kind == 'flow':
-        std = noise_level*(s/(1 - torch.where(s == 1, s_max, s))).sqrt()*(-(s_next - s)).sqrt()
-        k = -std**2/(2*s)
-        expect(std.isfinite().all(), 'sigma_max', 'a number below 1', s_max.tolist())
+        noise_std = noise_level*(s/(1 - torch.where(s == 1, s_max, s))).sqrt()*(-(s_next - s)).sqrt()
+        k = -noise_std**2/(2*s)
+        expect(noise_std.isfinite().all(), 'sigma_max', 'a number below 1', s_max.tolist())
     if kind == 'cps':
-        std = s_next*math.sin(noise_level*math.pi/2)
+        noise_std = s_next*math.sin(noise_level*math.pi/2)
         k = s_next*(math.cos(noise_level*math.pi/2) - 1)
-    return torch.where(s_next == 0, 0., std), torch.where(s_next == 0, 0., k)
+    return torch.where(s_next == 0, 0., noise_std), torch.where(s_next == 0, 0., k)
 
 # %% ../../nbs/editing/06_samplers.ipynb #79b8d251
 def step_logp(
-    kind: str,            # of `SAMPLER_KINDS`
-    x_next: torch.Tensor, # [N, ...] where the step went; no gradient flows through it
-    mean: torch.Tensor,   # [N, ...] where it goes on average
-    std: torch.Tensor,    # 0-d or [N, 1, ...] scale of the noise
-) -> torch.Tensor: # [N], 0 where `std` is 0
+    kind: str,               # of `SAMPLER_KINDS`
+    x_next: torch.Tensor,    # [N, ...] where the step went; no gradient flows through it
+    mean: torch.Tensor,      # [N, ...] where it goes on average
+    noise_std: torch.Tensor, # 0-d or [N, 1, ...] scale of the noise
+) -> torch.Tensor: # [N], 0 where `noise_std` is 0
     "Gaussian log-probability of where a step went, averaged over the latent dimensions; for 'cps' only `-square`."
     square = (x_next.detach() - mean)**2
-    scale = torch.where(std > 0, std, 1.)                 # keeps the masked entries, and their gradients, finite
+    scale = torch.where(noise_std > 0, noise_std, 1.)     # keeps the masked entries, and their gradients, finite
     logp = -square if kind == 'cps' else -square/(2*scale**2) - scale.log() - math.log(2*math.pi)/2
-    return torch.where(std > 0, logp, 0.).reshape(len(mean), -1).mean(1)
+    return torch.where(noise_std > 0, logp, 0.).reshape(len(mean), -1).mean(1)
 
 # %% ../../nbs/editing/06_samplers.ipynb #1e2d80a0
 def sde_step(
@@ -67,10 +67,10 @@ def sde_step(
     noise: torch.Tensor = None,        # standard normal, like `x`; drawn when None
     x_next: torch.Tensor = None,       # where the step went: score it instead of drawing
     generator: torch.Generator = None, # of the noise drawn
-) -> tuple: # `(x_next, mean, std, logp)`: like `x`; like `x`; 0-d or [N, 1, ...], the scale of the noise; [N]
+) -> tuple: # `(x_next, mean, noise_std, logp)`: like `x`; like `x`; 0-d or [N, 1, ...], the scale of the noise; [N]
     """One denoising step in float32, and the log-probability of where it went, averaged over the latent dimensions.
 
-    Where the step is deterministic ('ode', `noise_level=0`, `sigma_next=0`) `std` and `logp` are 0.
+    Where the step is deterministic ('ode', `noise_level=0`, `sigma_next=0`) `noise_std` and `logp` are 0.
     Flow-GRPO arXiv 2505.05470, Flow-CPS arXiv 2509.05952.
     Raises `InputError` for an unknown kind and for noise levels outside their range."""
     one_of('kind', kind, SAMPLER_KINDS)
@@ -84,7 +84,7 @@ def sde_step(
     if not falls:
         raise InputError('sigma_next: expected 0 <= sigma_next < sigma <= 1, '
                          f'received {sigma_next} after {sigma}')
-    std, k = noise_scales(kind, noise_level, s, s_next, _column(sigma_max, x, 'sigma_max'))
+    noise_std, k = noise_scales(kind, noise_level, s, s_next, _column(sigma_max, x, 'sigma_max'))
     mean = x + v*(s_next - s) + k*(x + (1 - s)*v)
     if x_next is not None: x_next = x_next.float()
     elif kind == 'ode': x_next = mean
@@ -92,8 +92,8 @@ def sde_step(
         if noise is None:
             device = generator.device if generator is not None else x.device
             noise = torch.randn(x.shape, generator=generator, device=device).to(x.device)
-        x_next = mean + std*noise.float()
-    return x_next, mean, std, step_logp(kind, x_next, mean, std)
+        x_next = mean + noise_std*noise.float()
+    return x_next, mean, noise_std, step_logp(kind, x_next, mean, noise_std)
 
 # %% ../../nbs/editing/06_samplers.ipynb #9fd55a56
 def sigma_schedule(

@@ -179,23 +179,23 @@ PICTURE_STATISTICS = ('from first', 'from last', 'detail', 'colour')
 
 def _detail(x_NHWC): # mean absolute Laplacian
     grey = x_NHWC.mean(-1)
-    inner = 4 * grey[:, 1:-1, 1:-1] - grey[:, :-2, 1:-1] - grey[:, 2:, 1:-1] - grey[:, 1:-1, :-2] - grey[:, 1:-1, 2:]
+    inner = 4*grey[:, 1:-1, 1:-1] - grey[:, :-2, 1:-1] - grey[:, 2:, 1:-1] - grey[:, 1:-1, :-2] - grey[:, 1:-1, 2:]
     return np.abs(inner).mean((1, 2))
 
 def _colour(x_NHWC): # spread of red against green, and of yellow against blue
     red, green, blue = np.moveaxis(x_NHWC, -1, 0)
-    chroma = np.stack([red - green, (red + green) / 2 - blue])
+    chroma = np.stack([red - green, (red + green)/2 - blue])
     return np.sqrt((chroma.reshape(2, len(x_NHWC), -1).std(-1)**2).sum(0))
 
 def picture_statistics(
     pictures: list, # T + 1 uint8 arrays of one shape: the first picture, and every turn's result
 ) -> np.ndarray:    # float [T, 4] in percent, in the order of `PICTURE_STATISTICS`; NaN where the first has none
     "How far a session's pictures move, and how their detail and colour change."
-    x = np.stack(pictures).astype(np.float64) / 255
+    x = np.stack(pictures).astype(np.float64)/255
     def distance(a, b): return np.sqrt(((a - b)**2).mean((1, 2, 3)))
-    def relative(values): return values[1:] / values[0] if values[0] > 1e-9 else np.full(len(values) - 1, np.nan)
+    def relative(values): return values[1:]/values[0] if values[0] > 1e-9 else np.full(len(values) - 1, np.nan)
     columns = distance(x[1:], x[:1]), distance(x[1:], x[:-1]), relative(_detail(x)), relative(_colour(x))
-    return 100 * np.stack(columns, -1)
+    return 100*np.stack(columns, -1)
 
 def statistics_table(
     statistics,         # I arrays [T, 4] from `picture_statistics`, of one T

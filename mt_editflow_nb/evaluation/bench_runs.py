@@ -107,7 +107,7 @@ def _published_files(name, folder, sessions, scores, answers):
     atomic_write(folder/'vie_score.csv', pd.DataFrame(columns).to_csv(index=False))
 
 def _strips(name, folder, sessions, scores): # the first, middle and last item
-    chosen = sorted({0, len(sessions) // 2, len(sessions) - 1})
+    chosen = sorted({0, len(sessions)//2, len(sessions) - 1})
     strips = []
     for i in chosen:
         pictures = kept_pictures(name, folder, sessions[i])

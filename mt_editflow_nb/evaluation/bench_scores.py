@@ -209,7 +209,7 @@ def judged_damage(
     "Damage from 0 to 2, as on LME-Bench: content by cc, surface by quality, or by cc where there is no quality."
     kept = scores_ITM[..., 1]
     quality = scores_ITM[..., min(2, scores_ITM.shape[-1] - 1)]
-    return 2 - 2 * np.stack([kept, quality, np.ones_like(kept)], -1)
+    return 2 - 2*np.stack([kept, quality, np.ones_like(kept)], -1)
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #1a67d28a
 def scaled_answers(
@@ -218,13 +218,13 @@ def scaled_answers(
 ) -> Answers:
     "A judge's scores from 0 to 1 on a benchmark's scale."
     if name == 'gedit':
-        first = 10 * scores_ITM[:, 0]
+        first = 10*scores_ITM[:, 0]
         return Answers(dict(consistency=first[:, :2], quality=first[:, [2, 2]]), [])
-    if name == 'imgedit': return Answers(dict(ratings=1 + 4 * scores_ITM[:, 0][:, [0, 2, 1]]), [])
+    if name == 'imgedit': return Answers(dict(ratings=1 + 4*scores_ITM[:, 0][:, [0, 2, 1]]), [])
     if name == 'mice':
         follows = np.where(np.isnan(scores_ITM[..., 0]), np.nan, scores_ITM[..., 0] >= .75)
         return Answers(dict(awareness=np.cumprod(follows, 1)), [])
-    scores = 10 * scores_ITM[..., :2]
+    scores = 10*scores_ITM[..., :2]
     right_before = np.cumprod(both_exceed(scores) == 1, 1)[:, :-1]    # a session is judged until it fails, as published
     judged = np.concatenate([np.ones((len(scores), 1)), right_before], 1)
     arrays = dict(scores=scores, judged=judged)
@@ -254,7 +254,7 @@ def check_answers(
 ):
     "Raises `InputError` where a larger share of the answers could not be read."
     failed = [row['error'] for row in log if row['error']]
-    if len(failed) <= max_failed * max(len(log), 20): return   # of a few answers one may well be lost
+    if len(failed) <= max_failed*max(len(log), 20): return     # of a few answers one may well be lost
     often = Counter(failed).most_common(1)[0][0]
     raise InputError(f'judge: expected a readable answer to at least {1 - max_failed:.0%} of the questions, received '
                      f'none to {len(failed)} of {len(log)}; most often: {often}. What has been answered is kept; the '

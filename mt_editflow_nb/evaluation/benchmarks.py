@@ -38,7 +38,7 @@ def viescore_items(
 ) -> pd.DataFrame: # one row per item: SC, PQ, O; NaN where a score behind them is NaN
     "VIEScore of items: the smaller score of each pair, and the root of their product."
     SC, PQ = (np.asarray(x, float).min(1) for x in (consistency, quality))
-    return pd.DataFrame(dict(SC=SC, PQ=PQ, O=np.sqrt(SC * PQ)))
+    return pd.DataFrame(dict(SC=SC, PQ=PQ, O=np.sqrt(SC*PQ)))
 
 def gedit_table(
     items: pd.DataFrame, # from `viescore_items`, with a column `group`
@@ -100,7 +100,7 @@ def _share_interval(boot, state_IT):
     for t, state in enumerate(state_IT.T):
         known = state[~np.isnan(state)]
         if len(known) and (known == known[0]).all() and known[0] in (0, 1):
-            low[t], high[t] = [100 * x for x in wilson(known.sum(), len(known))]
+            low[t], high[t] = [100*x for x in wilson(known.sum(), len(known))]
     return low, high
 
 def success_rates(
@@ -117,9 +117,9 @@ def success_rates(
     expect(all(1 <= t <= T for t in shown), 'turns', f'turns from 1 to {T}', shown)
     right = all_right_so_far(success)
     weights_BI = session_weights(I, n_boot, np.random.default_rng(seed))
-    boot = bootstrap(lambda weights_BI, x: 100 * weighted_mean(weights_BI, x), [right], weights_BI)
+    boot = bootstrap(lambda weights_BI, x: 100*weighted_mean(weights_BI, x), [right], weights_BI)
     low, high = _share_interval(boot, right)
-    alone = 100 * weighted_mean(np.ones((1, I)), success)[0]
+    alone = 100*weighted_mean(np.ones((1, I)), success)[0]
     columns = dict(SR=boot.value_X, low=low, high=high, alone=alone, sessions=(~np.isnan(right)).sum(0),
                    unreadable=count_unscored(success, turns_I).cumsum())
     return pd.DataFrame(columns, pd.RangeIndex(1, T + 1, name='turn')).loc[shown]
@@ -151,7 +151,7 @@ def turn_rates(
     shown = list(turns or range(1, T + 1))
     expect(all(1 <= t <= T for t in shown), 'turns', f'turns from 1 to {T}', shown)
     weights_BI = session_weights(I, n_boot, np.random.default_rng(seed))
-    boot = bootstrap(lambda weights_BI, x: 100 * weighted_mean(weights_BI, x), [state], weights_BI)
+    boot = bootstrap(lambda weights_BI, x: 100*weighted_mean(weights_BI, x), [state], weights_BI)
     low, high = _share_interval(boot, state)
     columns = {name: boot.value_X, 'low': low, 'high': high, 'sessions': (~np.isnan(state)).sum(0)}
     return pd.DataFrame(columns, pd.RangeIndex(1, T + 1, name='turn')).loc[shown]
@@ -171,7 +171,7 @@ def mse_table(
     columns = dict(prompt_following=scores[..., 0], consistency=scores[..., 1], overall=np.sqrt(scores.prod(-1)))
     table = success_rates(success, turns_I=judged.sum(1), **kw).drop(columns='alone')
     for name, x in columns.items():
-        table[name] = np.nansum(np.where(known & judged, x, 0), 0) / np.maximum(known.sum(0), 1)
+        table[name] = np.nansum(np.where(known & judged, x, 0), 0)/np.maximum(known.sum(0), 1)
     return table[['SR', 'low', 'high', *columns, 'sessions', 'unreadable']]
 
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #779cd950
@@ -197,7 +197,7 @@ def mice_table(
 ) -> pd.DataFrame: # index (turn, metric); value, low, high in percent; `sessions` behind it
     "IF, CC, GA and Edit-R2's weighted sum of every turn, with 95 % bootstrap intervals."
     parts = [np.asarray(x, float) for x in (success_IT, consistency_IT, awareness_IT)]
-    weighted = sum(w * x for w, x in zip(MICE_WEIGHTS.values(), parts))   # NaN where a part is
+    weighted = sum(w*x for w, x in zip(MICE_WEIGHTS.values(), parts))     # NaN where a part is
     arrays = dict(zip([*MICE_WEIGHTS, 'weighted'], [*parts, weighted]))
     tables = {name: turn_rates(x, None, 'value', n_boot, seed) for name, x in arrays.items()}
     return pd.concat(tables, names=['metric']).swaplevel().sort_index(level='turn', sort_remaining=False)

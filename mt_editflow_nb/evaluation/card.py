@@ -76,7 +76,7 @@ def taxonomy(
         k = int((of_kind.success == 1).sum())
         n = int(of_kind.success.notna().sum())
         low, high = wilson(k, n) if n else (np.nan, np.nan)
-        rows[kind] = dict(turns=n, success=100 * k / n if n else np.nan, low=100 * low, high=100 * high)
+        rows[kind] = dict(turns=n, success=100*k/n if n else np.nan, low=100*low, high=100*high)
     reasons = turns[turns.success == 0].groupby(['type', 'why']).size().unstack(fill_value=0)
     table = pd.DataFrame.from_dict(rows, orient='index').rename_axis('type')
     table = table.join(reasons).fillna(dict.fromkeys(reasons, 0))
@@ -94,14 +94,14 @@ def session_scores(
     kept_I = np.nan_to_num(divide(np.nansum(kept, (0, 2)), (~np.isnan(kept)).sum((0, 2))))
     right_IT = metric_arrays(outcomes, turns_I)[1]
     right_I = np.nan_to_num(divide(np.nansum(right_IT, 1), (~np.isnan(right_IT)).sum(1)))
-    return right_I + .999 * kept_I / max(1, right_IT.shape[1])
+    return right_I + .999*kept_I/max(1, right_IT.shape[1])
 
 def best_median_worst(
     scores_I: np.ndarray, # one number a session
 ) -> dict:                # name -> index
     "The sessions with the highest, the middle and the lowest score."
     order = np.argsort(-scores_I, kind='stable')
-    return dict(best=int(order[0]), median=int(order[len(order) // 2]), worst=int(order[-1]))
+    return dict(best=int(order[0]), median=int(order[len(order)//2]), worst=int(order[-1]))
 
 # %% ../../nbs/evaluation/06_card.ipynb #b66283fe
 def model_of(
@@ -240,7 +240,7 @@ def markdown_table(
     "A table in Markdown, with two decimals; a missing number is an empty cell."
     flat = table.reset_index()
     def row(cells): return '| ' + ' | '.join('' if pd.isna(x) else _line(x) for x in cells) + ' |'
-    return '\n'.join([row(flat.columns), '|' + '--|' * len(flat.columns), *map(row, flat.itertuples(index=False))])
+    return '\n'.join([row(flat.columns), '|' + '--|'*len(flat.columns), *map(row, flat.itertuples(index=False))])
 
 def _html_table(table):
     return table.reset_index().to_html(index=False, float_format='{:.2f}'.format, na_rep='', border=0)
@@ -312,7 +312,7 @@ def write_card(
     "Write the card as Markdown with pictures beside it, and as one self-contained HTML page."
     folder = Path(folder)
     turns_I = [len(s.instructions) for s in sessions]
-    types = [s.task_types or ['(no type)'] * n for s, n in zip(sessions, turns_I)]
+    types = [s.task_types or ['(no type)']*n for s, n in zip(sessions, turns_I)]
     success, why = ([row[:n] for row, n in zip(x, turns_I)] for x in (outcomes.success_IT, why_IT))
     results = card_results(score_intervals(outcomes, turns_I=turns_I), outcomes.success_IT, turns_I, cc_unscored_IT)
     sections = [dict(head='Results', text=_about_results, table=results)]

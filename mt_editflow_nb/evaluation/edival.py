@@ -230,7 +230,7 @@ def _results(session, folder):
 def _check_unscored(scored, max_failed):
     rows = [row for rows in scored for row in rows]
     lost = [row['why'] for row in rows if row['success'] is None]
-    if len(lost) <= max_failed * len(rows): return
+    if len(lost) <= max_failed*len(rows): return
     raise InputError(f'vlm: expected an answer in at least {1 - max_failed:.0%} of the turns, received none in '
                      f'{len(lost)} of {len(rows)}; most often {max(set(lost), key=lost.count)}. What has been scored '
                      'is kept; the same command resumes')

@@ -71,7 +71,7 @@ def _shares(weights_BI, free, right, tried):
     return weighted_mean(weights_BI, free), given_right, weighted_mean(weights_BI, right)
 
 def _flat(quantities):
-    "Arrays `[B, T]` as `[B, T * quantities]`, turn by turn."
+    "Arrays `[B, T]` as `[B, T*quantities]`, turn by turn."
     stacked = np.stack(quantities, -1)
     return stacked.reshape(len(stacked), -1)
 
@@ -94,7 +94,7 @@ def _change(before, after, index, less=()): # `less`: quantities of which less i
     low, high = percentile_interval(draws_BX, method='nearest')
     sign_X = np.where(index.get_level_values('quantity').isin(less), -1, 1)
     return pd.DataFrame(dict(before=before.value_X, after=after.value_X, difference=gain.value_X, low=low, high=high,
-                             superiority=superiority(draws_BX * sign_X)), index)
+                             superiority=superiority(draws_BX*sign_X)), index)
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #863a0459
 def _sessions_with_value(x_SIT):
@@ -113,7 +113,7 @@ def _with_sessions(table, sessions):
         table.loc[row, ['low', 'high']] = table.loc[row, ['low', 'high']].clip(0, 100)
         n = table.sessions[row]
         if n and table.value[row] in (0, 100):
-            table.loc[row, ['low', 'high']] = [100 * x for x in wilson(n * table.value[row] / 100, n)]
+            table.loc[row, ['low', 'high']] = [100*x for x in wilson(n*table.value[row]/100, n)]
     return table
 
 def _lost_at_the_ends(table):
@@ -136,7 +136,7 @@ def _exposure(exposure, n_boot, seed):
     def quantities(weights_BI, free, perfect, gap, right, tried):
         free, given_right, all_right = _shares(weights_BI, free, right, tried)
         others = [weighted_mean(weights_BI, x) for x in (perfect, gap)]
-        return 100 * _flat([free, *others, given_right, all_right])
+        return 100*_flat([free, *others, given_right, all_right])
     right, tried = _right_and_tried(free)
     weights_BI = session_weights(free.shape[-2], n_boot, np.random.default_rng(seed))
     boot = bootstrap(quantities, (free, perfect, perfect - free, right, tried), weights_BI)
@@ -176,7 +176,7 @@ def decay_table(
     free = np.asarray(success_IT, float)
     def quantities(weights_BI, *arrays):
         free, given_right, _ = _shares(weights_BI, *arrays)
-        return 100 * _flat([free, given_right, given_right - free])
+        return 100*_flat([free, given_right, given_right - free])
     right, tried = _right_and_tried(free)
     weights_BI = session_weights(free.shape[-2], n_boot, np.random.default_rng(seed))
     boot = bootstrap(quantities, (free, right, tried), weights_BI)
@@ -187,7 +187,7 @@ def decay_table(
 def _half_life(success_IT, n_boot, seed):
     def quantities(weights_BI, right, tried):
         stays = divide(weights_BI @ np.nansum(right, 1), weights_BI @ np.nansum(tried, 1))
-        with np.errstate(divide='ignore'): life = np.log(.5) / np.log(stays)
+        with np.errstate(divide='ignore'): life = np.log(.5)/np.log(stays)
         return np.where(stays >= 1, np.inf, np.where(stays <= 0, 0., life))[:, None]
     free = np.asarray(success_IT, float)
     weights_BI = session_weights(free.shape[-2], n_boot, np.random.default_rng(seed))
@@ -227,7 +227,7 @@ def nothing_sessions(
     first = shape_sessions(n, 1, split, seed)
     names = list(BACKGROUNDS)
     grounds = recognise(np.stack([np.asarray(s.image) for s in first])).background
-    return [Session(f'{s.id}-nothing', s.image, [f'change the background to {names[b]}'] * turns, ['nothing'] * turns)
+    return [Session(f'{s.id}-nothing', s.image, [f'change the background to {names[b]}']*turns, ['nothing']*turns)
             for s, b in zip(first, grounds)]
 
 class Drift(NamedTuple):
@@ -243,15 +243,15 @@ def drift(
 ) -> Drift:
     "Compare chains with their first pictures."
     I, T = images_ITHWC.shape[:2]
-    rms = np.sqrt(((images_ITHWC.astype(np.float32) - first_IHWC[:, None])**2).mean((2, 3, 4))) / 255
-    now = recognise(images_ITHWC.reshape(I * T, *images_ITHWC.shape[2:])).codes.reshape(I, T, -1)
+    rms = np.sqrt(((images_ITHWC.astype(np.float32) - first_IHWC[:, None])**2).mean((2, 3, 4)))/255
+    now = recognise(images_ITHWC.reshape(I*T, *images_ITHWC.shape[2:])).codes.reshape(I, T, -1)
     return Drift(rms, (now == recognise(first_IHWC).codes[:, None]).mean(-1))
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #53d7a49f
 def _drift(chains, n_boot, seed):
     "A `Bootstrap` of every chain, and the index of its quantities."
     def quantities(weights_BI, rms, kept):
-        return 100 * _flat([weighted_mean(weights_BI, rms), weighted_mean(weights_BI, kept)])
+        return 100*_flat([weighted_mean(weights_BI, rms), weighted_mean(weights_BI, kept)])
     def of(chain):
         I, T = np.shape(chain.rms_IT)[-2:]
         weights_BI = session_weights(I, n_boot, np.random.default_rng(seed))

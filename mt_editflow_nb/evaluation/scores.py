@@ -101,7 +101,7 @@ def weighted_scores(
     in_order = right_so_far_IT, success_IT, object_cc_IT, background_cc_IT
     IF, marginal, *terms = [weighted_mean(weights_BI, x) for x in in_order]
     CC = mean_over_seeds(np.stack(terms))      # the mean of the terms that exist
-    return 100 * np.stack([IF, marginal, CC, np.sqrt((IF * CC).clip(0))], -1)
+    return 100*np.stack([IF, marginal, CC, np.sqrt((IF*CC).clip(0))], -1)
 
 def _turns(T):
     return pd.RangeIndex(1, T + 1, name='turn')
@@ -168,7 +168,7 @@ def _sessions_with(parts_SIT):
 def _wilson_at_the_ends(table, row, sessions):
     "Where all or none succeeded, every draw says the same: Wilson's interval instead."
     if table.value[row] in (0, 100):
-        table.loc[row, ['low', 'high']] = [100 * x for x in wilson(sessions * table.value[row] / 100, sessions)]
+        table.loc[row, ['low', 'high']] = [100*x for x in wilson(sessions*table.value[row]/100, sessions)]
 
 def score_intervals(
     outcomes,            # `Outcomes` (or a dict with its names), `[I, T]` or with seeds `[S, I, T]`
@@ -193,7 +193,7 @@ def score_intervals(
         for metric in ('IF', 'marginal'): _wilson_at_the_ends(table, (t, metric), table.sessions[t, metric])
         if table.value[t, 'IF'] in (0, 100) and not np.isnan(table.low[t, 'CC']):
             for end in ('low', 'high'):
-                table.loc[(t, 'O'), end] = max(0, table.loc[(t, 'IF'), end] * table.loc[(t, 'CC'), end])**.5
+                table.loc[(t, 'O'), end] = max(0, table.loc[(t, 'IF'), end]*table.loc[(t, 'CC'), end])**.5
     return table.assign(unscored=_unscored_rows(parts[0], cc_unscored_IT, turns_I))
 
 # %% ../../nbs/evaluation/01_scores.ipynb #e2f8b586

@@ -21,14 +21,14 @@ def t_quantile(
     level: float = .95, # two-sided
 ) -> float:             # t with P(|T| <= t) = level
     "Two-sided quantile of Student's t distribution."
-    return float(stats.t.ppf((1 + level) / 2, df))
+    return float(stats.t.ppf((1 + level)/2, df))
 
 def t_pvalue(
     t: float,  # a test statistic
     df: float, # its degrees of freedom; infinite: the normal distribution
 ) -> float:    # in [0, 1]
     "Two-sided p value of a t test."
-    return float(2 * stats.t.sf(abs(t), df))
+    return float(2*stats.t.sf(abs(t), df))
 
 class Interval(NamedTuple):
     "A mean with its 95 % interval: three numbers, or three arrays of one shape."
@@ -43,7 +43,7 @@ def seed_interval(
     x = np.asarray(values, dtype=float)
     expect(x.ndim and len(x) > 1, 'values', 'at least two seeds', f'shape {list(x.shape)}')
     mean = x.mean(0)
-    half = t_quantile(len(x) - 1) * x.std(0, ddof=1) / len(x)**.5
+    half = t_quantile(len(x) - 1)*x.std(0, ddof=1)/len(x)**.5
     return Interval(mean, mean - half, mean + half)
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #bec04b03
@@ -68,7 +68,7 @@ def holm(
     adjusted = np.full(p.shape, np.nan)
     ascending = np.argsort(p)[:np.count_nonzero(~np.isnan(p))]         # NaN sorts last
     hypotheses_left = np.arange(len(ascending), 0, -1)
-    adjusted[ascending] = np.maximum.accumulate(p[ascending] * hypotheses_left).clip(max=1)
+    adjusted[ascending] = np.maximum.accumulate(p[ascending]*hypotheses_left).clip(max=1)
     return adjusted
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #bfaec12c
@@ -81,7 +81,7 @@ def power(
     "Probability that a two-sided t test finds an effect."
     if not se > 0: return 1. if effect else alpha
     critical = t_quantile(df, 1 - alpha)
-    shift = abs(effect) / se
+    shift = abs(effect)/se
     if np.isinf(df): return float(special.ndtr(shift - critical) + special.ndtr(-shift - critical))
     return float(stats.nct.sf(critical, df, shift) + np.nan_to_num(stats.nct.cdf(-critical, df, shift)))
 
@@ -94,8 +94,8 @@ def detectable(
     "The smallest effect that a two-sided t test finds with this probability."
     high = 1.
     while power(high, 1., df, alpha) < chance and high < 1e6: high *= 2
-    if high >= 1e6: return high * se
-    return float(optimize.brentq(lambda effect: power(effect, 1., df, alpha) - chance, 0, high) * se)
+    if high >= 1e6: return high*se
+    return float(optimize.brentq(lambda effect: power(effect, 1., df, alpha) - chance, 0, high)*se)
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #c74e63d4
 def session_weights(
@@ -105,12 +105,12 @@ def session_weights(
 ) -> np.ndarray:   # float [B, I]: how often each draw holds each session
     "Bootstrap draws of sessions, as weights."
     expect(n_boot >= 1, 'n_boot', 'at least 1', n_boot)
-    return rng.multinomial(sessions, np.full(sessions, 1 / sessions), size=n_boot).astype(float)
+    return rng.multinomial(sessions, np.full(sessions, 1/sessions), size=n_boot).astype(float)
 
 def divide(
     a,           # numerator
     b,           # denominator, 0 or more, of a shape that fits
-) -> np.ndarray: # a / b, NaN where b is 0
+) -> np.ndarray: # a/b, NaN where b is 0
     "A ratio that does not exist where its denominator is 0."
     return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=np.asarray(b) > 0)
 
@@ -139,7 +139,7 @@ def seed_errors(
     for S in sorted({int(n) for n in counts_X if n > 1}, reverse=True):
         of = counts_X == S
         spread_X = np.nanstd(values_SX[:, of], 0, ddof=1)
-        errors_BX[:, of] = deepcopy(rng).standard_t(S - 1, n_boot)[:, None] * spread_X / S**.5
+        errors_BX[:, of] = deepcopy(rng).standard_t(S - 1, n_boot)[:, None]*spread_X/S**.5
     return errors_BX
 
 class Bootstrap(NamedTuple):
@@ -190,7 +190,7 @@ def superiority(
     known = ~np.isnan(draws_BX)
     wins = known & (draws_BX > 1e-9)
     ties = known & (abs(draws_BX) <= 1e-9)
-    return divide(wins.sum(0) + .5 * ties.sum(0), known.sum(0))
+    return divide(wins.sum(0) + .5*ties.sum(0), known.sum(0))
 
 def format_intervals(
     table: pd.DataFrame,  # a number a row, with columns `low` and `high`
@@ -214,7 +214,7 @@ def bradley_terry(
     from statsmodels.genmod.generalized_linear_model import GLM
     wins = np.array(wins, float)
     met = (wins + wins.T) > 0
-    wins += .5 * (met & ((wins == 0) | (wins.T == 0)))
+    wins += .5*(met & ((wins == 0) | (wins.T == 0)))
     first, second = np.nonzero(np.triu(met, 1))
     sides = np.eye(len(wins))[first] - np.eye(len(wins))[second]
     won_lost = np.stack([wins[first, second], wins[second, first]], 1)
@@ -231,8 +231,8 @@ def label_coincidences(
     units = range(len(labels_RI[0]))
     count = pd.crosstab(texts.index.get_level_values(0), texts.to_numpy()).reindex(units, fill_value=0).to_numpy(float)
     m = count.sum(1)[:, None, None]
-    pairs = count[:, :, None] * (count[:, None] - np.eye(count.shape[1]))
-    return np.where(m >= 2, pairs / np.maximum(m - 1, 1), 0)
+    pairs = count[:, :, None]*(count[:, None] - np.eye(count.shape[1]))
+    return np.where(m >= 2, pairs/np.maximum(m - 1, 1), 0)
 
 def alpha_of_coincidences(
     pairs: np.ndarray, # [labels, labels], summed over units
@@ -240,8 +240,8 @@ def alpha_of_coincidences(
     "Krippendorff's nominal alpha of a table of coincidences."
     n = pairs.sum()
     totals = pairs.sum(1)
-    expected = (n**2 - (totals**2).sum()) / (n - 1) if n > 1 else 0
-    return float(1 - (n - np.trace(pairs)) / expected) if expected > 0 else np.nan
+    expected = (n**2 - (totals**2).sum())/(n - 1) if n > 1 else 0
+    return float(1 - (n - np.trace(pairs))/expected) if expected > 0 else np.nan
 
 def krippendorff_alpha(
     labels_RI, # what each of R raters said of each of I units; None or NaN: nothing

@@ -222,7 +222,7 @@ def preference(
     weights_BI = session_weights(len(by_session), n_boot, np.random.default_rng(seed))
     wins = np.concatenate([by_session.sum(0)[None], np.einsum('bi,ijk->bjk', weights_BI, by_session)])
     strength = np.stack([bradley_terry(w) for w in wins])
-    rate = 100 * wins.sum(2) / (wins + wins.transpose(0, 2, 1)).sum(2)
+    rate = 100*wins.sum(2)/(wins + wins.transpose(0, 2, 1)).sum(2)
     columns = {}
     for names, x in ((('strength', 'low', 'high'), strength), (('win_rate', 'win_low', 'win_high'), rate)):
         columns |= dict(zip(names, (x[0], *percentile_interval(x[1:]))))
@@ -283,8 +283,8 @@ def judge_agreement(
         hit = np.where(abs(gap) < 1e-9, .5, (gap > 0) == prefers_first)
         known = ~np.isnan(gap)
         hits, scored = (np.bincount(session_of_vote, x) for x in (np.where(known, hit, 0), known))
-        low, high = percentile_interval(100 * divide(weights_BI @ hits, weights_BI @ scored)[:, None])
-        agreement = float(100 * divide(hits.sum(), scored.sum()))
+        low, high = percentile_interval(100*divide(weights_BI @ hits, weights_BI @ scored)[:, None])
+        agreement = float(100*divide(hits.sum(), scored.sum()))
         rows[judge] = dict(agreement=agreement, low=low[0], high=high[0], votes=int(scored.sum()))
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('judge')
 

@@ -24,7 +24,7 @@ from .scores import Outcomes
 from .statistics import Interval, divide, percentile_interval, session_weights, wilson
 
 # %% ../../nbs/evaluation/05_truth.ipynb #5dbc3dce
-_corners = [np.array([c, r, c + 1, r + 1]) / 3 for r in range(3) for c in range(3)]
+_corners = [np.array([c, r, c + 1, r + 1])/3 for r in range(3) for c in range(3)]
 _boxes = [corners + [.02, .02, -.02, -.02] for corners in _corners]     # a little inside each cell
 
 def _read(image):
@@ -81,8 +81,8 @@ def unreliable(
     "Tools that miss some boxes and get some answers wrong."
     def detect_some(image, names, threshold):
         found = detect(image, names, threshold)
-        keep = rng.random(len(found.scores_N)) >= miss
-        return Found(found.boxes_N4[keep], found.scores_N[keep])
+        keep = rng.random(len(found.scores_F)) >= miss
+        return Found(found.boxes_F4[keep], found.scores_F[keep])
     def answer(images, question):
         right_answer = ask(images, question)
         return {'yes': 'no', 'no': 'yes'}.get(right_answer, right_answer) if rng.random() < wrong else right_answer
@@ -97,7 +97,7 @@ def _new_place(edit, before):
     for i, reference in enumerate(before.cells):
         if not reference or reference == edit.obj: continue
         for side, (axis, sign) in _sides.items():
-            new_is, old_is = (sign * (divmod(cell, 3)[axis] - divmod(i, 3)[axis]) for cell in (edit.cell, old))
+            new_is, old_is = (sign*(divmod(cell, 3)[axis] - divmod(i, 3)[axis]) for cell in (edit.cell, old))
             if new_is > 0 >= old_is: return side, OBJECTS[reference]
 
 def edival_words(
@@ -219,10 +219,10 @@ def rule_table(
         k_I, n_I = (np.bincount(which, mask, len(ids)) for mask in (among & hit, among))
         k = int(k_I.sum())
         n = int(n_I.sum())
-        ends = percentile_interval(100 * divide(weights_BI @ k_I, weights_BI @ n_I)[:, None])
+        ends = percentile_interval(100*divide(weights_BI @ k_I, weights_BI @ n_I)[:, None])
         low, high = (float(x[0]) for x in ends)
-        if n and k in (0, n): low, high = (100 * x for x in wilson(k, n))
-        return dict(value=float(100 * divide(k, n)), low=low, high=high, n=n)
+        if n and k in (0, n): low, high = (100*x for x in wilson(k, n))
+        return dict(value=float(100*divide(k, n)), low=low, high=high, n=n)
     for kind in [*sorted(judged.type.unique()), 'all']:
         of = (judged.type == kind).to_numpy() | (kind == 'all')
         rows[kind, 'agreement'] = row(of, truth == rule)
@@ -269,7 +269,7 @@ def consistency_against_truth(
             pair = s.image, damaged(scene, lost, shift, rng)
             terms = {f'{name}_cc': term(*pair, names, shape_detect, pixel_features)
                      for name, term in (('object', object_term), ('background', background_term))}
-            rows.append(dict(session=i, lost=lost / len(names), shift=shift) | terms)
+            rows.append(dict(session=i, lost=lost/len(names), shift=shift) | terms)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evaluation/05_truth.ipynb #dd266e4e

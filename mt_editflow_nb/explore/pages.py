@@ -100,7 +100,7 @@ def picture_url(
 
 def difference(
     a: np.ndarray, # uint8 [H, W, 3]
-    b: np.ndarray, # the same shape
+    b: np.ndarray, # uint8 [H, W, 3]
 ) -> np.ndarray:   # uint8 [H, W, 3]
     "A picture of where two pictures differ: black for no difference, white for half of the full scale or more."
     largest = np.abs(a.astype(np.int16) - b).max(-1, keepdims=True)

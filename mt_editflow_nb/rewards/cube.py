@@ -177,7 +177,7 @@ def _place(engine):
 
 def check_failures(
     scores: Scores,    # of a judge
-    of: int,           # scores that there will be; None: these
+    total: int,        # scores that there will be in the end; None: as many as `scores` has
     max_failed: float, # share of failed ones that is allowed
     place: str = '',   # such as ' at http://localhost:8000/v1'
 ):
@@ -185,12 +185,12 @@ def check_failures(
 
     Of fewer than 20 as many may fail as of 20, but not all."""
     there = scores.rewards_PGTM.numel()
-    of = of or there
-    if scores.failed <= max_failed*of: return
+    total = total or there
+    if scores.failed <= max_failed*total: return
     if scores.failed <= max_failed*20 and scores.failed < there: return      # of a few answers one may well be lost
     why = [c['error'] for c in scores.calls if math.isnan(c['score']) and c['error']] or ['no answer could be used']
     often = Counter(why).most_common(1)[0][0].rstrip('.')
-    raise JudgeFailed(f'judge: {scores.failed} of {of} scores failed, more than the {max_failed:.0%} allowed; '
+    raise JudgeFailed(f'judge: {scores.failed} of {total} scores failed, more than the {max_failed:.0%} allowed; '
                       f'most often{place}: {often}. What was done before is kept; go on when this is repaired')
 
 def check_rewards(
@@ -227,11 +227,11 @@ class Judge:
 
     def check(
         self,
-        scores: Scores, # of this judge
-        of: int = None, # scores that there will be; None: these
+        scores: Scores,    # of this judge
+        total: int = None, # scores that there will be in the end; None: as many as `scores` has
     ):
         "Raises `InputError` when more than `max_failed` of them failed."
-        check_failures(scores, of, self.max_failed, _place(self.engine))
+        check_failures(scores, total, self.max_failed, _place(self.engine))
 
     def check_ready(
         self,

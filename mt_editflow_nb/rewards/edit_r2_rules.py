@@ -50,7 +50,7 @@ def read_edit_r2_questions(
 
 # %% ../../nbs/rewards/01f_edit_r2_rules.ipynb #e2a00009
 def _failed(why): return RuleVerdict(False, why)
-def _whole(boxes_N4): return (centers(boxes_N4) * EDIVAL_SIDE).astype(int)  # centres in whole pixels, as published
+def _whole(boxes_F4): return (centers(boxes_F4)*EDIVAL_SIDE).astype(int)  # centres in whole pixels, as published
 
 def edit_r2_slots(
     task_type: str, # one of the nine
@@ -81,15 +81,15 @@ def _added(formatted, slots, before, after):
     if reference is None: return RuleVerdict(True)
     if not references: return _failed('reference not detected before')
     if side not in ('left', 'right', 'above', 'below'): return _failed('unknown place')
-    pairs = [(n, r) for n in _whole(found.boxes_N4) / EDIVAL_SIDE for r in _whole(references.boxes_N4) / EDIVAL_SIDE]
+    pairs = [(n, r) for n in _whole(found.boxes_F4)/EDIVAL_SIDE for r in _whole(references.boxes_F4)/EDIVAL_SIDE]
     return RuleVerdict(True) if any(distance_beyond(n, r, side) > .03 for n, r in pairs) else _failed('wrong place')
 
 # %% ../../nbs/rewards/01f_edit_r2_rules.ipynb #e2a00011
 def _removed(slots, before, after):
     "Removal: what was there is not, or what is found now is elsewhere."
     def best(found): # of the boxes that are smaller than the picture
-        small = [not (b[2] - b[0] > .98 and b[3] - b[1] > .98) for b in found.boxes_N4]
-        return Found(found.boxes_N4[small], found.scores_N[small])
+        small = [not (b[2] - b[0] > .98 and b[3] - b[1] > .98) for b in found.boxes_F4]
+        return Found(found.boxes_F4[small], found.scores_F[small])
     had = best((yield Detect(before, slots, .35)))
     if not had: return _failed('not detected before')
     has = best((yield Detect(after, slots, .35)))
@@ -101,12 +101,12 @@ def _moved(slots, before, after):
     for name, what in ((reference, 'references'), (thing, 'objects')):
         was = yield Detect(before, (name,), .4)
         now = yield Detect(after, (name,), .4)
-        if count_distinct(was.boxes_N4) != count_distinct(now.boxes_N4): return _failed(f'number of {what} changed')
+        if count_distinct(was.boxes_F4) != count_distinct(now.boxes_F4): return _failed(f'number of {what} changed')
         if what == 'references': references = now
     if not references or not now: return _failed('not detected')
     if side not in ('left', 'right', 'above', 'below'): return _failed('unknown place')
-    first = _whole(now.boxes_N4)[0]
-    reference = _whole(references.boxes_N4)[0]
+    first = _whole(now.boxes_F4)[0]
+    reference = _whole(references.boxes_F4)[0]
     return RuleVerdict(True) if distance_beyond(first, reference, side) > 0 else _failed('wrong place')
 
 def _counted(slots, before, after):
@@ -115,7 +115,7 @@ def _counted(slots, before, after):
     was = yield Detect(before, (name,), .3)
     now = yield Detect(after, (name,), .3)
     if not was: return _failed('not detected before')
-    return RuleVerdict(True) if str(count_distinct(now.boxes_N4)) == count.strip() else _failed('wrong count')
+    return RuleVerdict(True) if str(count_distinct(now.boxes_F4)) == count.strip() else _failed('wrong count')
 
 def _written(slots, before, after):
     "Text: the new text can be read in the whole picture; an object that carried another one was there before."
@@ -160,7 +160,7 @@ def _background(first, now, about, pixels):
     if not names: return np.nan
     in_first = yield Detect(first, tuple(names), .35)
     in_now = yield Detect(now, tuple(names), .35)
-    boxes = np.concatenate([in_first.boxes_N4, in_now.boxes_N4])
+    boxes = np.concatenate([in_first.boxes_F4, in_now.boxes_F4])
     covered = not background_weights(boxes, (EDIVAL_SIDE, EDIVAL_SIDE)).any()
     if not len(boxes) or covered: return np.nan
     return (yield from background_steps(first, now, names, pixels))

@@ -138,8 +138,8 @@ def _detector_prompt(names):
 
 def _above(found, threshold):
     "The boxes whose score is above a threshold; the threshold itself does not count, as published."
-    keep = found.scores_N > threshold
-    return Found(found.boxes_N4[keep], found.scores_N[keep])
+    keep = found.scores_F > threshold
+    return Found(found.boxes_F4[keep], found.scores_F[keep])
 
 # %% ../../nbs/rewards/01d_edival_models.ipynb #cb069d09
 class Detector:
@@ -264,11 +264,11 @@ def _parser(mode, choices):
 def _majority(replies, choices, question):
     "The answer that most of the parsed replies give; `NoAnswer` where half of the replies or more could not be parsed."
     parsed = [answer for answer, _ in replies if answer is not None]
-    if 2 * len(parsed) <= len(replies):
+    if 2*len(parsed) <= len(replies):
         return NoAnswer(f'vlm: no answer to {question.strip()[:60]!r}: {replies[0][1][-1]["error"]}')
     if len(replies) == 1: return parsed[0]
     yes = sum(answer.lower() == 'yes' for answer in parsed)
-    return choices[0] if 2 * yes > len(parsed) else choices[1]
+    return choices[0] if 2*yes > len(parsed) else choices[1]
 
 # %% ../../nbs/rewards/01d_edival_models.ipynb #1fcc7b52
 class Vlm:
@@ -305,7 +305,7 @@ class Vlm:
 
     def _answers(self, requests):
         "Answers to (images, kind, text); questions that allow the same choices are asked together."
-        answers = [None] * len(requests)
+        answers = [None]*len(requests)
         choices = [() if self.mode == 'direct' else choices_of(kind, self.questions) for _, kind, _ in requests]
         for allowed in dict.fromkeys(choices):
             places = [i for i, c in enumerate(choices) if c == allowed]
@@ -352,10 +352,10 @@ def float_pixels(
 ) -> torch.Tensor: # float32 [images, 3, height, width]
     "Pictures as DINOv3's processor prepares them: divide by 255, scale (bilinear, antialiased), normalise."
     def scale(im):
-        x = torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)[None].float() / 255
+        x = torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)[None].float()/255
         return F.interpolate(x, size=size, mode='bilinear', antialias=True, align_corners=False)
     mean, std = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (mean, std))
-    return (torch.cat(list(map(scale, images))) - mean) / std
+    return (torch.cat(list(map(scale, images))) - mean)/std
 
 # %% ../../nbs/rewards/01d_edival_models.ipynb #104b3b94
 class FeatureExtractor:
@@ -421,7 +421,7 @@ def _hpsv3_package(device):
         with tempfile.TemporaryDirectory() as folder:
             files = [str(Path(folder)/f'{i}.png') for i in range(len(images))]
             for image, file in zip(images, files): image.save(file)
-            rewards = model.reward(prompts=[''] * len(files), image_paths=files)
+            rewards = model.reward(prompts=['']*len(files), image_paths=files)
         return np.array([float(torch.as_tensor(r).flatten()[0]) for r in rewards])
     return quality
 

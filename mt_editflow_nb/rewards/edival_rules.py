@@ -51,15 +51,15 @@ EDIVAL_SIDE = 512  # pixels: every picture has this size when it is scored
 
 class Found(NamedTuple):
     "What a detector found, in its own order."
-    boxes_N4: np.ndarray  # left, top, right, bottom in [0, 1]
-    scores_N: np.ndarray  # in [0, 1]
+    boxes_F4: np.ndarray  # left, top, right, bottom in [0, 1]
+    scores_F: np.ndarray  # in [0, 1]
 
-    def __bool__(self): return len(self.scores_N) > 0
+    def __bool__(self): return len(self.scores_F) > 0
 
     @property
     def best(self):
         "The box with the highest score; of equal ones the first."
-        return self.boxes_N4[int(np.argmax(self.scores_N))]
+        return self.boxes_F4[int(np.argmax(self.scores_F))]
 
 def iou(
     a,      # a box
@@ -68,9 +68,9 @@ def iou(
     "Intersection over union of two boxes."
     width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
-    shared = width * height
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return float(shared / union) if union > 0 else 0.
+    shared = width*height
+    union = (a[2] - a[0])*(a[3] - a[1]) + (b[2] - b[0])*(b[3] - b[1]) - shared
+    return float(shared/union) if union > 0 else 0.
 
 def contains(
     a, # a box
@@ -80,22 +80,22 @@ def contains(
     return bool(a[0] <= b[0] and a[1] <= b[1] and a[2] >= b[2] and a[3] >= b[3])
 
 def count_distinct(
-    boxes_N4,              # in the detector's order
+    boxes_F4,              # in the detector's order
     threshold: float = .8, # boxes with a larger intersection over union are the same object
 ) -> int:
     "How many objects there are: of boxes that nearly coincide, the one that the detector lists first is kept."
     kept = []
-    for box in boxes_N4:
+    for box in boxes_F4:
         if all(iou(box, other) <= threshold for other in kept): kept.append(box)
     return len(kept)
 
 # %% ../../nbs/rewards/01c_edival_rules.ipynb #3b43672f
 def centers(
-    boxes_N4,    # any number of boxes
-) -> np.ndarray: # [N, 2]: across, down
+    boxes_F4,    # any number of boxes
+) -> np.ndarray: # [F, 2]: across, down
     "Centres of boxes."
-    b = np.asarray(boxes_N4, float).reshape(-1, 4)
-    return np.stack([(b[:, 0] + b[:, 2]) / 2, (b[:, 1] + b[:, 3]) / 2], -1)
+    b = np.asarray(boxes_F4, float).reshape(-1, 4)
+    return np.stack([(b[:, 0] + b[:, 2])/2, (b[:, 1] + b[:, 3])/2], -1)
 
 _directions = dict(left=(0, -1), right=(0, 1), above=(1, -1), below=(1, 1))
 
@@ -106,7 +106,7 @@ def distance_beyond(
 ) -> float:    # negative on the other side
     "How far point `a` is to the `side` of point `b`."
     axis, sign = _directions[side]
-    return float(sign * (a[axis] - b[axis]))
+    return float(sign*(a[axis] - b[axis]))
 
 def crop(
     image: Image.Image, # any size
@@ -114,9 +114,9 @@ def crop(
 ) -> Image.Image:       # at least one pixel
     "The picture inside a box."
     w, h = image.size
-    left = min(max(int(box[0] * w), 0), w - 1)
-    top = min(max(int(box[1] * h), 0), h - 1)
-    return image.crop((left, top, max(left + 1, min(int(box[2] * w), w)), max(top + 1, min(int(box[3] * h), h))))
+    left = min(max(int(box[0]*w), 0), w - 1)
+    top = min(max(int(box[1]*h), 0), h - 1)
+    return image.crop((left, top, max(left + 1, min(int(box[2]*w), w)), max(top + 1, min(int(box[3]*h), h))))
 
 # %% ../../nbs/rewards/01c_edival_rules.ipynb #8c50b38a
 QUESTIONS = dict(
@@ -199,7 +199,7 @@ def answer_all(
     tools: EdivalTools, # that answer
 ) -> list:              # answers in the same order; a `NoAnswer` stands for one that is missing
     "Answer requests; a tool that takes batches gets all of its requests at once."
-    answers = [None] * len(requests)
+    answers = [None]*len(requests)
     for kind, tool in ((Detect, tools.detect), (Question, tools.ask), (Describe, tools.features)):
         places = [i for i, r in enumerate(requests) if isinstance(r, kind)]
         of_kind = [requests[i] for i in places]
@@ -213,7 +213,7 @@ def run_together(
     tools: EdivalTools, # that answer
 ) -> list:              # what each of them returns
     "Run rules side by side; in every round, the requests of all of them are answered together."
-    results = [None] * len(runs)
+    results = [None]*len(runs)
     waiting = dict.fromkeys(range(len(runs)))  # run -> its request; None before it has begun
     answers = {}
     while waiting:
@@ -234,7 +234,7 @@ class RuleVerdict(NamedTuple):
 
 def _passed(): return RuleVerdict(True)
 def _failed(why): return RuleVerdict(False, why)
-def _center_px(box): return (centers([box])[0] * EDIVAL_SIDE).astype(int)  # whole pixels, as published
+def _center_px(box): return (centers([box])[0]*EDIVAL_SIDE).astype(int)  # whole pixels, as published
 
 def subject_add(
     slots,  # (new object,), or (new object, side, reference)
@@ -252,14 +252,14 @@ def subject_add(
     if not references: return _failed('reference not detected before')
     if not found: return _failed('new object not detected')
     if side not in _directions: return _failed('unknown place')
-    pairs = [(n, r) for r in centers(references.boxes_N4) for n in centers(found.boxes_N4)]
+    pairs = [(n, r) for r in centers(references.boxes_F4) for n in centers(found.boxes_F4)]
     return _passed() if any(distance_beyond(n, r, side) > .03 for n, r in pairs) else _failed('wrong place')
 
 # %% ../../nbs/rewards/01c_edival_rules.ipynb #0a7cbe3f
 def _plausible(found):
     "Boxes that are smaller than the whole picture."
-    small = [not (b[2] - b[0] > .98 and b[3] - b[1] > .98) for b in found.boxes_N4]
-    return Found(found.boxes_N4[small], found.scores_N[small])
+    small = [not (b[2] - b[0] > .98 and b[3] - b[1] > .98) for b in found.boxes_F4]
+    return Found(found.boxes_F4[small], found.scores_F[small])
 
 def subject_remove(
     slots,  # (object,)
@@ -294,7 +294,7 @@ def subject_replace(
     has = yield Detect(after, (singular(slots[1]),), .3)
     if not had: return _failed('not detected before')
     if not has: return _failed('new object not detected')
-    overlap = any(iou(a, b) > 0 for a in had.boxes_N4 for b in has.boxes_N4)
+    overlap = any(iou(a, b) > 0 for a in had.boxes_F4 for b in has.boxes_F4)
     return _passed() if overlap else _failed('wrong place')
 
 # %% ../../nbs/rewards/01c_edival_rules.ipynb #031d599f
@@ -306,7 +306,7 @@ def _plain_name(name):
 def _count(image, name):
     "How many objects of a name the detector finds."
     found = yield Detect(image, (name,), .4)
-    return count_distinct(found.boxes_N4)
+    return count_distinct(found.boxes_F4)
 
 def position_change(
     slots,  # (object, side, reference)
@@ -342,7 +342,7 @@ def count_change(
     if not (yield Detect(before, (name,), .3)): return _failed('not detected before')
     found = yield Detect(after, (name,), .3)
     if not found: return _failed('not detected')
-    return _passed() if str(count_distinct(found.boxes_N4)) == count.strip() else _failed('wrong count')
+    return _passed() if str(count_distinct(found.boxes_F4)) == count.strip() else _failed('wrong count')
 
 def attribute_alter(
     formatted, # the instruction with bracketed slots
@@ -437,22 +437,22 @@ def object_steps(
 ):                      # a generator of requests that returns a float in [-1, 1]; NaN where `names` is empty
     "EdiVal-CC, object term of one turn."
     if not names: return np.nan
-    boxes = (yield Detect(first, tuple(names), .35)).boxes_N4
+    boxes = (yield Detect(first, tuple(names), .35)).boxes_F4
     if not len(boxes): return 0.
     cls, patches = yield Describe(tuple(crop(image, box) for image in (first, now) for box in boxes))
     B = len(boxes)
     whole = F.cosine_similarity(cls[:B], cls[B:])
     parts = F.cosine_similarity(patches[:B].mean(1), patches[B:].mean(1))
-    return float((.5 * whole + .5 * parts).mean())
+    return float((.5*whole + .5*parts).mean())
 
 def background_weights(
-    boxes_N4,                  # of objects in either picture
+    boxes_F4,                  # of objects in either picture
     grid: tuple,               # (rows, columns) of patches
     pixels: int = EDIVAL_SIDE, # a side, at which the features see a picture
-) -> torch.Tensor:             # [rows * columns], in {0} and [1/2, 1]
+) -> torch.Tensor:             # [rows*columns], in {0} and [1/2, 1]
     "How much of each patch is background."
     mask = Image.new('L', (EDIVAL_SIDE, EDIVAL_SIDE), 1)
-    corners = np.clip((np.asarray(boxes_N4).reshape(-1, 4) * EDIVAL_SIDE).astype(int), 0, EDIVAL_SIDE)
+    corners = np.clip((np.asarray(boxes_F4).reshape(-1, 4)*EDIVAL_SIDE).astype(int), 0, EDIVAL_SIDE)
     for box in corners: ImageDraw.Draw(mask).rectangle(box.tolist(), fill=0)
     mask = mask.resize((pixels, pixels), Image.NEAREST)
     weights = F.adaptive_avg_pool2d(torch.from_numpy(np.array(mask)).float()[None], grid).flatten()
@@ -464,7 +464,7 @@ def grid_of(
 ) -> tuple:       # (rows, columns), as square as the number allows
     "The grid of a square picture's patches."
     rows = max(r for r in range(1, int(patches**.5) + 1) if patches % r == 0)
-    return rows, patches // rows
+    return rows, patches//rows
 
 def background_steps(
     first: Image.Image,        # x_0
@@ -477,9 +477,9 @@ def background_steps(
     in_first = yield Detect(first, tuple(names), .35)
     in_now = yield Detect(now, tuple(names), .35)
     _, patches = yield Describe((first, now))
-    boxes = np.concatenate([in_first.boxes_N4, in_now.boxes_N4])
+    boxes = np.concatenate([in_first.boxes_F4, in_now.boxes_F4])
     weights = background_weights(boxes, grid_of(patches.shape[1]), pixels).to(patches)
-    pooled = (F.normalize(patches, dim=-1) * weights[:, None]).sum(1)
+    pooled = (F.normalize(patches, dim=-1)*weights[:, None]).sum(1)
     return float(F.cosine_similarity(pooled[:1], pooled[1:]))
 
 # %% ../../nbs/rewards/01c_edival_rules.ipynb #329b6b6f

@@ -48,7 +48,7 @@ def pack_answer(
     if isinstance(answer, NoAnswer): return dict(error=one_line(answer))
     if isinstance(answer, str): return dict(text=answer)
     if not isinstance(answer, Found): return dict(zip(('vectors', 'patches'), map(pack_array, answer)))
-    return dict(boxes=np.asarray(answer.boxes_N4, float).tolist(), scores=np.asarray(answer.scores_N, float).tolist())
+    return dict(boxes=np.asarray(answer.boxes_F4, float).tolist(), scores=np.asarray(answer.scores_F, float).tolist())
 
 def unpack_answer(
     packed: dict, # from `pack_answer`

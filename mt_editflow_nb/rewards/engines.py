@@ -90,7 +90,7 @@ def _checkpoint(name):
 
 def base_model(
     path: str, # a checkpoint folder or a hub name
-) -> str:      # the same, or what the adapter in it was trained on
+) -> str:      # this name, or that of what the adapter in the folder was trained on
     "The model whose tokenizer and processor a judge uses: EditScore's weights are adapters on Qwen's models."
     from transformers.utils import find_adapter_config_file
     file = find_adapter_config_file(path)
@@ -184,8 +184,8 @@ def _answer_batch(model, processor, asks, identity):
                for text, r, w, c in zip(texts, read, written, cut)]
     if first.choices:
         ids = choice_tokens(processor.tokenizer, first.choices, identity)
-        probs_NC = out.logits[0].float().softmax(-1)[:, ids].cpu().tolist()
-        found = [dict(zip(first.choices, p)) for p in probs_NC]
+        probs = out.logits[0].float().softmax(-1)[:, ids].cpu().tolist()
+        found = [dict(zip(first.choices, p)) for p in probs]
         replies = [replace(r, probs=p, truncated=False) for r, p in zip(replies, found)]
     return replies
 

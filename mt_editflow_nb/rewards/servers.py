@@ -589,7 +589,7 @@ class Server:
     judge_wait: float = 1800           # seconds that a server that is gone is waited for
     picture: str = 'png'               # how pictures are sent, one of `PICTURE_FORMATS`
     max_tokens: int = None             # of every answer in words; None: what each way of asking takes
-    max_completion_tokens: int = None  # the same, under the name that newer servers want
+    max_completion_tokens: int = None  # `max_tokens` under the name that newer servers want
     temperature: float = None          # of every answer in words; None: what each way of asking takes
     top_logprobs: int = 20             # likely tokens to ask for; some servers allow 5
     extra_body: dict = None            # more fields of the request

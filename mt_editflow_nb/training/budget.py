@@ -257,49 +257,52 @@ def judge_bytes(
 
 # %% ../../nbs/training/01_budget.ipynb #07454753
 def count_rows(
-    c,          # a run's configuration
+    config,     # a run's configuration
     turns: int, # T
 ) -> dict:      # `sampled`, `compared` and `trained`
     """Rows that pass through the transformer in an iteration, a mean over a run's iterations.
 
     `trained` ones pass forward and backward, others forward."""
-    P = c.sessions_per_iteration
-    members = c.sessions_per_iteration*c.group
-    if c.algorithm == 'sft':                                              # sampled: inputs that are the editor's own
-        return dict(sampled=P*(turns - 1)*c.exposure_turns*c.num_steps, trained=members*turns, compared=0)
+    P = config.sessions_per_iteration
+    members = config.sessions_per_iteration*config.group
+    if config.algorithm == 'sft':                                         # sampled: inputs that are the editor's own
+        return dict(sampled=P*(turns - 1)*config.exposure_turns*config.num_steps, trained=members*turns, compared=0)
     sampled = members*turns
-    if c.algorithm == 'distill':                                          # the first turn's state is perfect already
-        trained = members*(turns - 1)*c.train_timesteps
-        return dict(sampled=sampled*c.num_steps, trained=trained, compared=trained)
-    trained = P*(c.keep or c.group)*turns
-    trained *= c.train_timesteps if c.algorithm == 'nft' else c.window or c.num_steps - 1
-    if c.branching != 'none' and c.train_levels == 1: trained //= c.keep or c.group    # alike at pure noise
-    comparisons = (c.algorithm == 'nft') + (c.kl_weight > 0)              # the old policy's velocity, the base editor's
-    rows = dict(sampled=sampled*c.num_steps, trained=trained, compared=trained*comparisons)
-    sampling = first_imitation(c)
-    if sampling == c.iterations: return rows
-    repeated = edits_per_iteration(c)*(c.iterations - sampling)
-    return {name: (n*sampling + repeated*(name == 'trained'))/c.iterations for name, n in rows.items()}
+    if config.algorithm == 'distill':                                     # the first turn's state is perfect already
+        trained = members*(turns - 1)*config.train_timesteps
+        return dict(sampled=sampled*config.num_steps, trained=trained, compared=trained)
+    trained = P*(config.keep or config.group)*turns
+    trained *= config.train_timesteps if config.algorithm == 'nft' else config.window or config.num_steps - 1
+    if config.branching != 'none' and config.train_levels == 1:           # alike at pure noise
+        trained //= config.keep or config.group
+    comparisons = (config.algorithm == 'nft') + (config.kl_weight > 0)    # the old policy's velocity, the base editor's
+    rows = dict(sampled=sampled*config.num_steps, trained=trained, compared=trained*comparisons)
+    sampling = first_imitation(config)
+    if sampling == config.iterations: return rows
+    repeated = edits_per_iteration(config)*(config.iterations - sampling)
+    return {name: (n*sampling + repeated*(name == 'trained'))/config.iterations for name, n in rows.items()}
 
+# %% ../../nbs/training/01_budget.ipynb #7c41e2d9
 def evaluation_steps(
-    c, # a run's configuration
+    config, # a run's configuration
 ) -> int:
     "Denoising steps of an evaluation: `eval_steps`, or those of training."
-    return getattr(c, 'eval_steps', None) or c.num_steps
+    return getattr(config, 'eval_steps', None) or config.num_steps
 
 def count_evaluations(
-    c, # a run's configuration
+    config, # a run's configuration
 ) -> int:
     "How often a run evaluates: before and after training, and in between every `eval_every` iterations."
-    every = getattr(c, 'eval_every', 0)
-    return 2 + ((c.iterations - 1)//every if every else 0)
+    every = getattr(config, 'eval_every', 0)
+    return 2 + ((config.iterations - 1)//every if every else 0)
 
 def evaluation_rows(
-    c,          # a run's configuration
+    config,     # a run's configuration
     turns: int, # T
 ) -> int:       # rows that go through the transformer in all evaluations of a run
     "Rows of the evaluations before and after training, and every `eval_every` iterations."
-    return c.eval_sessions*(getattr(c, 'eval_turns', None) or turns)*evaluation_steps(c)*count_evaluations(c)
+    edits = config.eval_sessions*(getattr(config, 'eval_turns', None) or turns)
+    return edits*evaluation_steps(config)*count_evaluations(config)
 
 # %% ../../nbs/training/01_budget.ipynb #17b5bcf8
 MEASURED_BLOCKS = 2, 1     # of the first kind and of the second, besides those that show what one more adds
@@ -370,36 +373,36 @@ def transformer_profile(
 # the most numbers a pixel that the autoencoder holds while it decodes, as measured; True: Qwen's
 DECODER_NUMBERS = {False: 1024, True: 2068}
 
-def _text_encoder_bytes(c, configs, element, real) -> int:
-    encoders = [weightless_encoder(name, config) for name, config in configs['text']]
+def _text_encoder_bytes(config, configs, element, real) -> int:
+    encoders = [weightless_encoder(name, encoder) for name, encoder in configs['text']]
     small = sum(weight_bytes(m, False, element) for m in encoders[:-1])
-    return small + weight_bytes(encoders[-1], real and c.quantize == 'nf4', element)     # the last is the large one
+    return small + weight_bytes(encoders[-1], real and config.quantize == 'nf4', element) # the last is the large one
 
 def count_rollouts(
-    c, # a run's configuration
+    config, # a run's configuration
 ) -> int:
     "Rollouts that an iteration keeps for training: sessions times members; supervised training has one a session."
-    return c.sessions_per_iteration*(1 if c.algorithm == 'sft' else c.group)
+    return config.sessions_per_iteration*(1 if config.algorithm == 'sft' else config.group)
 
 def latents_a_turn(
-    c, # a run's configuration
+    config, # a run's configuration
 ) -> int:
     "Latents that a turn of a rollout keeps for training: input and result, and for GRPO three a stochastic step."
-    return 2 + 3*(c.window or c.num_steps - 1)*(c.algorithm == 'grpo')
+    return 2 + 3*(config.window or config.num_steps - 1)*(config.algorithm == 'grpo')
 
-def _rollout_bytes(c, configs, profile, turns, element) -> int:
+def _rollout_bytes(config, configs, profile, turns, element) -> int:
     "Bytes that the rollouts of an iteration keep for training: latents, and the encoded instructions."
     L, C = profile.latent_shape
-    N = count_rollouts(c)
+    N = count_rollouts(config)
     sees = 'Qwen' in configs['pipeline']      # its texts are those of one picture, which members share at first
     a_text = profile.text_numbers*element*(2 if sees and profile.passes > 1 else 1)
-    texts = c.sessions_per_iteration + (turns - 1)*(N if sees else c.sessions_per_iteration)
+    texts = config.sessions_per_iteration + (turns - 1)*(N if sees else config.sessions_per_iteration)
     if profile.passes > 1 and not sees: texts += turns        # the empty instruction, one row a turn
-    return N*turns*latents_a_turn(c)*L*C*4 + texts*a_text
+    return N*turns*latents_a_turn(config)*L*C*4 + texts*a_text
 
 # %% ../../nbs/training/01_budget.ipynb #fac8d91a
 def memory_by_component(
-    c,       # a run's configuration
+    config,  # a run's configuration
     configs, # from `editor_configs`
     profile, # from `transformer_profile`
     turns,   # T
@@ -410,32 +413,32 @@ def memory_by_component(
     row = profile.row
     adapter = profile.adapter
     size = profile.size
-    activations = c.batch*(row['checkpointed' if c.checkpointing else 'activations'] + row['working'])
-    if c.quantize: activations += profile.largest_layer*element                     # one at a time is unpacked
-    encoders = _text_encoder_bytes(c, configs, element, real)
-    judges = [judge_bytes(j, size, element) or 0 for j in {c.judge, c.eval_judge}]
-    copies = 3 + (c.lora_rank is None and c.kl_weight > 0)              # the base is a copy where there is no adapter
+    activations = config.batch*(row['checkpointed' if config.checkpointing else 'activations'] + row['working'])
+    if config.quantize: activations += profile.largest_layer*element                # one at a time is unpacked
+    encoders = _text_encoder_bytes(config, configs, element, real)
+    judges = [judge_bytes(j, size, element) or 0 for j in {config.judge, config.eval_judge}]
+    copies = 3 + (config.lora_rank is None and config.kl_weight > 0)    # the base is a copy where there is no adapter
     return {
-        'transformer': profile.weights[c.quantize],
+        'transformer': profile.weights[config.quantize],
         # encoders that rest in host memory come when there are no activations
-        'text encoders': max(0, encoders - activations) if c.offload else encoders,
+        'text encoders': max(0, encoders - activations) if config.offload else encoders,
         'autoencoder': (configs['vae'] + profile.pixels*DECODER_NUMBERS['Qwen' in configs['pipeline']])*element,
         'adapter, its gradient, old policy': copies*adapter*4,
-        'optimiser': adapter*2 + adapter//256*8 if c.adam8bit else adapter*8,
+        'optimiser': adapter*2 + adapter//256*8 if config.adam8bit else adapter*8,
         # while rollouts are sampled there are no activations, but both weights of each adapted layer
-        f'activations (batch {c.batch})': max(activations, profile.adapted*element if c.merge else 0),
-        'rollouts': _rollout_bytes(c, configs, profile, turns, element),
+        f'activations (batch {config.batch})': max(activations, profile.adapted*element if config.merge else 0),
+        'rollouts': _rollout_bytes(config, configs, profile, turns, element),
         'judge': sum(judges),
         'CUDA context': int(.6e9) if real else 0}
 
 def memory_of_each(
     memory: dict,   # from `memory_by_component`
-    c,              # a run's configuration
+    config,         # a run's configuration
     processes: int, # that share the rows, and with `lora_rank=none` the weights (FSDP)
 ) -> dict:          # part -> bytes
     "Bytes that each process holds: an adapter and its frozen base are on every card."
     shared = ['rollouts']
-    if c.lora_rank is None: shared += ['transformer', 'adapter, its gradient, old policy', 'optimiser']
+    if config.lora_rank is None: shared += ['transformer', 'adapter, its gradient, old policy', 'optimiser']
     return {name: b//processes if name in shared else b for name, b in memory.items()}
 
 # %% ../../nbs/training/01_budget.ipynb #975cbc89
@@ -468,15 +471,16 @@ def _flops_of_rows(rows, row, checkpointing):
     return forward*row['flops_forward'] + rows['trained']*row['flops_backward']
 
 # %% ../../nbs/training/01_budget.ipynb #122a557e
-def _evaluated_row(c, size, configs, targets, real, row):
+def _evaluated_row(config, size, configs, targets, real, row):
     "What a row of the evaluation takes: that of training, or one of another size."
-    if not c.eval_size or c.eval_size == size: return row
-    expect(c.eval_size % configs['token'] == 0, 'eval_size', f"a multiple of {configs['token']}", c.eval_size)
-    return transformer_profile(str(c.editor), c.eval_size, c.guidance, c.lora_rank, targets, real).row
+    if not config.eval_size or config.eval_size == size: return row
+    expect(config.eval_size % configs['token'] == 0, 'eval_size', f"a multiple of {configs['token']}", config.eval_size)
+    return transformer_profile(str(config.editor), config.eval_size, config.guidance, config.lora_rank, targets,
+                               real).row
 
 # %% ../../nbs/training/01_budget.ipynb #de4d23df
 def plan(
-    c,                  # a run's configuration, `Config`
+    config,             # a run's configuration, `Config`
     gpu: str = None,    # name of the card; None: the one found, else an H100
     kinds: dict = None, # of its sessions, as `SessionSource` has them; None: squares of `turns` turns, or of 3
     processes: int = 1, # a card each
@@ -487,32 +491,34 @@ def plan(
     `parameters`; `adapter`; `resting`, bytes of text encoders in host memory (offload); `minutes` an iteration; `hours`
     of the job with its evaluations; `gpu`; `gpu_bytes` of the card found, or None. Raises `InputError` for a size
     that does not fit, or rows that cannot be shared."""
-    shard_of(c.sessions_per_iteration, c.group, (0, processes))
-    configs = editor_configs(c.editor)
+    shard_of(config.sessions_per_iteration, config.group, (0, processes))
+    configs = editor_configs(config.editor)
     found = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    real = found is not None or str(c.editor) in PUBLISHED_EDITORS
+    real = found is not None or str(config.editor) in PUBLISHED_EDITORS
     element = 2 if real else 4
-    size = c.size or configs.get('size') or 1024
-    if_square = {(c.turns or 3, PREFERRED_SIZES.index((1024, 1024))): 1.}
+    size = config.size or configs.get('size') or 1024
+    if_square = {(config.turns or 3, PREFERRED_SIZES.index((1024, 1024))): 1.}
     expect(size % configs['token'] == 0, 'size', f"a multiple of {configs['token']}", size)
-    targets = c.lora_targets if isinstance(c.lora_targets, str) else tuple(c.lora_targets)
+    targets = config.lora_targets if isinstance(config.lora_targets, str) else tuple(config.lora_targets)
     longest, turns, shape, share = worst_and_mean(kinds or if_square, size, configs['token'])
-    profile = transformer_profile(str(c.editor), size, c.guidance, c.lora_rank, targets, real, shape)
+    profile = transformer_profile(str(config.editor), size, config.guidance, config.lora_rank, targets, real, shape)
     row = profile.row
-    rows = count_rows(c, turns)
-    flops = share*_flops_of_rows(rows, row, c.checkpointing)
-    evaluation = share*evaluation_rows(c, turns)*_evaluated_row(c, size, configs, targets, real, row)['flops_forward']
+    rows = count_rows(config, turns)
+    flops = share*_flops_of_rows(rows, row, config.checkpointing)
+    evaluated = _evaluated_row(config, size, configs, targets, real, row)
+    evaluation = share*evaluation_rows(config, turns)*evaluated['flops_forward']
     card = gpu or found or 'H100'
-    speed = next((processes*v*UTILISATION[c.quantize] for k, v in PEAK_FLOPS.items() if k in card), None)
-    memory = memory_by_component(c, configs, profile, longest, element, real)
+    speed = next((processes*v*UTILISATION[config.quantize] for k, v in PEAK_FLOPS.items() if k in card), None)
+    memory = memory_by_component(config, configs, profile, longest, element, real)
     return dict(
-        editor=str(c.editor), size=size, parameters=profile.parameters, adapter=profile.adapter, rows=rows, flops=flops,
-        gpu=card, memory=memory_of_each(memory, c, processes), passes=profile.passes, processes=processes,
-        resting=_text_encoder_bytes(c, configs, element, real) if c.offload else 0, iterations=c.iterations,
-        kinds=_kinds_text(longest, turns, shape, share) if kinds else '', found=found is not None,
+        editor=str(config.editor), size=size, parameters=profile.parameters, adapter=profile.adapter, rows=rows,
+        flops=flops, gpu=card, memory=memory_of_each(memory, config, processes), passes=profile.passes,
+        processes=processes, resting=_text_encoder_bytes(config, configs, element, real) if config.offload else 0,
+        iterations=config.iterations, kinds=_kinds_text(longest, turns, shape, share) if kinds else '',
+        found=found is not None,
         minutes=flops/speed/60 if speed else None, evaluation_hours=evaluation/speed/3600 if speed else None,
-        hours=(flops*c.iterations + evaluation)/speed/3600 if speed else None, sampling=first_imitation(c),
-        uncounted=sorted(j for j in {c.judge, c.eval_judge} if judge_bytes(j, size, element) is None),
+        hours=(flops*config.iterations + evaluation)/speed/3600 if speed else None, sampling=first_imitation(config),
+        uncounted=sorted(j for j in {config.judge, config.eval_judge} if judge_bytes(j, size, element) is None),
         gpu_bytes=torch.cuda.get_device_properties(0).total_memory if found else None)
 
 # %% ../../nbs/training/01_budget.ipynb #26d7684a
@@ -580,33 +586,35 @@ def plan_text(
 
 # %% ../../nbs/training/01_budget.ipynb #22162c79
 def changes_worth_a_look(
-    c,     # a run's configuration
-) -> dict: # what is changed, in words -> fields
+    config, # a run's configuration
+) -> dict:  # what is changed, in words -> fields
     "Single changes to a configuration that may save time or memory; some of them save one and cost the other."
-    size = c.size or 0
+    size = config.size or 0
+    half = config.eval_sessions//2
     options = {
         'size=384': dict(size=384) if size > 384 else None,
-        f'keep={c.group//2}': dict(keep=c.group//2) if not c.keep and c.group >= 4 else None,
-        'guidance=1': dict(guidance=1.) if 'Kontext' not in str(c.editor) and (c.guidance or 0) > 1 else None,
-        f'num_steps={c.num_steps - 2}': dict(num_steps=c.num_steps - 2) if c.num_steps > 4 else None,
-        'window=2': dict(window=2) if c.algorithm == 'grpo' and (c.window or c.num_steps) > 2 else None,
-        'checkpointing=false': dict(checkpointing=False) if c.checkpointing else None,
-        'quantize=null': dict(quantize=None) if c.quantize else None,
-        f'eval_sessions={c.eval_sessions//2}': dict(eval_sessions=c.eval_sessions//2) if c.eval_sessions > 32 else None}
+        f'keep={config.group//2}': dict(keep=config.group//2) if not config.keep and config.group >= 4 else None,
+        'guidance=1': dict(guidance=1.) if 'Kontext' not in str(config.editor) and (config.guidance or 0) > 1 else None,
+        f'num_steps={config.num_steps - 2}': dict(num_steps=config.num_steps - 2) if config.num_steps > 4 else None,
+        'window=2': dict(window=2) if config.algorithm == 'grpo' and (config.window or config.num_steps) > 2 else None,
+        'checkpointing=false': dict(checkpointing=False) if config.checkpointing else None,
+        'quantize=null': dict(quantize=None) if config.quantize else None,
+        f'eval_sessions={half}': dict(eval_sessions=half) if config.eval_sessions > 32 else None}
     return {words: fields for words, fields in options.items() if fields}
 
 def savings_text(
-    c,                  # a run's configuration
+    config,             # a run's configuration
     gpu: str = None,    # as in `plan`
     kinds: dict = None, # as in `plan`
     processes: int = 1, # as in `plan`
 ) -> str:
     "Hours of the whole job, and gigabytes, under each of a few changes, as text."
-    def numbers(c):
-        p = plan(c, gpu, kinds, processes)
+    def numbers(config):
+        p = plan(config, gpu, kinds, processes)
         return f"{p['hours'] or float('nan'):9.3g}{sum(p['memory'].values())/1e9:10.1f}"
-    lines = [f"{'change':28}{'hours':>9}{'GB':>10}", f"{'(as it is)':28}{numbers(c)}"]
-    lines += [f'{words:28}{numbers(c.model_copy(update=fields))}' for words, fields in changes_worth_a_look(c).items()]
+    lines = [f"{'change':28}{'hours':>9}{'GB':>10}", f"{'(as it is)':28}{numbers(config)}"]
+    lines += [f'{words:28}{numbers(config.model_copy(update=fields))}'
+              for words, fields in changes_worth_a_look(config).items()]
     return '\n'.join(lines)
 
 # %% ../../nbs/training/01_budget.ipynb #955b7e64
@@ -638,19 +646,19 @@ def find_batch(
 
 # %% ../../nbs/training/01_budget.ipynb #3fa97e8c
 def allocate_rollouts(
-    c,          # a run's configuration
+    config,     # a run's configuration
     editor,     # from `load_editor`
     turns: int, # T
 ) -> list:      # tensors, to be dropped after the trial
     "Allocate the memory that the latents of an iteration's rollouts take while it trains."
-    N = count_rollouts(c)
-    return [torch.zeros(N, *editor.latent_shape, device=editor.device) for _ in range(turns*latents_a_turn(c))]
+    N = count_rollouts(config)
+    return [torch.zeros(N, *editor.latent_shape, device=editor.device) for _ in range(turns*latents_a_turn(config))]
 
 # %% ../../nbs/training/01_budget.ipynb #e4d5d4d2
 def trial_step(
     editor,            # with an adapter, set to the shape of the largest pictures
     n: int,            # rows
-    c=None,            # a run's configuration, whose rollouts are held
+    config=None,       # a run's configuration, whose rollouts are held
     optimizer=None,    # of the adapter's tensors
     turns: int = None, # T of the longest sessions; None: those of the configuration, or 3
 ):
@@ -659,7 +667,7 @@ def trial_step(
     A velocity with gradients, another without, and the backward pass, while the rollouts of an iteration and the
     optimiser's state are held, as in every iteration but the first. Nothing that is trained changes. Raises
     `InputError` where a gradient is not finite."""
-    keep = allocate_rollouts(c, editor, turns or c.turns or 3) if c is not None else []
+    keep = allocate_rollouts(config, editor, turns or config.turns or 3) if config is not None else []
     trained = [p for p in editor.transformer.parameters() if p.requires_grad]
     try:
         if optimizer is not None: _allocate_state(optimizer)

@@ -26,9 +26,9 @@ from .runs import config_differences
 # %% ../../nbs/training/03a_checkpoints.ipynb #240701c3
 def live_tensors(
     params: list, # trained tensors
-    old: list,    # those of the old policy; may be empty
+    old: list,    # tensors of the old policy; may be empty
     optimizer,    # AdamW, of 32 or 8 bits
-    ema=(),       # those of the moving average; may be empty
+    ema=(),       # tensors of the moving average; may be empty
 ) -> dict:        # name -> the tensor itself, not a copy
     "Everything that the next iteration depends on."
     tensors = {f'{kind}.{i}': x.detach() for kind, xs in (('param', params), ('old', old), ('ema', ema))
@@ -54,9 +54,9 @@ def _restore(x, saved, name):
 def restore_tensors(
     tensors: dict, # from `state_tensors`
     params: list,  # trained tensors
-    old: list,     # those of the old policy; may be empty
+    old: list,     # tensors of the old policy; may be empty
     optimizer,     # AdamW, of 32 or 8 bits
-    ema=(),        # those of the moving average; may be empty
+    ema=(),        # tensors of the moving average; may be empty
 ):
     "Put a saved state back in place. Raises `InputError` for the state of another adapter."
     for kind, xs in (('param', params), ('old', old), ('ema', ema)):
@@ -81,19 +81,19 @@ def _sync(file: Path):
 def _drop_older(folder: Path, keep: int):
     for p in sorted(folder.glob('[0-9]*'))[:-keep]: shutil.rmtree(p, ignore_errors=True)
 
-def _trained_with(c):
+def _trained_with(config):
     "What `check_configuration` compares; `batch` may be lowered where memory runs out."
-    return dict(config=c.model_dump(exclude={'batch'})) if c else {}
+    return dict(config=config.model_dump(exclude={'batch'})) if config else {}
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #65a542a5
 def write_checkpoint(
-    run,              # a run folder
-    iteration: int,   # iterations done
-    tensors: dict,    # from `state_tensors`
-    editor=None,      # save its adapter, as it is now, in `lora/`
-    keep: int = 2,    # checkpoints that stay
-    c: Config = None, # of the run
-) -> Path:            # the checkpoint's folder
+    run,                   # a run folder
+    iteration: int,        # iterations done
+    tensors: dict,         # from `state_tensors`
+    editor=None,           # save its adapter, as it is now, in `lora/`
+    keep: int = 2,         # checkpoints that stay
+    config: Config = None, # of the run
+) -> Path:                 # the checkpoint's folder
     "Write `checkpoints/NNNNNN` whole or not at all. Raises `InputError`, naming the last good one, where that fails."
     folder = Path(run)/'checkpoints'
     tmp = folder/f'.{iteration:06d}'
@@ -104,7 +104,7 @@ def write_checkpoint(
         save_file(tensors, tmp/'state.safetensors', dict(iteration=str(iteration)))
         parameters = sum(name.startswith('param.') for name in tensors)
         state = dict(iteration=iteration, parameters=parameters, sha256=_sha256(tmp/'state.safetensors'),
-                     **_trained_with(c))
+                     **_trained_with(config))
         (tmp/'state.json').write_text(to_json(state))
         shutil.copymode(tmp/'state.json', tmp/'state.safetensors')  # save_file gives 0600, whatever the umask
         if editor is not None: save_lora(editor, tmp/'lora')
@@ -123,10 +123,10 @@ def save_checkpoint(
     run,         # a run folder
     iteration,   # iterations done
     params,      # trained tensors
-    old,         # those of the old policy; may be empty
+    old,         # tensors of the old policy; may be empty
     optimizer,   # AdamW, of 32 or 8 bits
     editor=None, # save its adapter, as it is now, in `lora/`
-    ema=(),      # those of the moving average; may be empty
+    ema=(),      # tensors of the moving average; may be empty
 ):               # the checkpoint's folder
     "Save the state of a run: `state_tensors`, then `write_checkpoint`."
     return write_checkpoint(run, iteration, state_tensors(params, old, optimizer, ema), editor)
@@ -189,9 +189,9 @@ def restore_checkpoint(
     folder,     # for messages
     saved,      # from `read_checkpoint`
     params,     # trained tensors
-    old,        # those of the old policy
+    old,        # tensors of the old policy
     optimizer,  # AdamW, of 32 or 8 bits
-    ema=(),     # those of the moving average; may be empty
+    ema=(),     # tensors of the moving average; may be empty
 ) -> int:       # iterations done
     "Restore a checkpoint in place. Raises `InputError` for that of another adapter."
     iteration, parameters, tensors = saved
@@ -204,17 +204,17 @@ def restore_checkpoint(
 def load_checkpoint(
     folder,    # a checkpoint
     params,    # trained tensors
-    old,       # those of the old policy
+    old,       # tensors of the old policy
     optimizer, # AdamW, of 32 or 8 bits
-    ema=(),    # those of the moving average; may be empty
+    ema=(),    # tensors of the moving average; may be empty
 ) -> int:      # iterations done
     "Read a checkpoint and restore it in place. Raises `InputError` for one that is damaged, or of another adapter."
     return restore_checkpoint(folder, read_checkpoint(folder), params, old, optimizer, ema)
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #b43e15b3
 def check_configuration(
-    run,       # a run folder
-    c: Config, # with which it is to resume
+    run,            # a run folder
+    config: Config, # with which it is to resume
 ):
     """Raises `InputError` where the newest checkpoint was trained with other settings: `config.json` was edited.
 
@@ -223,9 +223,9 @@ def check_configuration(
         try: settings = json.loads((folder/'state.json').read_text()).get('config')
         except (OSError, ValueError, AttributeError): continue
         if not isinstance(settings, dict): continue
-        try: there = make_config(settings | dict(batch=c.batch), strict=False)
+        try: there = make_config(settings | dict(batch=config.batch), strict=False)
         except InputError as e: raise InputError(f'checkpoint: {folder/"state.json"}: {e}') from None
-        differ = config_differences(there, c)
+        differ = config_differences(there, config)
         if not differ: return
         raise InputError(f'run: {Path(run)/"config.json"}: expected the settings of checkpoints/{folder.name}, '
                          f'received others ({"; ".join(differ[:3])}); put them back, or choose another folder')
@@ -252,11 +252,11 @@ def _in_one_line(what: str):
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #ef961010
 def write_shared_checkpoint(
-    run,              # a run folder, which all processes see
-    iteration: int,   # iterations done
-    tensors: dict,    # from `live_tensors`
-    keep: int = 2,    # checkpoints that stay
-    c: Config = None, # of the run
+    run,                   # a run folder, which all processes see
+    iteration: int,        # iterations done
+    tensors: dict,         # from `live_tensors`
+    keep: int = 2,         # checkpoints that stay
+    config: Config = None, # of the run
 ):
     "Write a checkpoint in all processes: each writes its pieces, then the first marks it as whole."
     from torch.distributed import checkpoint as dcp
@@ -270,7 +270,7 @@ def write_shared_checkpoint(
         files = {name: digest for part in digests for name, digest in part.items()}
         files |= {'.metadata': _sha256(tmp/'state'/'.metadata')}
         parameters = sum(name.startswith('param.') for name in tensors)
-        state = dict(iteration=iteration, parameters=parameters, files=files, **_trained_with(c))
+        state = dict(iteration=iteration, parameters=parameters, files=files, **_trained_with(config))
         (tmp/'state.json').write_text(to_json(state))
         _sync(tmp/'state.json')
         shutil.rmtree(final, ignore_errors=True)
@@ -286,9 +286,9 @@ def write_shared_checkpoint(
 def restore_shared_checkpoint(
     folder,     # a checkpoint, which all processes see
     params,     # trained tensors, the pieces that are here
-    old,        # those of the old policy
+    old,        # tensors of the old policy
     optimizer,  # AdamW
-    ema=(),     # those of the moving average; may be empty
+    ema=(),     # tensors of the moving average; may be empty
 ) -> int:       # iterations done
     "Restore a checkpoint in place, in all processes. Raises `InputError` for that of another transformer."
     from torch.distributed import checkpoint as dcp
@@ -309,15 +309,15 @@ class RunState:
     "What training changes, the iterations done, and the copy that is saved."
     def __init__(
         self,
-        c: Config,      # of the run
+        config: Config, # of the run
         run,            # its folder
         policy: Policy, # that is trained
     ):
-        self.c = c
+        self.config = config
         self.run = Path(run)
         self.policy = policy
-        self.decay = c.ema
-        self.average = [p.detach().clone() for p in policy.params] if c.ema else []
+        self.decay = config.ema
+        self.average = [p.detach().clone() for p in policy.params] if config.ema else []
         self.iteration = self.saved = 0
 
     def parts(self) -> tuple: # (trained tensors, those of the old policy, the optimiser, the moving average)
@@ -356,8 +356,9 @@ class RunState:
         if self.saved == self.iteration: return
         def write():
             with self.evaluated():
-                write_checkpoint(self.run, self.iteration, self.tensors, self.policy.editor, c=self.c)
-        if self.policy.whole: write_shared_checkpoint(self.run, self.iteration, live_tensors(*self.parts()), c=self.c)
+                write_checkpoint(self.run, self.iteration, self.tensors, self.policy.editor, config=self.config)
+        if self.policy.whole:
+            write_shared_checkpoint(self.run, self.iteration, live_tensors(*self.parts()), config=self.config)
         else: from_first(write)
         self.saved = self.iteration
 

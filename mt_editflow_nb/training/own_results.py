@@ -78,11 +78,11 @@ def edit_batches(
 
 def with_own_results(
     source: SessionSource, # of a run
-    c: Config,             # of it
+    config: Config,        # of it
     run,                   # its folder
 ) -> SessionSource:
     "A source whose last iterations repeat the run's own right results. They are read when the first one is asked for."
-    first = first_imitation(c)
+    first = first_imitation(config)
     @cache
     def batches():
         with failing_together(): edits = kept_right_edits(run, first)
@@ -92,5 +92,5 @@ def with_own_results(
         if len(harmless) < len(edits) and not processes()[0]:
             print(f'{len(harmless)} of {len(edits)} right results are repeated; the others have lost far more '
                   'consistency than most', file=sys.stderr)
-        return edit_batches(harmless, edits_per_iteration(c), c.seed)
+        return edit_batches(harmless, edits_per_iteration(config), config.seed)
     return source._replace(batch=lambda i: source.batch(i) if i < first else batches()(i - first))

@@ -60,26 +60,26 @@ def clocked(
 TRAINED_ROW_COST = 3.  # seconds of a trained row, forward and backward, over those of a sampled one
 
 def estimate_seconds(
-    c,                  # a run's configuration
+    config,             # a run's configuration
     turns: int,         # T
     sessions: int,      # held-out sessions
     row_seconds: float, # of a row that is sampled, decoded and judged
 ) -> dict:              # of one evaluation, of one iteration, and of the whole job
     "Estimate how long a job will take from its first batch."
-    rows = count_rows(c, turns)
-    compared = 0 if c.algorithm == 'nft' and not c.old_decay and not c.kl_weight else rows['compared']
+    rows = count_rows(config, turns)
+    compared = 0 if config.algorithm == 'nft' and not config.old_decay and not config.kl_weight else rows['compared']
     iteration = row_seconds*(rows['sampled'] + compared + TRAINED_ROW_COST*rows['trained'])
-    evaluation = row_seconds*sessions*turns*evaluation_steps(c)
-    total = count_evaluations(c)*evaluation + c.iterations*iteration
+    evaluation = row_seconds*sessions*turns*evaluation_steps(config)
+    total = count_evaluations(config)*evaluation + config.iterations*iteration
     return dict(evaluation=evaluation, iteration=iteration, total=total)
 
 def estimate_text(
-    c,              # a run's configuration
+    config,         # a run's configuration
     estimate: dict, # from `estimate_seconds`
 ) -> str:           # one line
     "The estimate of a job as a sentence."
     total, iteration, evaluation = (duration_text(max(1, estimate[k])) for k in ('total', 'iteration', 'evaluation'))
-    return (f'about {total} on this machine, judged by the first batch: {c.iterations} iterations of {iteration}, '
+    return (f'about {total} on this machine, judged by the first batch: {config.iterations} iterations of {iteration}, '
             f'evaluations of {evaluation} before and after')
 
 # %% ../../nbs/training/03b_progress.ipynb #aad52e2a

@@ -75,14 +75,14 @@ def judge_fingerprint(
     return f'{name} {getattr(engine, "model", "")} {settings}'.strip()
 
 def run_identity(
-    c: Config, # of the run
-    source,    # its `SessionSource`
+    config: Config, # of the run
+    source,         # its `SessionSource`
 ) -> dict:
     "Fingerprints of everything that a run's numbers depend on besides its configuration and the code."
-    adapter = dict(init_lora=content_hash(find_adapter(c.init_lora, 'init_lora'))) if c.init_lora else {}
-    return dict(sessions=source.train_hash, heldout=source.heldout_hash, editor=editor_fingerprint(c.editor),
-                judge=judge_fingerprint(c.judge, c.judge_options),
-                eval_judge=judge_fingerprint(c.eval_judge, c.eval_judge_options), **adapter)
+    adapter = dict(init_lora=content_hash(find_adapter(config.init_lora, 'init_lora'))) if config.init_lora else {}
+    return dict(sessions=source.train_hash, heldout=source.heldout_hash, editor=editor_fingerprint(config.editor),
+                judge=judge_fingerprint(config.judge, config.judge_options),
+                eval_judge=judge_fingerprint(config.eval_judge, config.eval_judge_options), **adapter)
 
 # %% ../../nbs/training/03_runs.ipynb #ed7e1a5e
 _KINDS = dict(environment=dict, identity=dict, resumed=list, started_in=str)      # of what stands beside `config`
@@ -140,7 +140,7 @@ def _holds_something(folder: Path) -> bool:
     return False
 
 def open_run(
-    c: Config,             # of the run
+    config: Config,        # of the run
     run,                   # its folder
     identity: dict = None, # from `run_identity`
 ) -> Path:                 # the folder
@@ -151,14 +151,14 @@ def open_run(
     file = run/'config.json'
     stored = read_config(run) if file.is_file() else None
     if stored and _holds_something(run):
-        if differ := config_differences(stored, c):
+        if differ := config_differences(stored, config):
             raise InputError(f'run: {run}: expected the configuration that it holds, received another '
                              f'({"; ".join(differ[:3])}); choose another folder')
         _check_identity(run, read_json(file).get('identity') or {}, identity or {})
         return run
     occupied = not stored and run.is_dir() and _holds_something(run)
     expect(not occupied, f'run: {run}', 'a run folder, or none', 'a folder with other files')
-    atomic_write(file, to_json(dict(config=c.model_dump(), environment=environment(), identity=identity,
+    atomic_write(file, to_json(dict(config=config.model_dump(), environment=environment(), identity=identity,
                                     started_in=os.getcwd()), indent=1))
     for name in ('rollouts', 'checkpoints'): (run/name).mkdir(exist_ok=True)
     return run

@@ -100,14 +100,14 @@ class SessionSource(NamedTuple):
         return max((sizes[bucket] for bucket in known or range(len(sizes))), key=prod)
 
 # %% ../../nbs/training/02_source.ipynb #2aceb8a1
-def _shape_world(c):
-    turns = c.turns or 3
-    make = WORLDS[c.sessions]
-    def batch(iteration):
-        return make(c.sessions_per_iteration, turns, 'train', seed=c.seed, start=iteration*c.sessions_per_iteration)
-    heldout = make(c.eval_sessions, c.eval_turns or turns, 'heldout', seed=c.eval_seed)
-    for judge in (c.judge, c.eval_judge): check_for_judge(judge, heldout[:1])
-    return SessionSource(batch, heldout, 'held-out sessions of the shape world', c.sessions, content_hash(heldout))
+def _shape_world(config):
+    P = config.sessions_per_iteration
+    turns = config.turns or 3
+    make = WORLDS[config.sessions]
+    def batch(iteration): return make(P, turns, 'train', seed=config.seed, start=iteration*P)
+    heldout = make(config.eval_sessions, config.eval_turns or turns, 'heldout', seed=config.eval_seed)
+    for judge in (config.judge, config.eval_judge): check_for_judge(judge, heldout[:1])
+    return SessionSource(batch, heldout, 'held-out sessions of the shape world', config.sessions, content_hash(heldout))
 
 # %% ../../nbs/training/02_source.ipynb #f86e115a
 _DRAWN_AT_ONCE = 1024   # iterations
@@ -223,17 +223,17 @@ def trained_part(
     if isinstance(heldout, str): return sessions
     return split_by_picture(sessions, amount_held_out(heldout, config['eval_sessions'], len(sessions)))[0]
 
-def _held_out_of(sessions, c):
+def _held_out_of(sessions, config):
     "(sessions to train on, held-out sessions, their name)."
-    file = Path(c.sessions).name
-    amount = c.heldout
+    file = Path(config.sessions).name
+    amount = config.heldout
     if amount == 'training': return sessions, sessions, f'training sessions of {file} (nothing is held out)'
     if isinstance(amount, str):
-        allow_outside = c.allow_outside and not is_table(amount)
-        heldout = open_sessions(amount, allow_outside=allow_outside, same_turns=False, on_bad=c.on_bad)
+        allow_outside = config.allow_outside and not is_table(amount)
+        heldout = open_sessions(amount, allow_outside=allow_outside, same_turns=False, on_bad=config.on_bad)
         check_apart(heldout, sessions)
         return sessions, heldout, f'sessions of {Path(amount).name}'
-    amount = amount_held_out(amount, c.eval_sessions, len(sessions))
+    amount = amount_held_out(amount, config.eval_sessions, len(sessions))
     return *split_by_picture(sessions, amount), f'held-out sessions of {file} (apart by picture)'
 
 # %% ../../nbs/training/02_source.ipynb #ed1f614e
@@ -295,27 +295,30 @@ def small_kinds_warning(
             f'{sum(kinds[kind] for kind in few):.0%} of the iterations')
     return [text]
 
-def _batches(train, c, skipped):
+def _batches(train, config, skipped):
     "(iteration -> P sessions of one kind, how often each kind is taken, warnings)."
     turns = turns_of(train)
-    buckets = buckets_of(train, c.crop)
-    kinds = kind_weights(turns, buckets, c.turn_weights)
-    notes = small_kinds_warning(turns, buckets, kinds, c.sessions_per_iteration)
-    numbers = kind_batches(train, kinds, buckets, c.sessions_per_iteration, c.seed)
-    if c.on_bad == 'skip': return SkippingBatches(train, numbers, np.stack([turns, buckets], 1), skipped), kinds, notes
+    buckets = buckets_of(train, config.crop)
+    kinds = kind_weights(turns, buckets, config.turn_weights)
+    notes = small_kinds_warning(turns, buckets, kinds, config.sessions_per_iteration)
+    numbers = kind_batches(train, kinds, buckets, config.sessions_per_iteration, config.seed)
+    if config.on_bad == 'skip':
+        return SkippingBatches(train, numbers, np.stack([turns, buckets], 1), skipped), kinds, notes
     return lambda i: [train[k] for k in numbers(i)], kinds, notes
 
 # %% ../../nbs/training/02_source.ipynb #1b3325cf
-def _check_fields(c):
+def _check_fields(config):
     "Raises `InputError` for a setting without effect."
-    shape_world = c.sessions in WORLDS
+    shape_world = config.sessions in WORLDS
     for name in ('heldout', 'turn_weights', 'crop', 'on_bad'):
-        unset = getattr(c, name) in (None, 'stop')
-        expect(not shape_world or unset, name, 'sessions=FILE, without which it has no effect', getattr(c, name))
-    expect(not (shape_world and c.allow_outside), 'allow_outside', 'a file of sessions to apply it to', c.sessions)
-    expect(not c.streaming or is_table(c.sessions), 'streaming', 'parquet or hf: as sessions', c.sessions)
-    expect(shape_world or c.eval_turns is None, 'eval_turns', 'none for a file, whose sessions have turns of their own',
-           c.eval_turns)
+        unset = getattr(config, name) in (None, 'stop')
+        expect(not shape_world or unset, name, 'sessions=FILE, without which it has no effect', getattr(config, name))
+    expect(not (shape_world and config.allow_outside), 'allow_outside', 'a file of sessions to apply it to',
+           config.sessions)
+    expect(not config.streaming or is_table(config.sessions), 'streaming', 'parquet or hf: as sessions',
+           config.sessions)
+    expect(shape_world or config.eval_turns is None, 'eval_turns',
+           'none for a file, whose sessions have turns of their own', config.eval_turns)
 
 def _check_there(field, name):
     "Raises `InputError` for the name of a file that is not there."
@@ -326,11 +329,12 @@ def _check_there(field, name):
     expected = f'{words[0]!r}, a file or folder of sessions that is there, or hf:NAME'
     raise InputError(f'{field}: expected {expected}, received {name!r}{hint}')
 
-def _check_turns(c, name, sessions):
+def _check_turns(config, name, sessions):
     lengths = sorted({int(t) for t in turns_of(sessions)})
     lengths_text = ' and '.join(map(str, lengths))
     hint = '' if len(lengths) == 1 else ' (turn_weights={3: 1} trains on those of 3 turns alone)'
-    expect(c.turns is None or [c.turns] == lengths, 'turns', f'none, or the {lengths_text} of {name}{hint}', c.turns)
+    expect(config.turns is None or [config.turns] == lengths, 'turns', f'none, or the {lengths_text} of {name}{hint}',
+           config.turns)
 
 # %% ../../nbs/training/02_source.ipynb #8db9fca7
 def check_for_judge(
@@ -366,56 +370,57 @@ def streamed_hash(
     "What identifies a set that is streamed: its name, as nobody has read it."
     return content_hash('streamed', sessions)
 
-def _streamed(c):
+def _streamed(config):
     "A set that is read as it comes: known by its name, held out is another."
-    named = isinstance(c.heldout, str) and c.heldout != 'training'
-    expect(named, 'heldout', 'a file or a table of its own with streaming', c.heldout)
+    named = isinstance(config.heldout, str) and config.heldout != 'training'
+    expect(named, 'heldout', 'a file or a table of its own with streaming', config.heldout)
     for name in ('turns', 'turn_weights'):
-        expect(getattr(c, name) is None, name, 'none with streaming, whose sessions come as they are', getattr(c, name))
+        expect(getattr(config, name) is None, name, 'none with streaming, whose sessions come as they are',
+               getattr(config, name))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                # what is skipped is listed in the run
-        whole = open_sessions(c.heldout, same_turns=False, on_bad=c.on_bad)
-    heldout = whole[:c.eval_sessions]
+        whole = open_sessions(config.heldout, same_turns=False, on_bad=config.on_bad)
+    heldout = whole[:config.eval_sessions]
     broken = {}
     skipped = {f'held out: {message}': message for message in whole.skipped}
-    if c.on_bad == 'skip':
+    if config.on_bad == 'skip':
         heldout = [*readable_sessions(heldout, broken)]
         skipped |= {f'held out: {id}': message for id, message in broken.items()}
-    check_for_judge(c.eval_judge, heldout, c.crop)
-    may_skip = skipped if c.on_bad == 'skip' else None
-    batch = StreamedBatches(c.sessions, c.sessions_per_iteration, c.seed, c.crop, may_skip)
+    check_for_judge(config.eval_judge, heldout, config.crop)
+    may_skip = skipped if config.on_bad == 'skip' else None
+    batch = StreamedBatches(config.sessions, config.sessions_per_iteration, config.seed, config.crop, may_skip)
     first = batch(0)                                                   # a table without the columns is found now
-    check_for_judge(c.judge, first, c.crop)
-    needs = f'targets, which algorithm={c.algorithm} needs'
-    expect(c.algorithm in RL or first[0].targets, 'sessions', needs, 'none')
-    return SessionSource(batch, heldout, f'sessions of {Path(c.heldout).name}', streamed_hash(c.sessions),
-                         sessions_hash(heldout), (STREAMED_WARNING,), None, c.crop, skipped=skipped)
+    check_for_judge(config.judge, first, config.crop)
+    needs = f'targets, which algorithm={config.algorithm} needs'
+    expect(config.algorithm in RL or first[0].targets, 'sessions', needs, 'none')
+    return SessionSource(batch, heldout, f'sessions of {Path(config.heldout).name}', streamed_hash(config.sessions),
+                         sessions_hash(heldout), (STREAMED_WARNING,), None, config.crop, skipped=skipped)
 
 # %% ../../nbs/training/02_source.ipynb #4df79e21
 def session_source(
-    c: Config, # `sessions`, `heldout`, `turns`, `eval_sessions`, ... are read
+    config: Config, # `sessions`, `heldout`, `turns`, `eval_sessions`, ... are read
 ) -> SessionSource:
     "Find the sessions of a run. Raises `InputError` for files that do not fit its configuration."
-    _check_fields(c)
-    if c.sessions in WORLDS: return _shape_world(c)
-    for field in ('sessions', 'heldout'): _check_there(field, getattr(c, field))
-    if c.streaming: return _streamed(c)
+    _check_fields(config)
+    if config.sessions in WORLDS: return _shape_world(config)
+    for field in ('sessions', 'heldout'): _check_there(field, getattr(config, field))
+    if config.streaming: return _streamed(config)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                # what is skipped is said below
-        sessions = open_sessions(c.sessions, allow_outside=c.allow_outside, same_turns=False, on_bad=c.on_bad,
-                                 targets=c.algorithm not in RL)
-        check_for_judge(c.judge, sessions, c.crop)
-        train, heldout, name = _held_out_of(sessions, c)
-    heldout = heldout[:c.eval_sessions]
+        sessions = open_sessions(config.sessions, allow_outside=config.allow_outside, same_turns=False,
+                                 on_bad=config.on_bad, targets=config.algorithm not in RL)
+        check_for_judge(config.judge, sessions, config.crop)
+        train, heldout, name = _held_out_of(sessions, config)
+    heldout = heldout[:config.eval_sessions]
     skipped = {message: message for message in sessions.skipped}
-    if c.on_bad == 'skip':
+    if config.on_bad == 'skip':
         broken = {}
         heldout = [*readable_sessions(heldout, broken)]
         skipped |= {f'held out: {id}': message for id, message in broken.items()}
-    for field, some in (('sessions', train), ('heldout', heldout)): _check_turns(c, field, some)
-    check_for_judge(c.eval_judge, heldout, c.crop)
-    batch, kinds, notes = _batches(train, c, skipped)
-    if c.heldout != 'training': notes += _looks_known(heldout, train)
+    for field, some in (('sessions', train), ('heldout', heldout)): _check_turns(config, field, some)
+    check_for_judge(config.eval_judge, heldout, config.crop)
+    batch, kinds, notes = _batches(train, config, skipped)
+    if config.heldout != 'training': notes += _looks_known(heldout, train)
     if skipped: notes.append(f'sessions: {len(skipped)} left out, the first: {next(iter(skipped.values()))}')
     return SessionSource(batch, heldout, name, sessions_hash(train), sessions_hash(heldout), tuple(notes), train,
-                         c.crop, kinds, skipped)
+                         config.crop, kinds, skipped)

@@ -67,43 +67,44 @@ from .tracking import Trackers, check_trackers, tracking
 
 # %% ../../nbs/training/04_train.ipynb #0b676c85
 def check_imitation(
-    c: Config, # of a run
+    config: Config, # of a run
 ):
     "Raises `InputError` for a judge that does not say what is right. Warns of a share that is less than an iteration."
-    if not c.imitate: return
-    rewards = getattr(load_judge(c.judge, **c.judge_options), 'rewards', ('if',))
-    expect('if' in rewards, 'judge', 'one that says whether an instruction was followed, with imitate', c.judge)
-    if first_imitation(c) < c.iterations or processes()[0]: return
-    print(f'warning: imitate={c.imitate} has no effect with iterations={c.iterations}', file=sys.stderr)
+    if not config.imitate: return
+    rewards = getattr(load_judge(config.judge, **config.judge_options), 'rewards', ('if',))
+    expect('if' in rewards, 'judge', 'one that says whether an instruction was followed, with imitate', config.judge)
+    if first_imitation(config) < config.iterations or processes()[0]: return
+    print(f'warning: imitate={config.imitate} has no effect with iterations={config.iterations}', file=sys.stderr)
 
 def prepare(
-    c: Config, # of a run
-) -> tuple:    # (its `SessionSource`, its identity)
+    config: Config, # of a run
+) -> tuple:         # (its `SessionSource`, its identity)
     "Check whatever can be checked before a model is loaded or a folder created. Raises `InputError`."
-    shard = shard_of(c.sessions_per_iteration, c.group)
-    needs_groups = dict(branching=c.branching != 'none', learn_as_judged=c.learn_as_judged, imitate=c.imitate > 0)
+    shard = shard_of(config.sessions_per_iteration, config.group)
+    needs_groups = dict(branching=config.branching != 'none', learn_as_judged=config.learn_as_judged,
+                        imitate=config.imitate > 0)
     for name, whole_groups in needs_groups.items():
-        expect(not whole_groups or len(shard.members) == c.group, 'sessions_per_iteration',
-               f'a multiple of the {processes()[1]} processes with {name}', c.sessions_per_iteration)
-    expect(not c.keep_best or c.eval_every, 'keep_best', 'none without eval_every', c.keep_best)
-    check_imitation(c)
-    check_launch(c)
-    check_trackers(c.track)
-    if c.adam8bit: require_bitsandbytes()
-    source = session_source(c)
+        expect(not whole_groups or len(shard.members) == config.group, 'sessions_per_iteration',
+               f'a multiple of the {processes()[1]} processes with {name}', config.sessions_per_iteration)
+    expect(not config.keep_best or config.eval_every, 'keep_best', 'none without eval_every', config.keep_best)
+    check_imitation(config)
+    check_launch(config)
+    check_trackers(config.track)
+    if config.adam8bit: require_bitsandbytes()
+    source = session_source(config)
     if processes()[0] == 0:
         for warning in source.warnings: print(warning, file=sys.stderr)
-        if c.eval_every >= c.iterations:
-            print(f'warning: eval_every={c.eval_every} has no effect with iterations={c.iterations}: held-out sessions '
-                  'are scored before and after training alone', file=sys.stderr)
-    return source, run_identity(c, source)
+        if config.eval_every >= config.iterations:
+            print(f'warning: eval_every={config.eval_every} has no effect with iterations={config.iterations}: '
+                  'held-out sessions are scored before and after training alone', file=sys.stderr)
+    return source, run_identity(config, source)
 
 # %% ../../nbs/training/04_train.ipynb #4dda05c9
 STOP_WITH_VARIABLE = 'MTEF_FOLLOWED_BY'    # environment variable: the process that a job in a notebook ends with
 
 @contextmanager
 def opened_run(
-    c: Config,      # of the run
+    config: Config, # of the run
     run,            # its folder, created when missing
     identity: dict, # from `prepare`
 ):                  # yields the folder
@@ -112,9 +113,9 @@ def opened_run(
         def lock_and_open():
             went_on = (Path(run)/'config.json').is_file()
             open_things.enter_context(locked(run))
-            open_run(c, run, identity)
+            open_run(config, run, identity)
             if went_on:
-                check_configuration(run, c)
+                check_configuration(run, config)
                 for text in note_environment(run): print(text, file=sys.stderr)
         from_first(lock_and_open)
         if STOP_WITH_VARIABLE in os.environ: stop_with(int(os.environ[STOP_WITH_VARIABLE]))
@@ -143,16 +144,16 @@ def hint_at_resume(
 
 # %% ../../nbs/training/04_train.ipynb #5030ed6d
 def load_judges(
-    c: Config,  # of a run
-    judge=None, # (sessions, images) -> `Scores`, in place of both; None: those that `c` names
-    cache=None, # file that keeps their answers
-) -> tuple:     # (the judge that trains, the judge that evaluates)
+    config: Config, # of a run
+    judge=None,     # (sessions, images) -> `Scores`, in place of both; None: those that `config` names
+    cache=None,     # file that keeps their answers
+) -> tuple:         # (the judge that trains, the judge that evaluates)
     "The judges of a configuration, or `judge` for both purposes; a judge that serves both is loaded once."
     expect(judge is None or callable(judge), 'judge', 'a function of sessions and pictures', judge)
     if judge: return judge, judge
-    judge = load_judge(c.judge, cache=cache, **c.judge_options)
-    if (c.eval_judge, c.eval_judge_options) == (c.judge, c.judge_options): return judge, judge
-    return judge, load_judge(c.eval_judge, cache=cache, **c.eval_judge_options)
+    judge = load_judge(config.judge, cache=cache, **config.judge_options)
+    if (config.eval_judge, config.eval_judge_options) == (config.judge, config.judge_options): return judge, judge
+    return judge, load_judge(config.eval_judge, cache=cache, **config.eval_judge_options)
 
 def check_judges(
     *judges, # from `load_judges`
@@ -162,46 +163,46 @@ def check_judges(
         if hasattr(judge, 'check_ready'): judge.check_ready()
 
 def check_size(
-    c: Config, # of the run
-    editor,    # from `load_editor`
+    config: Config, # of the run
+    editor,         # from `load_editor`
 ):
     "The exact verifier reads pictures of one size. Raises `InputError` before anything is rolled out."
     for field in ('judge', 'eval_judge'):
-        name = getattr(c, field)
-        size = c.eval_size if field == 'eval_judge' and c.eval_size else editor.size
+        name = getattr(config, field)
+        size = config.eval_size if field == 'eval_judge' and config.eval_size else editor.size
         expect(size == WORLD_SIDE or not name.startswith('verifier'), field,
                f"MODEL:MODE (the verifier reads the shape world's pictures of {WORLD_SIDE} pixels, the editor works "
                f'at {size})', name)
 
 # %% ../../nbs/training/04_train.ipynb #a14e355c
 def load_configured_editor(
-    c: Config, # of a run
-    **kw,      # with `lora_rank`: add an adapter to train
-):             # from `load_editor`
+    config: Config, # of a run
+    **kw,           # with `lora_rank`: add an adapter to train
+):                  # from `load_editor`
     "Load the editor of a configuration."
-    if kw: kw |= dict(seed=c.seed, lora_alpha=c.lora_alpha, lora_targets=c.lora_targets, init_lora=c.init_lora,
-                      checkpointing=c.checkpointing)
-    editor = load_editor(c.editor, quantize=c.quantize, size=c.size, guidance=c.guidance, offload=c.offload,
-                         attention_backend=c.attention_backend, compile=c.compile, autocast=c.autocast, tf32=c.tf32,
-                         **kw)
-    if (c.eval_size or 0) > TILE_ABOVE: editor.vae.enable_tiling()
+    if kw: kw |= dict(seed=config.seed, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets,
+                      init_lora=config.init_lora, checkpointing=config.checkpointing)
+    editor = load_editor(config.editor, quantize=config.quantize, size=config.size, guidance=config.guidance,
+                         offload=config.offload, attention_backend=config.attention_backend, compile=config.compile,
+                         autocast=config.autocast, tf32=config.tf32, **kw)
+    if (config.eval_size or 0) > TILE_ABOVE: editor.vae.enable_tiling()
     return editor
 
 def load_policy(
-    c: Config, # of a run
+    config: Config, # of a run
 ) -> Policy:
     "The editor of a configuration with what is trained of it, and the optimiser; all processes call this."
     def load():
-        if c.lora_rank is not None: return load_configured_editor(c, lora_rank=c.lora_rank)
-        editor = load_configured_editor(c)
-        if c.checkpointing: editor.transformer.enable_gradient_checkpointing()
+        if config.lora_rank is not None: return load_configured_editor(config, lora_rank=config.lora_rank)
+        editor = load_configured_editor(config)
+        if config.checkpointing: editor.transformer.enable_gradient_checkpointing()
         train_whole(editor)
         return editor
     with failing_together(): editor = load()
     alone = processes()[1] == 1
-    if c.lora_rank is None and not alone: shard_transformer(editor)
-    elif c.lora_rank is None and editor.device.type == 'cuda': autocast_velocity(editor)
-    with failing_together(): return Policy(c, editor)
+    if config.lora_rank is None and not alone: shard_transformer(editor)
+    elif config.lora_rank is None and editor.device.type == 'cuda': autocast_velocity(editor)
+    with failing_together(): return Policy(config, editor)
 
 def save_trained(
     run,            # its folder
@@ -216,7 +217,7 @@ def save_trained(
 # %% ../../nbs/training/04_train.ipynb #bdc095c6
 class RunContext(NamedTuple):
     "A run that is at work."
-    c: Config             # its configuration
+    config: Config        # its configuration
     run: Path             # its folder, opened
     source: SessionSource # its sessions
     judge: Callable       # that it trains on
@@ -238,7 +239,7 @@ def exact_scores(
         return scorer.scores(images_PGTHWC)
 
 def iteration_signals(
-    c: Config,      # of the run
+    config: Config, # of the run
     editor,         # that is trained
     sessions: list, # all of the iteration
     rolled,         # the `Rollout` of this process
@@ -246,8 +247,8 @@ def iteration_signals(
     adv_PGT,        # their advantages
 ) -> dict:          # for a line of `metrics.jsonl`
     "What the hacking monitor needs of an iteration; a judge of the shape world is compared with the exact verifier."
-    shape_world = c.sessions in WORLDS and editor.size == WORLD_SIDE
-    compare = processes()[1] == 1 and shape_world and not c.judge.startswith('verifier')
+    shape_world = config.sessions in WORLDS and editor.size == WORLD_SIDE
+    compare = processes()[1] == 1 and shape_world and not config.judge.startswith('verifier')
     shown = [sessions[p] for p in rolled.shard.sessions]           # those that this process has made members of
     with torch.no_grad():
         reconstructed_PHWC = editor.decode(editor.encode_image(np.stack([np.asarray(s.image) for s in shown])))
@@ -282,18 +283,18 @@ def peak_memory() -> float: # gigabytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e9
 
 def log_iteration(
-    ctx: RunContext,   # `c`, `run` and `trackers` are read
+    ctx: RunContext,   # `config`, `run` and `trackers` are read
     clock,             # the `PhaseClock` of the iteration
     metrics: dict,     # its line of `metrics.jsonl`, which gains the learning rate
     usage: dict,       # what the judges of all processes were asked, from `judge_usage`
     evaluation: float, # seconds that the held-out sessions took before it
 ):
     "Append an iteration to the logs. Raises `InputError` where they cannot be written."
-    c = ctx.c
+    config = ctx.config
     iteration = metrics['iteration']
-    metrics |= dict(lr=learning_rate(c, iteration))
+    metrics |= dict(lr=learning_rate(config, iteration))
     seconds = clock.seconds()
-    edits = c.sessions_per_iteration*c.group*len(metrics.get('success', ()))
+    edits = config.sessions_per_iteration*config.group*len(metrics.get('success', ()))
     speed = round(edits/max(seconds['seconds'], 1e-9), 3)
     timings = dict(iteration=iteration, **seconds, evaluation=round(evaluation, 3), edits_per_second=speed,
                    peak_GB=round(peak_memory(), 3))
@@ -317,18 +318,18 @@ def find_common_batch(
     return batch
 
 def evaluation_batch(
-    ctx: RunContext, # `c`, `run` and `eval_judge` are read
+    ctx: RunContext, # `config`, `run` and `eval_judge` are read
     editor,          # that is evaluated
     heldout: list,   # of `Session`s
 ) -> int:            # sessions at a time
     "On a card, how many sessions fit at once, tried with the largest; elsewhere as many as rows in training."
-    if editor.device.type != 'cuda' or is_sharded(list(editor.transformer.parameters())): return ctx.c.batch
+    if editor.device.type != 'cuda' or is_sharded(list(editor.transformer.parameters())): return ctx.config.batch
     largest = max(heldout, key=lambda s: (prod(s.image_size), len(s.instructions)))
     def trial(n):
         count = min(n*processes()[1], len(heldout))
         alike = [replace(largest, id=f'{largest.id}, trial {i}') for i in range(count)]
         list(evaluate_sessions(editor, alike, ctx.eval_judge, num_steps=2, batch=n))
-    return find_common_batch(trial, ctx.c.batch, ctx.run/'batch_evaluation.json')
+    return find_common_batch(trial, ctx.config.batch, ctx.run/'batch_evaluation.json')
 
 # %% ../../nbs/training/04_train.ipynb #54fd570b
 def run_evaluation(
@@ -339,14 +340,14 @@ def run_evaluation(
     on_session=None, # called in the first process with (sessions done, sessions there are)
 ) -> tuple:          # (`Outcomes`, pictures of the first eight sessions, bool [I, T] or None: CC got no answer)
     "Evaluate an editor on held-out sessions, or go on doing so. The pictures are in the first process."
-    c = ctx.c
+    config = ctx.config
     evaluated = []
     first = processes()[0] == 0
-    settings = dict(editor_name=str(c.editor), judge_name=c.eval_judge)
-    with at_size(editor, c.eval_size):
+    settings = dict(editor_name=str(config.editor), judge_name=config.eval_judge)
+    with at_size(editor, config.eval_size):
         batch = evaluation_batch(ctx, editor, heldout)
-        for session in evaluate_sessions(editor, heldout, ctx.eval_judge, num_steps=evaluation_steps(c),
-                                         kind=solver_of(c.sampler), batch=batch, folder=ctx.run/'evaluations'/name,
+        for session in evaluate_sessions(editor, heldout, ctx.eval_judge, num_steps=evaluation_steps(config),
+                                         kind=solver_of(config.sampler), batch=batch, folder=ctx.run/'evaluations'/name,
                                          keep=8, settings=settings, progress=ctx.progress, desc=name):
             evaluated.append(session)
             if on_session and first: on_session(len(evaluated), len(heldout))
@@ -398,7 +399,7 @@ def heldout_row(
 BEST_STRIPS = 3     # held-out sessions that are drawn beside a kept adapter
 
 def keep_best(
-    c: Config,       # `keep_best` is read: how many stay
+    config: Config,  # `keep_best` is read: how many stay
     run,             # its folder
     rows: list,      # of `heldout.jsonl`
     state: RunState, # after the iteration of the last row
@@ -407,7 +408,7 @@ def keep_best(
 ):
     "Save the adapter if it is among the best, with pictures of what was found; drop those that no longer are."
     scored = [r for r in rows if r['heldout_O'] is not None and np.isfinite(r['heldout_O'])]
-    best = sorted(scored, key=lambda r: -r['heldout_O'])[:c.keep_best]
+    best = sorted(scored, key=lambda r: -r['heldout_O'])[:config.keep_best]
     names = {f'{r["iteration"]:06d}' for r in best}
     folder = Path(run)/'best'/f'{state.iteration:06d}'
     if folder.name in names:
@@ -424,9 +425,9 @@ def evaluate_heldout(
     state: RunState, # where it stands
 ):
     "Evaluate the adapter as it is now, if this iteration asks for it and it has not been done."
-    c = ctx.c
+    config = ctx.config
     done = state.iteration
-    if not (c.eval_every and done and done % c.eval_every == 0 and done < c.iterations): return
+    if not (config.eval_every and done and done % config.eval_every == 0 and done < config.iterations): return
     file = ctx.run/'heldout.jsonl'
     rows = from_first(lambda: log_rows(file))
     if any(r['iteration'] == done for r in rows): return
@@ -435,7 +436,7 @@ def evaluate_heldout(
         evaluation = run_evaluation(ctx, f'iteration {done}', state.policy.editor, ctx.source.heldout)
         row = heldout_row(done, evaluation[0], turns_of(ctx.source.heldout), evaluation[2])
         def keep():
-            keep_best(c, ctx.run, [*rows, row], state, ctx.source, evaluation)
+            keep_best(config, ctx.run, [*rows, row], state, ctx.source, evaluation)
             append_json_line(file, row)                                # now it is done
             ctx.trackers.log(row, done - 1)                            # beside the iteration that led to it
         from_first(keep)
@@ -445,7 +446,7 @@ def evaluate_heldout(
 
 # %% ../../nbs/training/04_train.ipynb #cbf78280
 def fit_batch(
-    c: Config,      # of the run
+    config: Config, # of the run
     run,            # its folder
     policy: Policy, # that is trained
     source,         # its `SessionSource`
@@ -453,13 +454,13 @@ def fit_batch(
     "On a card, the batch that a trial finds; elsewhere the one that the run remembers, or the one asked for."
     file = Path(run)/'batch.json'
     editor = policy.editor
-    longest = max((turns for (turns, _), share in source.kinds.items() if share), default=c.turns or 3)
+    longest = max((turns for (turns, _), share in source.kinds.items() if share), default=config.turns or 3)
     def trial(n):
         set_shape(editor, *source.largest_size(editor.size, editor.token_pixels))
-        trial_step(editor, n, c, policy.optimizer, longest)
-    if policy.editor.device.type == 'cuda' and not policy.sharded: batch = find_common_batch(trial, c.batch, file)
-    else: batch = min(c.batch, from_first(lambda: remembered_batch(file)) or c.batch)
-    return c.model_copy(update=dict(batch=batch))
+        trial_step(editor, n, config, policy.optimizer, longest)
+    if policy.editor.device.type == 'cuda' and not policy.sharded: batch = find_common_batch(trial, config.batch, file)
+    else: batch = min(config.batch, from_first(lambda: remembered_batch(file)) or config.batch)
+    return config.model_copy(update=dict(batch=batch))
 
 # %% ../../nbs/training/04_train.ipynb #20817542
 def say_log_gaps(
@@ -478,25 +479,25 @@ def say_untrained(
         print(f'warning: {run}: nothing was trained, no iteration had a row with an advantage', file=sys.stderr)
 
 def say_findings(
-    c: Config,      # `save_every` is read
+    config: Config, # `save_every` is read
     run,            # its folder
     iteration: int, # the last one, from 0
 ):
     "Print what the hacking monitor has seen since the last checkpoint."
     for f in followed_run(run)[1]:
-        if iteration - c.save_every < f.iteration <= iteration:
+        if iteration - config.save_every < f.iteration <= iteration:
             tqdm.write(f'monitor: iteration {f.iteration}: {f.name}: {f.text}', file=sys.stderr)
 
 # %% ../../nbs/training/04_train.ipynb #944d562a
 STEPS = dict(nft=iterate, grpo=iterate, sft=supervise, distill=distill)     # an iteration of each `algorithm`
 
 def step_of(
-    c: Config,      # of the run
+    config: Config, # of the run
     iteration: int, # from 0
 ):                  # (config, policy, sessions, judge, iteration) -> `Iteration`
     "What an iteration does."
-    if iteration >= first_imitation(c): return imitate
-    return iterate_as_judged if c.learn_as_judged else STEPS[c.algorithm]
+    if iteration >= first_imitation(config): return imitate
+    return iterate_as_judged if config.learn_as_judged else STEPS[config.algorithm]
 
 def keep_right(
     ctx: RunContext, # a run at work
@@ -504,7 +505,7 @@ def keep_right(
     step,            # the `Iteration`
 ):
     "Keep what an iteration got right, for the iterations that will repeat it; all processes call this."
-    with failing_together(): edits = right_edits(ctx.c, sessions, step, ctx.judge)
+    with failing_together(): edits = right_edits(ctx.config, sessions, step, ctx.judge)
     keep_right_edits(ctx.run, step.metrics['iteration'], edits)
 
 # %% ../../nbs/training/04_train.ipynb #944d562b
@@ -514,30 +515,30 @@ def one_iteration(
     evaluation: float, # seconds that the held-out sessions took before it
 ) -> dict:             # its metrics
     "Train on the next sessions; log, save and draw what is due. Writing is not interrupted."
-    c = ctx.c
+    config = ctx.config
     run = ctx.run
     stop = ctx.stop
     i = state.iteration
     sessions = ctx.source.batch(i)
     with clocked(state.policy.editor) as clock:
-        step = step_of(c, i)(c, state.policy, sessions, ctx.judge, i)
+        step = step_of(config, i)(config, state.policy, sessions, ctx.judge, i)
     metrics, rolled, scores, adv_PGT = step
     first = processes()[0] == 0
-    compares = i < first_imitation(c) and c.algorithm in RL
-    if compares and first_imitation(c) < c.iterations: keep_right(ctx, sessions, step)
-    usage = sum_statistics(judge_usage(scores, c.judge_options.get('price')), largest=())
+    compares = i < first_imitation(config) and config.algorithm in RL
+    if compares and first_imitation(config) < config.iterations: keep_right(ctx, sessions, step)
+    usage = sum_statistics(judge_usage(scores, config.judge_options.get('price')), largest=())
     with failing_together(), stop.deferred():
         state.advance()
         if first and ctx.source.skipped: add_missing_lines(run/'skipped.txt', ctx.source.skipped.values())
         if first and compares:
-            metrics |= iteration_signals(c, state.policy.editor, sessions, rolled, scores, adv_PGT)
+            metrics |= iteration_signals(config, state.policy.editor, sessions, rolled, scores, adv_PGT)
         if first: log_iteration(ctx, clock, metrics, usage, evaluation)
-    if state.iteration % c.save_every and state.iteration != c.iterations: return metrics
+    if state.iteration % config.save_every and state.iteration != config.iterations: return metrics
     with stop.deferred(): state.save()
     with failing_together(), stop.deferred():
         if first:
-            say_findings(c, run, i)
-            if i < first_imitation(c):
+            say_findings(config, run, i)
+            if i < first_imitation(config):
                 ctx.trackers.show('rollouts', save_group_figure(run, i, sessions, rolled, scores, adv_PGT), i)
     return metrics
 
@@ -585,20 +586,20 @@ def train_from_checkpoint(
     batch: int,      # rows per transformer call, at most
 ):                   # the trained editor
     "Train from the last checkpoint to the end."
-    policy = load_policy(ctx.c)
-    c = fit_batch(ctx.c.model_copy(update=dict(batch=batch)), ctx.run, policy, ctx.source)
-    state = RunState(c, ctx.run, policy)
+    policy = load_policy(ctx.config)
+    config = fit_batch(ctx.config.model_copy(update=dict(batch=batch)), ctx.run, policy, ctx.source)
+    state = RunState(config, ctx.run, policy)
     state.resume()
     def cut_logs():
         say_log_gaps(ctx.run, state.iteration)
         cut_log(ctx.run/'heldout.jsonl', state.iteration + 1)
     from_first(cut_logs)
-    source = with_own_results(ctx.source.for_editor(policy.editor, c.eval_size), c, ctx.run)
-    ctx = ctx._replace(c=c, source=source)
-    repeats = first_imitation(c)
+    source = with_own_results(ctx.source.for_editor(policy.editor, config.eval_size), config, ctx.run)
+    ctx = ctx._replace(config=config, source=source)
+    repeats = first_imitation(config)
     with saving_before_stop(ctx.stop, state):
         train_until(ctx, state, 'training', 0, repeats, current)
-        train_until(ctx, state, 'repeating', repeats, c.iterations, current)
+        train_until(ctx, state, 'repeating', repeats, config.iterations, current)
     if processes()[0] == 0: say_untrained(ctx.run)
     if state.average: policy.become(state.average)
     save_trained(ctx.run, policy)
@@ -611,37 +612,37 @@ def train_in(
     current = {}
     def where(): return f" in iteration {current['iteration']}" if current else ''
     file = ctx.run/'batch.json'
-    batch = min(ctx.c.batch, from_first(lambda: remembered_batch(file)) or ctx.c.batch)
+    batch = min(ctx.config.batch, from_first(lambda: remembered_batch(file)) or ctx.config.batch)
     return retry_with_half_the_rows(partial(train_from_checkpoint, ctx, current), batch, file, where)
 
 # %% ../../nbs/training/04_train.ipynb #3f3aa311
 def answers_file(
-    c: Config,  # of the run
-    run,        # its folder
-    judge=None, # that stands in for those that `c` names
-) -> Path:      # None: there is no judge whose answers are kept
+    config: Config, # of the run
+    run,            # its folder
+    judge=None,     # that stands in for those that `config` names
+) -> Path:          # None: there is no judge whose answers are kept
     "The file in which the first process keeps what judges answer."
-    models = judge is None and {c.judge, c.eval_judge} - set(JUDGES)
+    models = judge is None and {config.judge, config.eval_judge} - set(JUDGES)
     return Path(run)/'judge.sqlite' if models else None
 
 # %% ../../nbs/training/04_train.ipynb #f8c2e66c
 def train(
-    c: Config,             # from `make_config`
+    config: Config,        # from `make_config`
     run,                   # folder to create, or to continue
-    judge=None,            # (sessions, images) -> `Scores`; None: the one that `c.judge` names
+    judge=None,            # (sessions, images) -> `Scores`; None: the one that `config.judge` names
     progress: bool = True, # progress bars with the time left
 ):                         # the trained editor
     """Train, or go on training, and leave everything in the run folder.
 
     Raises `Stopped`, a `KeyboardInterrupt`, when a signal asks to stop, and `InputError` for what does not fit."""
-    with failing_together(): source, identity = prepare(c)
-    with stop_together() as stop, opened_run(c, run, identity) as run, hint_at_resume(run):
+    with failing_together(): source, identity = prepare(config)
+    with stop_together() as stop, opened_run(config, run, identity) as run, hint_at_resume(run):
         from_first(lambda: last_checkpoint(run))                       # raises where all are damaged
-        answers = answers_file(c, run, judge)
+        answers = answers_file(config, run, judge)
         share_answers(answers)
-        with failing_together(): judge, eval_judge = load_judges(c, judge, answers)
-        with tracking(c.track, run, c.model_dump()) as trackers:
-            trained = train_in(RunContext(c, run, source, judge, eval_judge, stop, trackers, progress))
+        with failing_together(): judge, eval_judge = load_judges(config, judge, answers)
+        with tracking(config.track, run, config.model_dump()) as trackers:
+            trained = train_in(RunContext(config, run, source, judge, eval_judge, stop, trackers, progress))
         collect_answers(answers)
         return trained
 
@@ -652,16 +653,16 @@ _BASE_DEPENDS_ON = ('editor', 'quantize', 'size', 'guidance', 'turns', 'eval_tur
 
 def base_file(
     run,            # its folder
-    c: Config,      # of the run
+    config: Config, # of the run
     identity: dict, # from `prepare`
 ) -> Path:          # None: the evaluation is not shared
     "The file in which runs of one folder share the base editor's evaluation, named by all that it depends on."
-    if c.init_lora: return None                                        # begins with an adapter of its own
+    if config.init_lora: return None                                   # begins with an adapter of its own
     versions = environment()
     changed = (versions['commit'] or '').endswith('-dirty')
-    if changed or Path(c.editor).is_dir() or Path(c.eval_judge.split(':')[0]).is_dir(): return None
+    if changed or Path(config.editor).is_dir() or Path(config.eval_judge.split(':')[0]).is_dir(): return None
     content = {k: identity[k] for k in ('heldout', 'editor', 'eval_judge')}
-    fields = {k: getattr(c, k) for k in _BASE_DEPENDS_ON} | dict(sampler=solver_of(c.sampler))
+    fields = {k: getattr(config, k) for k in _BASE_DEPENDS_ON} | dict(sampler=solver_of(config.sampler))
     key = content_hash(fields, versions, content)
     return Path(run).parent/'.base'/f'{key[:16]}.safetensors'
 
@@ -670,14 +671,14 @@ class FirstBatch:
     "Reports how far an evaluation is, and after its first batch how long the whole job will take."
     def __init__(
         self,
-        c: Config,            # of the run
+        config: Config,       # of the run
         run,                  # its folder
         name: str,            # of the evaluation; the first one is 'before'
         turns: int,           # of a session, at most
         print_estimate: bool, # after the first batch
     ):
         self.start = time.monotonic()
-        self.c = c
+        self.config = config
         self.run = run
         self.name = name
         self.turns = turns
@@ -690,21 +691,21 @@ class FirstBatch:
     ):
         "Note how far the evaluation is, for whoever looks into the run folder."
         text = ''
-        if self.name == 'before' and done == min(self.c.batch*processes()[1], total):
-            rows = done*self.turns*evaluation_steps(self.c)
-            estimate = estimate_seconds(self.c, self.turns, total, (time.monotonic() - self.start)/rows)
-            text = estimate_text(self.c, estimate)
+        if self.name == 'before' and done == min(self.config.batch*processes()[1], total):
+            rows = done*self.turns*evaluation_steps(self.config)
+            estimate = estimate_seconds(self.config, self.turns, total, (time.monotonic() - self.start)/rows)
+            text = estimate_text(self.config, estimate)
             if self.print_estimate: print(text, file=sys.stderr)
         note_progress(self.run, self.name, done, total, text)
 
 # %% ../../nbs/training/04_train.ipynb #042fb677
 def warn_of_mismatches(
-    c: Config, # of the run
-    editor,    # that is evaluated
+    config: Config, # of the run
+    editor,         # that is evaluated
 ):
     "Say where the editor is evaluated differently from how it is trained: in other steps, at another size."
-    used = dict(steps=c.eval_steps or c.num_steps, size=c.eval_size or editor.size)
-    for text in training_mismatches(dict(steps=c.num_steps, size=editor.size), used):
+    used = dict(steps=config.eval_steps or config.num_steps, size=config.eval_size or editor.size)
+    for text in training_mismatches(dict(steps=config.num_steps, size=editor.size), used):
         print(f'warning: evaluation: {text}', file=sys.stderr)
 
 def saved_evaluation(
@@ -715,7 +716,7 @@ def saved_evaluation(
 ):
     "Evaluate once per run, or once for all runs that share a file, into `before.safetensors` or `after.safetensors`."
     file = ctx.run/f'{name}.safetensors'
-    heldout = ctx.source.for_editor(editor, ctx.c.eval_size).heldout
+    heldout = ctx.source.for_editor(editor, ctx.config.eval_size).heldout
     turns_I = turns_of(heldout).tolist()
     def has_all(file):
         evaluation = read_outcomes(file)
@@ -726,8 +727,8 @@ def saved_evaluation(
         if evaluation: write_outcomes(file, *evaluation, read_cc_unscored(shared), turns_I)
         return bool(evaluation)
     if from_first(is_there): return
-    if name == 'before' and processes()[0] == 0: warn_of_mismatches(ctx.c, editor)
-    report = FirstBatch(ctx.c, ctx.run, name, int(turns_of(heldout).max()), ctx.progress)
+    if name == 'before' and processes()[0] == 0: warn_of_mismatches(ctx.config, editor)
+    report = FirstBatch(ctx.config, ctx.run, name, int(turns_of(heldout).max()), ctx.progress)
     evaluation = run_evaluation(ctx, name, editor, heldout, report)
     def keep():
         for target in filter(None, (file, shared)): write_outcomes(target, *evaluation, turns_I)
@@ -759,10 +760,10 @@ def trained_content(
 
 # %% ../../nbs/training/04_train.ipynb #b47bab55
 def results_of(
-    c: Config, # of the run
-    run,       # its folder
-    source,    # its `SessionSource`
-) -> tuple:    # (what `results.json` holds, the table as a frame)
+    config: Config, # of the run
+    run,            # its folder
+    source,         # its `SessionSource`
+) -> tuple:         # (what `results.json` holds, the table as a frame)
     "The final numbers of a run, from the two evaluations that its folder holds."
     (before, _), (after, _) = (read_outcomes(Path(run)/f'{name}.safetensors') for name in ('before', 'after'))
     turns_I = turns_of(source.heldout)
@@ -775,8 +776,8 @@ def results_of(
     by_reward = {name: unscored_by_reward(o.success_IT, no_cc_IT, turns_I)
                  for name, o, no_cc_IT in zip(('before', 'after'), (before, after), cc_unscored)}
     unscored = {name: sum(counts['if']) for name, counts in by_reward.items()}
-    return dict(sessions=sessions, turns=T, iterations=c.iterations, seed=c.seed, seconds_training=round(seconds, 1),
-                final_turn_O_before=last.before, final_turn_O_gain=last.difference,
+    return dict(sessions=sessions, turns=T, iterations=config.iterations, seed=config.seed,
+                seconds_training=round(seconds, 1), final_turn_O_before=last.before, final_turn_O_gain=last.difference,
                 final_turn_O_gain_ci=[last.low, last.high], evaluated_on=source.heldout_name, unscored=unscored,
                 unscored_by_reward=by_reward, **trained_content(run),
                 table=table.reset_index().to_dict('records')), table
@@ -795,13 +796,13 @@ def track_results(
 ):
     "Send the two evaluations and their pictures, once."
     if not ctx.trackers.started: return
-    c = ctx.c
+    config = ctx.config
     folder = ctx.run/'rollouts'
-    _, table = results_of(c, ctx.run, ctx.source)
+    _, table = results_of(config, ctx.run, ctx.source)
     for (turn, metric), row in table.iterrows():
-        ctx.trackers.log({f'{when}_{metric}': {turn: row[when]} for when in ('before', 'after')}, c.iterations)
+        ctx.trackers.log({f'{when}_{metric}': {turn: row[when]} for when in ('before', 'after')}, config.iterations)
     draw_heldout(ctx.run, ctx.source)
-    for file in sorted(folder.glob('heldout_*.png')): ctx.trackers.show(file.stem, file, c.iterations)
+    for file in sorted(folder.glob('heldout_*.png')): ctx.trackers.show(file.stem, file, config.iterations)
 
 # %% ../../nbs/training/04_train.ipynb #4e36b224
 def is_finished(
@@ -823,27 +824,28 @@ def is_finished(
 def run_stages(
     ctx: RunContext,   # a run at work
     identity: dict,    # from `prepare`
-    judge_given: bool, # the judge was handed over, and is not the one that `c` names
+    judge_given: bool, # the judge was handed over, and is not the one that `config` names
 ):
     "Evaluate, train, evaluate: what has been done before is not done again."
-    c = ctx.c
-    adapter = dict(lora_rank=c.lora_rank) if c.init_lora else {}
+    config = ctx.config
+    adapter = dict(lora_rank=config.lora_rank) if config.init_lora else {}
     with failing_together():
-        base = load_configured_editor(c, **adapter)
-        if not judge_given: check_size(c, base)
-        if not c.init_lora and c.lora_rank is not None: check_lora(base.transformer, c.lora_rank, c.lora_targets)
-    saved_evaluation(ctx, 'before', base, None if judge_given else base_file(ctx.run, c, identity))
+        base = load_configured_editor(config, **adapter)
+        if not judge_given: check_size(config, base)
+        if not config.init_lora and config.lora_rank is not None:
+            check_lora(base.transformer, config.lora_rank, config.lora_targets)
+    saved_evaluation(ctx, 'before', base, None if judge_given else base_file(ctx.run, config, identity))
     del base
     gc.collect()                                                       # a card has room for one
     saved_evaluation(ctx, 'after', train_in(ctx))
 
 def write_results(
-    c: Config, # of the run
-    run: Path, # its folder
-    source,    # its `SessionSource`
-) -> dict:     # what `results.json` holds
+    config: Config, # of the run
+    run: Path,      # its folder
+    source,         # its `SessionSource`
+) -> dict:          # what `results.json` holds
     "Write the table and the pictures of a run that has come to its end."
-    results, table = results_of(c, run, source)
+    results, table = results_of(config, run, source)
     draw_heldout(run, source)
     atomic_write(run/'results.csv', table.to_csv())
     atomic_write(run/'results.json', to_json(results, indent=1))
@@ -851,29 +853,29 @@ def write_results(
 
 # %% ../../nbs/training/04_train.ipynb #5096d3c5
 def experiment(
-    c: Config,             # from `make_config`
+    config: Config,        # from `make_config`
     run,                   # folder to create, or to continue
-    judge=None,            # None: the one that `c.judge` names
+    judge=None,            # None: the one that `config.judge` names
     progress: bool = True, # progress bars
 ) -> dict:                 # what `results.json` holds
     """Evaluate, train, evaluate; writes `results.json`, `results.csv` and pictures. Called again, it goes on.
 
     Raises `Stopped` after an orderly stop by a signal, and `InputError` for what does not fit."""
-    with failing_together(): source, identity = prepare(c)
-    with stop_together() as stop, opened_run(c, run, identity) as run, hint_at_resume(run):
+    with failing_together(): source, identity = prepare(config)
+    with stop_together() as stop, opened_run(config, run, identity) as run, hint_at_resume(run):
         if from_first(lambda: is_finished(run)):
-            from_first(lambda: say_log_gaps(run, c.iterations))
+            from_first(lambda: say_log_gaps(run, config.iterations))
         else:
             judge_given = judge is not None
             from_first(lambda: last_checkpoint(run))                   # raises where all are damaged
-            answers = answers_file(c, run, judge)
+            answers = answers_file(config, run, judge)
             share_answers(answers)
             with failing_together():
-                judge, eval_judge = load_judges(c, judge, answers)     # a resumed run asks nothing twice
+                judge, eval_judge = load_judges(config, judge, answers) # a resumed run asks nothing twice
                 check_judges(judge, eval_judge)
-            with tracking(c.track, run, c.model_dump()) as trackers:
-                ctx = RunContext(c, run, source, judge, eval_judge, stop, trackers, progress)
+            with tracking(config.track, run, config.model_dump()) as trackers:
+                ctx = RunContext(config, run, source, judge, eval_judge, stop, trackers, progress)
                 run_stages(ctx, identity, judge_given)
                 from_first(lambda: track_results(ctx))
             collect_answers(answers)
-        return from_first(lambda: write_results(c, run, source))
+        return from_first(lambda: write_results(config, run, source))
