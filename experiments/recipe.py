@@ -12,6 +12,7 @@ settings have changed since. `tuning_runs` are the lines of experiments/results/
 `turn1_success_by_type` shows which edits an editor can do when it is given the first picture."""
 import argparse, shlex, sys
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +20,7 @@ from mt_editflow_nb.ablation.passes import passes_so_far
 from mt_editflow_nb.ablation.results import METRICS, compare_points, load_results, seed_scores
 from mt_editflow_nb.algorithm.config import RL
 from mt_editflow_nb.data.files import InputError, atomic_write, expect, one_of, read_json, read_json_lines, to_json
-from mt_editflow_nb.data.plots import save_figure
+from mt_editflow_nb.data.plots import PALETTE, save_figure
 from mt_editflow_nb.data.shapeworld import WORLDS
 from mt_editflow_nb.evaluation.scores import Outcomes
 from mt_editflow_nb.evaluation.statistics import percentile_interval
@@ -125,17 +126,21 @@ def provenance():
     command = shlex.join(['python', 'experiments/recipe.py', *words])
     return dict(command=command, commit=environment()['commit'])
 
+def styles(report):
+    "Colour and line of each method, the same in both panels; those that learn from targets are dashed."
+    left = {kind: cycle(PALETTE[1:]) for kind in ('scores', 'targets')}
+    for label, m in report['methods'].items():
+        color = PALETTE[0] if label == report['ours'] else next(left[m['learns_from']])
+        yield dict(color=color, ls='-' if m['learns_from'] == 'scores' else '--')
+
 def plot(report):
     "Left: the gain at turn 3 with its interval. Right: how the overall score decays over turns."
     figure, (gains, decay) = plt.subplots(1, 2, figsize=(11, 3.6), layout='constrained')
-    for y, (label, m) in enumerate(report['methods'].items()):
-        color = {'scores': 'C7', 'targets': 'C1'}[m['learns_from']]
-        style = dict(color='C0' if label == report['ours'] else color)
+    for y, ((label, m), style) in enumerate(zip(report['methods'].items(), styles(report))):
         gains.plot(m['turn3_O_gain_ci'], [y, y], **style)
-        gains.plot(m['turn3_O_gain'], y, 'o', **style)
+        gains.plot(m['turn3_O_gain'], y, 'o', color=style['color'])
         O = [x for x in m['O_after'] if x is not None]
-        decay.plot(range(1, len(O) + 1), O, label=label, ls='-' if m['learns_from'] == 'scores' else '--',
-                   lw=2.5 if label == report['ours'] else 1)
+        decay.plot(range(1, len(O) + 1), O, label=label, lw=2.5 if label == report['ours'] else 1, **style)
     O = [x for x in m['O_before'] if x is not None]
     decay.plot(range(1, len(O) + 1), O, 'k:', label='before training')
     gains.axvline(0, color='k', lw=.5)

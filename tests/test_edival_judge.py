@@ -227,5 +227,5 @@ def test_a_web_server_of_another_kind_is_one_line():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with pytest.raises(InputError, match='^judge: expected JSON .*/tools, .*It works!'):
-            RemoteTools(f'http://127.0.0.1:{server.server_port}').about     # noqa: B018 what the server is, is asked here
+            RemoteTools(f'http://127.0.0.1:{server.server_port}').about     # noqa: B018 asks what the server is
     finally: server.shutdown()

@@ -184,7 +184,8 @@ def test_causes_of_lost_connections(monkeypatch, tmp_path):
     with Scripted(lambda request: good) as server:
         assert 'it does not speak TLS' in error(server.url.replace('http://', 'https://'))
     monkeypatch.setenv('SSL_CERT_FILE', str(tmp_path/'none.pem'))
-    with pytest.raises(InputError, match='^SSL_CERT_FILE: expected a path that is there'): error('https://127.0.0.1:9/v1')
+    with pytest.raises(InputError, match='^SSL_CERT_FILE: expected a path that is there'):
+        error('https://127.0.0.1:9/v1')
     (tmp_path/'none.pem').write_text('no certificate')
     with pytest.raises(InputError, match='^SSL_CERT_FILE: expected a file of cert'): error('https://127.0.0.1:9/v1')
     monkeypatch.delenv('SSL_CERT_FILE')
@@ -192,7 +193,8 @@ def test_causes_of_lost_connections(monkeypatch, tmp_path):
     said = error('http://judge.example/v1')
     assert 'the proxy that HTTP_PROXY names' in said and 'refused' in said and 'secret' not in said
     monkeypatch.setenv('ALL_PROXY', 'socks5://me:secret@127.0.0.1:1')
-    with pytest.raises(InputError, match='^ALL_PROXY: expected .*HTTP proxy.*socks5') as e: error('http://judge.example/v1')
+    with pytest.raises(InputError, match='^ALL_PROXY: expected .*HTTP proxy.*socks5') as e:
+        error('http://judge.example/v1')
     assert 'secret' not in str(e.value) and '\n' not in str(e.value)
 
 def test_a_gateway_is_not_the_server():

@@ -170,6 +170,29 @@ written = [*notebooks, *sorted((root/'tests').glob('*.py')), *sorted((root/'expe
 def test_one_assignment_a_line(path):
     assert not [line for source in python_of(path) for line in several_assignments(source)]
 
+LINE = 120      # characters
+
+def long_lines(source):
+    "Lines that are too long, whatever they end with, but for the list of names that nbdev writes."
+    return [line for line in source.split('\n') if len(line) > LINE and not line.startswith('__all__ = [')]
+
+def test_long_lines_are_found():
+    long = 'x = 1'.ljust(LINE) + '# noqa'
+    assert long_lines(f"x = 1\n__all__ = [{long!r}]\n{long}") == [long]
+
+def parameters_of(path):
+    "The sources of the cells in which papermill looks for parameters, each of which is one line."
+    return [c.source for c in cells_of(path) if 'parameters' in c.metadata.get('tags', [])]
+
+package = sorted(p for p in (root/lib).rglob('*.py') if p.name != '_modidx.py')        # which nbdev writes
+
+@each([*package, *written])
+def test_lines_are_short(path):
+    sources = python_of(path)
+    if path.parent.name == 'experiments' and path.suffix == '.ipynb':
+        sources = [source for source in sources if source not in parameters_of(path)]
+    assert not [line for source in sources for line in long_lines(source)]
+
 @pytest.mark.parametrize('name', modules, ids='.'.join)
 def test_cells_are_short(name):
     assert not list(too_long(modules[name]))

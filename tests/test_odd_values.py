@@ -17,7 +17,8 @@ def places(value, at=()):
     "Where the values of nested dicts and lists stand."
     yield at
     if isinstance(value, (dict, list)):
-        for k in value if isinstance(value, dict) else range(len(value)): yield from places(value[k], (*at, k))
+        keys = value if isinstance(value, dict) else range(len(value))
+        for k in keys: yield from places(value[k], (*at, k))
 
 def changed(value, at, new):
     "A copy in which another value stands in one place; `...`: nothing does."

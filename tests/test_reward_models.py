@@ -64,7 +64,8 @@ def test_hpsv3_measures_quality_as_edival_does(checkpoint):
 def test_what_a_head_model_does_not_have_is_one_line(checkpoint, tmp_path):
     with pytest.raises(InputError, match='^rewards of editreward: expected one of if, quality'):
         load_judge(f'editreward:{checkpoint}', rewards=('if', 'cc', 'quality'))
-    with pytest.raises(InputError, match='^judge: expected editreward:CHECKPOINT'): load_judge('editreward:m@http://h/v1')
+    with pytest.raises(InputError, match='^judge: expected editreward:CHECKPOINT'):
+        load_judge('editreward:m@http://h/v1')
     with pytest.raises(InputError, match='^judge_options'): load_judge(f'hpsv3:{checkpoint}', concurrency=3)
     (tmp_path/'config.json').write_text((checkpoint/'config.json').read_text())
     with pytest.raises(InputError, match='expected a model that can be loaded|expected the weights'):

@@ -27,8 +27,9 @@ folder = pathlib.Path(run)
 if stubborn: signal.signal(signal.SIGINT, signal.SIG_IGN)
 with open(folder/'starts', 'a') as f: f.write('x')
 log = folder/'metrics.jsonl'
+done = len(log.read_text().splitlines()) if log.exists() else 0
 try:
-    for i in range(len(log.read_text().splitlines()) if log.exists() else 0, iterations):
+    for i in range(done, iterations):
         time.sleep(0 if (folder/'fast').exists() else seconds)
         with open(log, 'a') as f: f.write(json.dumps(dict(iteration=i)) + '\\n')
 except KeyboardInterrupt:

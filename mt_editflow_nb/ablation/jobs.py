@@ -170,7 +170,8 @@ def run_job():
         record.write('running')
         _stop_on_request(record, message['time_limit'])
         end = _execute(message, record)
-        record.end(*(end if end[0] == 'done' else record.reason or end))
+        if end[0] != 'done': end = record.reason or end
+        record.end(*end)
 
 # %% ../../nbs/ablation/01_jobs.ipynb #bc7bf9d7
 def job_message(

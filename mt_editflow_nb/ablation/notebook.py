@@ -51,13 +51,17 @@ def _usable_rows(path):
             row = json.loads(line)
             if isinstance(row, dict): yield row
 
+def _pictures_of(row):
+    "What a row of a file of sessions names: its picture and its targets, whatever they are."
+    targets = row.get('targets')
+    return [row.get('image'), *targets] if isinstance(targets, list) else [row.get('image')]
+
 def _session_files(path, on_bad):
     "A file of sessions and its pictures, or the files of a table."
     if is_table(path): return [Path(path), *sorted(Path(path).rglob('*'))]
     if not Path(path).is_file(): return []
     rows = _usable_rows(path) if on_bad == 'skip' else read_json_lines(path)
-    named = [(row.get('image'), row.get('targets')) for row in rows]
-    pictures = {str(name) for image, some in named for name in (image, *(some if isinstance(some, list) else ()))}
+    pictures = {str(name) for row in rows for name in _pictures_of(row)}
     return [Path(path), *(Path(path).parent/name for name in sorted(pictures))]
 
 def config_content(
@@ -68,7 +72,8 @@ def config_content(
     content = dict(editor=_editor_hash(config.editor, _stamps(sorted(folder.rglob('*')) if folder.is_dir() else [])))
     for field in ('judge', 'eval_judge'): content[field] = judge_fingerprint(getattr(config, field))
     if config.streaming: content['sessions'] = streamed_hash(config.sessions)
-    for field in ('heldout',) if config.streaming else ('sessions', 'heldout'):
+    on_disk = ['heldout'] if config.streaming else ['sessions', 'heldout']
+    for field in on_disk:
         path = str(getattr(config, field))
         outside = config.allow_outside and not is_table(path)
         files = _session_files(path, config.on_bad)

@@ -236,9 +236,10 @@ def _batches(path, columns=None):
     "(number of the first row, rows) of a parquet file, few at a time. Raises `InputError` for a damaged one."
     import pyarrow.parquet, pyarrow.lib
     first = 0
+    size = 16 if columns is None else 65536
     try:
         with pyarrow.parquet.ParquetFile(path) as f:
-            for batch in f.iter_batches(16 if columns is None else 65536, columns=columns):
+            for batch in f.iter_batches(size, columns=columns):
                 rows = batch.to_pylist()
                 yield first, rows
                 first += len(rows)

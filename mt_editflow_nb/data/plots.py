@@ -178,6 +178,14 @@ def _curve(runs, values_of, window):
     half = 2*errors[0] if S == 1 else stdtrit(S - 1, .975)*np.std(means, 0, ddof=1)/S**.5
     return iterations, np.mean(means, 0), half
 
+_HIGHEST = {'all_right': 1, 'success': 1, 'if': 1, 'cc': 1, 'quality': 1,        # of metrics whose scale begins at 0
+            'heldout_O': 100, 'heldout_IF': 100, 'heldout_CC': 100}
+
+def _band(metric, mean, half):
+    "(lower end, upper end) of a band, as far as it lies within the scale of a metric that has one."
+    ends = np.array([mean - half, mean + half])
+    return ends.clip(0, _HIGHEST[metric]) if metric in _HIGHEST else ends
+
 def _value_at(metric, turn):
     "A function from a row to its value: a number, None for null, or `...` where the row does not have the metric."
     def value_of(row):
@@ -222,7 +230,7 @@ def plot_learning_curves(
             if curve is None: continue
             x, mean, half = curve
             ax.plot(x, mean, marker='.' if len(x) == 1 else None, label=plain_label(label[:40]), **style)
-            ax.fill_between(x, mean - half, mean + half, color=style['color'], alpha=.15, lw=0)
+            ax.fill_between(x, *_band(metric, mean, half), color=style['color'], alpha=.15, lw=0)
         ax.set_title(plain_label(METRIC_NAMES.get(metric, metric)), fontsize=10)
         ax.set_xlabel('iteration', fontsize=9)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))

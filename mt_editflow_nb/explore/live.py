@@ -12,9 +12,10 @@ import time
 from functools import lru_cache
 from pathlib import Path
 import ipywidgets as widgets
+from matplotlib.figure import Figure
 from ..algorithm.config import first_imitation
 from ..data.files import GrowingLog, duration_text
-from ..data.plots import figure_png, plot_learning_curves
+from ..data.plots import NEUTRAL, figure_png, plain_label, plot_learning_curves
 from ..training.runs import followed_run, read_config
 from .pages import WHOLE_LABEL, View, as_url, checkbox, dropdown, page, template
 
@@ -111,6 +112,16 @@ def plot_training(
     if not any(rows.values()): return None
     return plot_learning_curves(rows, _PANELS, window=window, transparent=True)
 
+def _states_figure(runs):
+    "What the page says before the first iteration, as a figure: the state of each run. None where no run is chosen."
+    if not runs: return None
+    states = [f'{name[:40]}: {read_training(run)["state"]}' for name, run in runs.items()]
+    fig = Figure(figsize=(5, .4 + .2*len(runs)))
+    fig.patch.set_alpha(0)
+    text = plain_label('\n'.join(['No iteration yet.', *states]))
+    fig.text(.02, .5, text, color=NEUTRAL, fontsize=10, linespacing=1.4, va='center')
+    return fig
+
 # %% ../../nbs/explore/05_live.ipynb #2c18824f
 def training_monitor(
     runs,             # as for `named_runs`
@@ -152,7 +163,10 @@ class TrainingMonitor(View):
         self._start()
 
     def _chosen(self, names): return {name: self.runs[name] for name in names}
-    def _figure(self, runs, window, strips): return plot_training(self._chosen(runs), window)
+
+    def _figure(self, runs, window, strips):
+        chosen = self._chosen(runs)
+        return plot_training(chosen, window) or _states_figure(chosen)
 
     def _page(self, runs, window, strips):
         if not runs: return page('<p>Choose a run.</p>')
