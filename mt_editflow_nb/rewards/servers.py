@@ -324,6 +324,12 @@ async def ask_systemone(
     except (KeyError, TypeError, ValueError): return Reply(error=_no_probabilities)
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0016
+def _words_of(error):
+    "What a server has said about its own failure, where that is not a page of HTML."
+    body = error.body if isinstance(error.body, dict) else {}
+    return f': {_line(body["message"])}' if body.get('message') else ''
+
+# %% ../../nbs/rewards/00a_servers.ipynb #6526cf4a
 async def ask_server(
     server,         # a `Server`
     http,           # an `AsyncOpenAI`
@@ -354,9 +360,7 @@ async def ask_server(
                              f'{cause}') from None
         raise Unreachable(cause) from None
     except openai.InternalServerError as e:
-        body = e.body if isinstance(e.body, dict) else {}                  # not a page of HTML
-        said = f': {_line(body["message"])}' if body.get('message') else ''
-        raise Unreachable(status_text(e.status_code) + said) from None
+        raise Unreachable(status_text(e.status_code) + _words_of(e)) from None
     except openai.APIStatusError as e:
         if e.code == 'insufficient_quota': raise InputError(f'judge: {url} has no quota left: {_line(e)}') from None
         if ask.choices and 'logprob' in str(e):
