@@ -24,7 +24,9 @@ TABLE = Template('''\
 def read_tables(name):
     "(comparisons, scores, monitor) of a sweep's report."
     try: return [pd.read_csv(results/name/f'{table}.csv') for table in ('comparisons', 'scores', 'monitor')]
-    except OSError as e: raise InputError(f'{e.filename}: not there; run mtef_report first') from None
+    except OSError as e:
+        raise InputError(f'{e.filename}: expected a file that can be read, received none ({e.strerror}); '
+                         'run mtef_report first') from None
 
 def difference(row): return f'{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]'
 

@@ -115,7 +115,7 @@ def generate_benchmark(
     "Make every turn of every item. Called again, it makes what is missing or was made from something else."
     settings = dict(steps=num_steps) | (settings or {})
     process, count = processes()
-    for s in sessions: expect(s.has_image, f'session {s.id!r}', 'an image', 'there is none')
+    for s in sessions: expect(s.has_image, f'session {s.id!r}', 'an image', None)
     shapes = [fitted_size(*s.image_size, editor.size, editor.token_pixels) for s in sessions]
     batches = batches_of(sessions, max(1, min(batch, math.ceil(len(sessions)/count))), shapes)
     with_pictures = open_ahead(sessions, batches[process::count])

@@ -539,7 +539,7 @@ def check_edival_session(
     expect(len(session.task_types) == T, f'{place}: `task_types`', f'a list of {T}, one a turn', session.task_types)
     for kind in session.task_types: one_of(f'{place}: `task_types`', kind, list(SLOT_PATTERNS))
     there = session.image_path or session.image_file or session.image is not None
-    expect(there, place, 'an image', 'none')
+    expect(there, place, 'an image', None)
 
 # %% ../../nbs/rewards/01c_edival_rules.ipynb #50e5dc28
 def _term(steps):
