@@ -64,6 +64,7 @@ def _session_files(path, on_bad):
     pictures = {str(name) for row in rows for name in _pictures_of(row)}
     return [Path(path), *(Path(path).parent/name for name in sorted(pictures))]
 
+# %% ../../nbs/ablation/00b_notebook.ipynb #9d24f0b7
 def config_content(
     config: Config, # from `notebook_config`
 ) -> dict:          # field -> hash or name
