@@ -281,6 +281,7 @@ def quiet_libraries():
             for m, level in zip((d, t), levels): m.set_verbosity(level)
             for m in bars: m.enable_progress_bar()
 
+# %% ../../nbs/editing/05_loading.ipynb #5e8d30b7
 def load_pipeline(
     name_or_path: str|Path, # 'tiny', a pipeline directory, or a hub name
     quantize: str,          # None or 'nf4'
