@@ -111,7 +111,7 @@ def test_prose_around_the_json_is_read():
 def test_what_no_patience_repairs_stops_the_run(monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-very-secret')
     says = []
-    for status, part in ((401, 'received one that it refused'), (404, "knows, received 'm'")):
+    for status, part in ((401, 'received one it refused'), (404, "knows, received 'm'")):
         says[:] = status, '{"error": {"message": "bad key sk-very-secret"}}'
         with Faulty(lambda n, body: tuple(says)) as server:
             with pytest.raises(InputError, match=part) as e: think(engine(server), [item()], PROMPTS)

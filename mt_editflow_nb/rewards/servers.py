@@ -346,8 +346,7 @@ async def ask_server(
             server.has_no_logprobs = True
         return await ask_systemone(server, http, url, ask, pictures)
     except (openai.AuthenticationError, openai.PermissionDeniedError):
-        raise InputError(f'judge: expected a key that {url} accepts, received one that it refused '
-                         '(OPENAI_API_KEY)') from None
+        raise InputError(f'judge: expected a key that {url} takes, received one it refused (OPENAI_API_KEY)') from None
     except openai.NotFoundError as e:
         raise InputError(f'judge: expected a model and an address that {url} knows, received {server.model!r}: '
                          f'{_line(e)}') from None
@@ -355,9 +354,7 @@ async def ask_server(
         raise Unreachable(f'no answer within {server.timeout:g} s, {http.max_retries + 1} times') from None
     except openai.APIConnectionError as e:
         cause = connection_cause(e, url)
-        if 'certificate' in cause:
-            raise InputError(f'judge: expected a server with a certificate that is trusted, received {url}: '
-                             f'{cause}') from None
+        if 'certificate' in cause: raise InputError(f'judge: expected a safe server, received {url}: {cause}') from None
         raise Unreachable(cause) from None
     except openai.InternalServerError as e:
         raise Unreachable(status_text(e.status_code) + _words_of(e)) from None
