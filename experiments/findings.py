@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Template
 from mt_editflow_nb.ablation.results import last_turn
-from mt_editflow_nb.data.files import InputError, atomic_write, read_json, read_json_lines
+from mt_editflow_nb.data.files import InputError, atomic_write, read_json, read_json_lines, unreadable_file
 
 here = Path(__file__).resolve().parent
 results = here/'results'/'sweeps'
@@ -24,9 +24,7 @@ TABLE = Template('''\
 def read_tables(name):
     "(comparisons, scores, monitor) of a sweep's report."
     try: return [pd.read_csv(results/name/f'{table}.csv') for table in ('comparisons', 'scores', 'monitor')]
-    except OSError as e:
-        raise InputError(f'{e.filename}: expected a file that can be read, received none ({e.strerror}); '
-                         'run mtef_report first') from None
+    except OSError as e: raise InputError(f'{unreadable_file(e.filename, e)}; run mtef_report first') from None
 
 def difference(row): return f'{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]'
 

@@ -541,7 +541,7 @@ def test_a_recipe_on_a_card_before_anything_is_downloaded(tmp_path, monkeypatch,
         with pytest.raises(InputError, match='card: expected a GPU'): try_card.main()
     monkeypatch.setattr(try_card, 'card', lambda: (torch.device('cpu'), 'a CPU'))
     monkeypatch.setattr('sys.argv', [*asked, 'grup=2'])
-    with pytest.raises(InputError, match='did you mean `group`'): try_card.main()
+    with pytest.raises(InputError, match="did you mean 'group'"): try_card.main()
     monkeypatch.setattr('sys.argv', asked)
     try_card.main()
     report = json.loads((tmp_path/'card_kontext_nft_CPU.json').read_text())

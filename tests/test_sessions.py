@@ -121,7 +121,8 @@ def test_bad_file(tmp_path, load, content, part):
     assert str(e.value).startswith(str(path)) and '\n' not in str(e.value)
 
 def test_folder_instead_of_file(tmp_path):
-    with pytest.raises(InputError, match='expected a file that can be read, received none'): load_sessions(tmp_path)
+    with pytest.raises(InputError, match='expected a file that can be read, received one that cannot'):
+        load_sessions(tmp_path)
 
 def test_csv_without_rows(tmp_path):
     path = tmp_path/'edival.csv'

@@ -1,5 +1,6 @@
 "How much of a gradient is signal, against gradients whose signal is known."
 import sys
+from types import SimpleNamespace
 import pytest, torch
 from helpers import run_notebook
 from readme import root
@@ -24,6 +25,20 @@ def test_signal_is_the_mean_and_nothing_that_a_batch_has_in_common(measures):
     for of_batch, expected in ((0, .1), (3**.5, .025)):
         snr, error = measures.signal_to_noise(draws(mean_X, 1000, 2, of_batch))
         assert snr == pytest.approx(expected, abs=3*error) and error < .15*expected
+
+def test_what_follows_is_paid_to_the_member_that_went_on(measures):
+    "By hand: two sessions, members and turns. What follows turn 1 is worth .5 and .1, on average .3."
+    rewards_PGTM = torch.tensor([[[1., .8], [0., .2]], [[.4, 0.], [.6, .2]]])[..., None]
+    paid = measures.add_what_follows(rewards_PGTM, torch.tensor([[0], [1]]))[..., 0]
+    by_hand = torch.tensor([[[1 + .5, .8], [0 + .3, .2]], [[.4 + .3, 0.], [.6 + .1, .2]]])
+    torch.testing.assert_close(paid, by_hand)
+
+def test_the_best_member_goes_on(measures):
+    score_PG = torch.tensor([[.2, .9, .4], [.7, .1, .7]])
+    scores = SimpleNamespace(names=('if', 'cc'), rewards_PGTM=score_PG[..., None, None].expand(2, 3, 1, 2))
+    scorer = SimpleNamespace(of_turn=lambda turn: scores)
+    drawn = torch.stack([measures.draw_best(scorer, turn, [(0, 0, 'a', 0), (0, 0, 'b', 0)]) for turn in range(20)], 1)
+    assert set(drawn[0].tolist()) == {1} and set(drawn[1].tolist()) == {0, 2}              # of equals, one at random
 
 def test_noise_alone_is_no_signal(measures):
     snr, error = measures.signal_to_noise(draws(torch.zeros(50).double(), 200, 4, of_batch=2.))

@@ -175,6 +175,12 @@ class Config(RunFields, LossFields, AdvantageFields, RolloutFields, SessionField
     @classmethod
     def _none_in_words(cls, value): return None if value == 'none' else value
 
+    @field_validator('branching', mode='before')
+    @classmethod
+    def _drawn_at_random(cls, value):
+        if value not in ('best', 'worst', 'failed'): return value
+        raise ValueError("'none' or 'random' (other rules were removed, see CHANGELOG.md)")
+
     @field_validator('heldout', mode='before')
     @classmethod
     def _some_are_held_out(cls, value):

@@ -68,7 +68,8 @@ def unreadable_file(
     e: OSError,     # what the system said about it
 ) -> InputError:    # to raise
     "The error about a file that is not there, or that may not be read."
-    return InputError(f'{path}: expected a file that can be read, received none ({e.strerror})')
+    received = 'none' if isinstance(e, FileNotFoundError) else 'one that cannot'
+    return InputError(f'{path}: expected a file that can be read, received {received} ({e.strerror})')
 
 # %% ../../nbs/data/00_files.ipynb #4c59e102
 def atomic_write(

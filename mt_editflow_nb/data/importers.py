@@ -81,7 +81,7 @@ def tables_of(
     others = looks_like(source)
     if others: raise InputError(f'{source}: expected {wanted}, received what looks like {" and ".join(others)}')
     if tables: raise InputError(f'{tables[0]}: expected {wanted}, received {", ".join(table_fields(tables[0]))}')
-    raise InputError(f'{source}: expected {wanted}, received no such file')
+    raise InputError(f'{source}: expected {wanted}, received none (there is no such file)')
 
 # %% ../../nbs/data/06_importers.ipynb #70d0cbfb
 def _shared_end(a, b):
@@ -375,7 +375,8 @@ def seed_edit_row(
     row = _object(record)
     source = _field(row, 'source_image')
     if SEED_CORRUPT.search(source):
-        raise KnownFault(f'`source_image`: expected a whole folder, received one known to be corrupt: {source}')
+        raise KnownFault('`source_image`: expected a picture outside the folders known to be corrupt, received '
+                         f'{source}')
     numbers = sorted(int(k.removeprefix('instruction_')) for k in row if re.fullmatch(r'instruction_\d+', k))
     expect(numbers and numbers == list(range(1, len(numbers) + 1)), '`instruction_1`, `instruction_2`, ...',
            'one a turn, from 1 on', [f'instruction_{n}' for n in numbers])

@@ -289,7 +289,7 @@ def hub_errors(
         raise InputError(f'{field}: expected a file or directory here, or what is public on the hub, received {name} '
                          '(if it is private, put a token into the variable HF_TOKEN)') from None
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
-        raise InputError(f'{field}: expected what is in the local cache, as the hub cannot be reached, received '
+        raise InputError(f'{field}: expected a name that is in the local cache (the hub cannot be reached), received '
                          f'{name}') from None
     except hub.EntryNotFoundError: raise InputError(f'{field}: expected {wanted}, received {name}') from None
     except (OSError, hub.HTTPError) as e:                           # HTTPError is the HTTP library's: no connection

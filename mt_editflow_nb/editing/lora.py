@@ -131,7 +131,7 @@ def find_adapter(
     expect(hub, field, 'a file, a folder, or a hub name such as owner/name', str(source))
     import huggingface_hub
     repo = f'{owner}/{name}'
-    with hub_errors(field, repo, 'a repository that has this file'):
+    with hub_errors(field, repo, f'a repository that has {"/".join(inside) or "an adapter"}'):
         file = '/'.join(inside) or choose(huggingface_hub.list_repo_files(repo))
         return Path(huggingface_hub.hf_hub_download(repo, file))
 

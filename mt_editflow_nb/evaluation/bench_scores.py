@@ -257,8 +257,8 @@ def check_answers(
     if len(failed) <= max_failed*max(len(log), 20): return     # of a few answers one may well be lost
     often = Counter(failed).most_common(1)[0][0]
     raise InputError(f'judge: expected a readable answer to at least {1 - max_failed:.0%} of the questions, received '
-                     f'none to {len(failed)} of {len(log)}; most often: {often}. What has been answered is kept; the '
-                     'same command goes on')
+                     f'one to {len(log) - len(failed)} of {len(log)}; most often: {often}. What has been answered is '
+                     'kept; the same command goes on')
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #96c85729
 def ask_benchmark(

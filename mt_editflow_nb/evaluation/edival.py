@@ -231,9 +231,9 @@ def _check_unscored(scored, max_failed):
     rows = [row for rows in scored for row in rows]
     lost = [row['why'] for row in rows if row['success'] is None]
     if len(lost) <= max_failed*len(rows): return
-    raise InputError(f'vlm: expected an answer in at least {1 - max_failed:.0%} of the turns, received none in '
-                     f'{len(lost)} of {len(rows)}; most often {max(set(lost), key=lost.count)}. What has been scored '
-                     'is kept; the same command resumes')
+    raise InputError(f'vlm: expected an answer in at least {1 - max_failed:.0%} of the turns, received one in '
+                     f'{len(rows) - len(lost)} of {len(rows)}; most often {max(set(lost), key=lost.count)}. What has '
+                     'been scored is kept; the same command goes on')
 
 # %% ../../nbs/evaluation/04_edival.ipynb #6b637f86
 def score_edival(

@@ -64,8 +64,8 @@ class Recent:
     "Where the answers lie that are not indexed yet: those of all processes that write to the file."
     def __init__(self):
         self.rows = {}    # key -> row
-        self.first = 0
-        self.last = 0     # row that was read
+        self.first = 0    # row that is here
+        self.last = 0     # row that has been read
 
     def read(
         self,
@@ -275,8 +275,8 @@ def _adapted(engine, asks):
 
 # %% ../../nbs/rewards/00b_cache.ipynb #b60fd3a1
 def _unrecorded(path, new, by_key): # what to raise for calls that are not in a file
-    return InputError(f'cache: expected answers to {len(by_key)} calls in {path}, received none to {len(new)}, '
-                      f'of which the first begins with {by_key[new[0]].text[:60]!r}')
+    return InputError(f'cache: expected every call on record in {path}, received {len(new)} of {len(by_key)} that are '
+                      f'not; the first begins with {by_key[new[0]].text[:60]!r}')
 
 KEPT_AT_ONCE = 256   # calls; a killed run has kept all but the last of these
 
@@ -295,7 +295,7 @@ def _ask_and_keep(engine, path, recent, by_key):
         yield replies
 
 # %% ../../nbs/rewards/00b_cache.ipynb #1bc786fc
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Cached:
     "An engine that is asked only what is not yet in an SQLite file."
     engine: Callable      # the one to ask

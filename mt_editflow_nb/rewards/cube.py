@@ -190,8 +190,9 @@ def check_failures(
     if scores.failed <= max_failed*20 and scores.failed < there: return      # of a few answers one may well be lost
     why = [c['error'] for c in scores.calls if math.isnan(c['score']) and c['error']] or ['no answer could be used']
     often = Counter(why).most_common(1)[0][0].rstrip('.')
-    raise JudgeFailed(f'judge: {scores.failed} of {total} scores failed, more than the {max_failed:.0%} allowed; '
-                      f'most often{place}: {often}. What was done before is kept; go on when this is repaired')
+    raise JudgeFailed(f'judge: expected at least {1 - max_failed:.0%} of {total} scores, received none for '
+                      f'{scores.failed}; most often{place}: {often}. What was done before is kept; go on when this is '
+                      'repaired')
 
 def check_rewards(
     rewards: tuple, # names of what is to be scored
@@ -207,7 +208,7 @@ def check_rewards(
     expect(bool(prompts.joint), 'mode', 'one of the modes that the tiny judge knows', 'a joint one')
 
 # %% ../../nbs/rewards/02_cube.ipynb #e70d1373
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Judge:
     "A vision-language model that scores whole sessions, or one turn of them."
     engine: Callable               # (list of `Ask`) -> list of `Reply`

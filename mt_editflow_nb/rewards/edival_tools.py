@@ -122,6 +122,7 @@ def _first_error(e): # of pydantic's, in the words of all others
     error = e.errors()[0]
     field = '.'.join(str(part) for part in error['loc'] if part != 'body')
     if error['type'] == 'missing': return f'{field or "body"}: expected a value, received none'
+    if error['type'] == 'json_invalid': return f'body: expected JSON, received other text ({error["ctx"]["error"]})'
     expected = error['msg'].removeprefix('Input should be ')
     return f'{field or "body"}: expected {expected}, received {reprlib.repr(error["input"])}'
 

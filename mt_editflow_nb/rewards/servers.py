@@ -346,15 +346,17 @@ async def ask_server(
             server.has_no_logprobs = True
         return await ask_systemone(server, http, url, ask, pictures)
     except (openai.AuthenticationError, openai.PermissionDeniedError):
-        raise InputError(f'judge: expected a key that {url} takes, received one it refused (OPENAI_API_KEY)') from None
+        key = 'one that it refused' if os.environ.get('OPENAI_API_KEY') else 'none'
+        raise InputError(f'judge: expected a key that {url} takes, received {key} (OPENAI_API_KEY)') from None
     except openai.NotFoundError as e:
-        raise InputError(f'judge: expected a model and an address that {url} knows, received {server.model!r}: '
-                         f'{_line(e)}') from None
+        raise InputError(f'judge: expected a model that {url} serves, received {server.model!r}, or the address is '
+                         f'another: {_line(e)}') from None
     except openai.APITimeoutError:
         raise Unreachable(f'no answer within {server.timeout:g} s, {http.max_retries + 1} times') from None
     except openai.APIConnectionError as e:
         cause = connection_cause(e, url)
-        if 'certificate' in cause: raise InputError(f'judge: expected a safe server, received {url}: {cause}') from None
+        if 'certificate' in cause:
+            raise InputError(f'judge: expected a server with a trusted certificate, received {url}: {cause}') from None
         raise Unreachable(cause) from None
     except openai.InternalServerError as e:
         raise Unreachable(status_text(e.status_code) + _words_of(e)) from None
@@ -577,7 +579,7 @@ def agreed_facts(
     return different[0] if len(different) == 1 else {}
 
 # %% ../../nbs/rewards/00a_servers.ipynb #dd2f3b20
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Server:
     "A server that speaks OpenAI's chat protocol, or several that serve the same model."
     model: str                         # its name, as the server calls it

@@ -131,8 +131,8 @@ def save_checkpoint(
     "Save the state of a run: `state_tensors`, then `write_checkpoint`."
     return write_checkpoint(run, iteration, state_tensors(params, old, optimizer, ema), editor)
 
-def _not_ours(folder, problem):
-    return InputError(f'checkpoint: expected a checkpoint of this run, received {folder}: {problem}')
+def _not_ours(*damaged): # each 'FOLDER: what is wrong with it'
+    return InputError(f'checkpoint: expected a checkpoint of this run, received {"; ".join(damaged)}')
 
 def checkpoint_damage(
     folder, # a checkpoint
@@ -170,18 +170,19 @@ def last_checkpoint(
     for folder in folders:
         problem = checkpoint_damage(folder)
         if problem:
-            wrong.append(str(_not_ours(folder, problem)))
+            wrong.append(f'{folder}: {problem}')
             continue
-        if say and wrong: say(f'{"; ".join(wrong)}; going on from {folder.name}')
+        if say and wrong: say(f'{_not_ours(*wrong)}; going on from {folder.name}')
         return folder
-    if wrong: raise InputError(wrong[0] + (f', and {len(wrong) - 1} older' if len(wrong) > 1 else ''))
+    older = f', and {len(wrong) - 1} older' if len(wrong) > 1 else ''
+    if wrong: raise _not_ours(wrong[0] + older)
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #38d2ce20
 def read_checkpoint(
     folder, # a checkpoint
 ) -> tuple: # (iterations done, number of trained tensors, tensors by name)
     "What a checkpoint holds. Raises `InputError` for one that is damaged."
-    if problem := checkpoint_damage(folder): raise _not_ours(folder, problem)
+    if problem := checkpoint_damage(folder): raise _not_ours(f'{folder}: {problem}')
     state = json.loads((Path(folder)/'state.json').read_text())
     return state['iteration'], state['parameters'], load_file(Path(folder)/'state.safetensors')
 
@@ -198,7 +199,7 @@ def restore_checkpoint(
     try:
         expect(parameters == len(params), 'parameters', len(params), parameters)
         restore_tensors(tensors, params, old, optimizer, ema)
-    except InputError as e: raise _not_ours(folder, e) from None
+    except InputError as e: raise _not_ours(f'{folder}: {e}') from None
     return iteration
 
 def load_checkpoint(

@@ -260,8 +260,8 @@ class FollowedRun:
         self._look_again()
 
     def _look_again(self):
-        self.looked = 0
-        self.findings = []    # rows that are as they will stay; what is in them
+        self.looked = 0       # rows that are as they will stay
+        self.findings = []    # what is in them
 
     def _merge(self):
         "Take over new rows and new held-out scores."
