@@ -111,7 +111,7 @@ def test_prose_around_the_json_is_read():
 def test_what_no_patience_repairs_stops_the_run(monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-very-secret')
     says = []
-    for status, part in ((401, 'received one that it refused'), (404, "knows, received 'm'")):
+    for status, part in ((401, 'received one that it refused'), (404, "serves, received 'm'")):
         says[:] = status, '{"error": {"message": "bad key sk-very-secret"}}'
         with Faulty(lambda n, body: tuple(says)) as server:
             with pytest.raises(InputError, match=part) as e: think(engine(server), [item()], PROMPTS)
@@ -286,7 +286,7 @@ def test_training_on_a_served_judge_records_replays_and_keeps_the_key_to_itself(
         fails_from[0] = 10**9
         assert main(['--resume', str(tmp_path/'down')]) == 0
     said = capfd.readouterr()
-    assert 'scores failed' in said.err and 'expected one that is ready, received ' in said.err
+    assert 'scores, received none for ' in said.err and 'expected one that is ready, received ' in said.err
     assert key not in said.out + said.err
     files = [p for p in tmp_path.rglob('*') if p.is_file()]
     assert any(p.name == 'judge.sqlite' for p in files)
