@@ -339,13 +339,13 @@ def test_one_lost_answer_does_not_end_an_evaluation_of_small_batches():
     assert scores.failed == 1 and scores.rewards_PGTM.isnan().sum() == 1
     class Silent(Engine):
         def __call__(self, asks): return [Reply('I cannot say') for _ in asks]
-    with pytest.raises(JudgeFailed, match='2 of 2 scores failed'):
+    with pytest.raises(JudgeFailed, match='of 2 scores, received none for 2'):
         Judge(Silent(), load_mode('direct'))(sessions, pictures)
     many = shape_sessions(10, 1)
     class Half(Engine):
         def __call__(self, asks):                          # those that failed are asked again
             return [Reply('I cannot say' if 'How well was the instruction' in a.text else '7') for a in asks]
-    with pytest.raises(JudgeFailed, match='10 of 20 scores failed'):
+    with pytest.raises(JudgeFailed, match='of 20 scores, received none for 10'):
         Judge(Half(), load_mode('direct'))(many, np.repeat(pictures, 10, 0))
 
 # --- answers in the forms that models give
