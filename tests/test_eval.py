@@ -177,7 +177,8 @@ def test_edivals_models_without_some_weights_are_refused(tmp_path):
         tensors = load_file(file)
         first = next(iter(tensors))
         save_file({name: x for name, x in tensors.items() if name != first}, file, dict(format='pt'))
-        with pytest.raises(InputError, match=f'{what}: .*: expected all weights, received all but [0-9]+, such as'): load(models[what])
+        lacking = f'{what}: .*: expected all weights, received all but [0-9]+, such as'
+        with pytest.raises(InputError, match=lacking): load(models[what])
 
 def test_a_changed_first_picture_is_generated_and_scored_again(bench, tmp_path, capsys):
     "What was made of the old picture is not taken for the new one; the other session is left alone."
