@@ -265,6 +265,10 @@ OTHER_ERRORS = [
     ('editing.editor.hub_errors', '{}: {} cannot be reached on the hub: {}', 'the network'),
     ('evaluation.bench_scores.ask_benchmark.ask',
      'judge: {}. What has been answered is kept; the same command goes on', 'a judge that stays away'),
+    ('rewards.edival_tools.ToolsServer.call', 'judge: {}. What was done before is kept; go on when it is back',
+     'a judge that stays away'),
+    ('rewards.cube.Judge.score', 'judge: {}. What was done before is kept; go on when it is back',
+     'a judge that stays away'),
     ('rewards.instructions.write_sessions', 'vlm: {}; what it said is kept', 'a judge that stays away'),
     ('rewards.servers.ask_server', 'judge: {} has no quota left: {}', 'an account'),
     ('training.checkpoints.write_checkpoint', 'checkpoint: cannot write {}: {}; the last good one is {}', 'a disk'),
@@ -273,11 +277,11 @@ OTHER_ERRORS = [
     ('training.train.log_iteration', '{}: cannot be written ({})', 'a disk')]
 
 def worded_errors(node, place, passed=()):
-    "(place, words, values as {}) of the `InputError`s that have a text of their own and do not pass on another's."
+    "(place, words, values as {}) of the errors for users that have a text of their own and do not pass on another's."
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): place = f'{place}.{node.name}'
     if isinstance(node, ast.ExceptHandler) and node.type and ast.unparse(node.type) == 'InputError':
         passed = (*passed, node.name)
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == 'InputError':
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ('InputError', 'JudgeFailed', 'KnownFault'):
         parts = getattr(node.args[0], 'values', node.args[:1])
         shown = [ast.unparse(part.value) for part in parts if isinstance(part, ast.FormattedValue)]
         texts = [part.value for part in parts if isinstance(part, ast.Constant)]
