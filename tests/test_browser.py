@@ -356,6 +356,7 @@ def test_live(browser, lab, folder):
     choose(b, 'session', '1: train-0-1')
     expect(b.locator('.pic img').first).not_to_have_attribute('src', before)     # while the judge sleeps
     b.get_by_role('button', name='cancel').click()
+    expect(b.get_by_text('cancelling')).to_be_visible()         # the kernel knows of it before the judge is done
     (folder/'cancelled').touch()
     expect(b.get_by_text('cancelled')).to_be_visible()
 

@@ -201,7 +201,7 @@ class Task(widgets.HBox):
         self.button = button('cancel', disabled=True)
         self.thread = None
         self.cancelled = threading.Event()
-        self.button.on_click(lambda _: self.cancelled.set())
+        self.button.on_click(self._cancel)
         super().__init__([self.bar, self.button, self.message])
 
     def start(
@@ -226,6 +226,12 @@ class Task(widgets.HBox):
         if self.cancelled.is_set(): raise Cancelled
         self.bar.value = done
         self._show(message)
+
+    def _cancel(self, _):
+        "A press is answered at once; the work stops at its next report."
+        self._show('cancelling')
+        self.button.disabled = True
+        self.cancelled.set()
 
     def _run(self, work):
         try:
