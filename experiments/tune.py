@@ -24,8 +24,8 @@ from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.training.own_results import edit_batches, without_damage
 from mt_editflow_nb.training.train import step_of
 
-FIRST_TESTED = 400_000    # the first of the sessions
-TESTED = 384              # sessions of the training split that no run here is trained on
+FIRST_TESTED = 400_000    # of the training split; no run here is trained on sessions from there on
+TESTED = 384              # sessions
 
 def look(policy, sessions, judge, num_steps):
     "Scores in percent, metric -> a number for each turn."

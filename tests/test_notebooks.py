@@ -151,7 +151,8 @@ def python_of(path):
 
 def reads(value, target):
     "Whether a value reads what is assigned to a target before it, as where two things are swapped."
-    return bool({ast.unparse(node) for node in ast.walk(target)} & {ast.unparse(node) for node in ast.walk(value)})
+    assigned = {ast.unparse(part) for part in getattr(target, 'elts', [target])}
+    return bool(assigned & {ast.unparse(node) for node in ast.walk(value)})
 
 def several_assignments(source):
     "Lines that assign several values to several names, where one line each would do the same."
@@ -163,6 +164,7 @@ def several_assignments(source):
 
 def test_several_assignments_are_found():
     assert list(several_assignments('a, b = 1, 2\nc, d = f(x)\np.data, q.data = q.data, p.data')) == ['a, b = (1, 2)']
+    assert list(several_assignments('self.a, self.b = x, self.c'))                     # another field is read
 
 written = [*notebooks, *sorted((root/'tests').glob('*.py')), *sorted((root/'experiments').glob('*.py'))]
 
