@@ -15,7 +15,7 @@ from .batch import Batch
 from .iterate import (choose_rows, count_losses, grpo_terms, nft_terms, sampling_options,
                                               turn_advantages, turn_scorer)
 from .metrics import Iteration, iteration_metrics
-from .policy import Policy
+from .policy import Policy, set_learning_rate
 from .processes import failing_together, gather_scores
 from .updates import Statistics, add_gradients, check_signal, follow_gradients, learning_rate
 
@@ -66,7 +66,7 @@ def iterate_as_judged(
     adv_PGT = turn_advantages(config, scores)
     rows = sum(map(len, choose_rows(config, adv_PGT, torch_generator(config.seed, iteration, 'order'))))
     check_signal(policy, rows, scores, iteration)
-    policy.set_learning_rate(learning_rate(config, iteration))
+    set_learning_rate(policy.optimizer, learning_rate(config, iteration))
     if rows:
         factor = learned.rescale(rows*losses_a_row)
         for p in policy.params:

@@ -13,7 +13,7 @@ from .batch import Batch, make_batch, noised_rows
 from .config import Config
 from .iterate import sampling_options
 from .metrics import Iteration, iteration_metrics
-from .policy import Policy
+from .policy import Policy, set_learning_rate
 from .processes import failing_together, gather_scores
 from .supervised import right_results, starting_pictures, unjudged
 from .updates import Statistics, gradient_step, learning_rate
@@ -69,7 +69,7 @@ def distill(
     rows = torch.randperm(adv_PGT[..., 0].numel(), generator=torch_generator(config.seed, iteration, 'order'))
     losses_a_row = (len(sampled.texts_T) - 1)*config.train_timesteps
     learned = Statistics(iteration, len(rows)*losses_a_row)
-    policy.set_learning_rate(learning_rate(config, iteration))
+    set_learning_rate(policy.optimizer, learning_rate(config, iteration))
     for chosen in rows.chunk(config.updates):
         terms = distillation_terms(config, policy, make_batch(sampled, adv_PGT, chosen, policy.sharded), teacher_T)
         gradient_step(config, policy, terms, len(chosen)*losses_a_row, learned)

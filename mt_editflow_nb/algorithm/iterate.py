@@ -20,7 +20,7 @@ from .credit import draw_members
 from .fusion import advantages
 from .losses import grpo_loss, guard_log_ratio, guard_weights, kl_to_base, nft_loss
 from .metrics import Iteration, iteration_metrics
-from .policy import Policy
+from .policy import Policy, set_learning_rate
 from .processes import gather_scores, gather_sessions, shard_of
 from .updates import Statistics, check_signal, gradient_step, learning_rate
 
@@ -198,7 +198,7 @@ def iterate(
     method_terms = nft_terms if config.algorithm == 'nft' else grpo_terms
     losses_a_row = count_losses(config, sampled)
     learned = Statistics(iteration, rows*losses_a_row)
-    policy.set_learning_rate(learning_rate(config, iteration))
+    set_learning_rate(policy.optimizer, learning_rate(config, iteration))
     for chosen in updates:
         terms = method_terms(config, policy, make_batch(sampled, adv_PGT, chosen, policy.sharded))
         gradient_step(config, policy, terms, len(chosen)*losses_a_row, learned)

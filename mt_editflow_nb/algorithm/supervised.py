@@ -19,7 +19,7 @@ from ..rewards.cube import Scores
 from .batch import Batch
 from .config import Config
 from .metrics import Iteration
-from .policy import Policy
+from .policy import Policy, set_learning_rate
 from .processes import failing_together, processes, sum_statistics
 from .updates import Statistics, gradient_step, learning_rate
 
@@ -150,7 +150,7 @@ def supervise(
     rows = torch.randperm(copies, generator=torch_generator(config.seed, iteration, 'order'))
 
     statistics = Statistics(iteration, len(rows))
-    policy.set_learning_rate(learning_rate(config, iteration))
+    set_learning_rate(policy.optimizer, learning_rate(config, iteration))
     adv_PGT = torch.zeros(len(sessions), *right.images_PGTHWC.shape[1:3])
     for chosen in rows.chunk(config.updates):
         batch = Batch(right, adv_PGT.flatten(0, 1), chosen)

@@ -11,6 +11,7 @@ import warnings
 import torch
 from ..data.files import InputError
 from .config import Config, first_imitation
+from .policy import broken_tensor
 from .processes import failing_together, sum_gradients
 from .sharding import full_value, is_sharded
 
@@ -112,7 +113,7 @@ def follow_gradients(
         require_finite(norm, 'gradient norm', statistics.iteration)
         policy.optimizer.step()
         statistics.largest('grad_norm', float(norm))
-        if broken := policy.broken_tensor():
+        if broken := broken_tensor(policy.named_params):
             raise InputError(f'iteration {statistics.iteration}: {broken}: expected finite numbers after the update, '
                              'received nan or inf; the last checkpoint is kept')
 

@@ -311,6 +311,15 @@ def _read_json(line):
     except ValueError: pass
     return parse_json(line, 'the line')
 
+def _numbered_lines(path):
+    "(number from 1, bytes) of the lines of a file that are not empty, without the mark that some editors begin with."
+    try: file = open(path, 'rb')
+    except OSError as e: raise unreadable_file(path, e) from None
+    with file:
+        for n, line in enumerate(file, 1):
+            line = line.removeprefix(b'\xef\xbb\xbf') if n == 1 else line
+            if line.strip(): yield n, line
+
 def _read_row(
     line,          # bytes: a JSON object
     folder,        # where image paths start
@@ -384,6 +393,30 @@ def _check_agreement(ids, turns, places, same_turns=True, hint=''):
         if same_turns and n != turns[0]:
             expect(False, f'{places[i]}: `instructions`', f'{turns[0]} turns as at {places[0]}{hint}', n)
 
+# %% ../../nbs/data/01_sessions.ipynb #9f580689
+class _ShownPictures:
+    "The pictures that the sessions of a file show, each of which is looked at once."
+    def __init__(self):
+        self.numbers = {}              # path of a picture -> its number
+        self.shown_by = array('L')     # pairs: a session
+        self.shown = array('L')        # and one of its pictures
+
+    def add(self, session, paths):
+        for path in paths:
+            self.shown_by.append(session)
+            self.shown.append(self.numbers.setdefault(path, len(self.numbers)))
+
+    def look(self, whole):
+        "(width and height of each session's first picture, {session: what is wrong with one of its pictures})."
+        sizes, wrong = _look_at_images(list(self.numbers), whole)
+        first = np.flatnonzero(np.diff(np.asarray(self.shown_by), prepend=-1))           # where a session begins
+        sizes = sizes[np.asarray(self.shown)[first]]
+        wrong_sessions = {}
+        if not wrong: return sizes, wrong_sessions
+        for i, n in zip(self.shown_by, self.shown):
+            if n in wrong: wrong_sessions.setdefault(i, wrong[n])
+        return sizes, wrong_sessions
+
 # %% ../../nbs/data/01_sessions.ipynb #4a665c93
 DECODED_AT_LOAD = 2000 # files; of larger sets only the heads of the pictures are read
 
@@ -396,12 +429,9 @@ class _Index:
         self.skipped = []
         self.lines = []
         self.ids = []
-        self.image_paths = {}
-        self.shown_by = array('L')         # pairs: a session
-        self.image_numbers = array('L')    # and one of its pictures
         self.rows = array('L')
         self.turns = array('B')
-        self.places = _Places(path, self.rows)
+        self.pictures = _ShownPictures()
 
     def add(self, place, line, row):
         session = _session_of_row(row, line, bare=True)
@@ -409,9 +439,7 @@ class _Index:
         if self.targets:
             targets = row.get('targets')
             expect(targets, '`targets`', 'the right results, a path a turn', 'none')
-        for path in (row['image'], *targets):
-            self.shown_by.append(len(self.ids))
-            self.image_numbers.append(self.image_paths.setdefault(path, len(self.image_paths)))
+        self.pictures.add(len(self.ids), (row['image'], *targets))
         self.rows.append(place)
         self.lines.append(line)
         self.ids.append(session.id)
@@ -423,28 +451,16 @@ class _Index:
         self.skipped.append(message)
 
     def read(self, folder, allow_outside):
-        try: file = open(self.path, 'rb')
-        except OSError as e: raise unreadable_file(self.path, e) from None
-        with file:
-            for row, line in enumerate(file, 1):
-                line = line.removeprefix(b'\xef\xbb\xbf') if row == 1 else line
-                if not line.strip(): continue
-                try: self.add(row, line, _read_row(line, folder, allow_outside))
-                except InputError as e: self.complain(row, e)
+        for row, line in _numbered_lines(self.path):
+            try: self.add(row, line, _read_row(line, folder, allow_outside))
+            except InputError as e: self.complain(row, e)
 
     def good(self, whole):
         "(numbers of the sessions whose pictures can be read, width and height of everyone's first picture)."
-        sizes, wrong = _look_at_images(list(self.image_paths), whole)
-        shown_by = np.asarray(self.shown_by)
-        image_numbers = np.asarray(self.image_numbers)
-        first = np.flatnonzero(np.diff(shown_by, prepend=-1))            # where a session begins
-        sizes = sizes[image_numbers[first]]
-        if not wrong: return range(len(self.ids)), sizes
-        bad = {}
-        for i, n in zip(self.shown_by, self.image_numbers):
-            if n in wrong: bad.setdefault(i, wrong[n])
-        for i, message in bad.items(): self.complain(self.rows[i], message)
-        return [i for i in range(len(self.ids)) if i not in bad], sizes
+        sizes, wrong = self.pictures.look(whole)
+        for i, message in wrong.items(): self.complain(self.rows[i], message)
+        everyone = range(len(self.ids))
+        return [i for i in everyone if i not in wrong] if wrong else everyone, sizes
 
 # %% ../../nbs/data/01_sessions.ipynb #4a665c91
 def load_sessions(
@@ -464,7 +480,7 @@ def load_sessions(
     one_of('on_bad', on_bad, ('stop', 'skip'))
     index = _Index(path, on_bad, targets)
     index.read(folder, allow_outside)
-    good, sizes = index.good(len(index.image_paths) <= DECODED_AT_LOAD if decode is None else decode)
+    good, sizes = index.good(len(index.pictures.numbers) <= DECODED_AT_LOAD if decode is None else decode)
     if index.skipped: warnings.warn(f'{len(index.skipped)} sessions left out, first {index.skipped[0]}', stacklevel=2)
     left_out = f', as all are left out, first {index.skipped[0]}' if index.skipped else ''
     if not good: raise InputError(f'{path}: expected at least one session, received none{left_out}')

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['live_tensors', 'state_tensors', 'restore_tensors', 'write_checkpoint', 'save_checkpoint', 'checkpoint_damage',
            'last_checkpoint', 'read_checkpoint', 'restore_checkpoint', 'load_checkpoint', 'check_configuration',
-           'write_shared_checkpoint', 'restore_shared_checkpoint', 'RunState', 'retry_with_half_the_rows']
+           'write_shared_checkpoint', 'restore_shared_checkpoint', 'restore_last_checkpoint', 'RunState',
+           'retry_with_half_the_rows']
 
 # %% ../../nbs/training/03a_checkpoints.ipynb #0ffe1f6d
 import gc, hashlib, json, os, shutil, sys, warnings
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from ..data.files import InputError, atomic_write, expect, one_line, to_json
 from ..editing.lora import save_lora
 from ..algorithm.config import Config, make_config
-from ..algorithm.policy import Policy
+from ..algorithm.policy import Policy, move_average
 from ..algorithm.processes import (ProcessError, exchange, from_first, hearing_others, host_group,
                                                  processes)
 from ..algorithm.sharding import local_piece, shard_like
@@ -305,6 +306,22 @@ def restore_shared_checkpoint(
         dcp.load(tensors, storage_reader=reader, **_group())
     return json.loads((Path(folder)/'state.json').read_text())['iteration']
 
+# %% ../../nbs/training/03a_checkpoints.ipynb #a78b21f9
+def restore_last_checkpoint(
+    run,          # a run folder
+    parts: tuple, # as `live_tensors` takes them; restored in place
+    shared: bool, # processes share the tensors, so that each reads its own pieces
+) -> int:         # iterations done; 0: there is no checkpoint
+    "Restore the last good checkpoint in all processes; says so where a newer one is damaged."
+    def find(): return last_checkpoint(run, lambda text: print(text, file=sys.stderr))
+    def read():
+        folder = find()
+        return folder and (folder, read_checkpoint(folder))
+    found = from_first(find if shared else read)
+    if not found: return 0
+    if shared: return restore_shared_checkpoint(found, *parts)
+    return restore_checkpoint(*found, *parts)
+
 # %% ../../nbs/training/03a_checkpoints.ipynb #0ee34577
 class RunState:
     "What training changes, the iterations done, and the copy that is saved."
@@ -317,7 +334,6 @@ class RunState:
         self.config = config
         self.run = Path(run)
         self.policy = policy
-        self.decay = config.ema
         self.average = [p.detach().clone() for p in policy.params] if config.ema else []
         self.iteration = self.saved = 0
 
@@ -326,15 +342,8 @@ class RunState:
         return self.policy.params, self.policy.old, self.policy.optimizer, self.average
 
     def resume(self):
-        "Go back to the last good checkpoint, if there is one; says so where a newer one is damaged."
-        def find(): return last_checkpoint(self.run, lambda text: print(text, file=sys.stderr))
-        def read():
-            folder = find()
-            return folder and (folder, read_checkpoint(folder))
-        checkpoint = from_first(find if self.policy.whole else read)
-        if checkpoint and self.policy.whole: self.iteration = restore_shared_checkpoint(checkpoint, *self.parts())
-        elif checkpoint: self.iteration = restore_checkpoint(*checkpoint, *self.parts())
-        self.saved = self.iteration
+        "Go back to the last good checkpoint, if there is one."
+        self.iteration = self.saved = restore_last_checkpoint(self.run, self.parts(), self.policy.whole)
         self.remember()
 
     def remember(self):
@@ -343,8 +352,7 @@ class RunState:
 
     def advance(self):
         "Count an iteration as done, and remember the state it left."
-        with torch.no_grad():
-            for a, p in zip(self.average, self.policy.params): a.lerp_(p, 1 - self.decay)
+        move_average(self.average, self.policy.params, self.config.ema)
         self.iteration += 1
         self.remember()
 
