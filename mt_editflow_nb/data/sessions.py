@@ -21,8 +21,9 @@ from threading import Lock
 import numpy as np
 from PIL import Image
 from pydantic_core import from_json
-from .files import (ABSENT_IF_EMPTY, InputError, at_home, atomic_write, expect, image_size, one_line,
-                                       one_of, open_image, parse_json, read_text, unreadable_file)
+from .files import (ABSENT_IF_EMPTY, Described, InputError, at_home, atomic_write, count_text,
+                                       expect, image_size, one_line, one_of, open_image, parse_json, read_text,
+                                       unknown_name, unreadable_file)
 from .sizes import FittedPicture, fit_picture
 
 # %% ../../nbs/data/01_sessions.ipynb #5ec1a1e1
@@ -231,7 +232,8 @@ class Sessions(Sequence):
     def __eq__(self, other): return len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
     def __repr__(self):
-        numbers = ', '.join(f'{n} of {t} turns' for t, n in zip(*np.unique(self.turns, return_counts=True)))
+        lengths = zip(*np.unique(self.turns, return_counts=True))
+        numbers = ', '.join(f'{n} of {count_text(t, "turn")}' for t, n in lengths)
         return f'Sessions({numbers}{f", {len(self.skipped)} skipped" if self.skipped else ""})'
 
 # %% ../../nbs/data/01_sessions.ipynb #816d302a
@@ -331,7 +333,7 @@ def _read_row(
     for name in _required:
         if name not in row: raise InputError(f'`{name}`: expected a value, received none')
     for name in row:
-        if name not in _known: one_of(f'`{name}`: unknown field', name, _known)
+        if name not in _known: raise unknown_name(f'`{name}`', name, _known)
     if type(row['id']) is int: row['id'] = str(row['id'])
     def path(name, value):
         expect(_is_text(value), name, 'a path (text)', value)
@@ -438,7 +440,7 @@ class _Index:
         targets = ()
         if self.targets:
             targets = row.get('targets')
-            expect(targets, '`targets`', 'the right results, a path a turn', 'none')
+            expect(targets, '`targets`', 'the right results, a path a turn', Described('none'))
         self.pictures.add(len(self.ids), (row['image'], *targets))
         self.rows.append(place)
         self.lines.append(line)
@@ -481,7 +483,8 @@ def load_sessions(
     index = _Index(path, on_bad, targets)
     index.read(folder, allow_outside)
     good, sizes = index.good(len(index.pictures.numbers) <= DECODED_AT_LOAD if decode is None else decode)
-    if index.skipped: warnings.warn(f'{len(index.skipped)} sessions left out, first {index.skipped[0]}', stacklevel=2)
+    if index.skipped:
+        warnings.warn(f'{count_text(len(index.skipped), "session")} left out, first {index.skipped[0]}', stacklevel=2)
     left_out = f', as all are left out, first {index.skipped[0]}' if index.skipped else ''
     if not good: raise InputError(f'{path}: expected at least one session, received none{left_out}')
     ids, turns, rows = ([values[i] for i in good] for values in (index.ids, index.turns, index.rows))
