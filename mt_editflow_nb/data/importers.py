@@ -469,7 +469,7 @@ def folder_row(
     instructions = [line.strip() for line in read_text(picture.with_suffix('.txt')).split('\n') if line.strip()]
     numbered = [picture.with_suffix(f'.{t}{picture.suffix}') for t in range(1, len(instructions) + 1)]
     there = [p for p in numbered if p.is_file()]
-    expect(len(there) in (0, len(numbered)), 'targets', f'{len(numbered)} results, or none', Described(f'{len(there)}'))
+    expect(len(there) in (0, len(numbered)), 'targets', f'{len(numbered)} results, or none', len(there))
     return dict(id=id, image=picture, instructions=instructions, targets=there)
 
 # %% ../../nbs/data/06_importers.ipynb #d672ca15

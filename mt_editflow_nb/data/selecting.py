@@ -276,7 +276,7 @@ def read_for_selection(
 ) -> Sessions:
     "A file of sessions of any length whose pictures may lie anywhere; only their heads are looked at."
     kind = 'a parquet file' if Path(path).suffix == '.parquet' else 'a folder'
-    expect(kind == 'a folder' and not Path(path).is_dir(), str(path), 'a JSON Lines file of sessions', kind)
+    expect(kind == 'a folder' and not Path(path).is_dir(), str(path), 'a JSON Lines file of sessions', Described(kind))
     return load_sessions(path, same_turns=False, allow_outside=True, decode=False)
 
 def write_selection(

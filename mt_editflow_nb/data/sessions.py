@@ -112,16 +112,16 @@ def _wrong_number(instructions, task_types, targets):
     lengths = [len(text) for text in instructions]
     n = len(lengths)
     characters = sum(lengths)
-    if not 1 <= n <= MAX_TURNS: return '`instructions`', f'1 to {MAX_TURNS} turns', f'{n} turns'
+    if not 1 <= n <= MAX_TURNS: return '`instructions`', f'1 to {MAX_TURNS} turns', Described(count_text(n, 'turn'))
     if max(lengths) > MAX_INSTRUCTION_LENGTH:
         turn = next(t for t, length in enumerate(lengths) if length > MAX_INSTRUCTION_LENGTH)
         return (f'`instructions` of turn {turn + 1}', f'at most {MAX_INSTRUCTION_LENGTH} characters',
-                f'{lengths[turn]} characters')
+                Described(f'{lengths[turn]} characters'))
     if characters > MAX_INSTRUCTIONS_LENGTH:
         return ('`instructions`', f'at most {MAX_INSTRUCTIONS_LENGTH} characters in all {n} turns together',
-                f'{characters} characters')
-    if len(task_types) not in (0, n): return '`task_types`', f'one for each of the {n} turns', task_types
-    if len(targets) not in (0, n): return '`targets`', f'one for each of the {n} turns', f'{len(targets)}'
+                Described(f'{characters} characters'))
+    if len(task_types) not in (0, n): return '`task_types`', f'one for each of {count_text(n, "turn")}', task_types
+    if len(targets) not in (0, n): return '`targets`', f'one for each of {count_text(n, "turn")}', len(targets)
 
 # %% ../../nbs/data/01_sessions.ipynb #7300860a
 @dataclass
@@ -393,7 +393,8 @@ def _check_agreement(ids, turns, places, same_turns=True, hint=''):
         if id in seen: expect(False, f'{places[i]}: `id`', f'a new one ({places[seen[id]]} has it)', id)
         seen[id] = i
         if same_turns and n != turns[0]:
-            expect(False, f'{places[i]}: `instructions`', f'{turns[0]} turns as at {places[0]}{hint}', n)
+            expect(False, f'{places[i]}: `instructions`',
+                   f'{count_text(turns[0], "turn")} as at {places[0]}{hint}', n)
 
 # %% ../../nbs/data/01_sessions.ipynb #9f580689
 class _ShownPictures:

@@ -93,7 +93,7 @@ def _check_published(table, file):
             expect(number, place, f'a number or nothing as {name}', table[name][i])
         earlier = seen.setdefault(first[i], i)
         named = ', '.join(first[i][:3]) + ('' if pd.isna(table.turn[i]) else f' at turn {table.turn[i]}')
-        expect(earlier == i, place, f'each number once (row {earlier + 2} has it)', named)
+        expect(earlier == i, place, f'each number once (row {earlier + 2} has it)', Described(named))
 
 def published_numbers(
     file: str|Path = None, # CSV: benchmark, system, metric, turn, value, source; None: the shipped one
