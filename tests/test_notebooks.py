@@ -309,7 +309,7 @@ QUOTED = [     # texts that stand for what a user has written: quoted like every
 def quoted_texts(node, place):
     "(function, source) of what `expect` is told was received, where that is a text of ours that it would quote."
     if isinstance(node, ast.FunctionDef): place = f'{place}.{node.name}'
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == 'expect':
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == 'expect' and len(node.args) == 4:
         received = node.args[3]
         parts = getattr(received, 'values', [received]) if isinstance(received, ast.BoolOp) else [received]
         if isinstance(received, ast.IfExp): parts = [received.body, received.orelse]

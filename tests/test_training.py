@@ -375,7 +375,8 @@ def test_training_in_a_notebook_ends_with_the_command(tmp_path, monkeypatch):
     with opened_run(make_config(small), tmp_path/'run', {}): assert followed == [12345]
 
 bad = {
-    'unknown name': (['agregation=min'], "received an unknown name (did you mean 'aggregation'?)"), 'wrong type': (['lr=fast'], 'lr'),
+    'unknown name': (['agregation=min'], "received an unknown name (did you mean 'aggregation'?)"),
+    'wrong type': (['lr=fast'], 'lr'),
     'no such aggregation': (['aggregation=median'], 'aggregation'), 'group of one': (['group=1'], 'group'),
     'plan of a folder': (['--plan'], '--plan: expected no --run'),
     'no notebook': (['--notebook', '/etc/hostname'], 'notebook: /etc/hostname: expected a notebook'),
