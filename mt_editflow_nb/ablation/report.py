@@ -82,10 +82,12 @@ def verdicts(
     table: pd.DataFrame, # from `comparison_table`
     turn: int = None,    # None: `last_turn` of the metric
     metric: str = 'O',   # one of `METRICS`
-) -> pd.DataFrame:       # a row a point, with a sentence in `verdict`
+) -> pd.DataFrame:       # a row a point, with its `metric` and `turn`, and a sentence in `verdict`
     "Verdicts at one turn and metric: better or worse (Holm-adjusted p below 0.05), or undecided."
     turn = turn or last_turn(table.xs(metric, level='metric').difference)
     chosen = table.xs((turn, metric), level=('turn', 'metric')).copy()
+    chosen.insert(0, 'turn', turn)
+    chosen.insert(0, 'metric', metric)
     chosen['verdict'] = [_verdict(row) for _, row in chosen.iterrows()]
     chosen.loc[chosen.seeds < 2, 'verdict'] += ' (one seed: how much another would differ is not known)'
     return chosen
@@ -233,6 +235,7 @@ def plot_forest(
         ax.plot(row.difference, y, 'o', color=color, mfc=color if significant else 'white')
     ax.axvline(0, color='k', lw=.8)
     ax.set(yticks=range(len(shown)), yticklabels=map(plain_label, shown.index), ylim=(-.6, len(shown) - .4))
+    if len(shown): ax.set_title(f'{shown.metric.iloc[0]} at turn {shown.turn.iloc[0]}', fontsize=9)
     ax.set_xlabel('difference from the baseline, points, with 95 % interval')
     return fig
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['processes', 'shard_of', 'join_shards', 'gather_scores', 'gather_sessions', 'sum_gradients', 'sum_statistics',
-           'merge_statistics', 'process_timeout', 'ProcessError', 'lost_line', 'SignsOfLife', 'name_lost', 'host_group',
-           'exchange', 'gather_to_first', 'lost_connection', 'hearing_others', 'interrupt', 'decisive_error',
-           'ending_together', 'failing_together', 'from_first', 'collect_answers', 'share_answers', 'read_piece',
-           'broadcast_path']
+           'merge_statistics', 'process_timeout', 'ProcessError', 'lost_line', 'silent_or_behind', 'SignsOfLife',
+           'name_lost', 'host_group', 'exchange', 'gather_to_first', 'lost_connection', 'hearing_others', 'interrupt',
+           'decisive_error', 'ending_together', 'failing_together', 'from_first', 'collect_answers', 'share_answers',
+           'read_piece', 'broadcast_path']
 
 # %% ../../nbs/algorithm/04_processes.ipynb #bffe2463
 import atexit, math, os, pickle, re, sys, threading, time, traceback
@@ -131,6 +131,17 @@ def lost_line(
     if patience is None: return f'{who}: expected an answer, received the end of its connection'
     return f'{who}: expected an answer within {patience:g} seconds, received none'
 
+# %% ../../nbs/algorithm/04_processes.ipynb #6750d81e
+def silent_or_behind(
+    before: list,   # (signs given, exchanges come to) of each process
+    after: list,    # the same, a while later
+    exchanges: int, # that all should have come to
+) -> list:          # numbers of processes
+    "The processes that have given no sign of life meanwhile, else those that are behind."
+    silent = [i for i, (old, new) in enumerate(zip(before, after)) if old == new]
+    behind = [i for i, (_, come_to) in enumerate(after) if come_to < exchanges]
+    return silent or behind
+
 # %% ../../nbs/algorithm/04_processes.ipynb #b7c1000a
 _BEAT = .5      # seconds between two signs of life
 _SILENT = 3.    # seconds without one, after which a process has ended or stands still
@@ -181,9 +192,8 @@ class SignsOfLife:
             before = signs()
             self.over.wait(_SILENT)
             after = signs()
-            silent = [i for i, (old, new) in enumerate(zip(before, after)) if old == new]
-            behind = [i for i, (_, exchanges) in enumerate(after) if timed_out and exchanges < self.exchanges]
-            if self.line or silent or behind: return silent or behind
+            found = silent_or_behind(before, after, self.exchanges if timed_out else 0)
+            if self.line or found: return found
         return []
 
 # %% ../../nbs/algorithm/04_processes.ipynb #b7c1000b

@@ -123,6 +123,21 @@ def _wrong_number(instructions, task_types, targets):
     if len(task_types) not in (0, n): return '`task_types`', f'one for each of {count_text(n, "turn")}', task_types
     if len(targets) not in (0, n): return '`targets`', f'one for each of {count_text(n, "turn")}', len(targets)
 
+# %% ../../nbs/data/01_sessions.ipynb #6d43de90
+def _check_fields(id, image, instructions, task_types, meta, targets):
+    "Raises `InputError` for the first field of a session that is not what it should be."
+    expect(_is_text(id, lines=False), '`id`', 'one line of text in valid Unicode', id)
+    good = image is None or isinstance(image, _pictures)
+    expect(good, '`image`', 'a PIL image, a path, the bytes of a file, or None', image)
+    if isinstance(image, Image.Image): expect(image.mode == 'RGB', '`image`', 'an RGB image', image.mode)
+    expect(_are_texts(instructions), '`instructions`', _texts, instructions)
+    expect(_are_texts(task_types), '`task_types`', _texts, task_types)
+    expect(isinstance(meta, dict), '`meta`', 'an object with text keys', meta)
+    pictures = isinstance(targets, list) and all(isinstance(x, _pictures) for x in targets)
+    expect(pictures, '`targets`', 'a list of pictures, paths or bytes of files', targets)
+    problem = _wrong_number(instructions, list(task_types), targets)
+    if problem: expect(False, *problem)        # texts are made only where they are needed
+
 # %% ../../nbs/data/01_sessions.ipynb #7300860a
 @dataclass
 class Session:
@@ -135,20 +150,9 @@ class Session:
     targets: list = field(default_factory=list, metadata=ABSENT_IF_EMPTY) # T pictures or paths: the right results
 
     def __post_init__(self):
-        stored = self.__dict__['image']
-        expect(_is_text(self.id, lines=False), '`id`', 'one line of text in valid Unicode', self.id)
-        good = stored is None or isinstance(stored, _pictures)
-        expect(good, '`image`', 'a PIL image, a path, the bytes of a file, or None', stored)
-        if isinstance(stored, Image.Image): expect(stored.mode == 'RGB', '`image`', 'an RGB image', stored.mode)
-        expect(_are_texts(self.instructions), '`instructions`', _texts, self.instructions)
-        expect(_are_texts(self.task_types), '`task_types`', _texts, self.task_types)
-        expect(isinstance(self.meta, dict), '`meta`', 'an object with text keys', self.meta)
-        pictures = isinstance(self.targets, list) and all(isinstance(x, _pictures) for x in self.targets)
-        expect(pictures, '`targets`', 'a list of pictures, paths or bytes of files', self.targets)
+        _check_fields(self.id, self.__dict__['image'], self.instructions, self.task_types, self.meta, self.targets)
         self.instructions = list(self.instructions)
         self.task_types = list(self.task_types)
-        problem = _wrong_number(self.instructions, self.task_types, self.targets)
-        if problem: expect(False, *problem)        # texts are made only where they are needed
 
     @property
     def image_path(self) -> Path:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'WRAPPING_ROW', 'WHOLE_LABEL', 'template', 'page', 'error_page', 'shrink', 'as_url', 'picture_url',
-           'difference', 'picture', 'View', 'dropdown', 'checkbox', 'button', 'Cancelled', 'Task', 'before_velocity']
+           'difference', 'picture', 'View', 'dropdown', 'checkbox', 'button', 'Cancelled', 'outcome_of', 'Task',
+           'before_velocity']
 
 # %% ../../nbs/explore/00_pages.ipynb #f4946c4b
 import base64
@@ -190,6 +191,16 @@ def button(
 class Cancelled(Exception):
     "The button `cancel` has been pressed."
 
+def outcome_of(
+    work,   # () -> None
+) -> tuple: # (a message, the style of a progress bar)
+    "Do some work, and say how it ended. Errors are said, not raised."
+    try: work()
+    except Cancelled: return 'cancelled', 'warning'
+    except InputError as e: return str(e), 'danger'
+    except Exception as e: return f'{type(e).__name__}: {e}', 'danger'     # nobody else would see it
+    return 'done', 'success'
+
 _ALERT = template('<span role="alert">{{ message }}</span>')
 
 # %% ../../nbs/explore/00_pages.ipynb #9d0963db
@@ -235,12 +246,9 @@ class Task(widgets.HBox):
 
     def _run(self, work):
         try:
-            work()
-            self.bar.value = 1.
-            self._show('done', 'success')
-        except Cancelled: self._show('cancelled', 'warning')
-        except InputError as e: self._show(e, 'danger')
-        except Exception as e: self._show(f'{type(e).__name__}: {e}', 'danger')     # nobody else would see it
+            message, style = outcome_of(work)
+            if style == 'success': self.bar.value = 1.
+            self._show(message, style)
         finally: self.button.disabled = True
 
     def _show(self, message, style=None):

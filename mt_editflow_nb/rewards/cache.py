@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEWEST_INDEXED', 'KEPT_AT_ONCE', 'open_cache', 'make_tables', 'index_recent', 'Recent', 'rank_file', 'rank_caches',
            'new_replies', 'add_replies', 'copy_cache', 'merge_caches', 'serving_identity', 'note_serving',
-           'current_identity', 'recorded', 'begin_cache', 'Cached']
+           'current_identity', 'recorded', 'begin_cache', 'AnswerFile', 'Cached']
 
 # %% ../../nbs/rewards/00b_cache.ipynb #cac40004
 import json, os, sqlite3, sys
@@ -268,20 +268,62 @@ def begin_cache(
     with open_cache(path) as db: make_tables(db)
     return path
 
+# %% ../../nbs/rewards/00b_cache.ipynb #5d0c71eb
+class AnswerFile:
+    "A cache file as one engine uses it: the keys of its calls, and which of them are answered there."
+    def __init__(
+        self,
+        path: Path,    # of the file, from `begin_cache`
+        engine,        # whose answers they are
+        offline: bool, # replay whatever there is, and ask no server
+    ):
+        self.path = path
+        self.engine = engine
+        self.offline = offline
+        self.recent = Recent()
+        self.plain = getattr(engine, 'identity', engine.model)
+        with open_cache(path) as db: self.identity = serving_identity(db, self.plain)
+
+    def _on_record(self, asks):
+        "What `look_up` returns, by the keys as they are now."
+        keys = [a.key(self.identity) for a in asks]
+        by_key = dict(zip(keys, asks))
+        return keys, by_key, recorded(self.path, self.recent, by_key, self.engine.model, self.offline)
+
+    def look_up(
+        self,
+        asks: list, # of `Ask`, as the engine makes them
+    ) -> tuple:     # (a key for each, `Ask` by key, `Reply` by key of those that are on record)
+        "What need not be asked for. Where something is missing, the server may say first that it has another model."
+        keys, by_key, found = self._on_record(asks)
+        if self.offline or len(found) == len(by_key): return keys, by_key, found
+        before = self.identity
+        self.identity = current_identity(self.path, self.engine, self.plain, before)
+        return (keys, by_key, found) if self.identity == before else self._on_record(asks)
+
+    def set_aside(
+        self,
+        asks: list, # of `Ask`, as the engine makes them
+    ):
+        "Mark answers that were of no use: their calls are made again, they themselves stay in the file."
+        keys = [(a.key(self.identity),) for a in asks]
+        with open_cache(self.path) as db: db.executemany('insert or ignore into unusable values (?)', keys)
+
+# %% ../../nbs/rewards/00b_cache.ipynb #b60fd3a1
 def _adapted(engine, asks):
     "Calls as the engine makes them: what it changes in a call is part of the key."
     adapt = getattr(engine, 'adapt', None)
     return [adapt(a) for a in asks] if adapt else list(asks)
 
-# %% ../../nbs/rewards/00b_cache.ipynb #b60fd3a1
 def _unrecorded(path, new, by_key): # what to raise for calls that are not in a file
     return InputError(f'cache: expected every call on record in {path}, received {len(new)} of {len(by_key)} that are '
                       f'not; the first begins with {by_key[new[0]].text[:60]!r}')
 
 KEPT_AT_ONCE = 256   # calls; a killed run has kept all but the last of these
 
-def _ask_and_keep(engine, path, recent, by_key):
-    "Ask and keep what comes back, some calls at a time: yields `Reply` by key."
+def _ask_and_keep(file, by_key):
+    "Ask the engine of a file and keep what comes back, some calls at a time: yields `Reply` by key."
+    engine = file.engine
     keys = list(by_key)
     for i in range(0, len(keys), KEPT_AT_ONCE):
         asks = {k: by_key[k] for k in keys[i:i + KEPT_AT_ONCE]}
@@ -290,7 +332,7 @@ def _ask_and_keep(engine, path, recent, by_key):
         except CutShort as e:
             replies = dict(zip(asks, e.replies))
             cut_short = e
-        with open_cache(path) as db: _keep(db, recent, replies, asks, engine.model)
+        with open_cache(file.path) as db: _keep(db, file.recent, replies, asks, engine.model)
         if cut_short: raise cut_short                                  # what has been paid for is kept
         yield replies
 
@@ -305,10 +347,8 @@ class Cached:
 
     def __post_init__(self):
         self.model = self.engine.model
-        self.plain = getattr(self.engine, 'identity', self.model)
         self.path = begin_cache(Path(self.path), self.offline)
-        self.recent = Recent()
-        with open_cache(self.path) as db: self.identity = serving_identity(db, self.plain)
+        self.answers = AnswerFile(self.path, self.engine, self.offline)
         self.calls = self.hits = 0 # asked, and answered from the file
 
     @property
@@ -327,27 +367,16 @@ class Cached:
         "Stop the calls in progress, where the engine can."
         getattr(self.engine, 'cancel', lambda: None)()
 
-    def _on_record(self, asks):
-        "(a key for each, `Ask` by key, `Reply` by key of those that are on record)."
-        keys = [a.key(self.identity) for a in asks]
-        by_key = dict(zip(keys, asks))
-        return keys, by_key, recorded(self.path, self.recent, by_key, self.model, self.offline)
-
     def __call__(
         self,
         asks: list, # of `Ask`
     ) -> list:      # of `Reply`; the same call twice in the list is made once
         "Look up, ask for the rest, keep what came back."
-        asks = _adapted(self.engine, asks)
-        keys, by_key, found = self._on_record(asks)
-        if len(found) < len(by_key) and not self.offline:
-            before = self.identity
-            self.identity = current_identity(self.path, self.engine, self.plain, before)
-            if self.identity != before: keys, by_key, found = self._on_record(asks)
+        keys, by_key, found = self.answers.look_up(_adapted(self.engine, asks))
         new = [k for k in by_key if k not in found]
         self.hits += len(found)
         if new and self.offline: raise _unrecorded(self.path, new, by_key)
-        for replies in _ask_and_keep(self.engine, self.path, self.recent, {k: by_key[k] for k in new}):
+        for replies in _ask_and_keep(self.answers, {k: by_key[k] for k in new}):
             self.calls += len(replies)
             found |= replies
         return [found[k] for k in keys]
@@ -357,7 +386,5 @@ class Cached:
         asks: list, # of `Ask`s whose answers were of no use
     ) -> bool:      # false where nothing can be asked again: offline
         "Have these calls made again next time. Their answers stay in the file, to be read."
-        if self.offline: return False
-        keys = [(a.key(self.identity),) for a in _adapted(self.engine, asks)]
-        with open_cache(self.path) as db: db.executemany('insert or ignore into unusable values (?)', keys)
-        return True
+        if not self.offline: self.answers.set_aside(_adapted(self.engine, asks))
+        return not self.offline

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pack_array', 'unpack_array', 'pack_answer', 'unpack_answer', 'RequestFields', 'CallBody', 'pack_request',
-           'pictures_of', 'unpack_requests', 'tools_app', 'ToolsServer', 'RemoteTools', 'LocalTools', 'check_tools',
-           'RuleRewards', 'rule_rewards']
+           'pictures_of', 'unpack_requests', 'tools_app', 'pack_calls', 'packed_answers', 'ToolsServer', 'RemoteTools',
+           'LocalTools', 'check_tools', 'RuleRewards', 'rule_rewards']
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #02eafb90
 import base64, itertools, json, os, reprlib, threading
@@ -155,6 +155,28 @@ def tools_app(
     @app.post('/describe')
     def describe(batch: CallBody): return answered(batch, 'describe')
     return app
+
+# %% ../../nbs/rewards/01e_edival_tools.ipynb #6aa90d10
+def pack_calls(
+    asks: list, # of `Ask`s, whose texts are requests without pictures in JSON
+    urls: list, # of all their pictures, one after another, as data URLs
+) -> dict:      # as `CallBody`
+    "Several requests in one body, which holds a picture once however many of them are about it."
+    places = {url: i for i, url in enumerate(dict.fromkeys(urls))}
+    shown = iter(urls)
+    requests = [json.loads(a.text) | dict(pictures=[places[next(shown)] for _ in a.images]) for a in asks]
+    return dict(pictures=[url.partition(',')[2] for url in places], requests=requests)
+
+def packed_answers(
+    said,     # what a server answered, or a `NoAnswer`
+    n: int,   # answers that were asked for
+    url: str, # of the server
+) -> list:    # from `pack_answer`
+    "One answer for each request of a body: where a server has failed, or has answered otherwise, why there is none."
+    if isinstance(said, NoAnswer): return [pack_answer(said)]*n
+    answers = said.get('answers') if isinstance(said, dict) else None
+    if isinstance(answers, list) and len(answers) == n: return answers
+    return [pack_answer(NoAnswer(f'{url}: expected {n} answers, received others'))]*n
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #867c0073
 _try_again = (429, 500, 502, 503, 504)
@@ -307,18 +329,8 @@ class _RemoteTool:
             return [packed for several in pool.map(self._send_piece, pieces) for packed in several]
 
     def _send_piece(self, asks):
-        urls = self.server.encoded([x for a in asks for x in a.images])
-        places = {url: i for i, url in enumerate(dict.fromkeys(urls))}
-        shown = iter(urls)
-        requests = []
-        for a in asks: requests.append(json.loads(a.text) | dict(pictures=[places[next(shown)] for _ in a.images]))
-        body = dict(pictures=[url.partition(',')[2] for url in places], requests=requests)
-        said = self.server.call('POST', f'/{self.kind}', body)
-        if isinstance(said, NoAnswer): return [pack_answer(said)]*len(asks)
-        answers = said.get('answers') if isinstance(said, dict) else None
-        if isinstance(answers, list) and len(answers) == len(asks): return answers
-        missing = NoAnswer(f'{self.server.urls[0]}: expected {len(asks)} answers, received others')
-        return [pack_answer(missing)]*len(asks)
+        body = pack_calls(asks, self.server.encoded([x for a in asks for x in a.images]))
+        return packed_answers(self.server.call('POST', f'/{self.kind}', body), len(asks), self.server.urls[0])
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #3a45dc0c
 class LocalTools:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TINY_JUDGE', 'Ask', 'Reply', 'JudgeFailed', 'CutShort', 'fingerprint', 'base_model', 'require_all_weights',
-           'load_vlm', 'choice_tokens', 'resolve_device', 'with_settings', 'call_batches', 'Local']
+           'load_vlm', 'choice_tokens', 'resolve_device', 'with_settings', 'call_batches', 'answer_in_batches', 'Local']
 
 # %% ../../nbs/rewards/00_engines.ipynb #57d5ff97
 import hashlib, json, threading, time
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -141,6 +141,14 @@ def load_vlm(
     processor.tokenizer.padding_side = 'left'
     return model.eval(), processor
 
+# %% ../../nbs/rewards/00_engines.ipynb #3c9d51f1
+def _load_tokenizer(path):
+    "The tokenizer of a checkpoint; weights are not loaded."
+    from transformers import AutoTokenizer
+    try: return AutoTokenizer.from_pretrained(base_model(path))
+    except (OSError, ValueError) as e:
+        raise InputError(f'judge: expected a model that can be loaded, received {path}: {one_line(e)}') from e
+
 def choice_tokens(
     tokenizer,      # of transformers
     choices: tuple, # of texts
@@ -215,40 +223,51 @@ def with_settings(
     if max_tokens: ask = replace(ask, max_tokens=max_tokens)
     return ask if temperature is None else replace(ask, temperature=temperature)
 
+# %% ../../nbs/rewards/00_engines.ipynb #3c9d51f0
+def _call_kind(ask): return len(ask.images), ask.choices, ask.max_tokens, ask.temperature
+
 def call_batches(
-    asks: list, # of `Ask`s
-    size: int,  # of a batch, at most
-) -> list:      # of lists of positions in `asks`
-    "Which calls are answered together: those that differ in pictures, words and seeds alone."
+    asks: list,      # of `Ask`s
+    size: int,       # of a batch, at most
+    kind=_call_kind, # (`Ask`) -> what the calls of a batch have in common
+) -> list:           # of lists of positions in `asks`
+    "Which calls are answered together; if nothing else is said, those that differ in pictures, words and seeds alone."
     kinds = {}
-    for i, a in enumerate(asks): kinds.setdefault((len(a.images), a.choices, a.max_tokens, a.temperature), []).append(i)
+    for i, a in enumerate(asks): kinds.setdefault(kind(a), []).append(i)
     return [rows[k:k + size] for rows in kinds.values() for k in range(0, len(rows), size)]
 
+def answer_in_batches(
+    asks: list,    # of `Ask`s
+    batches: list, # from `call_batches`
+    answer,        # (some of the `Ask`s) -> a `Reply` for each
+) -> list:         # of `Reply`s, in the order of `asks`
+    "Answer calls batch by batch."
+    replies = [None]*len(asks)
+    for batch in batches:
+        for i, reply in zip(batch, answer([asks[i] for i in batch])): replies[i] = reply
+    return replies
+
 # %% ../../nbs/rewards/00_engines.ipynb #b800c349
+@dataclass(eq=False, repr=False)
 class Local:
     "A transformers image-text-to-text model in this process. Weights are loaded at the first call."
-    def __init__(
-        self,
-        name: str,                 # 'tiny', a checkpoint folder, or a hub name such as 'Qwen/Qwen2.5-VL-7B-Instruct'
-        *,
-        quantize: str = None,      # 'nf4' stores the weights in 4 bits
-        device: str = 'auto',      # 'auto' is the GPU where there is one
-        batch: int = 32,           # calls at a time
-        max_tokens: int = None,    # of every answer in words; None: what each way of asking takes
-        temperature: float = None, # of every answer in words; None: what each way of asking takes
-    ):
-        one_of('quantize', quantize, (None, 'nf4'))
-        _check_device(device)
-        where = _checkpoint(name)
+    name: str                 # 'tiny', a checkpoint folder, or a hub name such as 'Qwen/Qwen2.5-VL-7B-Instruct'
+    _: KW_ONLY
+    quantize: str = None      # 'nf4' stores the weights in 4 bits
+    device: str = 'auto'      # 'auto' is the GPU where there is one
+    batch: int = 32           # calls at a time
+    max_tokens: int = None    # of every answer in words; None: what each way of asking takes
+    temperature: float = None # of every answer in words; None: what each way of asking takes
+
+    def __post_init__(self):
+        one_of('quantize', self.quantize, (None, 'nf4'))
+        _check_device(self.device)
+        self.device = resolve_device(self.device)
+        where = _checkpoint(self.name)
         self.path = str(where)
-        self.quantize = quantize
-        self.batch = batch
-        self.max_tokens = max_tokens
-        self.temperature = temperature
-        self.device = resolve_device(device)
-        self.model = f'{Path(name).name}#{fingerprint(where)}' if isinstance(where, Path) else name
-        if quantize: self.model += f'+{quantize}'
-        self.identity = self.model     # what an answer depends on; the settings below change the calls themselves
+        self.model = f'{Path(self.name).name}#{fingerprint(where)}' if isinstance(where, Path) else self.name
+        if self.quantize: self.model += f'+{self.quantize}'
+        self.identity = self.model     # what an answer depends on; the settings change the calls themselves
         self._lock = threading.Lock()
 
     @cached_property
@@ -268,10 +287,7 @@ class Local:
         choices: tuple = (), # answers of one token each, of a mode that needs them
     ):
         "Check, without loading weights, that the tokenizer loads and every choice is one token. Raises `InputError`."
-        from transformers import AutoTokenizer
-        try: tokenizer = AutoTokenizer.from_pretrained(base_model(self.path))
-        except (OSError, ValueError) as e:
-            raise InputError(f'judge: expected a model that can be loaded, received {self.path}: {one_line(e)}') from e
+        tokenizer = _load_tokenizer(self.path)
         if choices: choice_tokens(tokenizer, choices, self.model)
 
     def __call__(
@@ -280,9 +296,5 @@ class Local:
     ) -> list:      # of `Reply`
         "Answer in batches of calls of one kind."
         asks = [self.adapt(a) for a in asks]
-        replies = [None]*len(asks)
-        with self._lock:
-            for batch in call_batches(asks, self.batch):
-                answers = _answer_batch(*self.loaded, [asks[i] for i in batch], self.model)
-                for i, r in zip(batch, answers): replies[i] = r
-        return replies
+        def answer(some): return _answer_batch(*self.loaded, some, self.model)
+        with self._lock: return answer_in_batches(asks, call_batches(asks, self.batch), answer)

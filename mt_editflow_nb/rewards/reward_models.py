@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from ..data.files import InputError, expect, one_line, one_of, read_text
-from .engines import Ask, Reply, fingerprint, resolve_device
+from .engines import Ask, Reply, answer_in_batches, call_batches, fingerprint, resolve_device
 from .judges import Verdict, ask_and_parse
 
 # %% ../../nbs/rewards/01b_reward_models.ipynb #44286aee
@@ -121,6 +121,8 @@ def reward_prompt(
     return ('<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'
             f'<|im_start|>user\n{shown}{question}<|im_end|>\n<|im_start|>assistant\n')
 
+def _reward_and_question(ask): return ask.text.partition('\n')[::2]    # as `RewardHeads.question` joins them
+
 # %% ../../nbs/rewards/01b_reward_models.ipynb #53a405c2
 class RewardHeads:
     "A reward model whose heads give numbers, in this process. Weights are loaded at the first call."
@@ -164,19 +166,16 @@ class RewardHeads:
         asks: list, # of `Ask`
     ) -> list:      # of `Reply`
         "Numbers as texts, in batches of one head and one number of pictures."
-        groups = {}
-        replies = [None]*len(asks)
-        for i, a in enumerate(asks): groups.setdefault((a.text.partition('\n')[0], len(a.images)), []).append(i)
-        with self._lock:
-            for (reward, _), where in groups.items():
-                for k in range(0, len(where), self.batch):
-                    places = where[k:k + self.batch]
-                    for i, reply in zip(places, self._numbers(reward, [asks[i] for i in places])): replies[i] = reply
-        return replies
+        def reward_and_size(ask): return _reward_and_question(ask)[0], len(ask.images)
+        batches = call_batches(asks, self.batch, reward_and_size)
+        with self._lock: return answer_in_batches(asks, batches, self._numbers)
 
-    def _numbers(self, reward, asks):
+    def _numbers(self, asks):
+        "Replies to calls of one head."
         t0 = time.perf_counter()
-        inputs = self.loaded.inputs([a.images for a in asks], [a.text.partition('\n')[2] for a in asks])
+        reward, _ = _reward_and_question(asks[0])
+        questions = [question for _, question in map(_reward_and_question, asks)]
+        inputs = self.loaded.inputs([a.images for a in asks], questions)
         numbers = self.loaded(inputs, HEAD_MODELS[self.kind].rewards[reward][0])
         seconds = (time.perf_counter() - t0)/len(asks)
         tokens = inputs['attention_mask'].sum(1).tolist()
