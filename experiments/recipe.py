@@ -19,7 +19,8 @@ import numpy as np
 from mt_editflow_nb.ablation.passes import passes_so_far
 from mt_editflow_nb.ablation.results import METRICS, compare_points, load_results, seed_scores
 from mt_editflow_nb.algorithm.config import RL
-from mt_editflow_nb.data.files import InputError, atomic_write, expect, one_of, read_json, read_json_lines, to_json
+from mt_editflow_nb.data.files import (Described, InputError, atomic_write, expect, one_of, read_json, read_json_lines,
+                                       to_json)
 from mt_editflow_nb.data.plots import PALETTE, save_figure
 from mt_editflow_nb.data.shapeworld import WORLDS
 from mt_editflow_nb.evaluation.scores import Outcomes
@@ -167,7 +168,7 @@ def make_report(sweeps, ours, results):
     points = {label: together(each) for label, each in points.items()}
     for label, p in points.items():
         same = None in (p.heldout, points[ours].heldout) or p.heldout == points[ours].heldout
-        expect(same, label, f'the held-out sessions of {ours}', 'others')
+        expect(same, label, f'the held-out sessions of {ours}', Described('others'))
     methods = {label: summary(point, tuned[label]) for label, point in points.items()}
     times = {label: times_the_gain(points[ours], point) for label, point in points.items() if label != ours}
     return dict(**provenance(), passes=max(m['passes'] for m in methods.values()),
@@ -182,8 +183,8 @@ def run(args):
         print('committed results:', line(args.show, methods[args.show]))
         return
     expect(args.pool or args.sweeps and args.ours, 'recipe.py', 'SWEEP.json and --ours, --pool, or --show',
-           'none of them')
-    expect(args.pool or not args.latest, '--latest', 'reports to put together: --pool', 'none of them')
+           Described('none of them'))
+    expect(args.pool or not args.latest, '--latest', 'reports to put together: --pool', Described('none of them'))
     if args.pool:
         report = pooled([read_json(args.results/f'{name}.json') for name in args.pool], args.ours, args.latest)
     else: report = make_report(args.sweeps, args.ours, args.results)

@@ -15,7 +15,7 @@ from PIL import Image
 from bench_gpu import autoencoder_of, fill, random_judge
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.cli.train import parse_overrides, read_recipe
-from mt_editflow_nb.data.files import InputError, atomic_write, expect, log_rows, one_of, read_json, to_json
+from mt_editflow_nb.data.files import Described, InputError, atomic_write, expect, log_rows, one_of, read_json, to_json
 from mt_editflow_nb.data.sessions import Session, save_sessions
 from mt_editflow_nb.editing.loading import find_editor
 from mt_editflow_nb.training.budget import PUBLISHED_EDITORS, plan, plan_text, weightless_editor, weightless_encoder
@@ -27,7 +27,7 @@ SMALL = dict(iterations=2, sessions_per_iteration=1, group=4, eval_sessions=1, e
 
 def card():
     "The GPU, and its name."
-    expect(torch.cuda.is_available(), 'card', 'a GPU', 'none')
+    expect(torch.cuda.is_available(), 'card', 'a GPU', Described('none'))
     return torch.device('cuda'), torch.cuda.get_device_name()
 
 def save_random(module, folder, device):

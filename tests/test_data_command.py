@@ -43,7 +43,7 @@ def test_a_folder_of_pictures_becomes_sessions_and_nothing_is_asked_twice(photos
         assert run(photos, server.url) == 0
         asked = len(server.requests)
         first = (photos/'in'/'own.jsonl').read_bytes()
-        assert '4 instructions written, 0 instructions refused, 1 instructions unreadable' in capsys.readouterr().out
+        assert '4 instructions written, 0 instructions refused, 1 instruction unreadable' in capsys.readouterr().out
         assert run(photos, server.url) == 0
         assert len(server.requests) == asked + 1                       # whether it is ready
     assert (photos/'in'/'own.jsonl').read_bytes() == first
@@ -71,7 +71,7 @@ def test_files_that_a_selection_cannot_read_or_write(photos, capsys):
     other = str(photos/'other.jsonl')
     for argv, message in ((['split', str(photos/'s.jsonl'), one, str(photos/'in/../one.jsonl')], 'than TRAIN'),
                           (['stats', str(photos/'t.parquet')], 'a JSON Lines file of sessions, received'),
-                          (['show', str(photos), one], "a JSON Lines file of sessions, received 'a folder'")):
+                          (['show', str(photos), one], "a JSON Lines file of sessions, received a folder")):
         assert main(argv) == 2
         said, = capsys.readouterr().err.splitlines()
         assert message in said

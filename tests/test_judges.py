@@ -1,6 +1,7 @@
 "Judges behind HTTP: faults of servers, two processes on one cache, replay, secrets, a real `transformers serve`."
 import hashlib, json, math, multiprocessing, os, re, socket, subprocess, sys, threading, time, urllib.request
 from collections import Counter
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pytest, torch, transformers
@@ -313,9 +314,9 @@ def test_coarse_judge_asks_once_a_session_and_a_turn_scorer_agrees():
                     for p in (slice(0, 1), slice(1, 4)): scorer(t, p, images[p, :, :t + 1])
                 assert torch.equal(scorer.scores(images).rewards_PGTM, judge(sessions, images, seed=3).rewards_PGTM)
 
-@pytest.mark.parametrize('lost', (1, 4))
-def test_share_of_failures_is_that_of_the_whole_rollout(lost):
-    "A piece may fail altogether; once more than the share of everything is lost, nothing more is asked."
+@contextmanager
+def scored_with_lost_sessions(lost):
+    "(a scorer that has scored everything of a rollout whose first sessions get no answer, its server)."
     bad = {data_url(images[p, g, 0]) for p in range(lost) for g in range(4)}
     def fails(body): return body['messages'][0]['content'][1]['image_url']['url'] in bad
     with Faulty(lambda n, body: (500, 'no') if fails(body) else Honest()(n, body)) as server:
@@ -323,13 +324,18 @@ def test_share_of_failures_is_that_of_the_whole_rollout(lost):
         with TurnScorer(judge, sessions, 4) as scorer:
             for t in range(3):
                 for p in range(4): scorer(t, slice(p, p + 1), images[p:p + 1, :, :t + 1])
-            if lost == 1:
-                s = scorer.scores(images)
-                assert 0 < s.failed <= 12 and s.rewards_PGTM.shape == (4, 4, 3, 1)
-            else:
-                wanted = 'expected at least 75% of 48 scores, received none for'
-                with pytest.raises(InputError, match=wanted): scorer.scores(images)
-                assert len(server.seen) < 48*.6
+            yield scorer, server
+
+def test_a_piece_of_a_rollout_may_fail_altogether():
+    with scored_with_lost_sessions(1) as (scorer, _):
+        scores = scorer.scores(images)
+        assert 0 < scores.failed <= 12 and scores.rewards_PGTM.shape == (4, 4, 3, 1)
+
+def test_nothing_more_is_asked_once_too_much_of_the_whole_rollout_is_lost():
+    with scored_with_lost_sessions(4) as (scorer, server):
+        with pytest.raises(InputError, match='expected at least 75% of 48 scores, received none for'):
+            scorer.scores(images)
+        assert len(server.seen) < 48*.6
 
 def test_quality_is_a_third_reward():
     with Faulty(Honest()) as server:

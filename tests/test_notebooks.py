@@ -83,13 +83,17 @@ def test_links_of_readme_exist():
     missing = [link for link in links if not (root/link).exists()]
     assert not missing
 
+def links_of_text(path): return re.findall(r'\]\((?![a-z]+:|#)([^)#\s]+)', path.read_text(encoding='utf-8'))
+
 @each(texts)
 def test_links_of_texts_exist(path):
-    links = re.findall(r'\]\((?![a-z]+:|#)([^)#\s]+)', path.read_text(encoding='utf-8'))
-    missing = [link for link in links if not (path.parent/link).exists()]
+    missing = [link for link in links_of_text(path) if not (path.parent/link).exists()]
     assert not missing
-    folders = [link for link in links if (path.parent/link).is_dir()]
-    assert not folders or path.parent.name != 'experiments'              # a page of the site cannot lead to a folder
+
+@each(sorted((root/'experiments').glob('*.md')))
+def test_pages_of_the_site_do_not_lead_to_folders(path):
+    folders = [link for link in links_of_text(path) if (path.parent/link).is_dir()]
+    assert not folders
 
 @each(notebooks)
 def test_links_between_files_exist(path):
@@ -296,6 +300,26 @@ def test_errors_say_what_was_expected_and_what_was_received():
     assert len(found) > 100
     others = {(place, words) for place, words in found if not re.search('.: expected .+, received .', words)}
     assert others == {(place, words) for place, words, _ in OTHER_ERRORS}
+
+QUOTED = [     # texts that stand for what a user has written: quoted like every value
+    ('algorithm.config.check_advantage', "'none'"), ('cli.eval.check_options', "args.judge or 'verifier'"),
+    ('cli.eval.check_options', "args.sessions or 'shapeworld'"), ('rewards.cube._heads_judge', "f'{kind}:{model}'"),
+    ('cli.train._chosen', "' '.join(args.settings) or f'--run {args.run}'"), ('cli.train._chosen', "f'{name}={value}'")]
+
+def quoted_texts(node, place):
+    "(function, source) of what `expect` is told was received, where that is a text of ours that it would quote."
+    if isinstance(node, ast.FunctionDef): place = f'{place}.{node.name}'
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == 'expect' and len(node.args) == 4:
+        received = node.args[3]
+        parts = getattr(received, 'values', [received]) if isinstance(received, ast.BoolOp) else [received]
+        if isinstance(received, ast.IfExp): parts = [received.body, received.orelse]
+        if any(isinstance(x, ast.JoinedStr) or isinstance(getattr(x, 'value', None), str) for x in parts):
+            yield place, ast.unparse(received)
+    for child in ast.iter_child_nodes(node): yield from quoted_texts(child, place)
+
+def test_errors_quote_what_was_written_and_not_how_we_describe_it():
+    found = {text for name in modules for text in quoted_texts(syntax_tree(name), '.'.join(name))}
+    assert found == set(QUOTED), 'write Described(...)'
 
 @pytest.mark.parametrize('name', modules, ids='.'.join)
 def test_imports_earlier_chapters_only(name):

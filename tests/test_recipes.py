@@ -546,7 +546,7 @@ def test_a_recipe_on_a_card_before_anything_is_downloaded(tmp_path, monkeypatch,
     try_card.main()
     report = json.loads((tmp_path/'card_kontext_nft_CPU.json').read_text())
     assert len(report['timings']) == 2 and all(np.isfinite(step['loss']) for step in report['steps'])
-    assert report['held_GB'] is None or report['held_GB'] > 0
+    assert report['held_GB'] is None                                                   # only a GPU says it
     assert 'an iteration took' in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1     # the rest is gone
     monkeypatch.setattr('sys.argv', ['try_card.py', str(root/'experiments/recipes/klein_4b_nft.yaml')])
     with pytest.raises(InputError, match='editor: expected one of black-forest-labs/FLUX.1'): try_card.main()

@@ -62,7 +62,7 @@ def test_report(runs, reported):
     out, said = reported
     assert 'report.html' in said and 'much better: better than the baseline' in said and 'the same: undecided' in said
     html = (out/'report.html').read_text()
-    assert 'Which coin wins?' in html and 'told to' in html and '1 jobs are not in this report' in html
+    assert 'Which coin wins?' in html and 'told to' in html and '1 job is not in this report' in html
     assert html.count('data:image/png') >= 6 and 'load_results' not in html
     names = ('verdicts', 'scores', 'comparisons', 'monitor', 'cost', 'passes')
     tables = [f'{name}.{e}' for name in names for e in ('csv', 'tex')]

@@ -96,7 +96,7 @@ bad_lines = {
     line(task_types=None): ['`task_types`'],
     line(meta=[]): ['`meta`'],
     line(meta=None): ['`meta`'],
-    line(seed=1): ['`seed`', 'unknown'],
+    line(seed=1): ['`seed`: expected one of id, image', 'received an unknown name'],
     line(id='a'): ['`id`', "'a'", 'sessions.jsonl:1'],
 }
 
@@ -215,7 +215,7 @@ def test_what_cannot_be_saved(tmp_path):
     image = Image.new('RGB', (4, 4))
     for sessions, part in [([], 'at least one'), ([Session('a', None, ['x'])], '`image`'),
                            ([Session('a', image, ['x'])] * 2, "'a'"),
-                           ([Session('a', image, ['x']), Session('b', image, ['x', 'y'])], '1 turns'),
+                           ([Session('a', image, ['x']), Session('b', image, ['x', 'y'])], '1 turn as at'),
                            ([Session('a', image, ['x'], meta={'pixels': b''})], '`meta`')]:
         with pytest.raises(InputError, match=part): save_sessions(sessions, tmp_path)
     assert not (tmp_path/'sessions.jsonl').exists()

@@ -63,23 +63,41 @@ def wait_for_iteration(job, run, n):
         return len(lines(run)) >= n
     wait_for(is_done)
 
-@pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
-def test_stopped_at_a_random_moment_and_resumed(whole, tmp_path, sent):
-    "What stops a run is one function for all signals that can be answered: of these, SIGTERM is gone on from."
-    run = tmp_path/'a folder'
+def ended_at_a_random_moment(run, sent):
+    "(exit status, what it said) of a run that a signal has ended on the way."
     job = start(run, *pairs())
     moment = random.Random(sent)
     wait_for_iteration(job, run, moment.randint(1, 4))
     time.sleep(moment.random()*.1)
     job.send(sent)
-    status, said = job.end()
-    if sent == signal.SIGKILL: assert status == -signal.SIGKILL
-    else: assert status == 128 + sent and f'--resume {run}' in said
+    ended = job.end()
     assert len(lines(run)) < small['iterations']
-    if sent in (signal.SIGINT, signal.SIGUSR1): return
-    assert Command(main, ['--resume', str(run)], tmp_path/'resumed').end()[0] == 0
+    return ended
+
+def assert_resumes(run, whole):
+    "A run that is gone on with ends as one that was never stopped."
+    assert Command(main, ['--resume', str(run)], run.with_name('resumed')).end()[0] == 0
     assert same_end(whole, run)
     assert table(run) == table(whole)
+
+def test_killed_at_a_random_moment_and_resumed(whole, tmp_path):
+    run = tmp_path/'a folder'
+    status, _ = ended_at_a_random_moment(run, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    assert_resumes(run, whole)
+
+def test_terminated_at_a_random_moment_and_resumed(whole, tmp_path):
+    run = tmp_path/'a folder'
+    status, said = ended_at_a_random_moment(run, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM and f'--resume {run}' in said
+    assert_resumes(run, whole)
+
+@pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
+def test_interrupted_at_a_random_moment(tmp_path, sent):
+    "What stops a run is one function for all signals that can be answered: SIGTERM, above, is gone on from."
+    run = tmp_path/'a folder'
+    status, said = ended_at_a_random_moment(run, sent)
+    assert status == 128 + sent and f'--resume {run}' in said
 
 def test_what_a_run_folder_holds(whole):
     config = json.loads((whole/'config.json').read_text())
@@ -357,14 +375,15 @@ def test_training_in_a_notebook_ends_with_the_command(tmp_path, monkeypatch):
     with opened_run(make_config(small), tmp_path/'run', {}): assert followed == [12345]
 
 bad = {
-    'unknown parameter': (['agregation=min'], 'agregation'), 'wrong type': (['lr=fast'], 'lr'),
+    'unknown name': (['agregation=min'], "received an unknown name (did you mean 'aggregation'?)"),
+    'wrong type': (['lr=fast'], 'lr'),
     'no such aggregation': (['aggregation=median'], 'aggregation'), 'group of one': (['group=1'], 'group'),
     'plan of a folder': (['--plan'], '--plan: expected no --run'),
     'no notebook': (['--notebook', '/etc/hostname'], 'notebook: /etc/hostname: expected a notebook'),
     'option without dashes': (['resume=x'], "resume: expected an option, --resume, received 'resume=x'"),
     'no name': (['=3'], "field=value, for example aggregation=min, received '=3'"),
     'run in a file': (['--run', '/dev/null/run'], '--run: expected a folder'),
-    'judge option': (['judge_options={max_tokens: lots}', 'judge=tiny:think'], 'judge_options: max_tokens'),
+    'judge option': (['judge_options={max_tokens: lots}', 'judge=tiny:think'], 'judge_options.max_tokens'),
     'judge name': (['judge_options={name: x}', 'judge=tiny:think'], 'judge_options'),
     'judge cache': (['judge_options={cache: x}', 'judge=tiny:think'], 'judge_options'),
     'zero turns': (['turns=0'], 'turns'), '17 turns': (['turns=17'], 'turns'), 'no value': (['lr'], 'field=value'),

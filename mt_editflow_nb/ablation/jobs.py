@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_ELSEWHERE', 'STOPPED', 'grace_seconds', 'job_state', 'is_running', 'job_status', 'JobRecord', 'JobEnding',
            'kernel_sockets', 'run_job', 'job_message', 'job_process', 'gpu_ids', 'usable_cores', 'job_slots',
-           'start_local', 'start_ray', 'jobs_of_shard', 'job_progress', 'time_left', 'SweepDisplay', 'RunningJob',
-           'SweepRun', 'open_sweep_run', 'signals_as_interrupts', 'run_sweep', 'describe_sweep']
+           'start_local', 'start_ray', 'job_progress', 'time_left', 'SweepDisplay', 'RunningJob', 'SweepRun',
+           'open_sweep_run', 'signals_as_interrupts', 'run_sweep', 'describe_sweep']
 
 # %% ../../nbs/ablation/01_jobs.ipynb #f7194bb6
 import contextlib, json, os, re, signal, socket, subprocess, sys, tempfile, threading, time
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import psutil
 from tqdm import tqdm
 from .sweeps import Job, Plan, Resources, label_of, read_seconds
-from ..data.files import (
-    InputError, atomic_write, duration_text, expect, is_locked, locked, one_line, read_json, skip_url_grammar, to_json)
+from ..data.files import (InputError, atomic_write, count_text, duration_text, expect, is_locked, locked,
+                                       one_line, read_json, skip_url_grammar, to_json)
 
 # %% ../../nbs/ablation/01_jobs.ipynb #d732970a
 RUN_ELSEWHERE = 3    # exit statuses of a job's process, besides 0 (done) and 1 (failed)
@@ -301,17 +301,6 @@ def start_ray(
         return poll, lambda force=False: ray.cancel(task, force=force)
     return start
 
-# %% ../../nbs/ablation/01_jobs.ipynb #06d649f6
-def jobs_of_shard(
-    jobs: list, # of `Job`
-    shard: str, # 'i/n' such as '2/8', with i from 0 or from 1; the n shards together hold all jobs
-) -> list:      # of `Job`
-    "Every n-th job. Raises `InputError` unless `shard` is two whole numbers with i at most n."
-    match = re.fullmatch(r'(\d+)/(\d+)', shard)
-    i, n = (int(x) for x in match.groups()) if match else (1, 0)
-    expect(i <= n and n > 0, '--jobs', 'i/n, two whole numbers with i from 1 to n', shard)
-    return jobs[i % n::n]
-
 # %% ../../nbs/ablation/01_jobs.ipynb #560301c3
 def job_progress(
     job: Job, # of a plan
@@ -564,12 +553,13 @@ def describe_sweep(
     def row(label):
         cells = ' '.join(f'{by_point[label].get(seed, ""):8}' for seed in sweep.seeds)
         return f'{label:{wide}}{cells}' + ('  (baseline)' if label == plan.baseline else '')
-    size = f'{len(plan.jobs)} jobs ({len(plan.points)} points x {len(sweep.seeds)} seeds)'
+    points = f'{count_text(len(plan.points), "point")} x {count_text(len(sweep.seeds), "seed")}'
+    size = f'{count_text(len(plan.jobs), "job")} ({points})'
     lines = [f'{plan.name}: {sweep.question}' if sweep.question else plan.name]
     lines.append(f'{size} of {plan.notebook.name} in {out}, {len(slots)} at a time on {each} each')
     lines.append(', '.join(counts))
     if sweep.fixed: lines.append(f'fixed: {label_of(sweep.fixed)}')
     lines.append(f'{"":{wide}}' + ' '.join(f'{f"seed {seed}":8}' for seed in sweep.seeds))
     lines += map(row, listed)
-    if len(by_point) > n_points: lines.append(f'... and {len(by_point) - n_points} more points')
+    if len(by_point) > n_points: lines.append(f'... and {count_text(len(by_point) - n_points, "more point")}')
     return '\n'.join(line.rstrip() for line in lines)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from .passes import common_turn, pass_curve
 from .results import (
     METRICS, Results, compare_points, last_turn, load_results, seed_scores)
-from ..data.files import InputError, atomic_write, expect, read_json, shipped, skip_url_grammar
+from ..data.files import Described, InputError, atomic_write, expect, read_json, shipped, skip_url_grammar
 from ..data.plots import BAD, GOOD, NEUTRAL, line_style, plain_label, plot_learning_curves
 from ..evaluation.scores import Outcomes
 from ..evaluation.statistics import detectable, holm, power, t_quantile
@@ -303,13 +303,13 @@ def find_plans(
     "The sweeps to report. Raises `InputError` where there is none."
     runs = Path(runs)
     if runs.is_file(): return [runs]
-    expect(runs.is_dir(), runs, 'a folder of sweeps, or the NAME.json of one', 'none')
+    expect(runs.is_dir(), runs, 'a folder of sweeps, or the NAME.json of one', Described('none'))
     def is_plan(path):
         try: plan = read_json(path)
         except InputError: return False
         return isinstance(plan, dict) and 'sweep' in plan
     plans = [path for path in sorted(runs.glob('*.json')) if is_plan(path)]
-    expect(plans, runs, 'the NAME.json of a sweep, which mtef_sweep writes', 'none')
+    expect(plans, runs, 'the NAME.json of a sweep, which mtef_sweep writes', Described('none'))
     return plans
 
 # %% ../../nbs/ablation/02_report.ipynb #883aa629

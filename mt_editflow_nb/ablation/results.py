@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
-from ..data.files import InputError, expect, log_rows, one_line, read_json
+from ..data.files import Described, InputError, expect, log_rows, one_line, read_json
 from ..evaluation.scores import EDIVAL_METRICS, Outcomes, metric_arrays, outcomes_from, weighted_scores
 from ..evaluation.statistics import divide, t_pvalue, t_quantile, weighted_mean
 
@@ -105,7 +105,7 @@ def load_results(
         except InputError as e: raise InputError(f'{path}: {e}') from None
         missing += not_done
         if point is not None: points[point.label] = point
-    expect(plan['baseline'] in points, f'{path}: baseline {plan["baseline"]}', 'a job that is done', 'none')
+    expect(plan['baseline'] in points, f'{path}: baseline {plan["baseline"]}', 'a job that is done', Described('none'))
     shape = points[plan['baseline']].after.success_IT.shape[1:]
     expected = f'an evaluation on {shape[0]} sessions of {shape[1]} turns, as of the baseline'
     for point in points.values():

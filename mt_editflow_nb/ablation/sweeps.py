@@ -12,8 +12,8 @@ import ast, contextlib, functools, hashlib, io, itertools, json, logging, re, ty
 from pathlib import Path
 from typing import Any, NamedTuple
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
-from ..data.files import (
-    InputError, atomic_write, content_hash, expect, one_line, one_of, parse_yaml, read_text, skip_url_grammar, to_json)
+from ..data.files import (Described, InputError, atomic_write, content_hash, expect, one_line, one_of,
+                                       parse_yaml, read_text, skip_url_grammar, to_json, unknown_name)
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #a3d5d806
 class Resources(BaseModel, extra='forbid'):
@@ -50,7 +50,8 @@ def read_resources(
 ) -> Resources:
     "What one job occupies. Raises `InputError` for other fields, and for values that cannot be."
     expect(isinstance(fields, dict), 'resources', 'fields and values, such as {gpus: 1}', fields)
-    for name in fields: one_of('resources', name, Resources.model_fields)
+    for name in fields:
+        if name not in Resources.model_fields: raise unknown_name(f'resources.{name}', name, Resources.model_fields)
     try: return Resources(**fields)
     except ValidationError as e:
         error = e.errors()[0]
@@ -66,8 +67,7 @@ def _field_error(e):
     if e['type'] != 'extra_forbidden':
         expected = re.sub('^(Input should be|List should have) | after validation.*', '', e['msg'])
         return f'{".".join(place)}: expected {expected}, received {e["input"]!r}'
-    try: one_of('.'.join(['unknown field', *place[:-1]]), place[-1], model.model_fields)
-    except InputError as error: return str(error)
+    return str(unknown_name('.'.join(place), place[-1], model.model_fields))
 
 def _check_together(sweep):
     "Check fields that are valid by themselves against each other."
@@ -75,7 +75,7 @@ def _check_together(sweep):
     expect(gpus < 1 or gpus % 1 == 0, 'resources.gpus', 'a whole number, or less than 1', gpus)
     expect(len(set(sweep.seeds)) == len(sweep.seeds), 'seeds', 'different numbers', sweep.seeds)
     both = sorted(set(sweep.grid) & set(sweep.fixed))
-    expect(not both, ', '.join(both), 'a parameter in either grid or fixed', 'one in both')
+    expect(not both, ', '.join(both), 'a parameter in either grid or fixed', Described('one in both'))
     for name, values in sweep.grid.items(): expect(values, f'grid.{name}', 'at least one value', values)
     read_seconds(sweep.time_limit)
 
@@ -189,7 +189,7 @@ def check_value(
 ):                    # the value in its parameter's type: 1 becomes 1.0 for a float
     "Check a value for a notebook's parameter. Raises `InputError` for an unknown name, or a value of another type."
     expect(name != 'run', 'run', 'no value, as every job gets its own folder', value)
-    one_of('unknown parameter', name, [p for p in parameters if p != 'run'])
+    if name not in parameters: raise unknown_name(name, name, [p for p in parameters if p != 'run'])
     kind = parameters[name].kind
     try: return TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError: raise InputError(f'{name}: expected {kind_name(kind)}, received {value!r}') from None
@@ -268,7 +268,7 @@ def sweep_points(
     points = {}
     for point in on_grid + sweep.points:
         label = str(point['label']) if 'label' in point else label_of(point)
-        expect(label not in points, 'points', 'different labels', f'two points called {label}')
+        expect(label not in points, 'points', 'different labels', Described(f'two points called {label}'))
         points[label] = {k: v for k, v in point.items() if k != 'label'}
     return points
 

@@ -10,11 +10,10 @@ __all__ = ['RL', 'EFFECTIVE', 'OF_FILES', 'ADAPTER_ONLY', 'CONFIG_PRESETS', 'REN
            'make_config', 'first_imitation']
 
 # %% ../../nbs/algorithm/03_config.ipynb #bffe2463
-import difflib
 from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from ..data.files import InputError, at_home, expect, one_of
+from ..data.files import Described, InputError, at_home, expect, one_of, unknown_name
 from ..data.sessions import MAX_TURNS
 from ..data.shapeworld import MAX_SESSIONS, WORLDS
 from ..editing.lora import LORA_TARGETS
@@ -214,13 +213,14 @@ def refuse_ineffective(
         has_default = getattr(config, name) == Config.model_fields[name].default
         effective = getattr(config, other) in values
         expect(has_default or effective, name, f'{other}={" or ".join(values)}, without which it has no effect',
-               f'{other}={getattr(config, other)}')
+               Described(f'{other}={getattr(config, other)}'))
     expect(config.gamma is None or config.aggregation == 'discounted', 'gamma',
-           'aggregation=discounted, without which it has no effect', f'aggregation={config.aggregation}')
+           'aggregation=discounted, without which it has no effect', Described(f'aggregation={config.aggregation}'))
     expect(config.credit != 'local' or config.aggregation in ('mean', 'none'), 'aggregation',
-           "another credit than 'local', which keeps every turn for itself", f'aggregation={config.aggregation}')
+           "another credit than 'local', which keeps every turn for itself",
+           Described(f'aggregation={config.aggregation}'))
     expect(config.sampler != 'cps' or config.algorithm == 'grpo', 'sampler',
-           'algorithm=grpo with cps, without which it has no effect', f'algorithm={config.algorithm}')
+           'algorithm=grpo with cps, without which it has no effect', Described(f'algorithm={config.algorithm}'))
     expect(not config.keep_best or config.eval_every, 'keep_best',
            'eval_every above 0, without which it has no effect', config.keep_best)
     for name in ('imitate_edits', 'imitate_lr'):
@@ -312,7 +312,8 @@ def check_branching(
     if config.branching == 'none': return
     expect(config.credit == 'local', 'credit', "'local' with branching, where members share pictures and not sessions",
            config.credit)
-    expect(config.turns != 1, 'branching', 'turns above 1, without which it has no effect', f'turns={config.turns}')
+    expect(config.turns != 1, 'branching', 'turns above 1, without which it has no effect',
+           Described(f'turns={config.turns}'))
 
 def check_scored_turns(
     config: Config, # to check
@@ -377,9 +378,7 @@ def _explain(error: dict) -> str: # one line
         expected = expected.removeprefix('Value error, ').removeprefix('Input should be ')
         if expected.startswith(('greater', 'less')): expected = f'a number {expected}'
         return f'{name}: expected {expected}, received {error["input"]!r}'
-    near = difflib.get_close_matches(name, [*Config.model_fields, 'preset'], 1)
-    if near: return f'{name}: expected a setting of a run, received an unknown parameter (did you mean {near[0]!r}?)'
-    return f'{name}: expected one of {", ".join(Config.model_fields)}, preset, received an unknown parameter'
+    return str(unknown_name(name, name, [*Config.model_fields, 'preset']))
 
 def _check_judge(prefix, name, options):
     "The judge of a name, of training or of evaluation. Raises `InputError`, naming the field, where it is of no use."

@@ -7,7 +7,7 @@ __all__ = ['FUSIONS', 'CREDITS', 'STDS', 'PRESETS', 'advantages']
 
 # %% ../../nbs/algorithm/01_fusion.ipynb #143580e4
 import torch
-from ..data.files import InputError, expect, one_of
+from ..data.files import Described, InputError, expect, one_of
 from .aggregation import AGGREGATIONS, aggregate, aggregate_to_go
 
 # %% ../../nbs/algorithm/01_fusion.ipynb #b25b72fb
@@ -19,7 +19,7 @@ def _as_rewards(rewards_PGTM):
     "Rewards in float64. Raises `InputError` for wrong shapes, groups of one, and infinite rewards."
     r = torch.as_tensor(rewards_PGTM).detach().double()
     expect(r.ndim == 4 and r.numel(), 'rewards_PGTM', 'shape [P, G, T, M]', list(r.shape))
-    expect(r.shape[1] > 1, 'rewards_PGTM', 'groups of at least 2 members to compare', 'G = 1')
+    expect(r.shape[1] > 1, 'rewards_PGTM', 'groups of at least 2 members to compare', Described('G = 1'))
     if r.isinf().any():
         raise InputError(f'rewards_PGTM: expected finite rewards, or NaN for a failed score, received '
                          f'{r[r.isinf()][0]} at [p, g, t, m] = {r.isinf().nonzero()[0].tolist()}')

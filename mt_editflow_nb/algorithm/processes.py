@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 from torch.distributed import DistError, PrefixStore, broadcast_object_list, gather_object, new_group
 from torch.distributed.distributed_c10d import _get_default_store
-from ..data.files import InputError, expect
+from ..data.files import Described, InputError, expect
 from ..editing.rollout import Shard
 from ..rewards.cache import (add_replies, copy_cache, merge_caches, new_replies, rank_caches,
                                           rank_file)
@@ -40,7 +40,7 @@ def shard_of(
     "Which sessions and members a process makes. Raises `InputError` where the rows cannot be shared equally."
     i, count = process or processes()
     expect(sessions*group % count == 0, 'sessions_per_iteration, group',
-           f'numbers whose product is a multiple of the {count} processes', f'{sessions} x {group}')
+           f'numbers whose product is a multiple of the {count} processes', Described(f'{sessions} x {group}'))
     blocks = math.gcd(sessions, count)    # of sessions
     parts = count//blocks                 # processes that share a block, each with other members
     P = sessions//blocks

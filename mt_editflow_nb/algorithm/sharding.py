@@ -11,7 +11,7 @@ import os, warnings
 from contextlib import contextmanager
 import torch
 from torch.distributed.tensor import DTensor
-from ..data.files import expect
+from ..data.files import Described, expect
 from .config import Config
 from .processes import processes
 
@@ -24,7 +24,7 @@ def check_launch(
     base = 'the 4-bit base' if config.quantize else 'the frozen base'
     expect(not sharded or config.lora_rank is None, 'FSDP',
            f'lora_rank=none, or a launch without FSDP: an adapter is trained data-parallel, with {base} on every card',
-           f'lora_rank={config.lora_rank} under ACCELERATE_USE_FSDP=true')
+           Described(f'lora_rank={config.lora_rank} under ACCELERATE_USE_FSDP=true'))
 
 def shard_transformer(
     editor, # with every weight in training, see `train_whole`

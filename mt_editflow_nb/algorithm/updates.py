@@ -9,7 +9,7 @@ __all__ = ['IDLE_ITERATIONS', 'micro_batches', 'learning_rate', 'require_finite'
 # %% ../../nbs/algorithm/06_updates.ipynb #c9081804
 import warnings
 import torch
-from ..data.files import InputError
+from ..data.files import InputError, count_text
 from .config import Config, first_imitation
 from .policy import broken_tensor
 from .processes import failing_together, sum_gradients
@@ -144,4 +144,5 @@ def check_signal(
     spread_M = [scores.rewards_PGTM[..., m].std(1).nan_to_num().amax().item() for m in range(len(scores.names))]
     constant = ', '.join(name for name, spread in zip(scores.names, spread_M) if spread == 0)
     reason = f'constant within every group: {constant}' if constant else 'rewards vary by less than min_std'
-    warnings.warn(f'iteration {iteration}: no row to train on in {policy.idle} iterations ({reason})', stacklevel=2)
+    idle = count_text(policy.idle, 'iteration')
+    warnings.warn(f'iteration {iteration}: no row to train on in {idle} ({reason})', stacklevel=2)

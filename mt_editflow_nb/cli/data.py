@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from ..data.files import InputError, at_home, atomic_write, expect, one_line, one_of
+from ..data.files import Described, InputError, at_home, atomic_write, count_text, expect, one_line, one_of
 from ..data.importers import IMPORTERS, RowWriter, import_set
 from ..data.overview import overview, overview_figure
 from ..data.selecting import (LANGUAGES, matches, read_for_selection, read_range, sample_indices,
@@ -30,7 +30,7 @@ def _say_skipped(skipped):
 
 def _say_written(path, n, outside):
     "Print what was written, and how to read it."
-    print(f'{path}: {n} {"session" if n == 1 else "sessions"}')
+    print(f'{path}: {count_text(n, "session")}')
     if outside: print('its pictures lie outside its folder: train with allow_outside=true')
 
 def _import(args):
@@ -94,7 +94,7 @@ def _write(sessions, path, source):
 def _filter(args):
     sessions = read_for_selection(args.file)
     there = sorted({kind for s in sessions for kind in s.task_types}) if args.type else ()
-    expect(there or not args.type, '--type', 'a file whose turns have types', f'none in {args.file}')
+    expect(there or not args.type, '--type', 'a file whose turns have types', Described(f'none in {args.file}'))
     for name in args.type or (): one_of('--type', name, there)
     if args.language: one_of('--language', args.language, LANGUAGES)
     def ends(name):
@@ -178,7 +178,8 @@ def _make(args):
     _say_skipped(left_out)
     if not writer.rows: raise InputError(f'{folder}: expected instructions for at least one picture, received none')
     writer.write()
-    print(', '.join(f'{counts[kind]} instructions {kind}' for kind in ('written', 'refused', 'unreadable')))
+    kinds = ('written', 'refused', 'unreadable')
+    print(', '.join(f'{count_text(counts[kind], "instruction")} {kind}' for kind in kinds))
     print(f'{len(left_out)} of {len(named)} pictures left out')
     _say_written(out, len(writer.rows), writer.outside)
 

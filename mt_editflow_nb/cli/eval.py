@@ -7,9 +7,9 @@ __all__ = ['MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_o
            'fill_settings', 'made_with', 'check_names', 'made_otherwise', 'compare_shared', 'check_against',
            'finish_run', 'sessions_of_file', 'list_skipped', 'chosen_sessions', 'judge_of_rules', 'notes_about',
            'check_older_mode', 'run_free', 'check_answering', 'turns_to_make', 'check_verifier_size', 'evaluate_free',
-           'with_picture', 'edival_sessions', 'edival_judges', 'load_edival_tools', 'quality_to_ask', 'quality_table',
-           'evaluate_edival', 'import_published', 'fill_bench_settings', 'bench_items', 'evaluate_bench',
-           'evaluation_answers', 'main']
+           'with_picture', 'asked_for', 'edival_sessions', 'edival_judges', 'load_edival_tools', 'quality_to_ask',
+           'quality_table', 'evaluate_edival', 'import_published', 'fill_bench_settings', 'bench_items',
+           'evaluate_bench', 'evaluation_answers', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
 import argparse, os, sys, time, warnings
@@ -17,9 +17,9 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..data.files import (InputError, add_missing_lines, at_home, atomic_write, check_writable,
-                                       content_hash, expect, lacking_memory, one_line, open_image, parse_yaml,
-                                       read_json, to_json)
+from ..data.files import (Described, InputError, add_missing_lines, at_home, atomic_write, check_writable,
+                                       content_hash, count_text, expect, lacking_memory, one_line, open_image,
+                                       parse_yaml, read_json, take_share, to_json)
 from ..data.sessions import MAX_TURNS, load_edival
 from ..data.shapeworld import MAX_SESSIONS, WORLD_SIDE, WORLDS
 from ..data.signals import stop_at_once, stop_requests
@@ -136,7 +136,7 @@ def _edival_options(ap):
     g.add_argument('--csv', help='its instruction file (default: oai_instruction_generation_output.csv in --images)')
     g.add_argument('--questions', metavar='CHECKOUT', help="ask the benchmark's very questions, from a checkout of it")
     g.add_argument('--generate-only', action='store_true', help='make the pictures, score nothing')
-    g.add_argument('--shard', metavar='I/N', help='do every N-th session, beginning with the I-th; write no card')
+    g.add_argument('--shard', metavar='I/N', help='do the I-th of N shares of the sessions; write no card')
     g.add_argument('--detector', help=f'Grounding DINO (default: {EDIVAL_DETECTOR})')
     g.add_argument('--vlm', help='vision-language model: MODEL or MODEL@URL, with :direct (default), :logit or '
                                  f':think@k behind (default: {EDIVAL_VLM})')
@@ -196,7 +196,7 @@ def check_options(
     "Raises `InputError` for values that cannot be, and for options without effect."
     if args.bench: return check_bench_options(args)
     flags = {name: '--' + name.replace('_', '-') for name in vars(args)}
-    for name in _given(args, ('data', 'language')): expect(False, flags[name], '--bench as well', 'none')
+    for name in _given(args, ('data', 'language')): expect(False, flags[name], '--bench as well', Described('none'))
     check_writable(args.out, '--out')
     if args.imported:
         others = _given(args, [n for n in vars(args) if n not in ('imported', 'out', 'against')])
@@ -207,7 +207,7 @@ def check_options(
     for name in _given(args, _needs):
         expect(kind in _needs[name], flags[name], f'--sessions {" or ".join(_needs[name])}',
                args.sessions or 'shapeworld')
-    expect(not args.plain or args.structure, '--plain', '--structure as well', 'none')
+    expect(not args.plain or args.structure, '--plain', '--structure as well', Described('none'))
     plain = args.sessions in (None, 'shapeworld')
     expect(plain or not args.structure, '--structure', 'sessions of plain shapeworld to apply it to', args.sessions)
     pictures = "the folder of EdiVal-Bench's pictures, {id}_input_raw.jpg"
@@ -289,8 +289,8 @@ def _load_editor(args, sessions): # raises `InputError` where instructions of a 
     if args.lora: load_trained(editor, args.lora)
     if not args.bench and args.sessions not in (*WORLDS, 'edival'): check_instructions(editor, sessions)
     elif cut := long_instructions(editor, sessions):
-        _say(f'warning: {len(cut)} instructions are longer than the {editor.max_text_tokens} tokens that the editor '
-             'reads, and are cut')
+        cut_short = count_text(len(cut), 'instruction is', 'instructions are')
+        _say(f'warning: {cut_short} cut to the {editor.max_text_tokens} tokens that the editor reads')
     return editor
 
 # %% ../../nbs/cli/01_eval.ipynb #0026380f
@@ -333,7 +333,8 @@ def compare_shared(
         return compare(a, b, turns_I=turns_I), len(b.success_IT)
     place = {id: i for i, id in enumerate(ids_a)}
     shared = [(place[id], i) for i, id in enumerate(ids_b) if id in place]
-    expect(shared, '--against', f'a run over some of the same sessions, such as {ids_b[0]!r}', f'{ids_a[0]!r}, ...')
+    expect(shared, '--against', f'a run over some of the same sessions, such as {ids_b[0]!r}',
+           Described(f'{ids_a[0]!r}, ...'))
     rows_a, rows_b = map(list, zip(*shared))
     turns_I = turns and [turns[ids_b[i]] for i in rows_b]
     return compare(Outcomes(*(x[rows_a] for x in a)), Outcomes(*(x[rows_b] for x in b)), turns_I=turns_I), len(shared)
@@ -360,7 +361,7 @@ def _further_tables(out, sessions, outcomes, facts, against): # (facts, heading 
     if not against: return facts, tables
     table, shared = compare_shared(against, out, {s.id: len(s.instructions) for s in sessions})
     names = dict(a='that one', b='this one', a_unscored='unscored there', b_unscored='unscored here')
-    over = '' if shared == len(outcomes.success_IT) else f', {shared} shared sessions'
+    over = '' if shared == len(outcomes.success_IT) else f', {count_text(shared, "shared session")}'
     tables[f'Compared with {against}{over}'] = table.rename(columns=names)
     if differs := made_otherwise(facts, against): facts = facts | {f'Made otherwise than {against}': differs}
     return facts, tables
@@ -410,7 +411,8 @@ def sessions_of_file(
         warnings.simplefilter('ignore')                                # what is skipped is said below
         sessions = open_sessions(args.sessions, allow_outside=args.allow_outside, same_turns=False,
                                  on_bad='skip' if skip else 'stop', decode=True if skip else None)
-    if sessions.skipped: _say(f'{len(sessions.skipped)} sessions left out, the first: {sessions.skipped[0]}')
+    left_out = count_text(len(sessions.skipped), 'session')
+    if sessions.skipped: _say(f'{left_out} left out, the first: {sessions.skipped[0]}')
     return sessions
 
 def list_skipped(
@@ -421,7 +423,8 @@ def list_skipped(
     skipped = getattr(sessions, 'skipped', ())
     if not skipped: return []
     add_missing_lines(out/'skipped.txt', skipped)
-    return [f'{len(skipped)} sessions of the file could not be used and are left out; skipped.txt lists them.']
+    left_out = count_text(len(skipped), 'session of the file is', 'sessions of the file are')
+    return [f'{left_out} left out as unusable; skipped.txt has the list.']
 
 def chosen_sessions(
     args,  # the options, filled
@@ -435,8 +438,8 @@ def chosen_sessions(
         check_for_judge(args.judge, sessions[:1])
         return sessions
     sessions = sessions_of_file(args)
-    expect(args.n is None or args.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {args.sessions}',
-           args.n)
+    there = f'{count_text(len(sessions), "session")} of {args.sessions}'
+    expect(args.n is None or args.n <= len(sessions), '--n', f'at most the {there}', args.n)
     check_for_judge(args.judge, sessions[:args.n], args.crop)
     return sessions[:args.n]
 
@@ -575,8 +578,10 @@ def _finish_free(args, out, chosen, sessions, outcomes, images, cc_unscored_IT, 
     structure = args.structure or 'chain'
     split = 'held out'
     if args.sessions not in WORLDS: split = f'its first {args.n}' if args.n else 'the whole file'
-    lengths = ' to '.join(map(str, sorted({min(turn_counts(chosen)), max(turn_counts(chosen))})))
-    data = dict(sessions=f'{args.sessions}, {len(sessions)} sessions of {lengths} turns',
+    shortest = min(turn_counts(chosen))
+    lengths = count_text(max(turn_counts(chosen)), 'turn')
+    if count_text(shortest, 'turn') != lengths: lengths = f'{shortest} to {lengths}'
+    data = dict(sessions=f'{args.sessions}, {count_text(len(sessions), "session")} of {lengths}',
                 structure=f'{structure}, in plain words' if args.plain else structure, split=split)
     protocol = dict(judge=args.judge, **_judge_facts(args), **_generation_facts(args), solver=args.sampler or 'ode',
                     seed=1234, input='every turn edits the last output', seconds_a_turn=seconds)
@@ -595,19 +600,27 @@ def with_picture(
     open_image(file)
     return replace(session, image=file)
 
+def asked_for(
+    args,        # the options: `n` and `shard` are read
+    items: list, # all sessions or items of a benchmark
+    noun: str,   # for one of them, such as 'session'
+    source,      # where they come from, for the message
+) -> list:       # of the first `n`, this task's share
+    "The part of a benchmark that the options ask for. Raises `InputError` where that is nothing."
+    expect(args.n is None or args.n <= len(items), '--n', f'at most the {count_text(len(items), noun)} of {source}',
+           args.n)
+    items = items[:args.n]
+    if not args.shard: return items
+    share = take_share(items, args.shard, '--shard')
+    expect(share, '--shard', f'a share that is not empty (of {count_text(len(items), noun)})', args.shard)
+    return share
+
 def edival_sessions(
     args,  # the options, filled
 ) -> list: # of `Session`
-    "The benchmark's sessions with their pictures, of this shard."
+    "The benchmark's sessions with their pictures, of this task's share."
     csv = Path(args.csv) if args.csv else Path(args.images)/'oai_instruction_generation_output.csv'
-    sessions = load_edival(csv)
-    expect(args.n is None or args.n <= len(sessions), '--n', f'at most the {len(sessions)} sessions of {csv}', args.n)
-    sessions = sessions[:args.n]
-    if args.shard:
-        i, _, n = args.shard.partition('/')
-        expect(i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n), '--shard', 'I/N with I from 1 to N', args.shard)
-        sessions = sessions[int(i) - 1::int(n)]
-        expect(sessions, '--shard', 'at least one session in it', 'none')
+    sessions = asked_for(args, load_edival(csv), 'session', csv)
     return [with_picture(s, Path(args.images)/f'{s.id}_input_raw.jpg') for s in sessions]
 
 def _check_model(flag, name):
@@ -683,15 +696,15 @@ def _scoring_differences(args, sessions):
     differences = [f'{name} {getattr(args, name)} (published: {published[name]})' for name in others]
     if not args.questions: differences.append('our wording of the questions')
     if len(sessions) == EDIVAL_SESSIONS: return differences
-    return [*differences, f'{len(sessions)} sessions (published: {EDIVAL_SESSIONS})']
+    return [*differences, f'{count_text(len(sessions), "session")} (published: {EDIVAL_SESSIONS})']
 
 def _edival_facts(args, sessions, out):
     used = dict(steps=args.steps, guidance=args.guidance, size=args.size, quantize=args.quantize)
     differences = protocol_differences(used, published_protocol(args.editor))
     others = pictures_of_others(sessions, out)
-    if others: differences.append(f'{others} pictures were not made by this program')
+    if others: differences.append(f'{count_text(others, "picture was", "pictures were")} not made by this program')
     T = len(sessions[0].instructions)
-    data = dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {T} turns',
+    data = dict(sessions=f'EdiVal-Bench, {count_text(len(sessions), "session")} of {T} turns',
                 instructions=Path(args.csv).name if args.csv else 'oai_instruction_generation_output.csv')
     protocol = _generation_facts(args) | dict(
         seed=f'{EDIVAL_SEED} in every turn', between_turns=f'{EDIVAL_SIDE} pixels', mode='multipass',
@@ -761,8 +774,8 @@ def import_published(
     T = len(scored[0])
     incomplete = len(published_files(args.imported)) - len(sessions)
     notes = [f'Sessions that lack a turn and are left out, as published: {incomplete}.'] if incomplete else []
-    facts = dict(Data=dict(sessions=f'EdiVal-Bench, {len(sessions)} sessions of {T} turns', results=args.imported),
-                 Protocol=dict(scored="by the benchmark's own script"))
+    data = dict(sessions=f'EdiVal-Bench, {count_text(len(sessions), "session")} of {T} turns', results=args.imported)
+    facts = dict(Data=data, Protocol=dict(scored="by the benchmark's own script"))
     looked_at = all('quality' in row for rows in scored for row in rows)
     table = finish_run(
         out, title='EdiVal-Bench results of another editor, as published', facts=facts, sessions=sessions,
@@ -789,15 +802,9 @@ def fill_bench_settings(
 
 def bench_items(
     args,   # the parsed options, with --bench
-) -> list:  # of this shard
+) -> list:  # of this task's share
     "The benchmark's items."
-    items = load_benchmark(args.bench, args.data, args.images, args.language)
-    expect(args.n is None or args.n <= len(items), '--n', f'at most the {len(items)} items of {args.data}', args.n)
-    items = items[:args.n]
-    if not args.shard: return items
-    i, _, n = args.shard.partition('/')
-    expect(i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n), '--shard', 'I/N with I from 1 to N', args.shard)
-    return items[int(i) - 1::int(n)]
+    return asked_for(args, load_benchmark(args.bench, args.data, args.images, args.language), 'item', args.data)
 
 def _mice_asker(args, out): # (who is asked about instructions, the questions); no weights are loaded yet
     questions = read_edit_r2_questions(args.questions) if args.questions else EDIT_R2_QUESTIONS
@@ -820,7 +827,8 @@ def _mice_tools(args): return {name: getattr(args, name) for name in MICE_TOOLS}
 def _bench_facts(args, items):
     words = "the judge's own" if asks_own_questions(args.judge) else f"the benchmark's, from {args.questions}"
     if not args.questions and not asks_own_questions(args.judge): words = 'own wording'
-    data = dict(benchmark=BENCHMARKS[args.bench].title, items=f'{len(items)} of {len(items[0].instructions)} turns')
+    turns = count_text(len(items[0].instructions), 'turn')
+    data = dict(benchmark=BENCHMARKS[args.bench].title, items=f'{len(items)} of {turns}')
     seed = BENCHMARKS[args.bench].seed
     protocol = _generation_facts(args) | dict(seed='the number of the session' if seed is None else seed,
                                               judge=args.judge, questions=words) | _judge_facts(args)
@@ -914,10 +922,11 @@ def _run(args, tools):
 
 def _summary(args, table, sessions):
     out = Path(args.out)
-    if args.shard: return f'{len(sessions)} sessions done; the same command without --shard writes the card'
-    if table is None: return f'{len(sessions)} sessions: pictures in {out if args.bench else out/"multipass"}'
+    made = count_text(len(sessions), 'item' if args.bench else 'session')
+    if args.shard: return f'{made} done; the same command without --shard writes the card'
+    if table is None: return f'{made}: pictures in {out if args.bench else out/"multipass"}'
     note = ''.join(f'\n\nnote: {text}' for text in read_json(out/'results.json')['notes'])
-    what = f'{len(sessions)} items' if args.bench else f'{len(sessions)} sessions, in percent with 95 % intervals'
+    what = made if args.bench else f'{made}, in percent with 95 % intervals'
     return (f'{what}\n\n{table.round(2).to_string()}{note}\n\n'
             f'card: {out/"card.md"}, {out/"card.html"}')
 

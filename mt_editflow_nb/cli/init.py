@@ -8,7 +8,7 @@ __all__ = ['COPIED_FILES', 'copy_out', 'main']
 # %% ../../nbs/cli/04_init.ipynb #31f0f8f4
 import argparse, shutil, sys
 from pathlib import Path
-from ..data.files import InputError, at_home, expect, shipped
+from ..data.files import Described, InputError, at_home, expect, shipped
 
 # %% ../../nbs/cli/04_init.ipynb #abd391a5
 COPIED_FILES = ('recipes', 'sweeps', 'train.ipynb', 'ablation.ipynb', 'report.ipynb')   # of the folder `experiments`
@@ -19,7 +19,7 @@ def copy_out(
     "Copy recipes, sweeps and notebooks into a folder. Raises `InputError` when one of them is there already."
     folder = at_home(Path(folder))
     taken = [name for name in COPIED_FILES if (folder/name).exists()]
-    expect(not taken, folder, f'a folder without {", ".join(COPIED_FILES)}', f'one with {", ".join(taken)}')
+    expect(not taken, folder, f'a folder without {", ".join(COPIED_FILES)}', Described(f'one with {", ".join(taken)}'))
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED_FILES:
         source = shipped(name)

@@ -18,8 +18,8 @@ from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment
 from ..algorithm.config import RL
-from ..data.files import (InputError, at_home, atomic_write, content_hash, expect, log_rows, one_line,
-                                       read_json, to_json)
+from ..data.files import (Described, InputError, at_home, atomic_write, content_hash, expect, log_rows,
+                                       one_line, read_json, to_json)
 from ..data.plots import save_figure
 from ..data.shapeworld import WORLDS
 from ..editing.loading import SHIPPED_EDITORS
@@ -251,7 +251,7 @@ def check_finished(
     results = read_json(file)
     for name, content in there.items():
         expect(results.get(name) in (None, content), f'RUN: {run/what}', f'the {name} that results.json is about',
-               'another one')
+               Described('another one'))
 
 # %% ../../nbs/cli/05_push.ipynb #0c413857
 class Published(NamedTuple):
@@ -288,7 +288,7 @@ def evaluated_at(
     files = sorted(folder.glob('session_*.safetensors'))
     found = [read_outcomes(file) for file in files]
     whole = found and all(found)
-    expect(whole, '--adapter', f'{folder}, which the numbers of the best adapter come from, or last', 'none')
+    expect(whole, '--adapter', f'{folder}, which the numbers of the best adapter come from, or last', Described('none'))
     evaluated = [EvaluatedSession(i, scored, None, read_cc_unscored(file))
                  for i, (file, (scored, _)) in enumerate(zip(files, found))]
     outcomes, _ = collect_sessions(evaluated)
@@ -425,7 +425,7 @@ def _parser():
 
 def _push(args):
     check_repo(args.repo)
-    expect(args.yes or not args.public, '--public', '--yes, without which nothing is uploaded', 'none')
+    expect(args.yes or not args.public, '--public', '--yes, without which nothing is uploaded', Described('none'))
     run = at_home(Path(args.run))
     folder = at_home(Path(args.to or run/'hub'))
     names = hub_folder(run, folder, args.repo, args.base_model, args.licence, args.adapter)

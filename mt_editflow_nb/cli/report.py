@@ -10,7 +10,7 @@ import argparse, sys
 from pathlib import Path
 import pandas as pd
 from ..ablation.report import find_plans, write_report
-from ..data.files import InputError, at_home, expect, one_line, skip_url_grammar
+from ..data.files import Described, InputError, at_home, expect, one_line, skip_url_grammar
 from ..evaluation.leaderboard import write_leaderboard
 
 # %% ../../nbs/cli/03_report.ipynb #07980eb4
@@ -34,7 +34,7 @@ def _report_all(args):
         if getattr(args, name): setattr(args, name, at_home(getattr(args, name)))  # --out=~/x, which no shell expands
     if args.leaderboard:
         return print(write_leaderboard(args.runs, args.out or Path(args.runs)/'leaderboard', args.published))
-    expect(args.published is None, '--published', '--leaderboard as well', 'none')
+    expect(args.published is None, '--published', '--leaderboard as well', Described('none'))
     expect(args.n_boot >= 100, '--n-boot', 'at least 100', args.n_boot)
     expect(args.notebook is None or Path(args.notebook).is_file(), '--notebook', 'a file', args.notebook)
     for plan in find_plans(args.runs):

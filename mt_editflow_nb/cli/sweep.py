@@ -9,9 +9,9 @@ __all__ = ['main']
 import argparse, sys
 from pathlib import Path
 from ..ablation.jobs import (
-    describe_sweep, job_slots, job_state, job_status, jobs_of_shard, run_sweep, start_local, start_ray)
+    describe_sweep, job_slots, job_state, job_status, run_sweep, start_local, start_ray)
 from ..ablation.sweeps import Resources, Sweep, plan_sweep, save_plan
-from ..data.files import InputError, at_home, expect
+from ..data.files import Described, InputError, at_home, count_text, expect, take_share
 from ..data.signals import no_longer_at_once
 
 # %% ../../nbs/cli/02_sweep.ipynb #0d397791
@@ -27,7 +27,7 @@ def _parser():
     add('--out', default='runs/sweeps', help='folder for the folders of jobs (default: runs/sweeps)')
     add('--dry-run', action='store_true', help='check everything, print the plan, run nothing')
     add('--retry-failed', action='store_true', help='run failed jobs again, from their last checkpoint')
-    add('--jobs', metavar='I/N', help='run every N-th job only, for a scheduler that starts N of these (default: all)')
+    add('--jobs', metavar='I/N', help='run the I-th of N shares of the jobs, for a scheduler that starts N of these')
     add('--slots', type=int, help='jobs at a time on CPU cores, whatever the resources say (default: as many as fit)')
     add('--per-gpu', type=int, metavar='N', help='run on GPUs, N jobs on each, whatever the resources say')
     add('--gpus', help='ids of the GPUs to use, such as 0,2 (default: all that are visible)')
@@ -39,8 +39,8 @@ def _check_arguments(args):
     "Check the arguments by themselves."
     for name, n in (('--slots', args.slots), ('--per-gpu', args.per_gpu)):
         expect(n is None or n >= 1, name, 'at least 1', n)
-    expect(not (args.slots and args.per_gpu), '--slots, --per-gpu', 'one or the other', 'both')
-    if args.jobs: jobs_of_shard([], args.jobs)
+    expect(not (args.slots and args.per_gpu), '--slots, --per-gpu', 'one or the other', Described('both'))
+    if args.jobs: take_share([], args.jobs, '--jobs')
     ray = args.engine == 'ray'
     expect(args.address is None or ray, '--address', '--engine ray, without which it has no effect', args.address)
     for there, option in ((args.slots, f'--slots {args.slots}'), (ray, '--engine ray')):
@@ -72,9 +72,9 @@ def _slots(plan, args):
     return plan, job_slots(resources, gpus=args.gpus.split(',') if args.gpus else None)
 
 def _run_one(plan, slots, args):
-    "Run a sweep, or a shard of it, and print how it ended; returns the number of failed jobs."
+    "Run a sweep, or a share of it, and print how it ended; returns the number of failed jobs."
     save_plan(plan, args.out)
-    if args.jobs: plan = plan._replace(jobs=jobs_of_shard(plan.jobs, args.jobs))
+    if args.jobs: plan = plan._replace(jobs=take_share(plan.jobs, args.jobs, '--jobs'))
     start = start_ray(plan, args.address) if args.engine == 'ray' else start_local(plan)
     result = run_sweep(plan, start, slots, args.retry_failed)
     failed = [job for job in plan.jobs if result[job.folder.name] != 'done']
@@ -103,7 +103,7 @@ def _run_all(args):
     if args.dry_run and len(plans) > 1:
         jobs = {job.folder.name: job for plan in plans for job in plan.jobs}
         left = sum(job_status(job) != 'done' for job in jobs.values())
-        print(f'{len(jobs)} jobs in all, shared ones counted once; {left} are not done')
+        print(f'{count_text(len(jobs), "job")} in all, shared ones counted once; {left} are not done')
     return failed
 
 def main(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch, yaml
 from safetensors import SafetensorError                             # what a full disk raises in its save_file
 from tqdm.auto import tqdm
-from ..data.files import (InputError, at_home, atomic_write, check_writable, expect,
+from ..data.files import (Described, InputError, at_home, atomic_write, check_writable, expect,
                                        lacking_memory, one_line, parse_yaml, read_json, read_text)
 from ..data.shapeworld import WORLDS
 from ..data.signals import Stopped, stop_at_once, stop_requests
@@ -48,7 +48,7 @@ def read_recipe(
         raise InputError(f'{path}: expected a recipe file or field=value, received neither (there is no such file)')
     try: fields = parse_yaml(read_text(path), path)
     except InputError as e: raise InputError(f'recipe: {e}') from None
-    expect(isinstance(fields, dict), f'recipe: {path}', 'fields and values', type(fields).__name__)
+    expect(isinstance(fields, dict), f'recipe: {path}', 'fields and values', Described(type(fields).__name__))
     read_resources(fields.pop('resources', {}))
     return {str(k): v for k, v in fields.items()}
 

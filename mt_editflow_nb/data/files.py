@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'first_line', 'lacking_memory',
-           'expect', 'one_of', 'unreadable_file', 'atomic_write', 'at_home', 'read_text', 'to_json', 'parse_json',
-           'read_json', 'parse_yaml', 'read_json_lines', 'log_rows', 'append_json_line', 'add_missing_lines',
-           'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked', 'check_writable', 'image_size',
-           'open_image', 'save_png', 'shipped', 'skip_url_grammar', 'duration_text']
+           'Described', 'expect', 'near_miss', 'one_of', 'unknown_name', 'unreadable_file', 'atomic_write', 'at_home',
+           'read_text', 'to_json', 'parse_json', 'read_json', 'parse_yaml', 'read_json_lines', 'log_rows',
+           'append_json_line', 'add_missing_lines', 'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked',
+           'check_writable', 'image_size', 'open_image', 'save_png', 'shipped', 'skip_url_grammar', 'duration_text',
+           'count_text', 'take_share']
 
 # %% ../../nbs/data/00_files.ipynb #fb37697b
 import dataclasses, difflib, fcntl, hashlib, io, json, math, os, re, reprlib, socket, sys, uuid, warnings
@@ -42,14 +43,27 @@ def lacking_memory(
     return 'this machine' if isinstance(e, MemoryError) or "can't allocate memory" in str(e) else ''
 
 # %% ../../nbs/data/00_files.ipynb #5ae277bd
+class Described(str):
+    "What was received in words of ours: `expect` neither quotes nor shortens it, as it does with a value."
+
 def expect(
     ok,            # truth of what was checked
     field: str,    # what was checked: a field, `file:row`, or a parameter
     expected: str, # in words
-    received,      # what was there instead; long values are shortened
+    received,      # what was there instead: a value, quoted and shortened, or `Described` in words
 ):
     "Raise `InputError` unless `ok`, as `field: expected X, received Y`."
-    if not ok: raise InputError(f'{field}: expected {expected}, received {reprlib.repr(received)}')
+    if ok: return
+    raise InputError(f'{field}: expected {expected}, received '
+                     f'{received if isinstance(received, Described) else reprlib.repr(received)}')
+
+def near_miss(
+    value,   # what was received
+    allowed, # names
+) -> str:    # such as " (did you mean 'gpus'?)"; '' where nothing is near
+    "A hint for the end of a message, if a value is nearly one of the names."
+    close = difflib.get_close_matches(str(value), [str(name) for name in allowed], 1)
+    return f' (did you mean {close[0]!r}?)' if close else ''
 
 def one_of(
     field: str, # what was checked
@@ -58,10 +72,21 @@ def one_of(
 ):
     "Raise `InputError` unless `value` is among `allowed`; a near miss is suggested."
     if value in list(allowed): return               # also what has no hash, such as a list
-    names = [str(name) for name in allowed]
-    close = difflib.get_close_matches(str(value), names, 1)
-    hint = f' (did you mean {close[0]!r}?)' if close else ''
-    raise InputError(f'{field}: expected one of {", ".join(names)}, received {value!r}{hint}')
+    names = ', '.join(map(str, allowed))
+    raise InputError(f'{field}: expected one of {names}, received {value!r}{near_miss(value, allowed)}')
+
+_many = 20    # names: more of them would hide the hint behind them
+
+def unknown_name(
+    field: str,  # the name with its place, such as 'resources.gpu'
+    name,        # of a field, a setting or a parameter that there is not, such as 'gpu'
+    allowed,     # names, in the order to list them
+) -> InputError: # to raise
+    "The error about a misspelt name; a near miss is suggested."
+    names = [str(known) for known in allowed]
+    hint = near_miss(name, names)
+    if hint and len(names) > _many: names[3:] = ['...']
+    return InputError(f'{field}: expected one of {", ".join(names)}, received an unknown name{hint}')
 
 def unreadable_file(
     path: str|Path, # of a file
@@ -410,7 +435,7 @@ def _opened(path):
             width, height = image.size
             expect(min(width, height) >= MIN_IMAGE_SIDE and width*height <= MAX_IMAGE_PIXELS, path,
                    f'an image of at least {MIN_IMAGE_SIDE} pixels a side and {MAX_IMAGE_PIXELS:,} in all',
-                   f'{width} x {height}')
+                   Described(f'{width} x {height}'))
             yield image
     except InputError: raise
     except FileNotFoundError as e:
@@ -431,7 +456,7 @@ def _eight_bits(image, path):
     high = x.max()
     top = 1. if image.mode == 'F' else 65535
     expect(low >= 0 and high <= top, path, f'values from 0 to {top:g} in an image of mode {image.mode}',
-           f'{low:g} to {high:g}')
+           Described(f'{low:g} to {high:g}'))
     grey = (x*(255/top)).round().astype(np.uint8)
     grey[x == image.info.get('transparency', -1)] = 255
     return Image.fromarray(grey)
@@ -489,3 +514,23 @@ def duration_text(
     if seconds is None: return ''
     if seconds < 90: return f'{seconds:.0f} s'
     return f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
+
+def count_text(
+    n: int,             # how many
+    noun: str,          # of one of them, such as 'session' or 'picture is'
+    several: str = None # of several; None: the noun with an s
+) -> str:               # such as '1 session', '2 pictures are'
+    "A number of things as text."
+    return f'{n} {noun if n == 1 else several or noun + "s"}'
+
+# %% ../../nbs/data/00_files.ipynb #5d1a2d71
+def take_share(
+    items: list, # such as jobs or sessions
+    share: str,  # 'I/N' such as '3/8', with I from 1 to N or from 0 to N - 1; the N shares together hold all items
+    option: str, # where it was given, for the message
+) -> list:       # every N-th item, beginning with the I-th; share 0 is share N
+    "One of N shares. Raises `InputError` for another text."
+    match = re.fullmatch(r'(\d+)/(\d+)', share)
+    i, n = (int(x) for x in match.groups()) if match else (1, 0)
+    expect(i <= n and n > 0, option, 'I/N, two whole numbers with I from 1 to N', share)
+    return items[(i - 1) % n::n]

@@ -20,8 +20,8 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
-from .files import (InputError, atomic_write, content_hash, expect, image_size, one_line, one_of,
-                                       open_image, parse_json, read_text, to_json)
+from .files import (Described, InputError, atomic_write, content_hash, count_text, expect,
+                                       image_size, one_line, one_of, open_image, parse_json, read_text, to_json)
 from .sessions import Session, load_edival
 
 # %% ../../nbs/data/06_importers.ipynb #dab5c591
@@ -64,7 +64,7 @@ def tables_in(
     source: Path, # a file, or a folder
 ) -> list:        # of paths, in order
     "The tables at or below a place. Raises `InputError` where there is nothing at all."
-    expect(source.exists(), str(source), 'a file or a folder', 'none')
+    expect(source.exists(), str(source), 'a file or a folder', Described('none'))
     paths = [source] if source.is_file() else sorted(p for p in source.rglob('*') if p.is_file())
     return [p for p in paths if p.suffix in TABLE_ENDINGS]
 
@@ -217,7 +217,7 @@ def pico_banana_row(
     row = _object(record)
     instructions = _field(row, 'metadata_edit_turn_prompts', list)
     files = _field(row, 'files', list)
-    expect(files, '`files`', 'the pictures of the session', 'none')
+    expect(files, '`files`', 'the pictures of the session', Described('none'))
     for f in files: expect(isinstance(f, dict), '`files`', 'objects with `id` and `url`', f)
     ids = [str(f.get('id')) for f in files]
     url_of = dict(zip(ids, (f.get('url') for f in files)))
@@ -271,7 +271,7 @@ def _embedded(row, name, place=''):
     "The file that a cell holds."
     cell = row.get(name)
     data = cell.get('bytes') if isinstance(cell, dict) else cell
-    expect(isinstance(data, bytes) and data, f'{place}`{name}`', 'an embedded picture', 'none')
+    expect(isinstance(data, bytes) and data, f'{place}`{name}`', 'an embedded picture', Described('none'))
     return data
 
 def magicbrush_row(
@@ -402,7 +402,7 @@ def edit_r2_row(
     meta = dict(format_instructions=_field(row, 'formatted_instruction', list))
     meta |= {k: _field(row, k, list) for k in _EDIVAL_LISTS if k in row}
     for name, values in meta.items():
-        expect(len(values) == turns, f'`{name}`', f'one for each of the {turns} turns', values)
+        expect(len(values) == turns, f'`{name}`', f'one for each of {count_text(turns, "turn")}', values)
     rule, found, _ = str(instructions[0]).partition(RULE_ENDS)
     if found: meta['rule'] = rule.strip()
     image = find(_field(row, 'image'))
@@ -449,7 +449,7 @@ def folder_records(
     source: Path, # its table, or its folder
 ):
     "Pictures with a text file beside them: (place, (path of the picture, its id)). Raises `InputError` for none."
-    expect(source.is_dir(), str(source), 'a folder of pictures with a text file beside each', 'no folder')
+    expect(source.is_dir(), str(source), 'a folder of pictures with a text file beside each', Described('no folder'))
     pictures = [p for p in sorted(source.rglob('*')) if p.suffix.lower() in PICTURE_ENDINGS]
     captioned = [p for p in pictures if p.with_suffix('.txt').is_file()]
     if others := not captioned and looks_like(source):
@@ -457,7 +457,7 @@ def folder_records(
                          f'{" and ".join(others)}')
     if not captioned:
         raise InputError(f'{source}: expected pictures with a text file of instructions beside each (mtef_data make '
-                         f'writes instructions), received {len(pictures)} pictures and no text')
+                         f'writes instructions), received {count_text(len(pictures), "picture")} and no text')
     for p in captioned: yield str(p.with_suffix('.txt')), (p, p.relative_to(source).with_suffix('').as_posix())
 
 def folder_row(
@@ -469,7 +469,7 @@ def folder_row(
     instructions = [line.strip() for line in read_text(picture.with_suffix('.txt')).split('\n') if line.strip()]
     numbered = [picture.with_suffix(f'.{t}{picture.suffix}') for t in range(1, len(instructions) + 1)]
     there = [p for p in numbered if p.is_file()]
-    expect(len(there) in (0, len(numbered)), 'targets', f'{len(numbered)} results, or none', f'{len(there)}')
+    expect(len(there) in (0, len(numbered)), 'targets', f'{len(numbered)} results, or none', len(there))
     return dict(id=id, image=picture, instructions=instructions, targets=there)
 
 # %% ../../nbs/data/06_importers.ipynb #d672ca15

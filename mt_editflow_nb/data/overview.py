@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from .copies import fingerprint_of, near_copies
-from .files import expect, image_size
+from .files import Described, expect, image_size
 from .plots import PALETTE, plain_label
 from .selecting import cut_texts, language_of
 
@@ -68,7 +68,7 @@ def overview(
 ) -> Overview:
     "What is in a set of sessions. Raises `InputError` for a picture that cannot be read."
     expect(decode or benchmark is None, 'benchmark', 'pictures that are looked at, to find those of the benchmark',
-           'only their heads')
+           Described('only their heads'))
     texts = [text for s in sessions for text in s.instructions]
     n = len(sessions)
     names = [s.id for s in sessions]

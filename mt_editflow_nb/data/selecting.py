@@ -19,7 +19,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
-from .files import content_hash, expect, image_size, one_of, unreadable_file
+from .files import Described, content_hash, count_text, expect, image_size, one_of, unreadable_file
 from .importers import RowWriter
 from .sessions import DECODED_AT_LOAD, Session, Sessions, load_sessions
 
@@ -261,7 +261,7 @@ def sample_indices(
     by_type: bool = False, # as many of each type, by the type of the first turn
 ) -> list: # of numbers, in order
     "Indices of `n` sessions drawn without replacement. Raises `InputError` where there are fewer than `n`."
-    expect(0 < n <= len(sessions), 'n', f'1 to {len(sessions)} sessions', n)
+    expect(0 < n <= len(sessions), 'n', f'1 to {count_text(len(sessions), "session")}', n)
     expect(seed >= 0, 'seed', 'a number of at least 0', seed)
     order = np.random.default_rng(seed).permutation(len(sessions))
     if not by_type: return sorted(order[:n].tolist())
@@ -276,7 +276,7 @@ def read_for_selection(
 ) -> Sessions:
     "A file of sessions of any length whose pictures may lie anywhere; only their heads are looked at."
     kind = 'a parquet file' if Path(path).suffix == '.parquet' else 'a folder'
-    expect(kind == 'a folder' and not Path(path).is_dir(), str(path), 'a JSON Lines file of sessions', kind)
+    expect(kind == 'a folder' and not Path(path).is_dir(), str(path), 'a JSON Lines file of sessions', Described(kind))
     return load_sessions(path, same_turns=False, allow_outside=True, decode=False)
 
 def write_selection(
@@ -289,7 +289,7 @@ def write_selection(
     folder = Path(source).parent
     expect(path.suffix == '.jsonl', 'OUT', 'a file that ends in .jsonl', str(path))
     expect(path.resolve() != Path(source).resolve(), 'OUT', 'another file than is read', str(path))
-    expect(len(sessions), 'sessions', 'at least one that fits', 'none')
+    expect(len(sessions), 'sessions', 'at least one that fits', Described('none'))
     writer = RowWriter(path)
     for s in sessions:
         masks = {'masks': [folder/m for m in s.meta['masks']]} if 'masks' in s.meta else {}

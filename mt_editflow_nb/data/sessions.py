@@ -21,8 +21,9 @@ from threading import Lock
 import numpy as np
 from PIL import Image
 from pydantic_core import from_json
-from .files import (ABSENT_IF_EMPTY, InputError, at_home, atomic_write, expect, image_size, one_line,
-                                       one_of, open_image, parse_json, read_text, unreadable_file)
+from .files import (ABSENT_IF_EMPTY, Described, InputError, at_home, atomic_write, count_text,
+                                       expect, image_size, one_line, one_of, open_image, parse_json, read_text,
+                                       unknown_name, unreadable_file)
 from .sizes import FittedPicture, fit_picture
 
 # %% ../../nbs/data/01_sessions.ipynb #5ec1a1e1
@@ -111,16 +112,16 @@ def _wrong_number(instructions, task_types, targets):
     lengths = [len(text) for text in instructions]
     n = len(lengths)
     characters = sum(lengths)
-    if not 1 <= n <= MAX_TURNS: return '`instructions`', f'1 to {MAX_TURNS} turns', f'{n} turns'
+    if not 1 <= n <= MAX_TURNS: return '`instructions`', f'1 to {MAX_TURNS} turns', Described(count_text(n, 'turn'))
     if max(lengths) > MAX_INSTRUCTION_LENGTH:
         turn = next(t for t, length in enumerate(lengths) if length > MAX_INSTRUCTION_LENGTH)
         return (f'`instructions` of turn {turn + 1}', f'at most {MAX_INSTRUCTION_LENGTH} characters',
-                f'{lengths[turn]} characters')
+                Described(f'{lengths[turn]} characters'))
     if characters > MAX_INSTRUCTIONS_LENGTH:
         return ('`instructions`', f'at most {MAX_INSTRUCTIONS_LENGTH} characters in all {n} turns together',
-                f'{characters} characters')
-    if len(task_types) not in (0, n): return '`task_types`', f'one for each of the {n} turns', task_types
-    if len(targets) not in (0, n): return '`targets`', f'one for each of the {n} turns', f'{len(targets)}'
+                Described(f'{characters} characters'))
+    if len(task_types) not in (0, n): return '`task_types`', f'one for each of {count_text(n, "turn")}', task_types
+    if len(targets) not in (0, n): return '`targets`', f'one for each of {count_text(n, "turn")}', len(targets)
 
 # %% ../../nbs/data/01_sessions.ipynb #6d43de90
 def _check_fields(id, image, instructions, task_types, meta, targets):
@@ -235,7 +236,8 @@ class Sessions(Sequence):
     def __eq__(self, other): return len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
     def __repr__(self):
-        numbers = ', '.join(f'{n} of {t} turns' for t, n in zip(*np.unique(self.turns, return_counts=True)))
+        lengths = zip(*np.unique(self.turns, return_counts=True))
+        numbers = ', '.join(f'{n} of {count_text(t, "turn")}' for t, n in lengths)
         return f'Sessions({numbers}{f", {len(self.skipped)} skipped" if self.skipped else ""})'
 
 # %% ../../nbs/data/01_sessions.ipynb #816d302a
@@ -335,7 +337,7 @@ def _read_row(
     for name in _required:
         if name not in row: raise InputError(f'`{name}`: expected a value, received none')
     for name in row:
-        if name not in _known: one_of(f'`{name}`: unknown field', name, _known)
+        if name not in _known: raise unknown_name(f'`{name}`', name, _known)
     if type(row['id']) is int: row['id'] = str(row['id'])
     def path(name, value):
         expect(_is_text(value), name, 'a path (text)', value)
@@ -395,7 +397,8 @@ def _check_agreement(ids, turns, places, same_turns=True, hint=''):
         if id in seen: expect(False, f'{places[i]}: `id`', f'a new one ({places[seen[id]]} has it)', id)
         seen[id] = i
         if same_turns and n != turns[0]:
-            expect(False, f'{places[i]}: `instructions`', f'{turns[0]} turns as at {places[0]}{hint}', n)
+            expect(False, f'{places[i]}: `instructions`',
+                   f'{count_text(turns[0], "turn")} as at {places[0]}{hint}', n)
 
 # %% ../../nbs/data/01_sessions.ipynb #9f580689
 class _ShownPictures:
@@ -442,7 +445,7 @@ class _Index:
         targets = ()
         if self.targets:
             targets = row.get('targets')
-            expect(targets, '`targets`', 'the right results, a path a turn', 'none')
+            expect(targets, '`targets`', 'the right results, a path a turn', Described('none'))
         self.pictures.add(len(self.ids), (row['image'], *targets))
         self.rows.append(place)
         self.lines.append(line)
@@ -485,7 +488,8 @@ def load_sessions(
     index = _Index(path, on_bad, targets)
     index.read(folder, allow_outside)
     good, sizes = index.good(len(index.pictures.numbers) <= DECODED_AT_LOAD if decode is None else decode)
-    if index.skipped: warnings.warn(f'{len(index.skipped)} sessions left out, first {index.skipped[0]}', stacklevel=2)
+    if index.skipped:
+        warnings.warn(f'{count_text(len(index.skipped), "session")} left out, first {index.skipped[0]}', stacklevel=2)
     left_out = f', as all are left out, first {index.skipped[0]}' if index.skipped else ''
     if not good: raise InputError(f'{path}: expected at least one session, received none{left_out}')
     ids, turns, rows = ([values[i] for i in good] for values in (index.ids, index.turns, index.rows))

@@ -11,7 +11,8 @@ __all__ = ['REQUIRED_COLUMNS', 'OPTIONAL_COLUMNS', 'SHUFFLE_BUFFER', 'cell_pictu
 import io, itertools, json, warnings
 from functools import partial
 from pathlib import Path
-from .files import InputError, expect, one_line, one_of, open_image, parse_json
+from .files import (Described, InputError, count_text, expect, one_line, one_of, open_image,
+                                       parse_json)
 from .sessions import DECODED_AT_LOAD, Session, Sessions, load_sessions
 from .sizes import nearest_bucket
 
@@ -79,7 +80,8 @@ def _local_tables(source):
     lines = sorted(path.glob('*.jsonl')) if path.is_dir() and not files else []
     if lines: raise InputError(f'{source}: expected a parquet file, or a folder with some, received a folder with '
                                f'{lines[0].name}: name the file, {lines[0]}')
-    expect(files and all(f.is_file() for f in files), source, 'a parquet file, or a folder with some', 'none')
+    expect(files and all(f.is_file() for f in files), source, 'a parquet file, or a folder with some',
+           Described('none'))
     return [str(f) for f in files]
 
 # %% ../../nbs/data/09_tables.ipynb #4e38456f
@@ -163,8 +165,8 @@ def load_table(
     good = [i for i in rows if i not in faults]
     skipped = [f'{source}: row {i}: {faults[i]}' for i in sorted(faults)]
     if skipped and on_bad == 'stop': raise InputError(skipped[0])
-    expect(good, source, 'at least one session', 'none')
-    if skipped: warnings.warn(f'{len(skipped)} sessions left out, first {skipped[0]}', stacklevel=2)
+    expect(good, source, 'at least one session', Described('none'))
+    if skipped: warnings.warn(f'{count_text(len(skipped), "session")} left out, first {skipped[0]}', stacklevel=2)
     turns = [len(x or ()) for x in table['instructions']]
     _check_ids(source, table['id'], good)
     different = {turns[i] for i in good}
@@ -237,7 +239,7 @@ def stream_batches(
             if len(same) < size: continue
             yield same[:]
             same.clear()
-        expect(read, source, 'at least one session', next(iter((skipped or {}).values()), 'none'))
+        expect(read, source, 'at least one session', Described(next(iter((skipped or {}).values()), 'none')))
 
 # %% ../../nbs/data/09_tables.ipynb #ec43bea8
 class StreamedBatches:

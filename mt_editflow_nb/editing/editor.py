@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np, torch
 from PIL import Image
-from ..data.files import InputError, expect, one_line
+from ..data.files import Described, InputError, expect, first_line
 from ..data.sizes import fit_picture, fitted_size
 
 # %% ../../nbs/editing/00_editor.ipynb #1cbead80
@@ -89,7 +89,7 @@ def set_shape(
     "Set the shape of the pictures that come next. Raises `InputError` unless both sides are multiples of a token."
     pixels = editor.token_pixels
     expect(width % pixels == 0 and height % pixels == 0, 'pictures', f'multiples of {pixels} pixels a side',
-           f'{width} x {height}')
+           Described(f'{width} x {height}'))
     editor.width = width
     editor.height = height
     editor.grid = height//pixels, width//pixels                         # tokens down, tokens across
@@ -293,4 +293,4 @@ def hub_errors(
                          f'{name}') from None
     except hub.EntryNotFoundError: raise InputError(f'{field}: expected {wanted}, received {name}') from None
     except (OSError, hub.HTTPError) as e:                           # HTTPError is the HTTP library's: no connection
-        raise InputError(f'{field}: {name} cannot be reached on the hub: {one_line(e)[:300]}') from None
+        raise InputError(f'{field}: {name} cannot be reached on the hub: {first_line(e)[:300]}') from None

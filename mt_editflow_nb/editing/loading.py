@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 import safetensors, torch
-from ..data.files import InputError, expect, one_line, one_of
+from ..data.files import Described, InputError, expect, one_line, one_of
 from ..data.selecting import TextLimit
 from .editor import hub_errors, set_size
 from .flux2 import Flux2Editor
@@ -44,7 +44,7 @@ def find_index(
     path = Path(str(files('mt_editflow_nb')/'assets'/folder)) if folder else Path(name)
     if path.exists():
         index = path/'model_index.json'
-        expect(index.is_file(), f'editor: {path}', 'a pipeline directory, with a model_index.json', 'none')
+        expect(index.is_file(), f'editor: {path}', 'a pipeline directory, with a model_index.json', Described('none'))
         return index, str(path)
     hub = len(path.parts) == 2 and not name.startswith(('.', '/', '~'))
     shipped = ', '.join(map(repr, SHIPPED_EDITORS))
@@ -315,7 +315,7 @@ def check_quantize(
     "Raises `InputError` for another value, and where nf4 cannot be used here."
     one_of('quantize', quantize, (None, 'nf4'))
     installed = not quantize or find_spec('bitsandbytes')
-    expect(installed, 'quantize', 'bitsandbytes for nf4 (pip install bitsandbytes)', 'none')
+    expect(installed, 'quantize', 'bitsandbytes for nf4 (pip install bitsandbytes)', Described('none'))
 
 def add_options(
     editor,                  # from `load_editor` or `outline_editor`

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 import safetensors, torch
 from safetensors.torch import save
-from ..data.files import (InputError, at_home, atomic_write, expect, one_line, one_of,
+from ..data.files import (Described, InputError, at_home, atomic_write, expect, one_line, one_of,
                                        parse_json, read_json)
 from .editor import check_finite, hub_errors
 
@@ -64,7 +64,7 @@ def add_lora(
 ) -> list: # the trainable tensors, in a fixed order
     "Add a trainable LoRA (arXiv 2106.09685) to the transformer blocks."
     from peft import LoraConfig
-    expect(not lora_parameters(editor), 'lora', 'an editor without an adapter', 'one that has one')
+    expect(not lora_parameters(editor), 'lora', 'an editor without an adapter', Described('one that has one'))
     layers = check_lora(editor.transformer, rank, targets)
     expect(alpha is None or 0 < alpha < float('inf'), 'lora_alpha', 'a finite number above 0', alpha)
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights='gaussian', target_modules=layers)
@@ -117,7 +117,7 @@ def find_adapter(
     def choose(names):
         known = [n for n in (ADAPTER_FILE, 'adapter_model.safetensors') if n in names]
         found = known[:1] or sorted(n for n in names if n.endswith('.safetensors'))
-        expect(len(found) == 1, f'{field}: {source}', 'one .safetensors file', found or 'none')
+        expect(len(found) == 1, f'{field}: {source}', 'one .safetensors file', found or Described('none'))
         return found[0]
     path = at_home(Path(source))
     if path.is_file(): return path
@@ -197,7 +197,7 @@ def check_effect(
         these = [x for name, x in tensors.items() if re.search(rf'[._]({factor})(\.\w+)?\.weight$', name)]
         nothing = these and not any(x.any() for x in these)
         expect(not nothing, f'lora: {file}', 'an adapter that changes the editor',
-               f'zeros in all {factor}')
+               Described(f'zeros in all {factor}'))
 
 def fitting_tensors(
     transformer,   # of an editor
@@ -266,7 +266,7 @@ def match_adapter(
     "An adapter's tensors by the names of this editor's layers. Raises `InputError` unless all of them fit."
     transformer = editor.transformer
     twice = len(tensors) - len(without_prefix(tensors))
-    expect(not twice, f'lora: {file}', 'every tensor under one name', f'{twice} under two')
+    expect(not twice, f'lora: {file}', 'every tensor under one name', Described(f'{twice} under two'))
     readings = []
     for read in (without_prefix, partial(from_kohya, transformer), partial(from_diffusers, editor.pipe)):
         reading = read(tensors)
@@ -315,7 +315,7 @@ def load_lora(
     source: str|Path, # a file, a folder or a hub name, see `find_adapter`
 ):
     "Load a trained adapter into an editor. Raises `InputError` unless all of it fits."
-    expect(not lora_parameters(editor), 'lora', 'an editor without an adapter', 'one that has one')
+    expect(not lora_parameters(editor), 'lora', 'an editor without an adapter', Described('one that has one'))
     tensors, facts, file = read_adapter(source)
     tensors = match_adapter(editor, tensors, file)
     config = adapter_config(tensors, facts)

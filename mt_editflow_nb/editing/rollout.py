@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 import numpy as np, torch
-from ..data.files import InputError, expect, one_of
+from ..data.files import Described, InputError, expect, one_of
 from ..data.sessions import is_decoded
 from ..data.sizes import FittedPicture, fit_picture
 from .editor import set_shape, working_size
@@ -164,7 +164,7 @@ def first_pictures(
     "The pictures that a batch begins with. Raises `InputError` where they have several shapes."
     images = [s.image for s in resize_sessions(editor, sessions)]
     shapes = sorted({f'{image.width} x {image.height}' for image in images})
-    expect(len(shapes) == 1, 'sessions', 'first pictures of one shape in a batch', ', '.join(shapes))
+    expect(len(shapes) == 1, 'sessions', 'first pictures of one shape in a batch', Described(', '.join(shapes)))
     set_shape(editor, *images[0].size)
     return np.stack([np.asarray(image) for image in images])
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 import safetensors
 from safetensors.torch import load_file
-from ..data.files import InputError, at_home, expect, one_line
+from ..data.files import Described, InputError, at_home, expect, one_line
 from .editor import check_finite
 from .lora import check_effect, lora_parameters, read_adapter, load_lora
 
@@ -20,7 +20,7 @@ def train_whole(
     editor, # from `load_editor`, without an adapter
 ) -> list:  # the trainable tensors, in a fixed order
     "Make every weight of the transformer trainable, in float32: updates are too small for 16 bits."
-    expect(not lora_parameters(editor), 'lora_rank', 'an editor without an adapter', 'one that has one')
+    expect(not lora_parameters(editor), 'lora_rank', 'an editor without an adapter', Described('one that has one'))
     editor.transformer.float().requires_grad_(True)
     return list(editor.transformer.parameters())
 
@@ -79,7 +79,8 @@ def load_transformer(
     tensors = read_transformer(folder)
     here = editor.transformer.state_dict()
     differ = sorted(here.keys() ^ tensors.keys()) or [k for k, x in here.items() if x.shape != tensors[k].shape]
-    expect(not differ, f'lora: {folder}', "the weights of this editor's transformer", f'others, such as {differ[:1]}')
+    expect(not differ, f'lora: {folder}', "the weights of this editor's transformer",
+           Described(f'others, such as {differ[:1]}'))
     for name, x in tensors.items(): check_finite(f'lora: {folder}: {name}', x)
     editor.transformer.load_state_dict(tensors)
 

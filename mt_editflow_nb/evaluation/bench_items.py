@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from PIL import Image, ImageOps
-from ..data.files import InputError, expect, image_size, one_line, one_of, read_json, read_json_lines
+from ..data.files import (Described, InputError, expect, image_size, one_line, one_of, read_json,
+                                       read_json_lines)
 from ..data.sessions import Session, Sessions, session_set
 from ..data.sizes import FittedPicture
 from ..rewards.edival_models import EDIVAL_DETECTOR
@@ -75,7 +76,7 @@ def table_rows(
     source = Path(source)
     rows = []
     files = [source] if source.is_file() else sorted(source.rglob('*.parquet'))
-    expect(files, str(source), 'a parquet file, or a folder of them', 'none')
+    expect(files, str(source), 'a parquet file, or a folder of them', Described('none'))
     for file in files:
         try: table = pyarrow.parquet.read_table(file)
         except (OSError, pyarrow.lib.ArrowException) as e:
@@ -118,7 +119,7 @@ def load_gedit(
     one_of('language', language, ('en', 'cn'))
     columns = ['key', 'task_type', 'instruction', 'instruction_language', 'input_image_raw', 'Intersection_exist']
     rows = [(p, row) for p, row in table_rows(source, columns) if row['instruction_language'] == language]
-    expect(rows, str(source), f'items in language {language!r}', 'none')
+    expect(rows, str(source), f'items in language {language!r}', Described('none'))
     def session(place, row):
         group, key = (_checked_name(row[k], f'`{k}`') for k in ('task_type', 'key'))
         meta = dict(language=language, intersection=bool(row['Intersection_exist']))
@@ -130,7 +131,7 @@ def load_mse(
 ) -> Sessions:        # `meta` holds the row's number, which is the seed of its noise
     "Read MSE-Bench: 100 sessions of 5 turns."
     rows = table_rows(source, ['index', 'image', 'context'])
-    expect(rows, str(source), 'at least one session', 'none')
+    expect(rows, str(source), 'at least one session', Described('none'))
     def session(i, place, row):
         expect(isinstance(row['index'], (int, str)), '`index`', 'a number or a text', row['index'])
         id = _checked_name(str(row['index']), '`index`')
@@ -146,7 +147,7 @@ def _find_file(source, name): # the source if it is a file, else the file of thi
     source = Path(source)
     if not source.is_dir(): return source
     files = sorted(source.rglob(name), key=lambda p: (len(p.parts), p))
-    expect(files, str(source), f'the file {name} in it', 'none')
+    expect(files, str(source), f'the file {name} in it', Described('none'))
     return files[0]
 
 # %% ../../nbs/evaluation/09_bench_items.ipynb #f308a293
@@ -204,7 +205,7 @@ def load_mice(
     source = Path(source)
     files = [source] if source.is_file() else [source/h/'test_metadata.jsonl' for h in MICE_HALVES]
     files = [f for f in files if f.is_file()]
-    expect(files, str(source), 'test_metadata.jsonl in `cm` or `cu`', 'none')
+    expect(files, str(source), 'test_metadata.jsonl in `cm` or `cu`', Described('none'))
     def picture(file, path): # beside all others, or where the authors ask to put it
         flat = Path(images)/Path(path).name
         return _readable_picture(next((p for p in (flat, Path(images)/path, file.parent/path) if p.is_file()), flat))

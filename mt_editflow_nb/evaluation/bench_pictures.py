@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from tqdm.auto import tqdm
-from ..data.files import content_hash, expect, image_size, open_image
+from ..data.files import Described, content_hash, expect, image_size, open_image
 from ..data.sessions import open_ahead
 from ..data.sizes import fit_picture, fitted_size, share_cut
 from ..editing.editor import picture_size, set_shape
@@ -48,7 +48,7 @@ def edit_turn(
     text = editor.encode_text([s.instructions[turn - 1] for s in sessions], pixels)
     clean = sample(editor, text, editor.encode_image(pixels), noise, editor.sigmas(num_steps)).clean_NLC
     broken = [s.id for s, x in zip(sessions, clean) if not torch.isfinite(x).all()]
-    expect(not broken, f'latents of turn {turn}', 'finite numbers', f'others in {", ".join(broken[:3])}')
+    expect(not broken, f'latents of turn {turn}', 'finite numbers', Described(f'others in {", ".join(broken[:3])}'))
     return [Image.fromarray(x) for x in editor.decode(clean)]
 
 # %% ../../nbs/evaluation/09a_bench_pictures.ipynb #610b27af

@@ -11,7 +11,7 @@ import ast, re
 from functools import partial
 from pathlib import Path
 import numpy as np
-from ..data.files import InputError, expect, one_of, read_json, read_text
+from ..data.files import Described, InputError, expect, one_of, read_json, read_text
 from ..rewards.answers import json_values, without_thoughts
 from ..rewards.reward_models import text_constants
 from .bench_items import BENCHMARKS
@@ -82,7 +82,8 @@ def _imgedit_questions(checkout): # from its JSON file of prompts, whatever that
     def has_placeholder(text): return isinstance(text, str) and '<edit_prompt>' in text
     def fits(x): return isinstance(x, dict) and x and all(map(has_placeholder, x.values()))
     prompts = [x for x in map(read_json, sorted(Path(checkout).rglob('*prompts*.json'))) if fits(x)]
-    expect(prompts, str(checkout), 'a JSON file *prompts*.json with a text for each type, <edit_prompt> in it', 'none')
+    expect(prompts, str(checkout), 'a JSON file *prompts*.json with a text for each type, <edit_prompt> in it',
+           Described('none'))
     return prompts[0]
 
 def _parsed(file):

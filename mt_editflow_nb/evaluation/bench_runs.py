@@ -9,7 +9,7 @@ __all__ = ['benchmark_differences', 'read_items', 'compare_benchmark', 'write_be
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
-from ..data.files import atomic_write, expect, to_json
+from ..data.files import atomic_write, count_text, expect, to_json
 from ..data.sessions import Session
 from .bench_items import BENCHMARKS, MICE_TOOLS, benchmark_file, benchmark_protocol
 from .bench_pictures import kept_pictures
@@ -42,7 +42,7 @@ def benchmark_differences(
     "Where a run leaves the published protocol."
     facts = BENCHMARKS[name]
     differences = protocol_differences(used, benchmark_protocol(name, editor))
-    if items not in (None, facts.items): differences.append(f'{items} items (published: {facts.items})')
+    if items not in (None, facts.items): differences.append(f'{count_text(items, "item")} (published: {facts.items})')
     if cut: differences.append(f'{cut} of the first pictures lost more than 5 % at their edges (published: none)')
     if judge is None: return differences
     if model_of(judge) != model_of(facts.judge): differences.append(f'judge {judge} (published: {facts.judge})')
@@ -140,7 +140,7 @@ def write_benchmark_run(
     atomic_write(folder/'answers.jsonl', ''.join(to_json(row) + '\n' for row in answers.log))
     _published_files(name, folder, sessions, scores, answers)
     unreadable = f'{scores.unreadable} of {scores.questions} answers could not be read'
-    notes = [*notes, f'{unreadable}; every score leaves them out.']
+    if scores.unreadable: notes = [*notes, f'{unreadable}; every score leaves them out.']
     results = dict(benchmark=name, sessions=len(sessions), unreadable=scores.unreadable, asked=scores.questions,
                    notes=notes, differences=list(differences), facts=facts, table=scores.rows.to_dict('records'))
     atomic_write(folder/'results.json', to_json(results, indent=1))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
-from ..data.files import InputError, expect
+from ..data.files import Described, InputError, expect
 from ..rewards.cube import REWARD_MODELS, load_judge
 from ..rewards.engines import Ask
 from ..rewards.judges import JOINT_MODES, MODES, ask_and_parse
@@ -60,7 +60,7 @@ def load_benchmark_judge(
     if judge.partition(':')[0] in REWARD_MODELS:
         model = load_judge(judge, **kw)
         enough = set(needed) <= set(model.rewards)
-        expect(enough, '--judge', f'a judge of {", ".join(needed)} for {name}', f'{judge}, {model.rewards}')
+        expect(enough, '--judge', f'a judge of {", ".join(needed)} for {name}', Described(f'{judge}, {model.rewards}'))
         return model
     if name != 'lme': return load_judge(judge, rewards=needed, **kw)
     try: return load_judge(judge, rewards=(*needed, 'quality'), **kw)      # quality tells of damage

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from jinja2 import Environment
 from PIL import Image
-from ..data.files import InputError, atomic_write, content_hash, open_image, save_png, to_json
+from ..data.files import InputError, atomic_write, content_hash, count_text, open_image, save_png, to_json
 from ..data.plots import save_figure, session_figure
 from ..data.selecting import are_many, picture_keys
 from ..data.sessions import load_sessions
@@ -156,7 +156,8 @@ def blind_spots(
     turns = np.size(success_IT) if turns_I is None else sum(turns_I)
     notes = unscored_sentences(unscored_by_reward(success_IT, cc_unscored_IT, turns_I), turns)
     notes += same_judge_sentences(judge, trained_by)
-    if shared: notes.append(f'{len(shared)} first pictures were in the training data, the first in {shared[0]}.')
+    found = count_text(len(shared or ()), 'first picture was', 'first pictures were')
+    if shared: notes.append(f'{found} in the training data, the first in {shared[0]}.')
     if shared is None: notes.append('Whether these pictures were in the training data could not be checked.')
     return notes
 

@@ -16,7 +16,7 @@ import numpy as np, torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
-from ..data.files import (InputError, atomic_write, content_hash, expect, file_name, open_image,
+from ..data.files import (Described, InputError, atomic_write, content_hash, expect, file_name, open_image,
                                        read_json, to_json)
 from ..data.sessions import Session, open_ahead
 from ..editing.editor import as_square, set_shape
@@ -123,7 +123,8 @@ def edit_images(
     noise = noise.expand(len(images), -1, -1).to(x.device)
     clean = sample(editor, editor.encode_text(texts, squares), x, noise, editor.sigmas(num_steps))[0]
     broken = (~torch.isfinite(clean)).flatten(1).any(1)
-    expect(not broken.any(), 'latents', 'finite numbers', f'{int(broken.sum())} of {len(images)} pictures with others')
+    expect(not broken.any(), 'latents', 'finite numbers',
+           Described(f'{int(broken.sum())} of {len(images)} pictures with others'))
     return [Image.fromarray(a) for a in editor.decode(clean)]
 
 def _keep_input(session, folder):
@@ -256,7 +257,8 @@ def score_edival(
         rows = [_kept_scores(file, key) for file, key in zip(files, keys)]
         new = [k for k, kept in enumerate(rows) if kept is None]
         images = [_results(together[k], folder) for k in new]
-        if new: expect(tools is not None, f'session {together[new[0]].id!r}', 'scores, or tools that score', 'neither')
+        if new: expect(tools is not None, f'session {together[new[0]].id!r}', 'scores, or tools that score',
+                       Described('neither'))
         results = score_sessions([together[k] for k in new], images, tools, rules) if new else []
         for k, result in zip(new, results):
             atomic_write(files[k], to_json(dict(key=keys[k], rows=result), indent=1))
@@ -332,7 +334,7 @@ def published_files(
     folder = Path(folder)
     if (folder/'multipass').is_dir(): folder = folder/'multipass'
     files = sorted(folder.glob('*_input_raw.json'), key=lambda f: (len(f.name), f.name))
-    expect(files, str(folder), 'result files {id}_input_raw.json', 'none')
+    expect(files, str(folder), 'result files {id}_input_raw.json', Described('none'))
     return files
 
 def load_published(
@@ -354,5 +356,5 @@ def load_published(
         except InputError as e: raise InputError(f'{file}: {e}') from None
     T = max(map(len, scored), default=0)
     whole = [i for i, rows in enumerate(scored) if [row['turn'] for row in rows] == list(range(1, T + 1))]
-    expect(T, str(folder), 'results of at least one turn', 'none')
+    expect(T, str(folder), 'results of at least one turn', Described('none'))
     return [sessions[i] for i in whole], [scored[i] for i in whole]

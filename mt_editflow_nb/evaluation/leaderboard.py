@@ -10,7 +10,8 @@ __all__ = ['HEADLINES', 'LEADERBOARD_HTML', 'LEADERBOARD_LATEX', 'run_numbers', 
 from pathlib import Path
 import numpy as np, pandas as pd
 from jinja2 import Environment
-from ..data.files import InputError, atomic_write, expect, one_line, read_json, shipped
+from ..data.files import (Described, InputError, atomic_write, count_text, expect, one_line, read_json,
+                                       shipped)
 from .bench_items import BENCHMARKS
 from .edival import EDIVAL_SESSIONS
 from ..rewards.edival_models import EDIVAL_VLM
@@ -45,7 +46,7 @@ def _footnotes(results): # what is different about a run, and what its card warn
     if 'scoring' in protocol: notes += [x for x in protocol['scoring'].split('; ') if x != 'as published']
     elif 'differences' not in results: notes += _scored_before(protocol)
     sessions = results.get('sessions', EDIVAL_SESSIONS) if _benchmark_of(results) == 'edival' else EDIVAL_SESSIONS
-    if sessions != EDIVAL_SESSIONS: notes.append(f'{sessions} sessions (published: {EDIVAL_SESSIONS})')
+    if sessions != EDIVAL_SESSIONS: notes.append(f'{count_text(sessions, "session")} (published: {EDIVAL_SESSIONS})')
     if 'scored' in protocol: notes.append(f'scored {protocol["scored"]}')
     if _benchmark_of(results) == 'sessions':
         notes += [f'sessions: {results["facts"]["Data"]["sessions"]}', *_how_made(protocol)]
@@ -71,7 +72,7 @@ def run_numbers(
         if shown: table = table[table.turn.isin(shown)]
         origin = dict(benchmark=name, system=Path(folder).name if system == '.' else system, source='this run')
         rows.append(table.assign(**origin, footnotes=[_footnotes(results)]*len(table)))
-    expect(rows, str(folder), 'at least one run of mtef_eval, with results.json', 'none')
+    expect(rows, str(folder), 'at least one run of mtef_eval, with results.json', Described('none'))
     return pd.concat(rows, ignore_index=True).reindex(columns=_columns)
 
 # %% ../../nbs/evaluation/10_leaderboard.ipynb #7e494984
@@ -86,13 +87,13 @@ def _check_published(table, file):
     for i in table.index:
         place = f'{file}: row {i + 2}'
         for name in ('source', 'benchmark', 'system', 'metric'):
-            expect(not pd.isna(table[name][i]), place, f'a {name}', 'none')
+            expect(not pd.isna(table[name][i]), place, f'a {name}', Described('none'))
         for name, x in numbers.items():
             number = pd.isna(table[name][i]) or np.isfinite(x[i])
             expect(number, place, f'a number or nothing as {name}', table[name][i])
         earlier = seen.setdefault(first[i], i)
         named = ', '.join(first[i][:3]) + ('' if pd.isna(table.turn[i]) else f' at turn {table.turn[i]}')
-        expect(earlier == i, place, f'each number once (row {earlier + 2} has it)', named)
+        expect(earlier == i, place, f'each number once (row {earlier + 2} has it)', Described(named))
 
 def published_numbers(
     file: str|Path = None, # CSV: benchmark, system, metric, turn, value, source; None: the shipped one

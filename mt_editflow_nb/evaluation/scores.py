@@ -15,7 +15,7 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from ..data.files import InputError, atomic_write, expect, one_line
+from ..data.files import Described, InputError, atomic_write, count_text, expect, one_line
 from ..data.plots import PALETTE, plain_label
 from .statistics import (bootstrap, mean_over_seeds, percentile_interval,
                                                   session_weights, superiority, weighted_mean, wilson)
@@ -265,7 +265,7 @@ def _file_of(run):
     "The file of a run's outcomes. Raises `InputError` where there is none."
     files = [Path(run)] + [Path(run)/f'{name}.safetensors' for name in ('outcomes', 'after')]
     file = next((f for f in files if f.is_file()), None)
-    expect(file, f'run: {run}', 'outcomes.safetensors or after.safetensors', 'neither')
+    expect(file, f'run: {run}', 'outcomes.safetensors or after.safetensors', Described('neither'))
     return file
 
 def stored_turns(
@@ -294,7 +294,8 @@ def load_outcomes(
 # %% ../../nbs/evaluation/01_scores.ipynb #f27af08b
 def _check_same_sessions(run_a, ids_a, run_b, ids_b):
     "Raises `InputError` with the first session in which two runs differ."
-    expect(len(ids_a) == len(ids_b), run_b, f'the {len(ids_a)} sessions of {run_a}', f'{len(ids_b)} sessions')
+    expect(len(ids_a) == len(ids_b), run_b, f'the {count_text(len(ids_a), "session")} of {run_a}',
+           Described(count_text(len(ids_b), 'session')))
     for i, (a, b) in enumerate(zip(ids_a, ids_b)):
         if a == b: continue
         raise InputError(f'{run_b}: expected the same sessions as {run_a}, received {b!r} for {a!r} (number {i})')

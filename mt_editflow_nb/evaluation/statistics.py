@@ -13,7 +13,7 @@ from copy import deepcopy
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy import optimize, special, stats
-from ..data.files import expect
+from ..data.files import Described, expect
 
 # %% ../../nbs/evaluation/00_statistics.ipynb #71dcb84b
 def t_quantile(
@@ -41,7 +41,7 @@ def seed_interval(
 ) -> Interval: # of the shape of one entry
     "Mean over training seeds with its 95 % Student-t interval."
     x = np.asarray(values, dtype=float)
-    expect(x.ndim and len(x) > 1, 'values', 'at least two seeds', f'shape {list(x.shape)}')
+    expect(x.ndim and len(x) > 1, 'values', 'at least two seeds', Described(f'shape {list(x.shape)}'))
     mean = x.mean(0)
     half = t_quantile(len(x) - 1)*x.std(0, ddof=1)/len(x)**.5
     return Interval(mean, mean - half, mean + half)

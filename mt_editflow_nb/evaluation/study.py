@@ -14,7 +14,8 @@ import ipywidgets as widgets
 import numpy as np, pandas as pd
 from jinja2 import Environment
 from PIL import Image
-from ..data.files import InputError, append_json_line, atomic_write, expect, file_name, save_png, to_json
+from ..data.files import (Described, InputError, append_json_line, atomic_write, expect, file_name,
+                                       save_png, to_json)
 from ..data.plots import figure_png, session_figure
 from .statistics import (Interval, alpha_of_coincidences, bradley_terry, divide,
                                                   label_coincidences, percentile_interval, session_weights)
@@ -322,7 +323,7 @@ def export_labels(
     rows = []
     by_id = {s.id: (i, s) for i, s in enumerate(sessions)}
     choices = choices_between(choices, images)
-    expect(len(choices), 'choices', f'at least one between {" and ".join(map(str, images))}', 'none')
+    expect(len(choices), 'choices', f'at least one between {" and ".join(map(str, images))}', Described('none'))
     def picture(id, what, image):
         name = f'{path.stem}/{file_name(id)}_{what}.png'
         save_png(image, path.parent/name)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import ipywidgets as widgets
 import numpy as np
 from matplotlib.figure import Figure
-from ..data.files import InputError, expect
+from ..data.files import InputError, count_text, expect
 from ..data.plots import PALETTE
 from ..rewards.judges import MODES, PROMPTS, load_mode
 from ..rewards.cube import check_rewards, judge_items, verifier
@@ -177,7 +177,7 @@ class RewardBench(View):
     def _ask(self, mode, item, prompts, done):
         "One verdict; the progress bar shows the number of calls."
         def engine(asks):
-            self.task.report(done, f'{mode}: {len(asks)} calls')
+            self.task.report(done, f'{mode}: {count_text(len(asks), "call")}')
             return self.judge.engine(asks)
 
         return load_mode(mode)(engine, [item], prompts)[0]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from markupsafe import Markup
 from safetensors.numpy import load_file
-from ..data.files import InputError, expect, one_of
+from ..data.files import Described, InputError, expect, one_of
 from ..data.plots import session_figure
 from ..data.shapeworld import WORLDS, teacher_images
 from ..data.sizes import fit_picture
@@ -199,7 +199,7 @@ def read_strips(
     "The held-out sessions that a finished run keeps pictures of. Raises `InputError` where there is no such run."
     run = Path(run)
     missing = [name for name in ('config.json', 'before.safetensors', 'after.safetensors') if not (run/name).is_file()]
-    expect(not missing, str(run), 'the folder of a finished run', f'one without {", ".join(missing)}')
+    expect(not missing, str(run), 'the folder of a finished run', Described(f'one without {", ".join(missing)}'))
     before, after = (load_file(run/f'{name}.safetensors') for name in ('before', 'after'))
     images_PGTHWC = [np.stack(pair) for pair in zip(unpack_pictures(before), unpack_pictures(after))]
     if len({x.shape for x in images_PGTHWC}) == 1: images_PGTHWC = np.stack(images_PGTHWC)

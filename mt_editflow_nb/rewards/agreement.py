@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from ..data.files import expect, open_image, read_text
+from ..data.files import Described, expect, open_image, read_text
 from ..data.plots import line_style
 from ..data.sessions import stays_inside
 from .cube import judge_items, verifier
@@ -75,7 +75,7 @@ def load_labels(
     path = Path(path)
     lines = enumerate(read_text(path).split('\n'), 1)     # an instruction may hold other ends of lines
     rows = [_label(line, f'{path}:{n}', path.parent) for n, line in lines if line.strip()]
-    expect(rows, str(path), 'at least one label', 'none')
+    expect(rows, str(path), 'at least one label', Described('none'))
     items, *columns = zip(*rows)
     return Labels(list(items), *map(np.array, columns))
 

@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from collections.abc import Callable
 from tqdm.auto import tqdm
-from ..data.files import InputError, expect, to_json
+from ..data.files import Described, InputError, expect, to_json
 from .engines import CutShort, Reply
 
 # %% ../../nbs/rewards/00b_cache.ipynb #cac40006
@@ -262,7 +262,7 @@ def begin_cache(
 ) -> Path:         # the cache of this process
     "The file of this process, joined with those of the others. Raises `InputError` where there is none to replay."
     path = first if offline else rank_file(first)
-    expect(not offline or first.is_file(), f'cache: {first}', 'a file to replay', 'nothing to replay')
+    expect(not offline or first.is_file(), f'cache: {first}', 'a file to replay', Described('nothing to replay'))
     path.parent.mkdir(parents=True, exist_ok=True)
     if not offline: merge_caches(path, rank_caches(first) if path == first else [first])
     with open_cache(path) as db: make_tables(db)

@@ -20,7 +20,7 @@ from pathlib import Path
 from collections.abc import Callable
 import numpy as np, torch
 from PIL import Image
-from ..data.files import InputError, expect, one_of
+from ..data.files import Described, InputError, expect, one_of
 from ..data import verifier as exact
 from ..data.sessions import MAX_INSTRUCTIONS_LENGTH
 from .cache import Cached
@@ -75,11 +75,11 @@ def verifier(
 # %% ../../nbs/rewards/02_cube.ipynb #23877df1
 def _checked_values(field, x, shape, lowest=0):
     "A tensor of floats of this shape, each in [lowest, 1] or NaN; as float32 in host memory, without a gradient."
-    expect(isinstance(x, torch.Tensor), field, 'a torch tensor', type(x).__name__)
-    expect(x.is_floating_point(), field, 'a tensor of floats', str(x.dtype))
-    expect(not x.is_nested, field, 'a dense tensor', 'a nested one')
-    expect(x.layout == torch.strided, field, 'a dense tensor', str(x.layout))
-    expect(not x.is_meta, field, 'a tensor with values', 'one on the device meta')
+    expect(isinstance(x, torch.Tensor), field, 'a torch tensor', Described(type(x).__name__))
+    expect(x.is_floating_point(), field, 'a tensor of floats', Described(str(x.dtype)))
+    expect(not x.is_nested, field, 'a dense tensor', Described('a nested one'))
+    expect(x.layout == torch.strided, field, 'a dense tensor', Described(str(x.layout)))
+    expect(not x.is_meta, field, 'a tensor with values', Described('one on the device meta'))
     expect(tuple(x.shape) == tuple(shape), field, f'the shape of the rollout, {list(shape)}', list(x.shape))
     x = (x.detach() if x.requires_grad else x).to('cpu', torch.float32)
     wrong = x[(x < lowest - 1e-6) | (x > 1 + 1e-6)]
@@ -88,7 +88,8 @@ def _checked_values(field, x, shape, lowest=0):
 
 def _check_calls(calls):
     "What `judge_usage` reads of the calls of a judge."
-    expect(isinstance(calls, (tuple, list)), 'judge: calls', 'a tuple of dicts, one a call', type(calls).__name__)
+    expect(isinstance(calls, (tuple, list)), 'judge: calls', 'a tuple of dicts, one a call',
+           Described(type(calls).__name__))
     for call in calls:
         known = isinstance(call, dict) and {'error', 'tokens', 'seconds'} <= call.keys()
         expect(known, 'judge: calls', 'dicts with error, tokens and seconds', call)
@@ -104,7 +105,7 @@ def check_scores(
     images_PGTHWC: np.ndarray  # their rollout
 ) -> Scores:                   # the same scores, as float32 in host memory
     "Raise `InputError` unless these are `Scores` of the rollout's shape in [0, 1], terms of CC in [-1, 1], or NaN."
-    expect(isinstance(scores, Scores), 'judge', 'a judge that returns `Scores`', type(scores).__name__)
+    expect(isinstance(scores, Scores), 'judge', 'a judge that returns `Scores`', Described(type(scores).__name__))
     return _check_shape(scores, (len(sessions), *images_PGTHWC.shape[1:3]))
 
 def _check_shape(scores, shape_PGT):
@@ -179,7 +180,7 @@ def check_instruction_length(
         share = MAX_INSTRUCTIONS_LENGTH//len(s.instructions)
         for t, text in enumerate(s.instructions, 1):
             wanted = f'an instruction of at most {share} characters for a judge'
-            expect(len(text) <= share, f'session {s.id}, turn {t}', wanted, f'{len(text)} characters')
+            expect(len(text) <= share, f'session {s.id}, turn {t}', wanted, Described(f'{len(text)} characters'))
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0021
 def _place(engine):
@@ -217,7 +218,7 @@ def check_rewards(
     if not joint: return
     wanted = "('if', 'cc'), turn by turn, of a joint mode"
     expect(tuple(rewards) == JOINT_REWARDS and not coarse, 'rewards', wanted, rewards)
-    expect(bool(prompts.joint), 'mode', 'one of the modes that the tiny judge knows', 'a joint one')
+    expect(bool(prompts.joint), 'mode', 'one of the modes that the tiny judge knows', Described('a joint one'))
 
 # %% ../../nbs/rewards/02_cube.ipynb #7b1e40a4
 class TurnJudge:
@@ -541,7 +542,7 @@ def scores_of_turn(
 # %% ../../nbs/rewards/02_cube.ipynb #0782feb4
 def _check_turn(s, images_PGTHWC):
     "The scores of one turn; of a coarse judge none, or those of all turns with the last."
-    expect(isinstance(s, Scores), 'judge', 'a judge that returns `Scores`', type(s).__name__)
+    expect(isinstance(s, Scores), 'judge', 'a judge that returns `Scores`', Described(type(s).__name__))
     nested = getattr(s.success_PGT, 'is_nested', False)      # has no shape, which is refused below
     turns = (1,) if nested else getattr(s.success_PGT, 'shape', ())[-1:]
     return _check_shape(s, (*images_PGTHWC.shape[:2], *turns))

@@ -10,7 +10,7 @@ import ast, re
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ..data.files import InputError, expect, read_text
+from ..data.files import Described, InputError, expect, read_text
 from .reward_models import text_constants
 from .edival_rules import (EDIVAL_SIDE, Detect, Found, Question, RuleVerdict, TurnRules,
                                                  background_change, background_steps, background_weights, centers,
@@ -34,12 +34,12 @@ def read_edit_r2_questions(
 ) -> dict:              # as `EDIT_R2_QUESTIONS`
     "The questions of Edit-R2's reward server. Raises `InputError` where they are not found."
     files = sorted(Path(checkout).rglob('edival_reward_server.py'), key=lambda p: (len(p.parts), p))
-    expect(files, str(checkout), 'the file edival_reward_server.py in it', 'none')
+    expect(files, str(checkout), 'the file edival_reward_server.py in it', Described('none'))
     try: tree = ast.parse(read_text(files[0]))
     except SyntaxError as e:
         raise InputError(f'{files[0]}: expected Python source, received {e.msg} in line {e.lineno}') from None
     texts = text_constants(tree)
-    for name in _published.values(): expect(name in texts, f'{files[0]}: `{name}`', 'a text', 'none')
+    for name in _published.values(): expect(name in texts, f'{files[0]}: `{name}`', 'a text', Described('none'))
     filled = {kind: re.sub(r'\{\w+\}', '{0}', texts[name]) for kind, name in _published.items()}
     f_strings = [_with_gaps(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
     f_strings = [text for text in f_strings if text.startswith('Is the {0} now ')]

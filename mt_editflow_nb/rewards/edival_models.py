@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image
-from ..data.files import InputError, content_hash, expect, first_line, one_line, read_text
+from ..data.files import Described, InputError, content_hash, expect, first_line, one_line, read_text
 from .engines import Ask, fingerprint, require_all_weights, resolve_device
 from .judges import MODES, ask_and_parse, load_mode
 from .loading import load_engine
@@ -223,10 +223,10 @@ def read_edival_questions(
     texts = text_constants(tree)
     questions = {}
     for kind, (name, gaps) in _published.items():
-        expect(name in texts, f'{file}: `{name}`', 'a text', 'none')
+        expect(name in texts, f'{file}: `{name}`', 'a text', Described('none'))
         questions[kind] = texts[name].format(**{gap: f'{{{i}}}' for i, gap in enumerate(gaps)})
     questions['name'] = _name_question(tree)
-    expect(questions['name'], f'{file}: `_query_vlm_for_object_name`', 'a function with a question', 'none')
+    expect(questions['name'], f'{file}: `_query_vlm_for_object_name`', 'a function with a question', Described('none'))
     return questions
 
 # %% ../../nbs/rewards/01d_edival_models.ipynb #b323252e

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from ..data.files import InputError, expect, one_of
+from ..data.files import Described, InputError, expect, one_of
 
 # %% ../../nbs/rewards/01c_edival_rules.ipynb #d50988f8
 _slot = r'\[([^\]]+)\]'
@@ -531,7 +531,7 @@ def check_edival_session(
     place = f'session {session.id!r}'
     maker = 'load_edival reads them, mtef_data make writes them'
     for name, (kind, fits_turn) in _needed.items():
-        expect(name in session.meta, place, f"EdiVal-Bench's `{name}` in `meta` ({maker})", 'none')
+        expect(name in session.meta, place, f"EdiVal-Bench's `{name}` in `meta` ({maker})", Described('none'))
         values = session.meta[name]
         fits = isinstance(values, list) and len(values) == T
         expect(fits, f'{place}: `{name}`', f'a list of {T}, one a turn', values)

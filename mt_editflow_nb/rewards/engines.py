@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
-from ..data.files import InputError, expect, first_line, one_line, one_of
+from ..data.files import Described, InputError, expect, first_line, one_line, one_of
 
 # %% ../../nbs/rewards/00_engines.ipynb #748b303d
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def _checkpoint(name):
     folder = files('mt_editflow_nb')/'assets'/'tiny_judge' if name == TINY_JUDGE else Path(name)
     if folder.is_dir():
         whole = any((folder/file).is_file() for file in ('config.json', 'adapter_config.json'))
-        expect(whole, f'judge: {name}', 'a checkpoint folder, with a config.json', 'none')
+        expect(whole, f'judge: {name}', 'a checkpoint folder, with a config.json', Described('none'))
         return folder
     named = f"{TINY_JUDGE!r}, a checkpoint folder, or a hub name such as 'Qwen/Qwen2.5-VL-7B-Instruct'"
     expect(name.count('/') == 1 and name[0] not in './~', 'judge', named, name)

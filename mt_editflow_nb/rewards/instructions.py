@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ..data.files import InputError, content_hash, expect, one_of, open_image
+from ..data.files import Described, InputError, content_hash, expect, one_of, open_image
 from ..data.importers import PICTURE_ENDINGS
 from ..data.sessions import Session
 from .edival_rules import slots_of
@@ -261,9 +261,9 @@ def find_pictures(
 ) -> list: # of paths, in order
     "The pictures below a folder. Raises `InputError` where there are none."
     folder = Path(folder)
-    expect(folder.is_dir(), str(folder), 'a folder of pictures', 'no folder')
+    expect(folder.is_dir(), str(folder), 'a folder of pictures', Described('no folder'))
     found = [p for p in sorted(folder.rglob('*')) if p.suffix.lower() in PICTURE_ENDINGS]
-    expect(found, str(folder), 'pictures', 'none')
+    expect(found, str(folder), 'pictures', Described('none'))
     return found
 
 def draft_of(

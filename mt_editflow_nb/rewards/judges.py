@@ -11,7 +11,7 @@ __all__ = ['PROMPTS', 'TINY_PROMPTS', 'RETRIES', 'MIN_MASS', 'JOINT_REWARDS', 'M
 import math, re
 from dataclasses import dataclass, field, replace
 from functools import partial
-from ..data.files import InputError, expect, one_of
+from ..data.files import Described, InputError, expect, one_of
 from ..data.sessions import MAX_INSTRUCTIONS_LENGTH
 from .answers import json_values, read_json_score, read_json_scores, read_number, read_questions
 from .answers import read_yes_no, scores_in, without_thoughts
@@ -127,7 +127,7 @@ def prompt(
     one_of('mode', ask, prompts.asks)
     length = sum(map(len, item.instructions))
     wanted = f'at most {MAX_INSTRUCTIONS_LENGTH} characters in one question'
-    expect(length <= MAX_INSTRUCTIONS_LENGTH, 'instructions', wanted, f'{length} characters')
+    expect(length <= MAX_INSTRUCTIONS_LENGTH, 'instructions', wanted, Described(f'{length} characters'))
     words = dict(scale=prompts.scale, question=_without_tags(question))
     fenced = prompts.fence.format(instructions=_listed(item.instructions, prompts.plain))
     said = [aspects[item.aspect].format(**words), fenced, prompts.asks[ask].format(**words)]

@@ -8,7 +8,7 @@ __all__ = ['JUDGE_EXAMPLES', 'check_settings_of', 'load_engine']
 # %% ../../nbs/rewards/00d_loading.ipynb #9164dd95
 import inspect, math
 from pathlib import Path
-from ..data.files import expect, one_of
+from ..data.files import Described, expect, unknown_name
 from .cache import Cached
 from .engines import Local
 from .servers import Server
@@ -33,11 +33,11 @@ def check_settings_of(
     signature = inspect.signature(cls.__init__).parameters
     known = {k: p for k, p in signature.items() if p.kind is p.KEYWORD_ONLY}
     for name, value in settings.items():
-        one_of('judge_options', name, known)
+        if name not in known: raise unknown_name(f'judge_options.{name}', name, known)
         kind = known[name].annotation
         default = known[name].default
         fine = default is None if value is None else _is_of_kind(name, value, kind)
-        expect(fine, f'judge_options: {name}', _kinds[kind], value)
+        expect(fine, f'judge_options.{name}', _kinds[kind], value)
 
 def load_engine(
     model: str,             # MODEL, MODEL+nf4 or MODEL@URL
@@ -49,7 +49,8 @@ def load_engine(
 ):                          # (list of `Ask`) -> list of `Reply`
     "The engine that a name asks for; no weights are loaded yet. Raises `InputError`."
     name, at, url = model.partition('@http')
-    expect(name.removesuffix('+nf4').strip(), 'judge', f'MODEL:MODE such as {JUDGE_EXAMPLES}', f'no model in {model!r}')
+    expect(name.removesuffix('+nf4').strip(), 'judge', f'MODEL:MODE such as {JUDGE_EXAMPLES}',
+           Described(f'no model in {model!r}'))
     check_settings_of(Server if at else Local, settings)
     four_bits = dict(quantize='nf4') if name.endswith('+nf4') else {}
     if at: engine = Server(name, 'http' + url, **settings)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from ..data.files import InputError, expect, one_line, one_of, read_text
+from ..data.files import Described, InputError, expect, one_line, one_of, read_text
 from .engines import Ask, Reply, answer_in_batches, call_batches, fingerprint, resolve_device
 from .judges import Verdict, ask_and_parse
 
@@ -78,7 +78,7 @@ def reward_weights(
 ) -> tuple:       # (weights of the model, weights of the heads)
     "The weights of a reward model. Raises `InputError` where there are none, or none of heads."
     files = [folder/name for name in _names if (folder/name).is_file()]
-    expect(files, str(folder), f'the weights of a reward model ({" or ".join(_names)})', 'none')
+    expect(files, str(folder), f'the weights of a reward model ({" or ".join(_names)})', Described('none'))
     if files[0].suffix == '.safetensors':
         from safetensors.torch import load_file
         state = load_file(files[0])
@@ -266,7 +266,7 @@ def load_reward_model(
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     missing, _ = model.load_state_dict(weights, strict=False)
     missing = [key for key in missing if not key.startswith('lm_head')]
-    expect(not missing, f'{name}: weights', f'those of {type(model).__name__}', f'none for {missing[:2]}')
+    expect(not missing, f'{name}: weights', f'those of {type(model).__name__}', Described(f'none for {missing[:2]}'))
     return LoadedHeads(model.to(device).eval(), {key: x.to(device) for key, x in heads.items()}, tokenizer, images)
 
 # %% ../../nbs/rewards/01b_reward_models.ipynb #f13ea2d9

@@ -21,7 +21,7 @@ from urllib.request import getproxies_environment, proxy_bypass_environment
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
-from ..data.files import InputError, expect, one_line, one_of
+from ..data.files import Described, InputError, count_text, expect, one_line, one_of
 from .engines import Ask, CutShort, Reply, with_settings
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0006
@@ -102,9 +102,9 @@ def _check_proxy(scheme, value):
     socks = kind.startswith('socks5')
     needs = ' (or, for SOCKS5, the package socksio: pip install socksio)' if socks else ''
     known = kind in ('http', 'https') or socks and find_spec('socksio')
-    expect(known, name, f'the address of an HTTP proxy{needs}', f'a proxy of kind {kind}')
+    expect(known, name, f'the address of an HTTP proxy{needs}', Described(f'a proxy of kind {kind}'))
     fine = _is_address('http://' + value.split('://')[-1])
-    expect(fine, name, "an address such as 'http://gate:3128'", 'one that no client can call')
+    expect(fine, name, "an address such as 'http://gate:3128'", Described('one that no client can call'))
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0009
 def proxy_variable(
@@ -121,7 +121,7 @@ def check_environment():
     "Refuse a key, a proxy or certificates that no call could be made with. Neither key nor proxy is shown."
     key = os.environ.get('OPENAI_API_KEY', '')
     printable = key.isascii() and key.isprintable() and key == key.strip()
-    expect(printable, 'OPENAI_API_KEY', 'one line of printable ASCII', 'a key with a line break or the like')
+    expect(printable, 'OPENAI_API_KEY', 'one line of printable ASCII', Described('a key with a line break or the like'))
     for name in ('SSL_CERT_FILE', 'SSL_CERT_DIR'):
         path = os.environ.get(name)
         expect(not path or os.path.exists(path), name, 'a path that is there', path)
@@ -470,7 +470,7 @@ class _Dispatcher:
             error = ''
             while client := await self.pick(tried):
                 if self.failures >= self.server.give_up:
-                    why = f'{self.failures} calls in a row had failed, the last with: {self.last}'
+                    why = f'{count_text(self.failures, "call")} in a row had failed, the last with: {self.last}'
                     return Reply(error=f'not asked: {why}')
                 t0 = time.perf_counter()
                 client.busy += 1

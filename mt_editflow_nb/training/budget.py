@@ -16,7 +16,7 @@ from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, torch
-from ..data.files import InputError, atomic_write, expect, read_json, to_json
+from ..data.files import InputError, atomic_write, count_text, expect, read_json, to_json
 from ..data.sizes import PREFERRED_SIZES, bucket_sizes
 from ..editing.editor import Text, adopt_pipeline, check_finite, set_shape
 from ..editing.loading import FAMILIES, TRANSFORMER_CLASSES, find_editor
@@ -462,8 +462,8 @@ def worst_and_mean(
     return max(turns for turns, _ in kinds), mean_turns, sizes[largest], mean_area/areas[largest]
 
 def _kinds_text(longest, turns, shape, share):
-    return (f'memory is that of {longest} turns at {shape[0]}x{shape[1]}, time that of {turns:.3g} turns at '
-            f'{share:.0%} of this area, the means of the sessions')
+    return (f'memory is that of {count_text(longest, "turn")} at {shape[0]}x{shape[1]}, time that of {turns:.3g} turns '
+            f'at {share:.0%} of this area, the means of the sessions')
 
 def _flops_of_rows(rows, row, checkpointing):
     "Operations of an iteration's rows; with checkpointing what is trained passes forward once more."

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open                # the error is what a full disk raises in save_file
 from safetensors.torch import load_file, save_file
-from ..data.files import InputError, atomic_write, expect, one_line, to_json
+from ..data.files import Described, InputError, atomic_write, expect, one_line, to_json
 from ..editing.lora import save_lora
 from ..algorithm.config import Config, make_config
 from ..algorithm.policy import Policy, move_average
@@ -49,7 +49,7 @@ def state_tensors(
 def _restore(x, saved, name):
     x = local_piece(x)
     expect(saved is not None and saved.shape == x.shape, name, f'a tensor of shape {list(x.shape)}',
-           'none' if saved is None else list(saved.shape))
+           Described('none') if saved is None else list(saved.shape))
     x.copy_(saved)
 
 def restore_tensors(
@@ -302,7 +302,7 @@ def restore_shared_checkpoint(
             if f'adam.step.{i}' in saved: optimizer.state[p] = dict(step=torch.tensor(0.)) | moments
         tensors = live_tensors(params, old, optimizer, ema)
         differ = sorted(tensors.keys() ^ saved.keys())
-        expect(not differ, 'tensors', f'{len(tensors)} of them', f'others, such as {differ[:1]}')
+        expect(not differ, 'tensors', f'{len(tensors)} of them', Described(f'others, such as {differ[:1]}'))
         dcp.load(tensors, storage_reader=reader, **_group())
     return json.loads((Path(folder)/'state.json').read_text())['iteration']
 

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import NamedTuple
 import numpy as np, torch
 from scipy.ndimage import maximum_filter
+from ..data.files import count_text
 
 # %% ../../nbs/training/00_monitor.ipynb #1f0e1bbc
 RECONSTRUCTION_MARGIN = 2.  # a patch that moved by more than this times what reconstruction does to it has changed
@@ -198,11 +199,12 @@ def _trade(first, last, smallest):
 # %% ../../nbs/training/00_monitor.ipynb #f18dde88
 def _nothing_to_learn(recent):
     "No row had an advantage, or a reward did not differ within any group."
+    for_long = f'for {count_text(len(recent), "iteration")}'
     if all(r.get('rows') == 0 for r in recent):
-        yield 'nothing to learn from', '', f'no row had an advantage for {len(recent)} iterations: nothing was trained'
+        yield 'nothing to learn from', '', f'no row had an advantage {for_long}: nothing was trained'
     for name in recent[-1].get('spread', ()):
         if all(r.get('spread', {}).get(name) == 0 for r in recent):
-            yield 'constant reward', name, f'{name} did not differ within any group for {len(recent)} iterations'
+            yield 'constant reward', name, f'{name} did not differ within any group {for_long}'
 
 def _held_out(evaluations, smallest):
     "The held-out score has fallen below its best twice in a row."

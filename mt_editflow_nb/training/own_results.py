@@ -13,7 +13,7 @@ import numpy as np
 from ..algorithm.config import Config, first_imitation
 from ..algorithm.imitation import edits_per_iteration
 from ..algorithm.processes import exchange, failing_together, from_first, gather_to_first, processes
-from ..data.files import content_hash, expect
+from ..data.files import Described, content_hash, expect
 from ..data.sessions import load_sessions, save_sessions
 from ..editing.noise import random_generator
 from .source import SessionSource
@@ -41,7 +41,8 @@ def kept_right_edits(
     "What a run has got right so far. Raises `InputError` where that is nothing."
     files = sorted((Path(run)/'right').glob('[0-9]*/sessions.jsonl'))
     kept = [s for file in files if int(file.parent.name) < iteration for s in load_sessions(file)]
-    expect(kept, 'imitate', f'right results of the {iteration} iterations before, in {Path(run)/"right"}', 'none')
+    expect(kept, 'imitate', f'right results of the {iteration} iterations before, in {Path(run)/"right"}',
+           Described('none'))
     return kept
 
 # %% ../../nbs/training/03d_own_results.ipynb #e200000a

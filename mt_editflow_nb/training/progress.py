@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from ..data.files import InputError, atomic_write, duration_text, read_json, to_json
+from ..data.files import InputError, atomic_write, count_text, duration_text, read_json, to_json
 from .budget import count_evaluations, count_rows, evaluation_steps
 
 # %% ../../nbs/training/03b_progress.ipynb #c7cc97a8
@@ -79,8 +79,9 @@ def estimate_text(
 ) -> str:           # one line
     "The estimate of a job as a sentence."
     total, iteration, evaluation = (duration_text(max(1, estimate[k])) for k in ('total', 'iteration', 'evaluation'))
-    return (f'about {total} on this machine, judged by the first batch: {config.iterations} iterations of {iteration}, '
-            f'evaluations of {evaluation} before and after')
+    iterations = count_text(config.iterations, 'iteration')
+    return (f'about {total} on this machine, judged by the first batch: {iterations} of {iteration}, evaluations of '
+            f'{evaluation} before and after')
 
 # %% ../../nbs/training/03b_progress.ipynb #aad52e2a
 STAGES = dict(before='evaluating before', training='training', repeating='repeating own right results',

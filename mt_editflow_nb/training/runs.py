@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import Lock
 import pandas as pd, torch
 from .. import __version__
-from ..data.files import (GrowingLog, InputError, atomic_write, content_hash, expect, one_of, log_rows,
-                                       read_json, to_json)
+from ..data.files import (Described, GrowingLog, InputError, atomic_write, content_hash, expect, log_rows,
+                                       read_json, to_json, unknown_name)
 from ..data.plots import plot_learning_curves
 from ..data.shapeworld import WORLDS
 from ..editing.loading import find_editor
@@ -95,7 +95,7 @@ def read_config(
 ) -> Config:
     "The configuration of a run, whichever version wrote it. Raises `InputError` where the folder holds none."
     file = Path(run)/'config.json'
-    expect(file.is_file(), f'run: {run}', 'a run folder, which holds a config.json', 'none')
+    expect(file.is_file(), f'run: {run}', 'a run folder, which holds a config.json', Described('none'))
     try:
         stored = read_json(file)
         fields = dict(stored['config'])
@@ -157,7 +157,7 @@ def open_run(
         _check_identity(run, read_json(file).get('identity') or {}, identity or {})
         return run
     occupied = not stored and run.is_dir() and _holds_something(run)
-    expect(not occupied, f'run: {run}', 'a run folder, or none', 'a folder with other files')
+    expect(not occupied, f'run: {run}', 'a run folder, or none', Described('a folder with other files'))
     atomic_write(file, to_json(dict(config=config.model_dump(), environment=environment(), identity=identity,
                                     started_in=os.getcwd()), indent=1))
     for name in ('rollouts', 'checkpoints'): (run/name).mkdir(exist_ok=True)
@@ -307,7 +307,8 @@ def check_parameters(
     values = (str, int, float, list, dict, type(None))
     for name, value in scope.items():
         ours = name.startswith('_') or name in ('In', 'Out', 'TYPE_CHECKING')
-        if not ours and isinstance(value, values): one_of(name, name, expected)
+        if ours or not isinstance(value, values) or name in expected: continue
+        raise unknown_name(name, name, expected)
 
 # %% ../../nbs/training/03_runs.ipynb #cf37a9a7
 def results_frame(

@@ -9,7 +9,7 @@ __all__ = ['DEFAULT_HELDOUT_SHARE', 'MANY_PICTURES_WARNING', 'STREAMED_WARNING',
            'check_for_judge', 'streamed_hash', 'session_source']
 
 # %% ../../nbs/training/02_source.ipynb #aa03e291
-import difflib, warnings
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np
-from ..data.files import InputError, content_hash, expect
+from ..data.files import Described, InputError, content_hash, count_text, expect, near_miss
 from ..data.copies import fingerprint_of, first_near_copy
 from ..data.selecting import are_many, picture_keys, sessions_hash, split_by_picture
 from ..data.sessions import PrefetchedBatches, Sessions
@@ -273,7 +273,8 @@ class SkippingBatches:
         for k in wanted:
             after = np.roll(alike, -np.searchsorted(alike, k)).tolist()          # from k on, in a circle
             found = next(readable_sessions((self.train[j] for j in after), self.skipped), None)
-            expect(found, 'sessions', 'a picture that can be read', next(iter(self.skipped.values()), None))
+            expect(found, 'sessions', 'a picture that can be read',
+                   Described(next(iter(self.skipped.values()), 'none')))
             taken.append(found)
         return taken
 
@@ -291,8 +292,8 @@ def small_kinds_warning(
     (t, b), n = next(iter(few.items()))
     width, height = PREFERRED_SIZES[b]
     text = (f'sessions: {len(few)} of {len(counts)} kinds have fewer than the {P} sessions of an iteration, which then '
-            f'repeats some (the first: {n} of {t} turns, pictures of about {width}:{height}); together they are '
-            f'{sum(kinds[kind] for kind in few):.0%} of the iterations')
+            f'repeats some (the first: {n} of {count_text(t, "turn")}, pictures of about {width}:{height}); together '
+            f'they are {sum(kinds[kind] for kind in few):.0%} of the iterations')
     return [text]
 
 def _batches(train, config, skipped):
@@ -324,10 +325,8 @@ def _check_there(field, name):
     "Raises `InputError` for the name of a file that is not there."
     words = (*WORLDS,) if field == 'sessions' else ('training',)
     if not isinstance(name, str) or name in words or is_table(name) or Path(name).is_file(): return
-    near = difflib.get_close_matches(name, words, 1)
-    hint = f' (did you mean {near[0]!r}?)' if near else ''
     expected = f'{words[0]!r}, a file or folder of sessions that is there, or hf:NAME'
-    raise InputError(f'{field}: expected {expected}, received {name!r}{hint}')
+    raise InputError(f'{field}: expected {expected}, received {name!r}{near_miss(name, words)}')
 
 def _check_turns(config, name, sessions):
     lengths = sorted({int(t) for t in turns_of(sessions)})
@@ -392,7 +391,7 @@ def _streamed(config):
     first = batch(0)                                                   # a table without the columns is found now
     check_for_judge(config.judge, first, config.crop)
     needs = f'targets, which algorithm={config.algorithm} needs'
-    expect(config.algorithm in RL or first[0].targets, 'sessions', needs, 'none')
+    expect(config.algorithm in RL or first[0].targets, 'sessions', needs, Described('none'))
     return SessionSource(batch, heldout, f'sessions of {Path(config.heldout).name}', streamed_hash(config.sessions),
                          sessions_hash(heldout), (STREAMED_WARNING,), None, config.crop, skipped=skipped)
 

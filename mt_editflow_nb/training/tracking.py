@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ..data.files import InputError, atomic_write, expect, one_line, read_json, to_json
+from ..data.files import Described, InputError, atomic_write, expect, one_line, read_json, to_json
 from ..algorithm.processes import from_first
 from .checkpoints import last_checkpoint
 
@@ -51,7 +51,8 @@ def check_trackers(
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
     absent = set(LoggerType.list()) - {str(t) for t in get_available_trackers()}     # one that a user has added is here
-    for name in names: expect(name not in absent, 'track', f'{name} to be installed (pip install {name})', 'none')
+    for name in names:
+        expect(name not in absent, 'track', f'{name} to be installed (pip install {name})', Described('none'))
 
 def tracked_name(
     run, # a run folder

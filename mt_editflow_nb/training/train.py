@@ -86,7 +86,6 @@ def prepare(
     for name, whole_groups in needs_groups.items():
         expect(not whole_groups or len(shard.members) == config.group, 'sessions_per_iteration',
                f'a multiple of the {processes()[1]} processes with {name}', config.sessions_per_iteration)
-    expect(not config.keep_best or config.eval_every, 'keep_best', 'none without eval_every', config.keep_best)
     check_imitation(config)
     check_launch(config)
     check_trackers(config.track)
