@@ -110,6 +110,7 @@ def act(
     policy.passes.count('sampled', *sampled.texts_T, per_row=config.num_steps)
     return sampled
 
+# %% ../../nbs/algorithm/07_iterate.ipynb #9be55bc2
 def all_scores(
     config: Config,     # `group` is read
     scorer: TurnScorer, # that was handed every turn

@@ -43,6 +43,7 @@ def score_metrics(
     so_far_PGT = success_so_far(scores.success_PGT, chosen_PT)
     return metrics | dict(success=mean(scores.success_PGT), all_right=mean(so_far_PGT))
 
+# %% ../../nbs/algorithm/06b_metrics.ipynb #553cec92
 def learning_metrics(
     learned: Statistics, # of this process's part of the learning
 ) -> dict:               # name -> number
