@@ -238,16 +238,17 @@ def run_iterations(config, configs, nf4, device, dtype, iterations=3):
     T = config.turns or 3
     sessions = [Session(str(p), picture, [f'instruction {p}']*T) for p, picture in enumerate(pictures)]
     log = []
-    rolled = None
+    sampled = None
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
     for i in range(iterations):
         start = time.perf_counter()
-        metrics, rolled, *_ = iterate(config, policy, sessions, random_judge, i)
+        metrics, sampled, *_ = iterate(config, policy, sessions, random_judge, i)
         log.append(dict(seconds=time.perf_counter() - start, loss=metrics['loss'], grad_norm=metrics['grad_norm']))
     optimiser = held([x for state in policy.optimizer.state.values() for x in state.values()])
-    rollouts = held([rolled.inputs_TNLC, rolled.clean_TNLC, rolled.path_TKNLC, rolled.next_TKNLC, rolled.mean_TKNLC])
+    rollouts = held([sampled.inputs_TNLC, sampled.clean_TNLC, sampled.path_TKNLC, sampled.next_TKNLC,
+                     sampled.mean_TKNLC])
     parts = {'transformer': built - adapter, 'adapter, its gradient, old policy': 3*adapter, 'optimiser': optimiser,
-             'rollouts': rollouts + sum(texts_held(t.once) for t in rolled.texts_T)}
+             'rollouts': rollouts + sum(texts_held(t.once) for t in sampled.texts_T)}
     if device.type == 'cuda':
         rest = sum(parts.values())
         parts[f'activations (batch {config.batch})'] = torch.cuda.max_memory_allocated() - before - rest

@@ -106,7 +106,7 @@ def measure_batch(editor, structure, b, with_gradients=True):
                        choose=choose)
         scores = scorer.scores(made.images_PGTHWC)
     kept = dict(rewards_PGTM=scores.rewards_PGTM, success_PGT=scores.success_PGT)
-    if made.goes_on_PT is not None: kept['goes_on_PT'] = made.goes_on_PT
+    if made.chosen_PT is not None: kept['goes_on_PT'] = made.chosen_PT
     if not with_gradients: return kept
     levels_TP = torch.stack([choose_levels([(*key, 'train', t) for key in made.keys], num_steps, 1)[0]
                              for t in range(T)])
@@ -158,7 +158,7 @@ def mean_sketch(kept, levels, draws):
     "The mean sketch of each row and turn over some noise levels and draws of noise, [P, G, T, X]."
     return kept['sketch_DKPGTX'][:draws, list(levels)].float().mean((0, 1))
 
-def add_what_follows(rewards_PGTM, goes_on_PT):
+def add_what_follows(rewards_PGTM, chosen_PT):
     """Turn branching: the member that went on is also paid what followed, the siblings' mean rewards of later turns.
 
     What would have followed the others is not known; the mean over sessions takes its place."""
@@ -166,8 +166,8 @@ def add_what_follows(rewards_PGTM, goes_on_PT):
     value_PTM = mean_PTM.flip(1).cumsum(1).flip(1) - mean_PTM
     expected_TM = value_PTM.mean(0)
     paid_PGTM = rewards_PGTM + expected_TM
-    p = torch.arange(len(goes_on_PT))[:, None]
-    paid_PGTM[p, goes_on_PT, torch.arange(goes_on_PT.shape[1])] += (value_PTM - expected_TM)[:, :-1]
+    p = torch.arange(len(chosen_PT))[:, None]
+    paid_PGTM[p, chosen_PT, torch.arange(chosen_PT.shape[1])] += (value_PTM - expected_TM)[:, :-1]
     return paid_PGTM
 
 def batch_gradients(batches, rule, members, branching, sketch=chosen_levels):

@@ -40,12 +40,12 @@ def test_members_edit_one_picture():
     assert torch.equal(inputs_TPGLC, inputs_TPGLC[:, :, :1].expand_as(inputs_TPGLC))
     for p in range(2):
         for t in range(2):
-            picture = made.images_PGTHWC[p, made.goes_on_PT[p, t], t]
+            picture = made.images_PGTHWC[p, made.chosen_PT[p, t], t]
             assert torch.allclose(inputs_TPGLC[t + 1, p, 0], load_editor().encode_image(picture[None])[0], atol=1e-5)
-            last = turn_histories(made.images_PGTHWC, t + 1, made.goes_on_PT)[p]
+            last = turn_histories(made.images_PGTHWC, t + 1, made.chosen_PT)[p]
             assert (last[:, t] == picture).all()
     for t in range(3):                             # scores of a turn: of each member's own picture on the shared ones
-        expected = verifier(shape_sessions(2, 3), turn_histories(made.images_PGTHWC, t, made.goes_on_PT))
+        expected = verifier(shape_sessions(2, 3), turn_histories(made.images_PGTHWC, t, made.chosen_PT))
         assert torch.equal(scores.rewards_PGTM[:, :, t], expected.rewards_PGTM[:, :, t])
 
 def test_one_session_an_iteration():
@@ -54,7 +54,7 @@ def test_one_session_an_iteration():
     _, made, scores, _ = iterate(config, Policy(config, load_editor(lora_rank=2)), shape_sessions(1, 3), verifier, 0)
     of_two = one_iteration(**branching)
     assert made.images_PGTHWC.shape == (1, 3, 3, 48, 48, 3)
-    assert torch.equal(made.goes_on_PT, of_two.rollout.goes_on_PT[:1])
+    assert torch.equal(made.chosen_PT, of_two.rollout.chosen_PT[:1])
     assert (made.images_PGTHWC == of_two.rollout.images_PGTHWC[:1]).all()
 
 def test_a_judge_of_turns_and_one_of_sessions_are_asked_alike():

@@ -85,7 +85,7 @@ def first_image(editor, session, noise):
     one = Session('a', session.image, session.instructions[:1])
     with patch.object(sys.modules[type(editor).__module__], 'to_uint8', keep), small_condition(), \
          patch('mt_editflow_nb.editing.rollout.normal_noise', lambda keys, shape: noise):
-        rollout(editor, [one], group=1, num_steps=STEPS, seed=0, kind='flow', noise_level=0., window=range(STEPS - 1))
+        rollout(editor, [one], group=1, num_steps=STEPS, seed=0, kind='flow', noise_level=0., steps=range(STEPS - 1))
     return floats['y'][0]
 
 def noise_for(editor): return torch.randn(1, *editor.latent_shape, generator=torch.Generator().manual_seed(1))

@@ -88,7 +88,7 @@ def test_the_consistency_that_an_edit_has_lost(whole):
     cc_PGT = step.scores.rewards_PGTM[..., 1]
     best_PT = best_right(make_config(small), step.scores)
     before = {f'0/{p}/1': 1. for p in range(2)}
-    before |= {f'0/{p}/{t + 2}': cc_PGT[p, step.rollout.goes_on_PT[p, t], t].item() for p in range(2) for t in range(2)}
+    before |= {f'0/{p}/{t + 2}': cc_PGT[p, step.rollout.chosen_PT[p, t], t].item() for p in range(2) for t in range(2)}
     first = [e for e in kept(whole) if e.id.startswith('0/')]
     assert len(first) == (best_PT >= 0).sum() > 1
     for edit in first:
@@ -129,7 +129,7 @@ nan = float('nan')
 def lost(scores, judge=verifier):
     "What each turn of one chain has lost; None where it is not known."
     images = np.zeros((1, 1, 3, 2, 2, 3), np.uint8)
-    sampled = SimpleNamespace(shard=Shard([0], [0]), goes_on_PT=None, images_PGTHWC=images)
+    sampled = SimpleNamespace(shard=Shard([0], [0]), chosen_PT=None, images_PGTHWC=images)
     session = Session('s', Image.new('RGB', (2, 2)), ['a', 'b', 'c'])
     step = SimpleNamespace(rollout=sampled, scores=scores, metrics=dict(iteration=0))
     edits = right_edits(make_config(dict(weights=[1., 0.])), [session], step, judge)

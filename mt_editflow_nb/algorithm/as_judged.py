@@ -8,16 +8,15 @@ __all__ = ['terms_as_judged', 'iterate_as_judged']
 # %% ../../nbs/algorithm/07a_as_judged.ipynb #502b2e0f
 import torch
 from ..editing.noise import torch_generator
-from ..editing.rollout import Rollout, rollout
+from ..editing.rollout import Rollout
 from ..rewards.cube import TurnScorer, scores_by_session
 from .config import Config
 from .batch import Batch
-from .iterate import (choose_rows, count_losses, grpo_terms, nft_terms, sampling_options,
+from .iterate import (act, all_scores, choose_rows, count_losses, grpo_terms, nft_terms,
                                               turn_advantages, turn_scorer)
 from .metrics import Iteration, iteration_metrics
 from .policy import Policy, set_learning_rate
-from .processes import failing_together, gather_scores
-from .updates import Statistics, add_gradients, check_signal, follow_gradients, learning_rate
+from .updates import Statistics, add_gradients, follow_gradients, learning_rate
 
 # %% ../../nbs/algorithm/07a_as_judged.ipynb #15795535
 def terms_as_judged(
@@ -26,7 +25,7 @@ def terms_as_judged(
     sampled: Rollout,   # of this process's shard
     scorer: TurnScorer, # that judges it
 ):
-    "NFT or GRPO, session after session, each as soon as it is judged: yields (loss, statistics, rows) per micro-batch."
+    "NFT or GRPO, session after session, each as soon as it is judged: yields (loss, values, count) per micro-batch."
     T, N = sampled.inputs_TNLC.shape[:2]
     G = len(sampled.shard.members)
     device = sampled.clean_TNLC.device
@@ -50,27 +49,26 @@ def iterate_as_judged(
     "One iteration of MT-EditFlow, updating before the last score is there. Raises `InputError` for what is not finite."
     with turn_scorer(config, sessions, judge, iteration) as scorer:
         # act, and have the turns judged
-        with policy.sampling():
-            sampled = rollout(policy.editor, sessions, on_turn=scorer, **sampling_options(config, sessions, iteration))
-        policy.passes.count('sampled', *sampled.texts_T, per_row=config.num_steps)
+        sampled = act(config, policy, sessions, iteration, on_turn=scorer)
 
         # add up the gradients of the sessions that are judged, while the judge works on the others
-        losses_a_row = count_losses(config, sampled)
-        most = len(sessions)*config.group*losses_a_row
-        learned = Statistics(iteration, most)
+        most = len(sessions)*config.group
+        learned = Statistics(iteration, most, count_losses(config, sampled))
         add_gradients(policy, terms_as_judged(config, policy, sampled, scorer), most, learned)
-        with failing_together(): scores = scorer.scores(sampled.images_PGTHWC)
-    scores = gather_scores(scores, config.group, policy.editor.device)
+        scores = all_scores(config, scorer, sampled, iteration)
 
-    # follow their sum, now that the number of its rows is known
+    # one advantage for every turn, and the number of rows that could teach
     adv_PGT = turn_advantages(config, scores)
     rows = sum(map(len, choose_rows(config, adv_PGT, torch_generator(config.seed, iteration, 'order'))))
-    check_signal(policy, rows, scores, iteration)
+
+    # update along the sum of the gradients, which is now a mean over these rows
     set_learning_rate(policy.optimizer, learning_rate(config, iteration))
+    factor = learned.rescale(rows)
     if rows:
-        factor = learned.rescale(rows*losses_a_row)
         for p in policy.params:
             if p.grad is not None: p.grad.mul_(factor)
         follow_gradients(config, policy, learned)
+
+    # remember
     policy.update_old(config.old_decay)
-    return Iteration(iteration_metrics(rows, learned, policy.passes, scores), sampled, scores, adv_PGT)
+    return Iteration(iteration_metrics(policy, learned, sampled, scores), sampled, scores, adv_PGT)

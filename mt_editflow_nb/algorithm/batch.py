@@ -22,7 +22,7 @@ class Batch:
     rollout: Rollout      # of this process's shard
     adv_NT: torch.Tensor  # advantages of all rows of the rollout
     rows: torch.Tensor    # which of them to learn from
-    passes_for: int = 0   # the most rows of any process, where all must make equally many passes; 0: they need not
+    most_rows: int = 0    # of any process, where all must make equally many passes; 0: they need not
 
     def micro(
         self,
@@ -30,16 +30,16 @@ class Batch:
         size: int, # rows per transformer call
     ):
         "Yield the micro-batches of a turn: rows, how many count, their texts, and the tokens of their inputs."
-        pieces = [(n, len(n)) for n in micro_batches(self.rows, size)]
-        missing = math.ceil(self.passes_for/size) - len(pieces)
-        for n, counted in [*pieces, *[(torch.zeros(1, dtype=torch.long), 0)]*missing]:
-            yield n, counted, self.rollout.texts_T[t][n], self.rollout.inputs_TNLC[t, n]
+        pieces = [(rows, len(rows)) for rows in micro_batches(self.rows, size)]
+        missing = math.ceil(self.most_rows/size) - len(pieces)
+        for rows, counted in [*pieces, *[(torch.zeros(1, dtype=torch.long), 0)]*missing]:
+            yield rows, counted, self.rollout.texts_T[t][rows], self.rollout.inputs_TNLC[t, rows]
 
 def make_batch(
     sampled: Rollout,      # of this process's shard
     adv_PGT: torch.Tensor, # of all sessions and members
     rows: torch.Tensor,    # row numbers p G + g of all of them
-    together=False,        # whether all processes must make equally many passes, since they share the weights
+    equal_passes=False,    # whether all processes must make equally many passes, since they share the weights
 ) -> Batch:
     "What this process contributes to an optimiser step: its part of the rows, counted within its shard."
     P, G, _ = adv_PGT.shape
@@ -47,7 +47,7 @@ def make_batch(
     in_shard = sampled.shard.of(numbers_PG).flatten()                           # ascending
     contributed = torch.searchsorted(in_shard, rows[torch.isin(rows, in_shard)])
     adv_NT = sampled.shard.of(adv_PGT).flatten(0, 1).to(sampled.clean_TNLC.device)
-    if not together: return Batch(sampled, adv_NT, contributed)
+    if not equal_passes: return Batch(sampled, adv_NT, contributed)
     count = processes()[1]
     shards = [shard_of(P, G, (i, count)).of(numbers_PG) for i in range(count)]
     return Batch(sampled, adv_NT, contributed, max(int(torch.isin(rows, s).sum()) for s in shards))
@@ -58,7 +58,7 @@ def fresh_noise(
     sampled: Rollout, # of P sessions
     t: int,           # turn
 ):
-    "New noise for a turn, `train_timesteps` times: yields (noise level sigma of each session [P], noise [P, L, C])."
+    "New noise for a turn, `train_timesteps` times: yields (noise level s of each session [P], noise [P, L, C])."
     keys = [(*key, 'train', t) for key in sampled.keys]
     levels = config.train_levels or len(sampled.sigmas) - 1                           # from the highest
     for k, level_P in enumerate(choose_levels(keys, levels, config.train_timesteps)):
@@ -73,9 +73,9 @@ def noised_rows(
     "A turn at fresh noise: yields (rows, how many count, text, input tokens, x0, x_s, s) per micro-batch."
     sampled = batch.rollout
     G = len(sampled.shard.members)
-    for sigma_P, noise_PLC in fresh_noise(config, sampled, t):
-        for n, counted, text, image in batch.micro(t, config.batch):
-            x0 = sampled.clean_TNLC[t, n]
-            s, noise = (x[n//G].to(x0.device) for x in (sigma_P, noise_PLC))
-            xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
-            yield n, counted, text, image, x0, xt, s
+    for s_P, noise_PLC in fresh_noise(config, sampled, t):
+        for rows, counted, text, image in batch.micro(t, config.batch):
+            x0 = sampled.clean_TNLC[t, rows]
+            s, noise = (x[rows//G].to(x0.device) for x in (s_P, noise_PLC))
+            x_s = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
+            yield rows, counted, text, image, x0, x_s, s

@@ -8,10 +8,10 @@ __all__ = ['teacher_inputs', 'distillation_terms', 'distill']
 # %% ../../nbs/algorithm/09_distill.ipynb #d0000004
 import numpy as np, torch
 from ..editing.noise import torch_generator
-from ..editing.rollout import Rollout, rollout, share_pictures
+from ..editing.rollout import Rollout, share_pictures
 from .batch import Batch, make_batch, noised_rows
 from .config import Config
-from .iterate import sampling_options
+from .iterate import act
 from .metrics import Iteration, iteration_metrics
 from .policy import Policy, set_learning_rate
 from .processes import failing_together, gather_scores
@@ -41,12 +41,12 @@ def distillation_terms(
     batch: Batch,    # rows to learn from
     teacher_T: list, # from `teacher_inputs`
 ):
-    "Regression to the teacher's velocity on the student's latents: yields (loss, statistics, rows) per micro-batch."
+    "Regression to the teacher's velocity on the student's latents: yields (loss, values, count) per micro-batch."
     for t in range(1, len(batch.rollout.texts_T)):
         right_text, right_NLC = teacher_T[t]
-        for n, counted, text, image, _, xt, s in noised_rows(config, batch, t):
-            v = policy.velocity(xt, s, text, image)
-            v_teacher = policy.base_velocity(xt, s, right_text[n], right_NLC[n])
+        for rows, counted, text, image, _, x_s, s in noised_rows(config, batch, t):
+            v = policy.velocity(x_s, s, text, image)
+            v_teacher = policy.base_velocity(x_s, s, right_text[rows], right_NLC[rows])
             yield ((v - v_teacher)**2).mean(), {}, counted
 
 # %% ../../nbs/algorithm/09_distill.ipynb #d000000e
@@ -58,25 +58,25 @@ def distill(
     iteration: int, # from 0
 ) -> Iteration:     # advantages are 0
     "One iteration of on-policy distillation, in place of `iterate`."
-    with policy.sampling():
-        sampled = rollout(policy.editor, sessions, **sampling_options(config, sessions, iteration))
-        shard = [sessions[p] for p in sampled.shard.sessions]
-        teacher_T = teacher_inputs(policy.editor, shard, sampled)
-    policy.passes.count('sampled', *sampled.texts_T, per_row=config.num_steps)
+    # act, and show the teacher what a perfect editor would have left
+    sampled = act(config, policy, sessions, iteration)
+    shard = [sessions[p] for p in sampled.shard.sessions]
+    with failing_together(): teacher_T = teacher_inputs(policy.editor, shard, sampled)
     adv_PGT = torch.zeros(len(sessions), config.group, len(sampled.texts_T))
 
     # every row can teach
-    rows = torch.randperm(adv_PGT[..., 0].numel(), generator=torch_generator(config.seed, iteration, 'order'))
-    losses_a_row = (len(sampled.texts_T) - 1)*config.train_timesteps
-    learned = Statistics(iteration, len(rows)*losses_a_row)
-    set_learning_rate(policy.optimizer, learning_rate(config, iteration))
-    for chosen in rows.chunk(config.updates):
-        terms = distillation_terms(config, policy, make_batch(sampled, adv_PGT, chosen, policy.sharded), teacher_T)
-        gradient_step(config, policy, terms, len(chosen)*losses_a_row, learned)
+    order = torch.randperm(adv_PGT[..., 0].numel(), generator=torch_generator(config.seed, iteration, 'order'))
 
+    # update
+    set_learning_rate(policy.optimizer, learning_rate(config, iteration))
+    learned = Statistics(iteration, len(order), losses_a_row=(len(sampled.texts_T) - 1)*config.train_timesteps)
+    for rows in order.chunk(config.updates):
+        batch = make_batch(sampled, adv_PGT, rows, policy.sharded)
+        gradient_step(config, policy, distillation_terms(config, policy, batch, teacher_T), len(rows), learned)
     policy.update_old()
+
     scores = unjudged(adv_PGT)
     if not sessions[0].targets:
         with failing_together(): scores = judge(shard, sampled.images_PGTHWC)
         scores = gather_scores(scores, config.group, policy.editor.device)
-    return Iteration(iteration_metrics(len(rows), learned, policy.passes, scores), sampled, scores, adv_PGT)
+    return Iteration(iteration_metrics(policy, learned, sampled, scores), sampled, scores, adv_PGT)

@@ -63,11 +63,11 @@ def known_consistency(
 
 def consistency_lost(
     cc_PGT: torch.Tensor, # content consistency with the first picture; NaN where unknown
-    goes_on_PT=None,      # of turn branching: the member whose picture all edit next
+    chosen_PT=None,       # of turn branching: the member whose picture all edit next
 ) -> torch.Tensor:        # [P, G, T]; below 0 where a damaged object has been restored, or named since
     "How much consistency each edit has lost: that of the picture it edits, 1 at first, minus that of its result."
     before_PGT = cc_PGT[..., :-1]
-    if goes_on_PT is not None: before_PGT = before_PGT.gather(1, goes_on_PT[:, None].expand_as(before_PGT))
+    if chosen_PT is not None: before_PGT = before_PGT.gather(1, chosen_PT[:, None].expand_as(before_PGT))
     return torch.cat([torch.ones_like(cc_PGT[..., :1]), before_PGT], -1) - cc_PGT
 
 # %% ../../nbs/algorithm/10_imitation.ipynb #e100000b
@@ -80,7 +80,7 @@ def edited_picture(
 ):            # a PIL image
     "The picture that a member's turn has edited: the first one, its own of the turn before, or the shared one."
     if not t: return session.image
-    if sampled.goes_on_PT is not None: g = sampled.goes_on_PT[p, t - 1]
+    if sampled.chosen_PT is not None: g = sampled.chosen_PT[p, t - 1]
     return Image.fromarray(sampled.images_PGTHWC[p, g, t - 1])
 
 def right_edits(
@@ -95,7 +95,7 @@ def right_edits(
     best_PT = best_right(config, step.scores)
     failure_PT = failure_rate(scores)
     cc_PGT = sampled.shard.of(known_consistency(scores))
-    lost_PGT = 1 - cc_PGT if getattr(judge, 'joint', False) else consistency_lost(cc_PGT, sampled.goes_on_PT)
+    lost_PGT = 1 - cc_PGT if getattr(judge, 'joint', False) else consistency_lost(cc_PGT, sampled.chosen_PT)
     def edit(at, p, g, t):
         s = sessions[p]
         lost = lost_PGT[at, g, t]

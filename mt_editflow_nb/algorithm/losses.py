@@ -116,7 +116,7 @@ def _normalised_error(x0, xt, t, v):
 def nft_loss(
     x0: torch.Tensor,           # clean latents [N, ...] of the rollouts
     xt: torch.Tensor,           # noised latents `(1-t) x0 + t eps`, like `x0`
-    t: torch.Tensor,            # [N], in (0, 1]
+    t: torch.Tensor,            # noise levels [N], in (0, 1]; the paper's letter, `s` in other chapters
     v: torch.Tensor,            # velocity at `(xt, t)` of the policy in training
     v_old: torch.Tensor,        # velocity at `(xt, t)` of the old policy
     adv: torch.Tensor,          # advantages [N]

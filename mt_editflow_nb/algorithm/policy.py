@@ -42,7 +42,7 @@ def set_learning_rate(
 # %% ../../nbs/algorithm/05_policy.ipynb #ad0c0002
 def distinct_rows(
     *tensors, # of N rows each; None is skipped
-) -> tuple:   # (numbers of the rows that differ from the row before [R], which of these each row is like [N])
+) -> tuple:   # (numbers of the [rows that differ] from the one before, which of these each row is like [N])
     "The first of each run of neighbouring rows that are equal in all tensors."
     x = tensors[0]
     differs_N = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -145,11 +145,11 @@ def counted_velocity(
     once_per_run: bool, # of neighbouring rows that are equal, only the first goes through the transformer
 ) -> torch.Tensor:      # [N, L, C]
     "The velocity that an editor predicts for N rows, and a count of what it costs."
-    once = slice(None)
-    of_N = slice(None)
-    if once_per_run: once, of_N = distinct_rows(x, sigma, image, text.embeds, text.pooled)
-    passes.count(kind, text[once])
-    return editor.velocity(x[once], sigma[once], text[once], image[once])[of_N]
+    first = slice(None)
+    like_N = slice(None)
+    if once_per_run: first, like_N = distinct_rows(x, sigma, image, text.embeds, text.pooled)
+    passes.count(kind, text[first])
+    return editor.velocity(x[first], sigma[first], text[first], image[first])[like_N]
 
 # %% ../../nbs/algorithm/05_policy.ipynb #2049d198
 class Policy(Weights):

@@ -18,7 +18,7 @@ from ..editing.rollout import Rollout, Shard, rollout, row_slices
 from ..rewards.cube import Scores
 from .batch import Batch
 from .config import Config
-from .metrics import Iteration
+from .metrics import Iteration, learning_metrics
 from .policy import Policy, set_learning_rate
 from .processes import failing_together, processes, sum_statistics
 from .updates import Statistics, gradient_step, learning_rate
@@ -69,14 +69,14 @@ def turn_inputs(
     sessions: list, # P `Session`s
     target_PTHWC,   # uint8: their right results
     iteration: int, # from 0
-    sampled=None,   # called with the `Text` of rows that went through the editor
+    on_sampled=None # called with the `Text` of rows that went through the editor
 ):                  # uint8 [P, T, H, W, 3]
     "What each turn edits: the right result of the turn before, or the editor's own after `exposure_turns` turns."
     input_PTHWC = starting_pictures(sessions, target_PTHWC)
     if target_PTHWC.shape[1] == 1: return input_PTHWC
     for round in range(config.exposure_turns):
         own_result, text = own_results(config, editor, sessions, input_PTHWC, iteration, round)
-        if sampled: sampled(text)
+        if on_sampled: on_sampled(text)
         input_PTHWC = starting_pictures(sessions, own_result)
     return input_PTHWC
 
@@ -86,12 +86,12 @@ def perfect_rollout(
     editor,         # from `load_editor`
     sessions: list, # P `Session`s with targets, or of the shape world, whose pictures have the editor's size
     iteration: int, # from 0; of the random numbers that they are trained with
-    sampled=None,   # called with the `Text` of rows that went through the editor
+    on_sampled=None # called with the `Text` of rows that went through the editor
 ) -> Rollout:       # its latents are those of P*T edits, session-major, as one turn
     "The right result of every turn, each on the right result of the turn before or on the editor's own."
     target_PTHWC = np.stack([right_results(s) for s in sessions])
     set_shape(editor, *sessions[0].image.size)
-    input_PTHWC = turn_inputs(config, editor, sessions, target_PTHWC, iteration, sampled)
+    input_PTHWC = turn_inputs(config, editor, sessions, target_PTHWC, iteration, on_sampled)
     target_NHWC, input_NHWC = (x.reshape(-1, *x.shape[2:]) for x in (target_PTHWC, input_PTHWC))
     text = editor.encode_text([instruction for s in sessions for instruction in s.instructions], input_NHWC)
     none = torch.zeros(0)
@@ -107,24 +107,24 @@ def supervised_terms(
     policy: Policy, # in training
     batch: Batch,   # of a `perfect_rollout`; row r is copy r // N of edit r % N
 ):
-    "Flow matching on given results: yields (loss, statistics, rows) per micro-batch."
-    sampled = batch.rollout
-    N, *shape = sampled.clean_TNLC.shape[1:]
-    T = N//len(sampled.keys)
-    process, count = processes()
+    "Flow matching on given results: yields (loss, values, count) per micro-batch."
+    right = batch.rollout
+    N, *shape = right.clean_TNLC.shape[1:]
+    T = N//len(right.keys)
+    process, process_count = processes()
     for rows in batch.rows.split(config.batch):
-        rows = rows[process::count]
+        rows = rows[process::process_count]
         counted = len(rows)
         if not counted and not policy.sharded: continue
         if not counted: rows = batch.rows[:1]                     # the others need this process's part of the weights
-        n = rows % N
-        keys = [(*sampled.keys[r % N//T], 'train', r % N % T, r//N) for r in rows.tolist()]
-        level = torch.tensor([random_generator(*key, 'level').integers(len(sampled.sigmas) - 1) for key in keys])
-        x0 = sampled.clean_TNLC[0, n]
-        s = sampled.sigmas[level].to(x0.device)
+        edits = rows % N
+        keys = [(*right.keys[r % N//T], 'train', r % N % T, r//N) for r in rows.tolist()]
+        level = torch.tensor([random_generator(*key, 'level').integers(len(right.sigmas) - 1) for key in keys])
+        x0 = right.clean_TNLC[0, edits]
+        s = right.sigmas[level].to(x0.device)
         noise = normal_noise(keys, tuple(shape)).to(x0.device)
-        xt = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
-        v = policy.velocity(xt, s, sampled.texts_T[0][n], sampled.inputs_TNLC[0, n])
+        x_s = (1 - s[:, None, None])*x0 + s[:, None, None]*noise
+        v = policy.velocity(x_s, s, right.texts_T[0][edits], right.inputs_TNLC[0, edits])
         yield ((v - (noise - x0))**2).mean(), {}, counted
 
 # %% ../../nbs/algorithm/08_supervised.ipynb #54b74ceb
@@ -144,20 +144,22 @@ def supervise(
 ) -> Iteration:     # the rollout is the perfect one, advantages are 0
     "One iteration of supervised flow matching on the perfect result of every turn, in place of `iterate`."
     policy.passes.clear()
-    def sampled(text): policy.passes.count('sampled', text, per_row=config.num_steps)
-    with failing_together(): right = perfect_rollout(config, policy.editor, sessions, iteration, sampled)
-    copies = right.clean_TNLC.shape[1]*config.group
-    rows = torch.randperm(copies, generator=torch_generator(config.seed, iteration, 'order'))
-
-    statistics = Statistics(iteration, len(rows))
-    set_learning_rate(policy.optimizer, learning_rate(config, iteration))
+    def count_sampled(text): policy.passes.count('sampled', text, per_row=config.num_steps)
+    with failing_together(): right = perfect_rollout(config, policy.editor, sessions, iteration, count_sampled)
     adv_PGT = torch.zeros(len(sessions), *right.images_PGTHWC.shape[1:3])
-    for chosen in rows.chunk(config.updates):
-        batch = Batch(right, adv_PGT.flatten(0, 1), chosen)
-        gradient_step(config, policy, supervised_terms(config, policy, batch), len(chosen), statistics)
+
+    # every copy of every target can teach
+    copies = right.clean_TNLC.shape[1]*config.group
+    order = torch.randperm(copies, generator=torch_generator(config.seed, iteration, 'order'))
+
+    # update
+    set_learning_rate(policy.optimizer, learning_rate(config, iteration))
+    learned = Statistics(iteration, copies, losses_a_row=1)
+    for rows in order.chunk(config.updates):
+        batch = Batch(right, adv_PGT.flatten(0, 1), rows)
+        gradient_step(config, policy, supervised_terms(config, policy, batch), len(rows), learned)
     policy.update_old()
 
-    learned = {name: round(value, 8) for name, value in sum_statistics(statistics.values).items()}
-    metrics = dict(iteration=iteration, rows=len(rows), **learned, passes=sum_statistics(dict(policy.passes)))
+    metrics = learning_metrics(learned) | dict(passes=sum_statistics(dict(policy.passes)))
     scores = unjudged(adv_PGT) if sessions[0].targets else judge(sessions, right.images_PGTHWC)
     return Iteration(metrics, right, scores, adv_PGT)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IDLE_ITERATIONS', 'micro_batches', 'learning_rate', 'require_finite', 'Statistics', 'add_gradients',
-           'follow_gradients', 'gradient_step', 'check_signal']
+           'follow_gradients', 'gradient_step', 'warn_when_idle']
 
 # %% ../../nbs/algorithm/06_updates.ipynb #c9081804
 import warnings
@@ -29,8 +29,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of an iteration; it falls linearly towards 0, so that the noise of single steps averages out.
 
-    With `imitate_lr`, `lr` falls as if it went on to the end, but the first iteration that repeats own right results
-    has that rate, which falls to 0 from there."""
+    With `imitate_lr` the schedule has two parts: `lr`, on its way to 0 at the last iteration, until imitation begins;
+    then `imitate_lr`, falling to 0."""
     first = first_imitation(config)
     if config.imitate_lr is None or iteration < first: return config.lr*(1 - iteration/config.iterations)
     return config.imitate_lr*(config.iterations - iteration)/(config.iterations - first)
@@ -48,24 +48,27 @@ def require_finite(
 
 # %% ../../nbs/algorithm/06_updates.ipynb #54a3ce1f
 class Statistics:
-    "Means over all terms of an iteration, added up micro-batch by micro-batch, and the largest gradient norm."
+    "Means over all losses of an iteration, added up micro-batch by micro-batch, and the largest gradient norm."
     def __init__(
         self,
-        iteration: int, # for messages
-        terms: int,     # how many there will be, over all processes and updates
+        iteration: int,    # for messages and the log
+        rows: int,         # that there are to learn from, over all processes and updates
+        losses_a_row: int, # turns, and what the method trains of each
     ):
         self.iteration = iteration
-        self.terms = terms
+        self.rows = rows
+        self.losses_a_row = losses_a_row
         self.values = {}
 
     def add(
         self,
-        values: dict, # name -> mean over `n` terms
-        n: int,       # terms
+        values: dict, # name -> mean over `count` losses
+        count: int,   # losses
     ):
         "Add a micro-batch."
+        total = self.rows*self.losses_a_row
         for name, value in values.items():
-            self.values[name] = self.values.get(name, 0.) + value*n/self.terms
+            self.values[name] = self.values.get(name, 0.) + value*count/total
 
     def largest(
         self,
@@ -77,28 +80,29 @@ class Statistics:
 
     def rescale(
         self,
-        terms: int, # how many there have been
-    ) -> float:     # the factor by which every mean has grown
-        "Turn the means into those of `terms` terms, where there turn out to be fewer than expected."
-        factor = self.terms/terms
-        self.terms = terms
+        rows: int, # that there have been
+    ) -> float:    # the factor by which every mean has grown
+        "Turn the means into those of fewer rows than were expected; where there are none, keep them."
+        factor = self.rows/rows if rows else 1.
+        self.rows = rows
         self.values = {name: value*factor for name, value in self.values.items()}
         return factor
 
 # %% ../../nbs/algorithm/06_updates.ipynb #3b3b0012
 def add_gradients(
     policy,                 # the `Policy`, whose gradients are replaced
-    terms,                  # yields (mean loss, statistics, rows) per micro-batch
-    count: int,             # rows of all terms and processes together
+    terms,                  # yields (mean loss, values, count) per micro-batch
+    rows: int,              # that the step learns from, in all processes together
     statistics: Statistics, # of the iteration, changed in place
 ):
     "Compute this process's part of the gradient of the mean loss. Raises `InputError` for a loss that is not finite."
+    total = rows*statistics.losses_a_row
     policy.optimizer.zero_grad()
     with failing_together(is_sharded(policy.params)):
-        for loss, values, n in terms:
+        for loss, values, count in terms:
             require_finite(loss, 'loss', statistics.iteration)
-            (loss*n/count).backward()
-            statistics.add(values | dict(loss=loss.item()), n)
+            (loss*count/total).backward()
+            statistics.add(values | dict(loss=loss.item()), count)
 
 def follow_gradients(
     config: Config,         # `max_grad_norm` is read
@@ -120,25 +124,24 @@ def follow_gradients(
 def gradient_step(
     config: Config,         # `max_grad_norm` is read
     policy,                 # the `Policy`, changed in place
-    terms,                  # yields (mean loss, statistics, rows) per micro-batch
-    count: int,             # rows of all terms and processes together
+    terms,                  # yields (mean loss, values, count) per micro-batch
+    rows: int,              # that the step learns from, in all processes together
     statistics: Statistics, # of the iteration, changed in place
 ):
-    "One optimiser step on the mean of `count` losses. Raises `InputError` for what is not finite."
-    add_gradients(policy, terms, count, statistics)
+    "One optimiser step on the mean of all losses of these rows. Raises `InputError` for what is not finite."
+    add_gradients(policy, terms, rows, statistics)
     follow_gradients(config, policy, statistics)
 
 # %% ../../nbs/algorithm/06_updates.ipynb #79d1dda9
 IDLE_ITERATIONS = 5   # in a row without anything to train on, after which a warning is due
 
-def check_signal(
+def warn_when_idle(
     policy,         # its `idle` counts iterations without a row
-    rows: int,      # that there are to train on
+    rows: int,      # that there were to train on
     scores,         # the `Scores` of the iteration
     iteration: int, # from 0, for the message
 ):
-    "Warn after `IDLE_ITERATIONS` without a row to train on. Raises `InputError` where no score is a number."
-    if scores.rewards_PGTM.isnan().all(): require_finite(scores.rewards_PGTM, 'rewards_PGTM', iteration)
+    "Warn after `IDLE_ITERATIONS` without a row to train on."
     policy.idle = 0 if rows else policy.idle + 1
     if not policy.idle or policy.idle % IDLE_ITERATIONS: return
     spread_M = [scores.rewards_PGTM[..., m].std(1).nan_to_num().amax().item() for m in range(len(scores.names))]

@@ -11,8 +11,8 @@ __all__ = ['REQUIRED_COLUMNS', 'OPTIONAL_COLUMNS', 'SHUFFLE_BUFFER', 'cell_pictu
 import io, itertools, json, warnings
 from functools import partial
 from pathlib import Path
-from .files import (Described, InputError, count_text, expect, one_line, one_of, open_image,
-                                       parse_json)
+from .files import (
+    SEED_STEP, Described, InputError, count_text, expect, one_line, one_of, open_image, parse_json)
 from .sessions import DECODED_AT_LOAD, Session, Sessions, load_sessions
 from .sizes import nearest_bucket
 
@@ -204,7 +204,7 @@ def stream_sessions(
     skipped: dict = None, # gains a message for each row that cannot be used; None: such a row is an error
 ): # yields `Session`s, once each
     "One epoch of a table, in an order of its own. Raises `InputError` with the row, counted in that order."
-    rows = open_table(source, streaming=True).shuffle(seed=seed*1_000_003 + epoch, buffer_size=SHUFFLE_BUFFER)
+    rows = open_table(source, streaming=True).shuffle(seed=seed*SEED_STEP + epoch, buffer_size=SHUFFLE_BUFFER)
     for i, row in enumerate(rows):
         place = f'row {i} of epoch {epoch}'
         try:

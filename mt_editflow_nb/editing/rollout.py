@@ -55,26 +55,26 @@ def sample(
     *,
     kind: str = 'ode',        # 'ode', 'flow', 'cps' or 'dpm2'
     noise_level: float = 0.,  # of the stochastic steps
-    window=(),                # indices of the stochastic steps
+    steps=(),                 # numbers of the stochastic steps in the schedule
     eps_KNLC=(),              # noise of the stochastic steps
 ) -> Trajectory:
-    "Denoise N rows, and keep the stochastic steps of a window."
+    "Denoise N rows, and keep what the stochastic steps did."
     one_of('kind', kind, (*SAMPLER_KINDS, 'dpm2'))
     if kind == 'dpm2':
-        expect(not len(window), 'window', 'no stochastic steps with kind dpm2', list(window))
+        expect(not len(steps), 'steps', 'no stochastic steps with kind dpm2', list(steps))
         return Trajectory(sample_dpm(editor, text, image_NLC, noise_NLC, sigmas), [], [], [], [])
     x = noise_NLC
-    steps = []
+    kept = []
     noise = iter(eps_KNLC)
     for k in range(len(sigmas) - 1):
         s = sigmas[k].to(x.device)
-        random = k in window
+        random = k in steps
         v = editor.velocity(x, s.expand(len(x)), text, image_NLC)
         after, mean, _, logp = sde_step(x, v, s, sigmas[k + 1], kind=kind if random else 'ode', sigma_max=sigmas[1],
                                         noise_level=noise_level, noise=next(noise) if random else None)
-        if random: steps.append((x, after, mean, logp))
+        if random: kept.append((x, after, mean, logp))
         x = after
-    tracks = zip(*steps) if steps else [()]*4
+    tracks = zip(*kept) if kept else [()]*4
     return Trajectory(x, *map(list, tracks))
 
 # %% ../../nbs/editing/07_rollout.ipynb #e1a70011
@@ -118,19 +118,19 @@ def turn_noise(
 @dataclass
 class Rollout:
     "P sessions x G members x T turns, with what a loss needs. Row n of N = P*G belongs to session n // G."
-    images_PGTHWC: np.ndarray     # uint8, every turn's result
-    texts_T: list                 # per turn the `Text` of N rows
-    inputs_TNLC: torch.Tensor     # tokens of every turn's input picture
-    clean_TNLC: torch.Tensor      # every turn's final latents
-    path_TKNLC: torch.Tensor      # latents before each stochastic step; K = 0 for a deterministic rollout
-    next_TKNLC: torch.Tensor      # latents after each stochastic step
-    mean_TKNLC: torch.Tensor      # where each stochastic step went on average
-    logp_TKN: torch.Tensor        # log-probability of each stochastic step
-    steps: list                   # numbers of the stochastic steps in the schedule
-    sigmas: torch.Tensor          # the schedule, [steps + 1]
-    keys: list                    # of P tuples, with which the keys of a session's random numbers begin
-    shard: Shard                  # which sessions and members of the whole batch these are
-    goes_on_PT: torch.Tensor = None # turn branching, [P, T - 1]: the member whose picture all members edited next
+    images_PGTHWC: np.ndarray      # uint8, every turn's result
+    texts_T: list                  # per turn the `Text` of N rows
+    inputs_TNLC: torch.Tensor      # tokens of every turn's input picture
+    clean_TNLC: torch.Tensor       # every turn's final latents
+    path_TKNLC: torch.Tensor       # latents before each stochastic step; K = 0 for a deterministic rollout
+    next_TKNLC: torch.Tensor       # latents after each stochastic step
+    mean_TKNLC: torch.Tensor       # where each stochastic step went on average
+    logp_TKN: torch.Tensor         # log-probability of each stochastic step
+    steps: list                    # numbers of the stochastic steps in the schedule
+    sigmas: torch.Tensor           # the schedule, [steps + 1]
+    keys: list                     # of P tuples, with which the keys of a session's random numbers begin
+    shard: Shard                   # which sessions and members of the whole batch these are
+    chosen_PT: torch.Tensor = None # turn branching, [P, T - 1]: the member whose picture all members edited next
 
 # %% ../../nbs/editing/07_rollout.ipynb #7bea5a1a
 def resize_sessions(
@@ -202,14 +202,14 @@ def stack_turns(
 def turn_histories(
     images_PGTHWC: np.ndarray, # uint8, every turn's result, at least up to this turn
     turn: int,                 # from 0
-    goes_on_PT=None,           # [P, T - 1], the member whose picture all members edited next; None: each its own
+    chosen_PT=None,            # [P, T - 1], the member whose picture all members edited next; None: each its own
 ) -> np.ndarray: # uint8 [P, G, turn + 1, H, W, 3]
     "The pictures that led to each member's result of a turn, and the result."
     history = images_PGTHWC[:, :, :turn + 1].copy()
-    if goes_on_PT is None: return history
+    if chosen_PT is None: return history
     sessions_P1 = np.arange(len(history))[:, None]
     turns_T = np.arange(turn)
-    history[:, :, :turn] = history[sessions_P1, np.asarray(goes_on_PT)[:, :turn], turns_T][:, None]
+    history[:, :, :turn] = history[sessions_P1, np.asarray(chosen_PT)[:, :turn], turns_T][:, None]
     return history
 
 # %% ../../nbs/editing/07_rollout.ipynb #8cff1d4e
@@ -231,14 +231,14 @@ def hand_out(
     rows: slice,               # that have just been decoded
     images_NTHWC: np.ndarray,  # all pictures so far
     group: int,                # G
-    goes_on_PT=None,           # of turn branching, see `turn_histories`
+    chosen_PT=None,            # of turn branching, see `turn_histories`
 ):
     "Hand out the sessions whose last member is among these rows: uint8 [sessions, G, turn + 1, H, W, 3]."
     done = slice(rows.start//group, rows.stop//group)
     if on_turn is None or done.start == done.stop: return
     images_NTHWC = images_NTHWC[done.start*group:done.stop*group, :turn + 1]
     images_PGTHWC = images_NTHWC.reshape(-1, group, turn + 1, *images_NTHWC.shape[2:])
-    on_turn(turn, done, turn_histories(images_PGTHWC, turn, None if goes_on_PT is None else goes_on_PT[done]))
+    on_turn(turn, done, turn_histories(images_PGTHWC, turn, None if chosen_PT is None else chosen_PT[done]))
 
 # %% ../../nbs/editing/07_rollout.ipynb #4f7f218c
 def sample_slices(
@@ -249,11 +249,11 @@ def sample_slices(
     turn: int,                # from 0
     sigmas: torch.Tensor,     # the schedule, [steps + 1]
     batch: int,               # rows per transformer call
-    **options,                # `kind`, `noise_level` and `window` of `sample`
+    **options,                # `kind`, `noise_level` and `steps` of `sample`
 ): # yields (slice of rows, its `Trajectory`)
     "Denoise N rows, a slice at a time. Raises `InputError` where latents are not finite."
     for part in row_slices(len(rows), batch):
-        noise_NLC, eps_KNLC = turn_noise(editor, rows[part], turn, options['window'])
+        noise_NLC, eps_KNLC = turn_noise(editor, rows[part], turn, options['steps'])
         made = sample(editor, text[part], image_NLC[part], noise_NLC, sigmas, eps_KNLC=eps_KNLC, **options)
         check_latents(made.clean_NLC, rows[part], turn)
         yield part, made
@@ -273,15 +273,15 @@ def next_inputs(
     pictures_NHWC: np.ndarray, # uint8, what all members made of a turn
     group: int,                # G
     batch: int,                # pictures an encoder call
-    goes_on_P=None,            # turn branching: the member whose picture all members edit; None: each its own
+    chosen_P=None,             # turn branching: the member whose picture all members edit; None: each its own
 ) -> tuple: # (pictures uint8 [N, H, W, 3], their tokens [N, L, C])
     "The pictures that the next turn edits, and their tokens."
-    if goes_on_P is None:
+    if chosen_P is None:
         parts = [editor.encode_image(pictures_NHWC[part]) for part in row_slices(len(pictures_NHWC), batch)]
         return pictures_NHWC, torch.cat(parts)
-    firsts = torch.arange(len(goes_on_P))*group                        # the row of each session's first member
-    chosen = (firsts + goes_on_P).numpy()               # to index an array; a tensor of one number would drop the axis
-    return share_pictures(editor, pictures_NHWC[chosen], group)
+    firsts = torch.arange(len(chosen_P))*group                        # the row of each session's first member
+    rows = (firsts + chosen_P).numpy()                 # to index an array; a tensor of one number would drop the axis
+    return share_pictures(editor, pictures_NHWC[rows], group)
 
 # %% ../../nbs/editing/07_rollout.ipynb #4f7f218d
 @torch.no_grad()
@@ -295,11 +295,11 @@ def rollout(
     iteration: int = None,   # of training; None: an evaluation
     kind: str = 'ode',       # 'ode', 'flow', 'cps' or 'dpm2'
     noise_level: float = 0., # of the stochastic steps
-    window=(),               # indices of the stochastic steps
+    steps=(),                # numbers of the stochastic steps in the schedule
     batch: int = 64,         # rows per transformer call
     shard: Shard = None,     # which sessions and members to make; None: all
     on_turn=None,            # see `hand_out`; called as soon as sessions have finished a turn
-    choose=None,             # turn branching: (turn from 0, keys of P sessions) -> the members that go on, [P]
+    choose=None,             # turn branching: (turn from 0, keys of P sessions) -> the members chosen, [P]
     keys: list = None,       # of the noise of all sessions, where they are known already
 ) -> Rollout: # of the shard: P sessions, G members
     "Run whole sessions for a group of members each. Raises `InputError` where latents are not finite."
@@ -310,17 +310,17 @@ def rollout(
     sigmas = editor.sigmas(num_steps)                                                # for pictures of this shape
     images_NTHWC = np.empty((len(rows), T, *pictures.shape[1:]), np.uint8)
     turns = []
-    goes_on_PT = torch.zeros(len(sessions), T - 1, dtype=torch.long) if choose else None
+    chosen_PT = torch.zeros(len(sessions), T - 1, dtype=torch.long) if choose else None
     for t in range(T):
         text = editor.encode_text([s.instructions[t] for s in sessions for _ in range(G)], pictures)
         parts = []
         for part, made in sample_slices(editor, text, tokens, rows, t, sigmas, batch,
-                                        kind=kind, noise_level=noise_level, window=window):
+                                        kind=kind, noise_level=noise_level, steps=steps):
             images_NTHWC[part, t] = editor.decode(made.clean_NLC)                    # 8-bit pixels, as a user sees them
-            hand_out(on_turn, t, part, images_NTHWC, G, goes_on_PT)
+            hand_out(on_turn, t, part, images_NTHWC, G, chosen_PT)
             parts.append(made)
         turns.append((text, tokens, join_slices(parts)))
-        if choose and t < T - 1: goes_on_PT[:, t] = choose(t, keys)
-        if t < T - 1: pictures, tokens = next_inputs(editor, images_NTHWC[:, t], G, batch, choose and goes_on_PT[:, t])
-    return Rollout(images_NTHWC.reshape(-1, G, *images_NTHWC.shape[1:]), **stack_turns(turns), steps=list(window),
-                   sigmas=sigmas, keys=keys, shard=shard, goes_on_PT=goes_on_PT)
+        if choose and t < T - 1: chosen_PT[:, t] = choose(t, keys)
+        if t < T - 1: pictures, tokens = next_inputs(editor, images_NTHWC[:, t], G, batch, choose and chosen_PT[:, t])
+    return Rollout(images_NTHWC.reshape(-1, G, *images_NTHWC.shape[1:]), **stack_turns(turns), steps=list(steps),
+                   sigmas=sigmas, keys=keys, shard=shard, chosen_PT=chosen_PT)

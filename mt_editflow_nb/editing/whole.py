@@ -84,6 +84,7 @@ def load_transformer(
     for name, x in tensors.items(): check_finite(f'lora: {folder}: {name}', x)
     editor.transformer.load_state_dict(tensors)
 
+# %% ../../nbs/editing/04a_whole.ipynb #ffcaa997
 def load_trained(
     editor,           # from `load_editor`, without an adapter
     source: str|Path, # RUN/lora or whatever `load_lora` takes, or RUN/transformer

@@ -11,7 +11,7 @@ __all__ = ['PROMPTS', 'TINY_PROMPTS', 'RETRIES', 'MIN_MASS', 'JOINT_REWARDS', 'M
 import math, re
 from dataclasses import dataclass, field, replace
 from functools import partial
-from ..data.files import Described, InputError, expect, one_of
+from ..data.files import SEED_STEP, Described, InputError, expect, one_of
 from ..data.sessions import MAX_INSTRUCTIONS_LENGTH
 from .answers import json_values, read_json_score, read_json_scores, read_number, read_questions
 from .answers import read_yes_no, scores_in, without_thoughts
@@ -139,7 +139,7 @@ MIN_MASS = .05    # probability that a model must put on the scores as a whole, 
 
 def _attempt(ask, n):
     "A question as it is asked the n-th time: each retry has another seed, and samples."
-    return ask if not n else replace(ask, seed=ask.seed + 1_000_003*n, temperature=ask.temperature or .7)
+    return ask if not n else replace(ask, seed=ask.seed + n*SEED_STEP, temperature=ask.temperature or .7)
 
 def _limit(engine, ask):
     "How many tokens an answer may have: the engine's own setting, or what the question says."

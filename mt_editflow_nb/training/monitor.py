@@ -47,7 +47,7 @@ def identity_edits(
     first_PHWC: np.ndarray,         # uint8, the sessions' first pictures
     images_PGTHWC: np.ndarray,      # uint8, every turn's result
     reconstructed_PHWC: np.ndarray, # uint8, the first pictures encoded and decoded by the editor
-    goes_on_PT=None,                # of turn branching: the members whose picture all edited next
+    chosen_PT=None,                 # of turn branching: the members whose picture all edited next
 ) -> np.ndarray:                    # bool [P, G, T]
     "Which turns returned their input."
     first_PGTHWC = np.broadcast_to(first_PHWC[:, None, None], images_PGTHWC[:, :, :1].shape)
@@ -55,7 +55,7 @@ def identity_edits(
     out = []
     for p, images in enumerate(images_PGTHWC):                                  # one by one: float pictures are large
         previous = np.concatenate([first_PGTHWC[p], images[:, :-1]], 1)
-        if goes_on_PT is not None: previous[:, 1:] = images[goes_on_PT[p], np.arange(images.shape[1] - 1)]
+        if chosen_PT is not None: previous[:, 1:] = images[chosen_PT[p], np.arange(images.shape[1] - 1)]
         out.append((patch_change(previous, images) > limits[p]).mean((-1, -2)) <= UNCHANGED_SHARE)
     return np.stack(out)
 
@@ -90,13 +90,13 @@ def hacking_signals(
     adv_PGT: torch.Tensor,          # advantages
     reconstructed_PHWC: np.ndarray, # uint8, the first pictures encoded and decoded by the editor
     exact=None,                     # a judge to compare with, such as the exact verifier
-    goes_on_PT=None,                # of turn branching: the members whose picture all edited next
+    chosen_PT=None,                 # of turn branching: the members whose picture all edited next
 ) -> dict:                          # for the log
     """Measure what the monitor needs to know about one iteration.
 
     `identity` is a share for each turn; `spread`, `push` and, with `exact`, `gap` are a number for each reward."""
     first_PHWC = np.stack([np.asarray(s.image) for s in sessions])
-    identity_T = identity_edits(first_PHWC, images_PGTHWC, reconstructed_PHWC, goes_on_PT).mean((0, 1))
+    identity_T = identity_edits(first_PHWC, images_PGTHWC, reconstructed_PHWC, chosen_PT).mean((0, 1))
     rewards = scores.rewards_PGTM.double()
     adv = adv_PGT.double()
     signals = dict(identity=[round(float(x), 6) for x in identity_T], spread={}, push={})

@@ -47,7 +47,7 @@ from ..algorithm.processes import (collect_answers, exchange, failing_together, 
                                                 processes, shard_of, share_answers, sum_statistics)
 from ..algorithm.sharding import check_launch, is_sharded, shard_transformer
 from ..algorithm.supervised import supervise
-from ..algorithm.updates import learning_rate
+from ..algorithm.updates import learning_rate, warn_when_idle
 
 # %% ../../nbs/training/04_train.ipynb #099f4d30
 from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluate_sessions,
@@ -165,7 +165,7 @@ def check_size(
     config: Config, # of the run
     editor,         # from `load_editor`
 ):
-    "The exact verifier reads pictures of one size. Raises `InputError` before anything is rolled out."
+    "The exact verifier reads pictures of one size. Raises `InputError` before anything is sampled."
     for field in ('judge', 'eval_judge'):
         name = getattr(config, field)
         size = config.eval_size if field == 'eval_judge' and config.eval_size else editor.size
@@ -227,50 +227,50 @@ class RunContext(NamedTuple):
 
 # %% ../../nbs/training/04_train.ipynb #e78d73bd
 def exact_scores(
-    sessions: list,  # P `Session`s of the shape world
-    images_PGTHWC,   # uint8, their rollout
-    goes_on_PT=None, # of turn branching
-):                   # `Scores`
+    sessions: list, # P `Session`s of the shape world
+    images_PGTHWC,  # uint8, their rollout
+    chosen_PT=None, # of turn branching
+):                  # `Scores`
     "Scores of a rollout, chains or branching, by the exact verifier."
     turns = range(images_PGTHWC.shape[2])
     with TurnScorer(load_judge('verifier'), sessions, images_PGTHWC.shape[1], every_turn=True) as scorer:
-        for t in turns: scorer(t, slice(0, len(sessions)), turn_histories(images_PGTHWC, t, goes_on_PT))
+        for t in turns: scorer(t, slice(0, len(sessions)), turn_histories(images_PGTHWC, t, chosen_PT))
         return scorer.scores(images_PGTHWC)
 
 def iteration_signals(
     config: Config, # of the run
     editor,         # that is trained
     sessions: list, # all of the iteration
-    rolled,         # the `Rollout` of this process
+    sampled,        # the `Rollout` of this process
     scores,         # the `Scores` of all sessions and members
     adv_PGT,        # their advantages
 ) -> dict:          # for a line of `metrics.jsonl`
     "What the hacking monitor needs of an iteration; a judge of the shape world is compared with the exact verifier."
     shape_world = config.sessions in WORLDS and editor.size == WORLD_SIDE
     compare = processes()[1] == 1 and shape_world and not config.judge.startswith('verifier')
-    shown = [sessions[p] for p in rolled.shard.sessions]           # those that this process has made members of
+    shown = [sessions[p] for p in sampled.shard.sessions]          # those that this process has made members of
     with torch.no_grad():
         reconstructed_PHWC = editor.decode(editor.encode_image(np.stack([np.asarray(s.image) for s in shown])))
-    exact = partial(exact_scores, goes_on_PT=rolled.goes_on_PT) if compare else None
-    return hacking_signals(shown, rolled.images_PGTHWC, scores, adv_PGT, reconstructed_PHWC, exact, rolled.goes_on_PT)
+    exact = partial(exact_scores, chosen_PT=sampled.chosen_PT) if compare else None
+    return hacking_signals(shown, sampled.images_PGTHWC, scores, adv_PGT, reconstructed_PHWC, exact, sampled.chosen_PT)
 
 # %% ../../nbs/training/04_train.ipynb #6e5a8e05
 def save_group_figure(
     run,            # its folder
     iteration: int, # from 0
     sessions: list, # all of the iteration
-    rolled,         # the `Rollout` of this process
+    sampled,        # the `Rollout` of this process
     scores,         # the `Scores` of all sessions and members
     adv_PGT,        # their advantages
 ) -> Path:          # of the picture
     "The first session of an iteration: the members that this process made, best first, with scores and advantage."
-    order = adv_PGT[0, :rolled.images_PGTHWC.shape[1]].mean(-1).argsort(descending=True)
+    order = adv_PGT[0, :sampled.images_PGTHWC.shape[1]].mean(-1).argsort(descending=True)
     rewards_GTM = scores.rewards_PGTM[0]
     def label(g, t):
         rewards = ' '.join(f'{name} {rewards_GTM[g, t, m]:.2f}' for m, name in enumerate(scores.names))
         return f'{rewards} A {adv_PGT[0, g, t]:+.1f}'
     labels = [[label(g, t) for t in range(rewards_GTM.shape[1])] for g in order]
-    figure = session_figure(sessions[0], rolled.images_PGTHWC[0][order.numpy()], labels,
+    figure = session_figure(sessions[0], sampled.images_PGTHWC[0][order.numpy()], labels,
                             scores.success_PGT[0][order].tolist(), f'iteration {iteration}')
     return save_figure(Path(run)/'rollouts'/f'{iteration:06d}.png', figure)
 
@@ -521,16 +521,17 @@ def one_iteration(
     sessions = ctx.source.batch(i)
     with clocked(state.policy.editor) as clock:
         step = step_of(config, i)(config, state.policy, sessions, ctx.judge, i)
-    metrics, rolled, scores, adv_PGT = step
+    metrics, sampled, scores, adv_PGT = step
     first = processes()[0] == 0
     compares = i < first_imitation(config) and config.algorithm in RL
+    if compares: warn_when_idle(state.policy, metrics['rows'], scores, i)
     if compares and first_imitation(config) < config.iterations: keep_right(ctx, sessions, step)
     usage = sum_statistics(judge_usage(scores, config.judge_options.get('price')), largest=())
     with failing_together(), stop.deferred():
         state.advance()
         if first and ctx.source.skipped: add_missing_lines(run/'skipped.txt', ctx.source.skipped.values())
         if first and compares:
-            metrics |= iteration_signals(config, state.policy.editor, sessions, rolled, scores, adv_PGT)
+            metrics |= iteration_signals(config, state.policy.editor, sessions, sampled, scores, adv_PGT)
         if first: log_iteration(ctx, clock, metrics, usage, evaluation)
     if state.iteration % config.save_every and state.iteration != config.iterations: return metrics
     with stop.deferred(): state.save()
@@ -538,7 +539,7 @@ def one_iteration(
         if first:
             say_findings(config, run, i)
             if i < first_imitation(config):
-                ctx.trackers.show('rollouts', save_group_figure(run, i, sessions, rolled, scores, adv_PGT), i)
+                ctx.trackers.show('rollouts', save_group_figure(run, i, sessions, sampled, scores, adv_PGT), i)
     return metrics
 
 # %% ../../nbs/training/04_train.ipynb #c62fdb34
