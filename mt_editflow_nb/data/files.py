@@ -468,7 +468,7 @@ def save_png(
 # %% ../../nbs/data/00_files.ipynb #f8dc0650
 def shipped(
     name: str, # below `experiments`, such as 'recipes/kontext_nft.yaml'
-) -> Path:    # of the file or folder
+) -> Path:     # of the file or folder
     "A recipe, sweep or notebook that comes with the package. Raises `InputError` where there is none of this name."
     package = Path(__file__).resolve().parents[1]
     places = (package/'experiments'/name, package.parent/'experiments'/name)
