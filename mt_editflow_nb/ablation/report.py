@@ -157,7 +157,7 @@ def _legend(fig):
 def plot_curves(
     results: Results, # from `load_results`
 ) -> Figure:
-    "Learning curves on the training sessions: mean over seeds and its 95 % interval, at the last turn that all train on."
+    "Learning curves on the training sessions: mean over seeds and its 95 % interval, at the last turn all train on."
     rows_by_point = {point.label: point.curves for point in _shown(results)}
     return plot_learning_curves(rows_by_point, ('all_right', 'cc'), common_turn(results))
 

@@ -48,7 +48,7 @@ def expect(
     expected: str, # in words
     received,      # what was there instead; long values are shortened
 ):
-    "Raise `InputError` unless `ok`, as `field: expected X, received Y`."
+    "Raises `InputError` unless `ok`, as `field: expected X, received Y`."
     if not ok: raise InputError(f'{field}: expected {expected}, received {reprlib.repr(received)}')
 
 def one_of(
@@ -56,7 +56,7 @@ def one_of(
     value,      # what was received
     allowed,    # names, in the order to list them
 ):
-    "Raise `InputError` unless `value` is among `allowed`; a near miss is suggested."
+    "Raises `InputError` unless `value` is among `allowed`; a near miss is suggested."
     if value in list(allowed): return               # also what has no hash, such as a list
     names = [str(name) for name in allowed]
     close = difflib.get_close_matches(str(value), names, 1)

@@ -164,7 +164,7 @@ def check_finite(
     name: str,       # what `x` is, for the message
     x: torch.Tensor, # of any shape
 ):
-    "Raise `InputError` with the tensor's name unless every number is finite."
+    "Raises `InputError` with the tensor's name unless every number is finite."
     bad = x.numel() - int(torch.isfinite(x).sum())
     if bad: raise InputError(f'{name}: expected finite numbers, received {bad:,} NaN or infinite of {x.numel():,}')
 
@@ -208,7 +208,7 @@ def check_instructions(
     editor,         # from `load_editor`
     sessions: list, # of `Session`s
 ):
-    "Raise `InputError` that names by session and turn the instructions that the text encoder would cut."
+    "Raises `InputError` that names by session and turn the instructions that the text encoder would cut."
     cut = long_instructions(editor, sessions)
     if not cut: return
     named = '; '.join(f'session {id}, turn {turn}: {tokens}' for id, turn, tokens in cut[:3])

@@ -218,7 +218,7 @@ def check_latents(
     rows: list,              # of each (key of its session, number of its member)
     turn: int,               # from 0
 ):
-    "Raise `InputError` with the session and the turn unless all latents are finite."
+    "Raises `InputError` with the session and the turn unless all latents are finite."
     broken = (~torch.isfinite(clean_NLC).flatten(1).all(1)).nonzero()
     if not len(broken): return
     (_, _, session, _), member = rows[int(broken[0])]

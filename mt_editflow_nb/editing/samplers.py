@@ -125,6 +125,8 @@ def sde_window(
     return range(start, start + size)
 
 # %% ../../nbs/editing/06_samplers.ipynb #9ebda4b1
+def _log_signal_to_noise(sigma): return math.log((1 - sigma)/sigma)
+
 def dpm_step(
     x: torch.Tensor,                # latents [N, ...] at `sigma`
     v: torch.Tensor,                # the model's velocity there, like `x`
@@ -139,11 +141,10 @@ def dpm_step(
     s = float(sigma)
     s_next = float(sigma_next)
     expect(0 <= s_next < s <= 1, 'sigma_next', '0 <= sigma_next < sigma <= 1', (s, s_next))
-    def signal_to_noise(s): return math.log((1 - s)/s)
     x0 = x - s*v
     towards = x0
     if x0_before is not None and sigma_before < 1 and s_next > 0:
-        h = signal_to_noise(s_next) - signal_to_noise(s)
-        h_before = signal_to_noise(s) - signal_to_noise(sigma_before)
+        h = _log_signal_to_noise(s_next) - _log_signal_to_noise(s)
+        h_before = _log_signal_to_noise(s) - _log_signal_to_noise(sigma_before)
         towards = x0 + h/(2*h_before)*(x0 - x0_before)
     return s_next/s*x + (1 - s_next - (1 - s)*s_next/s)*towards, x0
