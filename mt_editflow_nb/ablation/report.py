@@ -194,7 +194,7 @@ def _iso_O(ax):
     y0, y1 = ax.get_ylim()
     X, Y = np.meshgrid(np.linspace(max(x0, .1), max(x1, .2), 60), np.linspace(y0, y1, 60))
     lines = ax.contour(X, Y, np.sqrt(X*np.maximum(Y, 0)), colors='.8', linewidths=.7, zorder=0)
-    ax.clabel(lines, fontsize=6, fmt='O %.0f')
+    for label in ax.clabel(lines, fontsize=8, fmt='O %.0f', colors='.4'): label.set_rotation(0)
 
 def plot_plane(
     results: Results, # from `load_results`

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from ..data.files import expect, open_image, read_text
 from ..data.plots import line_style
 from ..data.sessions import stays_inside
@@ -246,6 +247,9 @@ def plot_agreement(
             ax.errorbar(row[x], row[y], yerr=bars, fmt='o', color=color, label=name, capsize=2)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.axhline(chance, color='.8', zorder=0)
-    if table[[('cost', 'tokens'), ('ranking', '')]].notna().all(axis=1).any(): right.set_xscale('log')
+    if table[[('cost', 'tokens'), ('ranking', '')]].notna().all(axis=1).any():
+        right.set_xscale('log')
+        right.xaxis.set_major_formatter(LogFormatter())                    # 40 and not 4 × 10¹
+        right.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     left.legend(fontsize=7)
     return fig
