@@ -225,15 +225,25 @@ def comment_columns(node, lines):
         found = re.match(r',?\s*(# \S)', rest)
         yield end.end_col_offset + found.start(1) if found and alone else None
 
+def return_columns(node, lines):
+    "The column of the comment behind the line that closes the parameters, if there is one."
+    for line in lines[node.lineno - 1:node.body[0].lineno - 1]:
+        closing = re.match(r'\s*\)( -> [^#]*)?:\s*(?=# \S)', line)
+        if closing: yield closing.end()
+
+RETURNS_NOT_ALIGNED = ('05_policy', '00a_servers', '01b_reward_models', '01e_edival_tools')     # yet
+
 def undocumented(path):
     "Public names without a docstring, or with parameters that lack a comment, or whose comments are not aligned."
     for source, tree in exported_cells(path):
         for name, node in public_functions(tree):
             if not ast.get_docstring(node) and node.name != '__init__': yield f'{name}: no docstring'
             if isinstance(node, ast.ClassDef): continue
-            columns = set(comment_columns(node, source.split('\n')))
+            lines = source.split('\n')
+            columns = set(comment_columns(node, lines))
             if None in columns: yield f'{name}: a parameter without a comment on its line'
-            elif len(columns) > 1: yield f'{name}: comments that are not aligned'
+            if path.stem not in RETURNS_NOT_ALIGNED and columns: columns.update(return_columns(node, lines))
+            if len(columns - {None}) > 1: yield f'{name}: comments that are not aligned'
 
 @pytest.mark.parametrize('name', modules, ids='.'.join)
 def test_public_names_are_documented(name):

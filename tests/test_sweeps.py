@@ -247,6 +247,18 @@ def test_a_job_is_known_by_everything_that_its_result_depends_on(folder):
     (folder/'data.jsonl').write_text('{"a": 1}')
     assert folder_name() == first
 
+def test_a_folder_keeps_its_name_when_parameters_change_places(folder):
+    "A job that an older notebook ran is found, whatever the order of its parameters was."
+    path = spec(folder, fixed=dict(x=2, iterations=3))
+    job, = plan_sweep(path, folder/'runs').jobs
+    assert job.folder.name.startswith('x=2_iterations=3_seed=0-')
+    write_notebook(folder/'small.ipynb', '\n'.join(reversed(PARAMETERS.splitlines())))
+    again, = plan_sweep(path, folder/'runs').jobs
+    assert again.hash == job.hash and again.folder.name.startswith('seed=0_iterations=3_x=2-')
+    job.folder.mkdir(parents=True)
+    again, = plan_sweep(path, folder/'runs').jobs
+    assert again.folder == job.folder
+
 def test_a_changed_notebook_leaves_nothing_done(folder):
     path = spec(folder, seeds=[1])
     assert main([str(path), '--out', str(folder/'runs')]) == 0

@@ -131,17 +131,16 @@ def _last_turn_with_O(point):
 # %% ../../nbs/ablation/01c_passes.ipynb #1abcf249
 def pass_table(
     results: Results,    # from `load_results`
-    turn: int = None,    # of the gain; None: the last at which the baseline has an overall score
     reach: float = None, # O in percent on the training sessions, at `common_turn`; None: what the baseline ends with
     n_boot: int = 1000,  # bootstrap draws
 ) -> pd.DataFrame:       # index point
-    """The gain and the cost of every point, in percentage points of O.
+    """The gain and the cost of every point, in percentage points of O at the last turn that has one for the baseline.
 
     `passes` and `to_reach` are in thousands, means over seeds; `reached` of the seeds have reached `reach`;
     `area` (at `common_turn`) is the mean O over the passes that all have had. It and `to_reach` are NaN for runs that
     end with iterations which nobody scores, such as imitation."""
     first = results.points[results.plan['baseline']]
-    turn = turn or _last_turn_with_O(first)
+    turn = _last_turn_with_O(first)
     at = common_turn(results)
     curves = {label: _curves(point, at) for label, point in results.points.items()}
     if reach is None: reach = _mean([O[-1] for _, O in curves[first.label]])

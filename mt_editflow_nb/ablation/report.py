@@ -33,7 +33,7 @@ def _point_scores(label, outcomes, turns_I):
 
 def score_table(
     results: Results, # from `load_results`
-) -> pd.DataFrame: # index (point, turn); per metric its mean over seeds and, as `METRIC sd`, their standard deviation
+) -> pd.DataFrame:    # index (point, turn); means over seeds and, as `METRIC sd`, their standard deviations
     "Scores in percent of the base editor and of every point."
     first = results.points[results.plan['baseline']]
     rows = dict(_point_scores('before training', Outcomes(*(x[:1] for x in first.before)), first.turns_I))
@@ -158,20 +158,19 @@ def _legend(fig):
 
 def plot_curves(
     results: Results, # from `load_results`
-    turn: int = None, # from 1; None: the last that all points train on
 ) -> Figure:
-    "Learning curves on the training sessions: mean over seeds and its 95 % interval."
+    "Learning curves on the training sessions: mean over seeds and its 95 % interval, at the last turn all train on."
     rows_by_point = {point.label: point.curves for point in _shown(results)}
-    return plot_learning_curves(rows_by_point, ('all_right', 'cc'), turn or common_turn(results))
+    return plot_learning_curves(rows_by_point, ('all_right', 'cc'), common_turn(results))
 
 # %% ../../nbs/ablation/02_report.ipynb #06490e2e
 def plot_turns(
-    results: Results,                      # from `load_results`
-    metrics=('O', 'IF', 'CC', 'marginal'), # a panel each
+    results: Results, # from `load_results`
 ) -> Figure:
-    "Scores over turns; black: before training."
+    "O, IF, CC and marginal success over turns; black: before training."
+    metrics = ('O', 'IF', 'CC', 'marginal')
     fig = Figure(figsize=(3*len(metrics) + 2, 3.2), layout='constrained')
-    axs = fig.subplots(1, len(metrics), squeeze=False)[0]
+    axs = fig.subplots(1, len(metrics))
     points = _shown(results)
     turns = range(1, points[0].after.success_IT.shape[-1] + 1)
     before = seed_scores(points[0].before, points[0].turns_I)
@@ -197,7 +196,7 @@ def _iso_O(ax):
     y0, y1 = ax.get_ylim()
     X, Y = np.meshgrid(np.linspace(max(x0, .1), max(x1, .2), 60), np.linspace(y0, y1, 60))
     lines = ax.contour(X, Y, np.sqrt(X*np.maximum(Y, 0)), colors='.8', linewidths=.7, zorder=0)
-    ax.clabel(lines, fontsize=6, fmt='O %.0f')
+    for label in ax.clabel(lines, fontsize=8, fmt='O %.0f', colors='.4'): label.set_rotation(0)
 
 def plot_plane(
     results: Results, # from `load_results`
@@ -242,10 +241,9 @@ def plot_forest(
 # %% ../../nbs/ablation/02_report.ipynb #fda4ccb5
 def plot_passes(
     results: Results, # from `load_results`
-    turn: int = None, # from 1; None: the last that all points train on
 ):                    # `Figure`, or None where no run logs what it needs
     "O on the training sessions over passes through the transformer: mean over seeds and its 95 % interval."
-    turn = turn or common_turn(results)
+    turn = common_turn(results)
     fig = Figure(figsize=(7, 3.4), layout='constrained')
     ax = fig.subplots()
     drawn = 0

@@ -316,13 +316,18 @@ def _folder_name(parameters, notebook, hash):
     words = '_'.join(f'{k}={_value_text(v)}' for k, v in different.items())
     return f'{re.sub("[^A-Za-z0-9=.,_+-]+", "-", words)[:90] or "defaults"}-{hash[:8]}'
 
-def _point_jobs(label, values, content, sweep, notebook, out):
+def _folders_by_hash(out):
+    "The folders of jobs that are there, by the hash at the end of their names, whatever order the rest is in."
+    return {folder.name[-8:]: folder for folder in sorted(out.glob('*-????????'))}
+
+def _point_jobs(label, values, content, sweep, notebook, out, there):
     "A point's jobs, one for each seed."
     for seed in sweep.seeds:
         seeded = values | (dict(seed=seed) if 'seed' in notebook.parameters else {})
         parameters = {k: p.default for k, p in notebook.parameters.items() if k != 'run'} | seeded
         hash = job_hash(notebook, parameters, content)
-        yield Job(label, seed, seeded, parameters, out/_folder_name(parameters, notebook, hash), hash)
+        folder = there.get(hash[:8], out/_folder_name(parameters, notebook, hash))
+        yield Job(label, seed, seeded, parameters, folder, hash)
 
 def _checked_points(sweep, points, notebook):
     "label -> (values, content) of every point. Raises `InputError` that names up to five wrong points and parameters."
@@ -351,8 +356,9 @@ def _plan_jobs(sweep, points, notebook, out):
         expect('seed' not in values, 'seed', 'a value from `seeds`', values)
     jobs = []
     labels = {}
+    there = _folders_by_hash(out)
     for label, (values, content) in _checked_points(sweep, points, notebook).items():
-        for job in _point_jobs(label, values, content, sweep, notebook, out):
+        for job in _point_jobs(label, values, content, sweep, notebook, out, there):
             same_job = labels.get(job.hash)
             if same_job:
                 raise InputError(f'points: expected different jobs, received the same for {same_job!r} and {label!r}')

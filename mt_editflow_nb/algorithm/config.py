@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RL', 'EFFECTIVE', 'OF_FILES', 'ADAPTER_ONLY', 'CONFIG_PRESETS', 'RENAMED', 'PLAIN_WORDS', 'EditorFields',
-           'SessionFields', 'RolloutFields', 'AdvantageFields', 'LossFields', 'RunFields', 'Config',
+           'SessionFields', 'RolloutFields', 'AdvantageFields', 'LossFields', 'UpdateFields', 'RunFields', 'Config',
            'refuse_ineffective', 'check_adapter', 'check_whole', 'check_track', 'check_sessions', 'check_rollout',
            'check_branching', 'check_scored_turns', 'check_learn_as_judged', 'check_advantage', 'check_weights',
            'make_config', 'first_imitation']
@@ -30,7 +30,8 @@ class EditorFields(BaseModel):
     size: int | None = Field(None, ge=16, le=4096, description=(
         "side of the images in pixels, if not the autoencoder's own"))
     guidance: float | None = Field(None, ge=0, le=10_000, description=(
-        "embedded or classifier-free, in rollouts and in evaluation; None: what the editor's family publishes"))
+        "guidance scale, embedded or classifier-free, in rollouts and in evaluation; None: what the editor's family "
+        'publishes'))
     lora_rank: int | None = Field(16, ge=1, le=4096, description=(
         "rank of the trained adapter; 'none': the whole transformer is trained, shared among the processes"))
     lora_alpha: float | None = Field(None, gt=0, le=100_000, description=(
@@ -48,9 +49,6 @@ class EditorFields(BaseModel):
         "compile the transformer's blocks with this backend, such as 'inductor'; None: do not"))
     autocast: bool = Field(False, description="the adapter's matrix products in bfloat16")
     tf32: bool = Field(False, description='float32 matrix products in TF32, on a GPU')
-    merge: bool = Field(False, description=(
-        'NFT: the adapter is added into the weights while rollouts are sampled, which is faster'))
-    adam8bit: bool = Field(False, description='8-bit AdamW states')
 
 # %% ../../nbs/algorithm/03_config.ipynb #518f2c2a
 class SessionFields(BaseModel):
@@ -68,13 +66,13 @@ class SessionFields(BaseModel):
     heldout: int | float | str | None = Field(None, description=(
         "of a file of sessions: how many are held out, or a share below 1; another file; or 'training'"))
     turns: int | None = Field(None, ge=1, le=MAX_TURNS, description=(
-        "T; None: 3 in the shape world, the file's own otherwise"))
+        "turns of a session (T); None: 3 in the shape world, the file's own otherwise"))
     turn_weights: dict[int, float] | None = Field(None, description=(
         'of a file with sessions of different length: number of turns -> how often such sessions are taken; None: in '
         'proportion to their number'))
     judge: str = Field('verifier', description=(
         "who rewards: 'verifier' (graded), 'verifier:binary', or MODEL:MODE such as 'tiny:think', see `load_judge`"))
-    eval_judge: str = Field('verifier', description='who evaluates, before and after')
+    eval_judge: str = Field('verifier', description='who evaluates, before and after training')
     judge_options: dict = Field({}, description=(
         'settings of the judge, such as {max_tokens: 2000, concurrency: 64}, see `Server`'))
     eval_judge_options: dict = Field({}, description='settings of the judge that evaluates, see `Server`')
@@ -82,49 +80,51 @@ class SessionFields(BaseModel):
 # %% ../../nbs/algorithm/03_config.ipynb #b71bb40d
 class RolloutFields(BaseModel):
     "The rollouts of an iteration."
-    sessions_per_iteration: int = Field(8, ge=1, le=65_536, description='P')
-    group: int = Field(8, ge=2, le=4096, description='G, members a session')
-    keep: int | None = Field(None, ge=1, description=(
-        'members per group that are trained on, those with the largest absolute advantages; None: all'))
+    sessions_per_iteration: int = Field(8, ge=1, le=65_536, description='sessions of an iteration (P)')
+    group: int = Field(8, ge=2, le=4096, description='members that edit each session (G)')
     num_steps: int = Field(3, ge=1, le=1000, description='denoising steps, in rollouts and in evaluation')
+    sampler: Literal['flow', 'cps', 'dpm2'] = Field('flow', description=(
+        "GRPO: kind of the stochastic steps, 'flow' or 'cps'; NFT: 'dpm2' samples by DPM-Solver++ 2M, not by Euler"))
+    noise_level: float = Field(.7, ge=0, le=10, description='GRPO: scale of the noise of a stochastic step')
+    window: int = Field(0, ge=0, description=(
+        'GRPO: stochastic steps of a rollout, placed anew each iteration; 0: all but the last'))
     branching: Literal['none', 'random'] = Field('none', description=(
         "'random': all members of a group edit the picture of one drawn at random; 'none': each edits its own"))
-    learn_as_judged: bool = Field(False, description=(
-        'the update begins with sessions that have been judged, while others are still being judged'))
+    merge: bool = Field(False, description=(
+        'NFT: the adapter is added into the weights while rollouts are sampled, which is faster'))
 
 class AdvantageFields(BaseModel):
     "How rewards become advantages."
+    aggregation: Literal[AGGREGATIONS] = Field('mean', description='how turns become one score')
+    fusion: Literal[FUSIONS] = Field('advantage', description='where rewards become one')
+    credit: Literal[CREDITS] = Field('broadcast', description='which turns get the advantage')
+    weights: list[float] | None = Field([.35, .65], description='weights of the rewards (if, cc); None: equal')
+    std: Literal[STDS] = Field('global', description='normaliser of the advantage')
+    whiten: bool = Field(False, description="GDPO's batch whitening")
+    min_std: float = Field(1e-3, ge=0, lt=.5, description=(
+        'a reward whose standard deviation within a group is smaller contributes nothing'))
+    gamma: float | None = Field(None, gt=0, le=1, description=(
+        "weight of a turn relative to the turn before it, with aggregation 'discounted'"))
+
+# %% ../../nbs/algorithm/03_config.ipynb #a79629fe
+class LossFields(BaseModel):
+    "The loss, and the iterations of imitation at the end of a run."
     algorithm: Literal['nft', 'grpo', 'sft', 'distill'] = Field('nft', description=(
         "the loss; 'sft' is supervised, on the targets of a file or the shape world's perfect results; 'distill' "
         'learns from the base editor, which sees them'))
     exposure_turns: int = Field(0, ge=0, le=MAX_TURNS, description=(
         "sft: how many turns before each are the editor's own; 0: every turn starts from the target before it"))
-    aggregation: Literal[AGGREGATIONS] = Field('mean', description='how turns become one score')
-    fusion: Literal[FUSIONS] = Field('advantage', description='where rewards become one')
-    credit: Literal[CREDITS] = Field('broadcast', description='which turns get the advantage')
-    weights: list[float] | None = Field([.35, .65], description='of the rewards (if, cc); None: equal')
-    std: Literal[STDS] = Field('global', description='normaliser of the advantage')
-    whiten: bool = Field(False, description="GDPO's batch whitening")
-    min_std: float = Field(1e-3, ge=0, lt=.5, description='a reward with a smaller group std contributes nothing')
-    gamma: float | None = Field(None, gt=0, le=1, description="of aggregation 'discounted'")
-
-# %% ../../nbs/algorithm/03_config.ipynb #a79629fe
-class LossFields(BaseModel):
-    "The loss, its sampler, and the iterations of imitation at the end of a run."
+    keep: int | None = Field(None, ge=1, description=(
+        'members per group that are trained on, those with the largest absolute advantages; None: all'))
     adv_max: float = Field(2., gt=0, description='advantages are clamped to +- this')
     beta: float = Field(1., gt=0, le=1000, description='NFT: strength of the implicit policies')
     train_timesteps: int = Field(1, ge=1, description='NFT, distill: noise levels at which each turn is trained')
     train_levels: int | None = Field(None, ge=1, description=(
         'NFT, distill: `train_timesteps` are drawn from so many of the highest noise levels; None: from all'))
-    old_decay: float = Field(0., ge=0, le=1, description='NFT: EMA decay of the old policy, an iteration')
-    sampler: Literal['flow', 'cps', 'dpm2'] = Field('flow', description=(
-        "GRPO: kind of the stochastic steps, 'flow' or 'cps'; NFT: 'dpm2' samples by DPM-Solver++ 2M, not by Euler"))
-    noise_level: float = Field(.7, ge=0, le=10, description='GRPO: of the stochastic steps')
-    window: int = Field(0, ge=0, description=(
-        'GRPO: stochastic steps a rollout, placed anew each iteration; 0: all but the last'))
+    old_decay: float = Field(0., ge=0, le=1, description='NFT: EMA decay of the old policy per iteration')
     clip: float = Field(1e-3, gt=0, description='GRPO: clip range of the ratio')
     guard: bool = Field(False, description="GRPO: GRPO-Guard's centred ratios and re-weighted steps")
-    kl_weight: float = Field(0., ge=0, le=10_000, description='pull towards the base editor')
+    kl_weight: float = Field(0., ge=0, le=10_000, description='weight of the pull towards the base editor')
     imitate: float = Field(0., ge=0, lt=1, description=(
         'share of the iterations, the last ones, that repeat own right results of the earlier ones, which is cheaper'))
     imitate_edits: int | None = Field(None, ge=1, le=65_536, description=(
@@ -133,33 +133,40 @@ class LossFields(BaseModel):
         'imitate: learning rate at the first iteration of imitation, from where it falls to 0; None: `lr` goes on'))
 
 # %% ../../nbs/algorithm/03_config.ipynb #a79629ff
-class RunFields(BaseModel):
-    "Length, optimiser, evaluation and checkpoints of a run."
-    iterations: int = Field(110, ge=0, description='rollout-and-update rounds')
-    updates: int = Field(1, ge=1, description='optimiser steps an iteration')
-    lr: float = Field(1e-3, gt=0, le=1, description='AdamW learning rate')
-    weight_decay: float = Field(1e-4, ge=0, le=1, description='of AdamW')
+class UpdateFields(BaseModel):
+    "How an iteration changes the weights."
+    learn_as_judged: bool = Field(False, description=(
+        'the update begins with sessions that have been judged, while others are still being judged'))
+    updates: int = Field(1, ge=1, description='optimiser steps of an iteration')
+    lr: float = Field(1e-3, gt=0, le=1, description="AdamW's learning rate")
+    weight_decay: float = Field(1e-4, ge=0, le=1, description="AdamW's weight decay")
     max_grad_norm: float = Field(1., ge=1e-6, description='gradients are clipped to this norm')
-    batch: int = Field(64, ge=1, description='rows a transformer call')
+    batch: int = Field(64, ge=1, description='rows in one call of the transformer')
+    adam8bit: bool = Field(False, description='8-bit AdamW states')
+
+class RunFields(BaseModel):
+    "Length, evaluations and checkpoints of a run."
+    iterations: int = Field(110, ge=0, description='rollout-and-update rounds')
     eval_sessions: int = Field(512, ge=1, description='held-out sessions; of a file, at most so many')
-    eval_seed: int = Field(0, ge=0, lt=2**32, description='which held-out sessions of the shape world those are')
-    eval_turns: int | None = Field(None, ge=1, le=MAX_TURNS, description='their turns; None: as in training')
+    eval_seed: int = Field(0, ge=0, lt=2**32, description='which sessions of the shape world are held out')
+    eval_turns: int | None = Field(None, ge=1, le=MAX_TURNS, description=(
+        'turns of the held-out sessions; None: as in training'))
     eval_steps: int | None = Field(None, ge=1, le=1000, description='denoising steps in evaluation; None: `num_steps`')
     eval_size: int | None = Field(None, ge=16, description='side of the images in evaluation; None: as in training')
-    save_every: int = Field(10, ge=1, description='iterations between checkpoints')
-    ema: float = Field(0., ge=0, lt=1, description=(
-        'EMA decay of the adapter, an iteration; evaluated and handed out is the average; 0: none'))
     eval_every: int = Field(0, ge=0, description=(
         'iterations between evaluations on the held-out sessions; 0: only before and after'))
+    save_every: int = Field(10, ge=1, description='iterations between checkpoints')
+    ema: float = Field(0., ge=0, lt=1, description=(
+        'EMA decay of the adapter per iteration; evaluated and handed out is the average; 0: none'))
     keep_best: int = Field(0, ge=0, description=(
         'how many adapters with the best held-out scores are kept, with `eval_every`'))
     track: list[str] = Field([], description=(
         "trackers that are sent what the run folder gains, such as [tensorboard]; any that accelerate knows"))
-    seed: int = Field(0, ge=0, lt=2**32, description='of everything random in training; not in evaluation')
+    seed: int = Field(0, ge=0, lt=2**32, description='seed of everything random in training, not in evaluation')
 
 # %% ../../nbs/algorithm/03_config.ipynb #c1b912a0
 # pydantic takes the fields of the last base first
-class Config(RunFields, LossFields, AdvantageFields, RolloutFields, SessionFields, EditorFields):
+class Config(RunFields, UpdateFields, LossFields, AdvantageFields, RolloutFields, SessionFields, EditorFields):
     "Everything that determines a run's numbers."
     model_config = ConfigDict(extra='forbid', allow_inf_nan=False)
 

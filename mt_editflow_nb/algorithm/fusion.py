@@ -97,7 +97,7 @@ def advantages(
     eps: float = 1e-4,               # added to every std that divides
     gamma: float = None,             # of aggregation 'discounted'
     success_PGT: torch.Tensor = None # [P, G, T], for 'until_failure' alone: 1 where the turn succeeded, NaN: unknown
-) -> torch.Tensor: # `adv_PGT`, float32; 0 for members left out
+) -> torch.Tensor:                   # `adv_PGT`, float32; 0 for members left out
     """Group-relative advantages of every turn, computed in float64.
 
     Within a group they have mean 0 at every turn, except where 'until_failure' replaces some of them by zeros.

@@ -41,7 +41,7 @@ def grpo_loss(
     *,
     clip: float,            # c: a ratio counts until it has left [1-c, 1+c] in the direction of its advantage
     adv_max: float = 5.0    # advantages are clipped to ± this
-) -> tuple: # `(loss, stats)`: a scalar; floats `ratio_mean`, `ratio_max_dev`, `clip_frac`, `approx_kl`, `adv_abs`
+) -> tuple:                 # (loss, floats `ratio_mean`, `ratio_max_dev`, `clip_frac`, `approx_kl`, `adv_abs`)
     """The clipped policy-gradient loss, a mean over all steps. Flow-GRPO arXiv 2505.05470; PPO arXiv 1707.06347.
 
     Raises `InputError` naming the tensor that is not finite or does not match."""
@@ -72,7 +72,7 @@ def guard_log_ratio(
     mean: torch.Tensor,     # mean of the step under the policy in training, [N, ...]
     mean_old: torch.Tensor, # mean of the step under the policy that took it, [N, ...]
     noise_std: torch.Tensor # scale of the step's noise, above 0: a number, [N] or [N, 1, ...]
-) -> torch.Tensor: # like `logp`
+) -> torch.Tensor:          # like `logp`
     """GRPO-Guard's normalised log-ratio, arXiv 2510.22319: `grpo_loss(guard_log_ratio(...), zeros, adv, clip=...)`.
 
     For 'cps', whose log-probability lacks the factor, pass `logp/(2 noise_std²)` and `logp_old/(2 noise_std²)`."""
@@ -87,7 +87,7 @@ def guard_log_ratio(
 # %% ../../nbs/algorithm/02_losses.ipynb #c98589f2
 def guard_weights(
     sigmas: torch.Tensor # [K + 1] falling noise levels of K denoising steps
-) -> torch.Tensor: # [K], what each step's loss is multiplied by
+) -> torch.Tensor:       # [K], what each step's loss is multiplied by
     "GRPO-Guard's weight of each step: the mean step size divided by its own. arXiv 2510.22319."
     steps_K = -sigmas.diff()
     if not (steps_K > 0).all():
@@ -99,7 +99,7 @@ def kl_to_base(
     mean: torch.Tensor,     # mean of the step under the policy in training, [N, ...]
     mean_ref: torch.Tensor, # mean of the step under the base model (adapter disabled), [N, ...]
     noise_std: torch.Tensor # scale of the step's noise, above 0: a number, [N] or [N, 1, ...]
-) -> torch.Tensor: # [N]
+) -> torch.Tensor:          # [N]
     "KL divergence of one denoising step from the base model's, averaged over the latent dimensions."
     _same_shape(mean=mean, mean_ref=mean_ref)
     mean, mean_ref = _finite(mean=mean, mean_ref=mean_ref)
@@ -125,7 +125,7 @@ def nft_loss(
     adv_max: float = 5.0,       # the advantage that makes an image certainly good
     v_ref: torch.Tensor = None, # velocity at `(xt, t)` of the base model; needed where `kl_weight` is not 0
     kl_weight: float = 0.0      # w_KL
-) -> tuple: # `(loss, stats)`: a scalar; floats `r_mean`, `loss_pos`, `loss_neg`, `v_diff`, `adv_abs`; `kl` with `v_ref`
+) -> tuple:                     # (loss, floats r_mean, loss_pos, loss_neg, v_diff, adv_abs, and kl with `v_ref`)
     """DiffusionNFT's loss, arXiv 2509.16117, with the self-normalised weighting of its code.
 
     Raises `InputError` naming the tensor that is not finite or does not match."""

@@ -145,7 +145,7 @@ def _sample_options(add):
 # %% ../../nbs/cli/06_data.ipynb #31e63175
 def read_type_weights(
     texts: list, # such as 'subject_add' or 'subject_add=2'
-) -> dict: # name of a type -> how often it is wanted; None where nothing is said
+) -> dict:       # name of a type -> how often it is wanted; None where nothing is said
     "What `--type` asks for. Raises `InputError`."
     weights = {}
     for text in texts or ():
@@ -217,7 +217,7 @@ def data_parser() -> argparse.ArgumentParser:
 
 def main(
     argv: list|None = None, # arguments; None: those of the command line
-) -> int: # exit status
+) -> int:                   # exit status
     "The command `mtef_data`."
     args = data_parser().parse_args(argv)
     try:

@@ -167,7 +167,7 @@ def _kind(args):
     return 'edival' if args.sessions == 'edival' else 'a file'
 
 def judge_options(
-    args, # the parsed options
+    args,  # the parsed options
 ) -> dict: # for `load_judge`
     "The settings of the judge. Raises `InputError` for what is not a YAML mapping."
     if args.judge_options is None: return {}
@@ -324,7 +324,7 @@ def compare_shared(
     against: str|Path,  # a run
     run: str|Path,      # another; its sessions give the order
     turns: dict = None, # id -> number of turns, where sessions differ in length
-) -> tuple:            # (table of `compare`, over how many sessions)
+) -> tuple:             # (table of `compare`, over how many sessions)
     "Is a run better than another, over the sessions that both have? Raises `InputError` where they share none."
     a, ids_a = load_outcomes(against)
     b, ids_b = load_outcomes(run)

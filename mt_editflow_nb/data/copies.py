@@ -34,7 +34,7 @@ def first_near_copy(
     others: list,      # of `PictureFingerprint`
     earlier: bool,     # the others are the same pictures, of which only earlier ones count
     block: int = 1024, # pictures that are compared at once
-) -> list: # of numbers among the others, or None
+) -> list:             # of numbers among the others, or None
     "For each picture the first of the others that looks like it and has other pixels."
     a, b = (np.stack([x.thumbnail for x in some]).astype(np.float32) for some in (prints, others))
     b_squares = (b**2).sum(1)
@@ -55,7 +55,7 @@ def near_copies(
     prints: list,         # of `PictureFingerprint`
     names: list,          # of the pictures, in the same order
     others: tuple = None, # (prints, names) to look for; None: among themselves
-) -> list: # pairs (name, name of the one that it looks like, which is an earlier one or one of the others)
+) -> list:                # pairs (name, name of the one that it looks like: an earlier one, or one of the others)
     "Pictures that look like another and have other pixels; of exact copies only the first is named."
     first_of = {x.key: i for i, x in reversed(list(enumerate(prints)))}
     different = sorted(first_of.values())

@@ -52,7 +52,7 @@ def expect(
     expected: str, # in words
     received,      # what was there instead: a value, quoted and shortened, or `Described` in words
 ):
-    "Raise `InputError` unless `ok`, as `field: expected X, received Y`."
+    "Raises `InputError` unless `ok`, as `field: expected X, received Y`."
     if ok: return
     raise InputError(f'{field}: expected {expected}, received '
                      f'{received if isinstance(received, Described) else reprlib.repr(received)}')
@@ -71,7 +71,7 @@ def one_of(
     value,      # what was received
     allowed,    # names, in the order to list them
 ):
-    "Raise `InputError` unless `value` is among `allowed`; a near miss is suggested."
+    "Raises `InputError` unless `value` is among `allowed`; a near miss is suggested."
     if value in list(allowed): return               # also what has no hash, such as a list
     names = ', '.join(map(str, allowed))
     raise InputError(f'{field}: expected one of {names}, received {value!r}{near_miss(value, allowed)}')
@@ -494,7 +494,7 @@ def save_png(
 # %% ../../nbs/data/00_files.ipynb #f8dc0650
 def shipped(
     name: str, # below `experiments`, such as 'recipes/kontext_nft.yaml'
-) -> Path:    # of the file or folder
+) -> Path:     # of the file or folder
     "A recipe, sweep or notebook that comes with the package. Raises `InputError` where there is none of this name."
     package = Path(__file__).resolve().parents[1]
     places = (package/'experiments'/name, package.parent/'experiments'/name)

@@ -143,7 +143,7 @@ def _part_number(text):
 
 def archive_parts(
     folder: Path, # to look below
-) -> dict: # path of the whole archive -> its parts in order
+) -> dict:        # path of the whole archive -> its parts in order
     "The split archives below a folder. Raises `InputError` where a part is missing."
     archives = defaultdict(dict)
     for p in sorted(Path(folder).rglob('*.tar*')):
@@ -510,7 +510,7 @@ class RowWriter:
     def picture(
         self,
         source: Path|bytes, # a file, or the bytes of one
-    ) -> str: # path from the file's folder
+    ) -> str:               # path from the file's folder
         "A path as a row names it; an embedded file is written first. Raises `InputError` for what is not a picture."
         image_size(source)
         if isinstance(source, bytes):

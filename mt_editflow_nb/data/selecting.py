@@ -68,7 +68,7 @@ def _place(path, folder): return os.path.relpath(path, folder)     # so that a f
 def recorded_keys(
     folder: Path, # that a file of sessions lies in
     paths: list,  # of pictures
-) -> dict: # path -> key, of those that are on record and have not changed since
+) -> dict:        # path -> key, of those that are on record and have not changed since
     "The keys of files that an earlier process has recorded, if any. A broken record is deleted."
     if not (folder/RECORD_FILE).is_file(): return {}
     try:
@@ -112,7 +112,7 @@ def _computed_keys(paths):
 def file_keys(
     paths: list,         # of pictures
     folder: Path = None, # of the file of sessions that names them, where the keys are kept; None: nowhere
-) -> dict: # path -> key
+) -> dict:               # path -> key
     """Keys of many files; those that have not changed since they were read are looked up.
 
     Of the processes of a run, one reads the files, and the others what it has put on record."""
@@ -127,7 +127,7 @@ def file_keys(
 # %% ../../nbs/data/07_selecting.ipynb #37da57ff
 def folder_of(
     sessions, # `Session`s
-) -> Path: # None where they are in memory, or in a table
+) -> Path:    # None where they are in memory, or in a table
     "Where the file of sessions lies."
     return getattr(sessions, 'folder', None)
 
@@ -168,7 +168,7 @@ def take_sessions(
 def split_by_picture(
     sessions,         # `Session`s
     amount: int|float # how many to hold out: a whole number of sessions, or a share below 1
-) -> tuple: # (to train on, held out), each in the order of the file
+) -> tuple:           # (to train on, held out), each in the order of the file
     "Hold out sessions so that no picture stands on both sides. Raises `InputError` where none is left to train on."
     wanted = amount if isinstance(amount, int) else max(1, round(amount*len(sessions)))
     of_picture = defaultdict(list)
@@ -193,7 +193,7 @@ def _identifier():
 
 def language_of(
     session: Session, # whose instructions are read
-) -> str: # one of `LANGUAGES`
+) -> str:             # one of `LANGUAGES`
     "The language that instructions are most likely written in."
     return _identifier().classify('\n'.join(session.instructions))[0]
 
@@ -244,7 +244,7 @@ class TextLimit:
 def cut_texts(
     texts: list,      # instructions
     limit: TextLimit, # of an editor
-) -> tuple: # (how many are cut, or may be cut where tokens cannot be counted; tokens or bytes of the longest)
+) -> tuple:           # (how many are cut, or may be cut where tokens cannot be counted; tokens or bytes of the longest)
     "How many instructions an editor would not read to their end."
     different = list(dict.fromkeys(texts))
     if limit.count: lengths = dict(zip(different, limit.count(different)))
@@ -259,7 +259,7 @@ def sample_indices(
     n: int,                # how many
     seed: int = 0,         # of the draw
     by_type: bool = False, # as many of each type, by the type of the first turn
-) -> list: # of numbers, in order
+) -> list:                 # of numbers, in order
     "Indices of `n` sessions drawn without replacement. Raises `InputError` where there are fewer than `n`."
     expect(0 < n <= len(sessions), 'n', f'1 to {count_text(len(sessions), "session")}', n)
     expect(seed >= 0, 'seed', 'a number of at least 0', seed)
@@ -283,7 +283,7 @@ def write_selection(
     sessions,       # `Session`s whose pictures are files
     path: str|Path, # JSON Lines file to write
     source: Path,   # where they were read from
-) -> RowWriter: # with the number of `rows`, and of pictures that lie `outside` the file's folder
+) -> RowWriter:     # with the number of `rows`, and of pictures that lie `outside` the file's folder
     "Write sessions with their pictures where they are. Raises `InputError` for none at all."
     path = Path(path)
     folder = Path(source).parent

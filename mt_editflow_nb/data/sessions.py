@@ -510,7 +510,7 @@ def save_sessions(
     sessions: list,          # of `Session`, each with an image
     folder: str|Path,        # gets sessions.jsonl and images/*.png
     same_turns: bool = True, # all sessions must have the same number of turns
-) -> Path: # of sessions.jsonl, for `load_sessions`
+) -> Path:                   # of sessions.jsonl, for `load_sessions`
     "Write sessions as JSON Lines and PNG files; the list replaces an older one in one step, after its images."
     folder = Path(folder)
     rows = []
@@ -575,8 +575,10 @@ def _edival_turns(rows):
 def load_edival(
     csv: str|Path,                # EdiVal-Bench's `oai_instruction_generation_output.csv`
     images: str|Path|None = None, # folder with `{image_index}_input_raw.jpg`; without it every `Session.image` is None
-) -> Sessions: # `meta` holds lists of T: format_instructions, bg_consistency, unchanged_, available_, all_objects
-    "Read EdiVal-Bench (arXiv 2509.13399): a session per image, with the benchmark's own texts, unchanged."
+) -> Sessions:                    # a session per image
+    """Read EdiVal-Bench (arXiv 2509.13399), with the benchmark's own texts, unchanged.
+
+    `meta` holds lists of T: format_instructions, bg_consistency, unchanged_objects, available_objects, all_objects."""
     turns, place_of = _edival_turns(_edival_rows(csv))
     if not turns: raise InputError(f'{csv}: expected at least one session, received none')
     sessions = []

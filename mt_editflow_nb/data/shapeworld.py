@@ -324,7 +324,7 @@ def dependent_chain(
     rng: np.random.Generator, # of all choices
     turns: int,               # T
     split: str,               # of the first scene
-) -> tuple:     # (scenes [T + 1], edits [T])
+) -> tuple:                   # (scenes [T + 1], edits [T])
     "A first scene of this split, an object that is added, and edits of that object, types unrepeated while they last."
     scenes = random_chain(rng, 1, split)[0][:1]
     edits = []

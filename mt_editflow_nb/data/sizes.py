@@ -19,7 +19,7 @@ PREFERRED_SIZES = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 132
 def nearest_bucket(
     width: int,  # of a picture, in pixels
     height: int, # of a picture, in pixels
-) -> int: # index into `PREFERRED_SIZES`
+) -> int:        # index into `PREFERRED_SIZES`
     "The bucket whose ratio differs least from a picture's; the rule of diffusers' `FluxKontextPipeline`."
     differences = [abs(width/height - w/h) for w, h in PREFERRED_SIZES]
     return differences.index(min(differences))
@@ -27,7 +27,7 @@ def nearest_bucket(
 def bucket_sizes(
     size: int,     # side of the square that has the area wanted, a multiple of `multiple`
     multiple: int, # pixels a side of a token
-) -> list: # of 17 (width, height)
+) -> list:         # of 17 (width, height)
     "The buckets of a run, in whole tokens."
     def scaled(side): return max(1, round(side*size/1024/multiple))*multiple
     return [(scaled(w), scaled(h)) for w, h in PREFERRED_SIZES]
@@ -38,7 +38,7 @@ def fitted_size(
     height: int,   # of a picture, in pixels
     size: int,     # side of the square that has the area wanted
     multiple: int, # pixels a side of a token
-) -> tuple: # (width, height)
+) -> tuple:        # (width, height)
     "The size at which an editor works on a picture."
     sizes = bucket_sizes(size, multiple)
     return (width, height) if (width, height) in sizes else sizes[nearest_bucket(width, height)]
@@ -47,7 +47,7 @@ def fit_picture(
     image: Image.Image, # of any size
     width: int,         # that is wanted, in pixels
     height: int,        # that is wanted, in pixels
-) -> Image.Image: # RGB
+) -> Image.Image:       # RGB
     "A picture in another size: centre-cropped to the new ratio where that differs, then resized."
     if image.size != (width, height): image = ImageOps.fit(image, (width, height), Image.LANCZOS)
     return image.convert('RGB')
@@ -66,7 +66,7 @@ class FittedPicture(NamedTuple):
 def share_cut(
     old: tuple, # (width, height) of a picture
     new: tuple, # (width, height) that it is fitted to
-) -> float: # in [0, 1)
+) -> float:     # in [0, 1)
     "The share of a picture that `fit_picture` removes."
     ratio = old[0]*new[1]/(old[1]*new[0])
     return 1 - min(ratio, 1/ratio)

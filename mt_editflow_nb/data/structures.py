@@ -160,9 +160,9 @@ def _inverse(e, before):
     return edit_text(Edit('subject_replace', e.new, new=e.obj))
 
 # %% ../../nbs/data/04_structures.ipynb #f6f5bf25
-def _structured_session(rng, id, structure, turns, split):
+def _structured_session(rng, id, structure, turns):
     "One session, or None where a scene leaves no room for the next turn."
-    scenes = random_chain(rng, 1, split)[0][:1]
+    scenes = random_chain(rng, 1, 'heldout')[0][:1]
     edits = []
     texts = []
     for t in range(turns):
@@ -184,22 +184,22 @@ def _structured_session(rng, id, structure, turns, split):
 
 # %% ../../nbs/data/04_structures.ipynb #5aaa655a
 def structured_sessions(
-    n: int,                 # how many
-    structure: str,         # one of `STRUCTURES`
-    turns: int = 3,         # T, at least 2
-    split: str = 'heldout', # 'train' or 'heldout'
-    seed: int = 0,          # a different seed gives other sessions
-) -> list: # `Session`s; task_types name the structure of a turn, or the ordinary type
-    """Seeded sessions in which every second turn looks back.
+    n: int,         # how many
+    structure: str, # one of `STRUCTURES`
+    turns: int = 3, # T, at least 2
+    seed: int = 0,  # a different seed gives other sessions
+) -> list:          # `Session`s; task_types name the structure of a turn, or the ordinary type
+    """Seeded held-out sessions in which every second turn looks back.
+
     `meta['plain']` says the same in plain words along the teacher's way."""
     one_of('structure', structure, STRUCTURES)
     expect(turns >= 2, 'turns', 'at least 2, since the first turn cannot look back', turns)
     sessions = []
     for i in range(n):
-        rng = np.random.default_rng((seed, i, list(SPLITS).index(split), 1 + STRUCTURES.index(structure)))
+        rng = np.random.default_rng((seed, i, list(SPLITS).index('heldout'), 1 + STRUCTURES.index(structure)))
         session = None
         while session is None:
-            session = _structured_session(rng, f'{structure}-{split}-{seed}-{i}', structure, turns, split)
+            session = _structured_session(rng, f'{structure}-heldout-{seed}-{i}', structure, turns)
         sessions.append(session)
     return sessions
 

@@ -202,7 +202,7 @@ def stream_sessions(
     seed: int,            # of the order
     epoch: int,           # from 0
     skipped: dict = None, # gains a message for each row that cannot be used; None: such a row is an error
-): # yields `Session`s, once each
+):                        # yields `Session`s, once each
     "One epoch of a table, in an order of its own. Raises `InputError` with the row, counted in that order."
     rows = open_table(source, streaming=True).shuffle(seed=seed*SEED_STEP + epoch, buffer_size=SHUFFLE_BUFFER)
     for i, row in enumerate(rows):
@@ -224,7 +224,7 @@ def stream_batches(
     seed: int,            # of the order
     crop: str = None,     # 'square': pictures of any ratio may be together
     skipped: dict = None, # as for `stream_sessions`
-): # yields lists of P `Session`s of one number of turns and one bucket of sizes, without end
+):                        # yields lists of P `Session`s of one number of turns and one bucket of sizes, without end
     "Epoch after epoch in batches. Raises `InputError` for a table without a session that can be used."
     def kind(session):
         turns = len(session.instructions)

@@ -138,7 +138,7 @@ def adopt_pipeline(
 def as_square(
     image: Image.Image, # of any size
     size: int,          # pixels a side
-) -> np.ndarray: # uint8 [size, size, 3]
+) -> np.ndarray:        # uint8 [size, size, 3]
     "A picture as the square that an editor works on; the middle is kept."
     return np.asarray(fit_picture(image, size, size))
 
@@ -146,7 +146,7 @@ def working_size(
     editor,           # from `load_editor`; `size` and `token_pixels` are read
     size: tuple,      # (width, height) of a picture
     crop: str = None, # 'square': a square; None: of about the picture's ratio
-) -> tuple: # (width, height)
+) -> tuple:           # (width, height)
     "The size at which an editor works on a picture of some size."
     if crop == 'square': return editor.size, editor.size
     return fitted_size(*size, editor.size, editor.token_pixels)
@@ -155,7 +155,7 @@ def picture_size(
     editor,             # as for `working_size`
     image: Image.Image, # to be edited
     crop: str = None,   # as for `working_size`
-) -> tuple: # (width, height)
+) -> tuple:             # (width, height)
     "The size at which an editor works on a picture."
     return working_size(editor, image.size, crop)
 
@@ -164,21 +164,21 @@ def check_finite(
     name: str,       # what `x` is, for the message
     x: torch.Tensor, # of any shape
 ):
-    "Raise `InputError` with the tensor's name unless every number is finite."
+    "Raises `InputError` with the tensor's name unless every number is finite."
     bad = x.numel() - int(torch.isfinite(x).sum())
     if bad: raise InputError(f'{name}: expected finite numbers, received {bad:,} NaN or infinite of {x.numel():,}')
 
 def to_vae(
     images: np.ndarray, # uint8 [N, H, W, 3]
     vae,                # the autoencoder that reads them
-) -> torch.Tensor: # [N, 3, H, W] in [-1, 1], on the autoencoder's device and in its precision
+) -> torch.Tensor:      # [N, 3, H, W] in [-1, 1], on the autoencoder's device and in its precision
     "8-bit pictures as an autoencoder takes them."
     pixels = torch.tensor(np.ascontiguousarray(images)).to(vae.device).permute(0, 3, 1, 2)
     return (pixels.float()/127.5 - 1).to(vae.dtype)
 
 def to_uint8(
     decoded: torch.Tensor, # [N, 3, H, W] in [-1, 1]
-) -> np.ndarray: # [N, H, W, 3]
+) -> np.ndarray:           # [N, H, W, 3]
     "What an autoencoder decoded as 8-bit pictures, rounded as a user's file would be. NaN raises `InputError`."
     check_finite('decoded pictures', decoded)
     pixels = (decoded.float()/2 + .5).clamp(0, 1)*255
@@ -187,7 +187,7 @@ def to_uint8(
 # %% ../../nbs/editing/00_editor.ipynb #b94e8e10
 def deduplicate(
     items: list, # hashable
-) -> tuple: # (the different items in order of appearance, index of each item among them [N])
+) -> tuple:      # (the different items in order of appearance, index of each item among them [N])
     "The distinct items of a list, and the position of each item among them."
     place = {x: i for i, x in enumerate(dict.fromkeys(items))}
     return list(place), torch.tensor([place[x] for x in items])
@@ -196,7 +196,7 @@ def deduplicate(
 def long_instructions(
     editor,         # from `load_editor`
     sessions: list, # of `Session`s
-) -> list: # of (session id, turn from 1, tokens)
+) -> list:          # of (session id, turn from 1, tokens)
     "The instructions that the editor's text encoder would cut."
     if not sessions or getattr(editor, 'max_text_tokens', None) is None: return []
     texts, _ = deduplicate([text for s in sessions for text in s.instructions])
@@ -208,7 +208,7 @@ def check_instructions(
     editor,         # from `load_editor`
     sessions: list, # of `Session`s
 ):
-    "Raise `InputError` that names by session and turn the instructions that the text encoder would cut."
+    "Raises `InputError` that names by session and turn the instructions that the text encoder would cut."
     cut = long_instructions(editor, sessions)
     if not cut: return
     named = '; '.join(f'session {id}, turn {turn}: {tokens}' for id, turn, tokens in cut[:3])
@@ -221,7 +221,7 @@ def shifted_sigmas(
     scheduler,      # of the pipeline
     num_steps: int, # denoising steps
     mu: float,      # the shift
-) -> torch.Tensor: # float32 [num_steps + 1], from 1 to 0
+) -> torch.Tensor:  # float32 [num_steps + 1], from 1 to 0
     "A pipeline's noise levels: linear, then shifted by `mu` in the way that its scheduler is configured for."
     scheduler.set_timesteps(sigmas=np.linspace(1., 1/num_steps, num_steps), mu=mu)
     return scheduler.sigmas.clone().float()
@@ -229,7 +229,7 @@ def shifted_sigmas(
 def linear_shift(
     scheduler,   # of the pipeline
     tokens: int, # of a picture
-) -> float: # mu
+) -> float:      # mu
     "The shift that grows linearly with the number of tokens, between the scheduler's two configured points."
     from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
     config = scheduler.config
@@ -240,7 +240,7 @@ def linear_shift(
 def transformer_timestep(
     sigma: torch.Tensor, # [N] noise levels in [0, 1], float32
     dtype: torch.dtype,  # that the transformer computes in
-) -> torch.Tensor: # [N], in that precision
+) -> torch.Tensor:       # [N], in that precision
     "The noise level as diffusers' pipelines hand it to a transformer: cast at the scale of 1000."
     if dtype == torch.float32: return sigma
     return (sigma*1000).to(dtype)/1000
@@ -253,7 +253,7 @@ def predict_velocity(
     sigma: torch.Tensor, # [N] noise levels
     dtype: torch.dtype,  # that the transformer computes in
     **conditions,        # what else the family's transformer is told
-) -> torch.Tensor: # float32 [N, L, C]
+) -> torch.Tensor:       # float32 [N, L, C]
     "One pass through the transformer, with the input picture's tokens after the noisy ones."
     tokens = torch.cat([x, image], 1).to(dtype)
     time = transformer_timestep(sigma, dtype)
@@ -264,7 +264,7 @@ def guide(
     predict,         # a function `Text` -> velocity [N, L, C]
     text: Text,      # with or without a negative
     guidance: float, # g
-) -> tuple: # (guided velocity, velocity for the text alone)
+) -> tuple:          # (guided velocity, velocity for the text alone)
     "Classifier-free guidance (arXiv 2207.12598): a second pass where `text` has a negative, none where it has not."
     v = predict(text)
     if text.negative is None: return v, v

@@ -29,7 +29,7 @@ def byte_tokenizer():
 def tiny_klein(
     folder,        # to create
     seed: int = 0, # of the weights
-): # the folder
+):                 # the folder
     "Save a `Flux2KleinPipeline` of random weights for pictures of 64x64 pixels."
     from diffusers import (AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel,
                            FlowMatchEulerDiscreteScheduler)
@@ -55,7 +55,7 @@ def tiny_klein(
 
 # %% ../../nbs/editing/02_flux2.ipynb #13a9e2a4
 def batch_norm_statistics(
-    vae, # an `AutoencoderKLFlux2`
+    vae,    # an `AutoencoderKLFlux2`
 ) -> tuple: # (mean, standard deviation), float32 [1, C, 1, 1]
     "What latents are normalised by."
     std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
@@ -63,8 +63,8 @@ def batch_norm_statistics(
 
 # %% ../../nbs/editing/02_flux2.ipynb #d59af223
 def klein_positions(
-    grid: tuple, # tokens down, tokens across
-    device,      # of the result
+    grid: tuple,   # tokens down, tokens across
+    device,        # of the result
 ) -> torch.Tensor: # [2 L, 4]: (time, row, column, 0) of the noisy tokens, then of the input picture's
     "The position of each token, and which of the two pictures it belongs to."
     from diffusers import Flux2KleinPipeline as Pipeline
@@ -84,7 +84,7 @@ class Flux2Text:
     def count_tokens(
         self,
         texts: list, # of any length
-    ) -> list: # of numbers
+    ) -> list:       # of numbers
         "How many tokens the language model would read of each text, in its chat template, if nothing were cut."
         chats = [[dict(role='user', content=text)] for text in texts]
         written = self.pipe.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True,
@@ -96,7 +96,7 @@ class Flux2Text:
         self,
         texts: list,               # of N instructions
         images: np.ndarray = None, # unused: this family's text encoder does not see the pictures
-    ) -> Text: # of N rows
+    ) -> Text:                     # of N rows
         "Embed instructions, each different one once; with guidance the empty one as well."
         once, index = deduplicate(texts)
         guided = [''] if self.guidance > 1 else []
@@ -113,7 +113,7 @@ class Flux2Pictures:
     def encode_image(
         self,
         images: np.ndarray, # uint8 [N, H, W, 3]
-    ) -> torch.Tensor: # float32 [N, L, C]
+    ) -> torch.Tensor:      # float32 [N, L, C]
         "Pictures as tokens, normalised."
         mean, std = batch_norm_statistics(self.vae)
         z = self.pipe._patchify_latents(self.vae.encode(to_vae(images, self.vae)).latent_dist.mode())
@@ -123,7 +123,7 @@ class Flux2Pictures:
     def decode(
         self,
         x: torch.Tensor, # [N, L, C] clean latents
-    ) -> np.ndarray: # uint8 [N, H, W, 3]
+    ) -> np.ndarray:     # uint8 [N, H, W, 3]
         "Tokens as pictures. NaN raises `InputError`."
         mean, std = batch_norm_statistics(self.vae)
         z = x.transpose(1, 2).reshape(len(x), -1, *self.grid)*std + mean
@@ -152,7 +152,7 @@ class Flux2Editor(Flux2Text, Flux2Pictures):
         sigma: torch.Tensor, # [N] noise levels
         text: Text,          # of N rows, from `encode_text`
         image: torch.Tensor, # [N, L, C] tokens of the pictures to edit
-    ) -> torch.Tensor: # float32 [N, L, C]
+    ) -> torch.Tensor:       # float32 [N, L, C]
         "The velocity `noise - data`, guided."
         def predict(t):
             return predict_velocity(self.transformer, x, image, sigma, t.embeds.dtype, guidance=None,
@@ -162,7 +162,7 @@ class Flux2Editor(Flux2Text, Flux2Pictures):
     def sigmas(
         self,
         num_steps: int, # denoising steps
-    ) -> torch.Tensor: # float32 [num_steps + 1], from 1 to 0
+    ) -> torch.Tensor:  # float32 [num_steps + 1], from 1 to 0
         "The pipeline's noise levels; the shift depends on the number of tokens, and on the steps too."
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
         mu = compute_empirical_mu(image_seq_len=self.latent_shape[0], num_steps=num_steps)

@@ -13,8 +13,8 @@ from .editor import (RepeatedText, Text, adopt_pipeline, deduplicate, linear_shi
 
 # %% ../../nbs/editing/01_kontext.ipynb #24f314ec
 def kontext_positions(
-    grid: tuple, # tokens down, tokens across
-    device,      # of the result
+    grid: tuple,   # tokens down, tokens across
+    device,        # of the result
 ) -> torch.Tensor: # [2 L, 3]: (0 for noisy or 1 for given, row, column) of the noisy tokens, then of the picture's
     "The position of each token, and which of the two pictures it belongs to."
     from diffusers import FluxKontextPipeline
@@ -36,7 +36,7 @@ class KontextText:
     def count_tokens(
         self,
         texts: list, # of any length
-    ) -> list: # of numbers
+    ) -> list:       # of numbers
         "How many tokens T5 would read of each text if nothing were cut."
         return [len(ids) for ids in self.pipe.tokenizer_2(texts, verbose=False).input_ids]
 
@@ -45,7 +45,7 @@ class KontextText:
         self,
         texts: list,               # of N instructions
         images: np.ndarray = None, # unused: this family's text encoders do not see the pictures
-    ) -> Text: # of N rows
+    ) -> Text:                     # of N rows
         "Embed instructions, each different one once."
         once, index = deduplicate(texts)
         limit = self.max_text_tokens
@@ -59,7 +59,7 @@ class KontextPictures:
     def encode_image(
         self,
         images: np.ndarray, # uint8 [N, H, W, 3]
-    ) -> torch.Tensor: # float32 [N, L, C]
+    ) -> torch.Tensor:      # float32 [N, L, C]
         "Pictures as tokens: the mode of the posterior, as in the pipeline."
         config = self.vae.config
         pixels = to_vae(images, self.vae).contiguous(memory_format=torch.channels_last)
@@ -70,7 +70,7 @@ class KontextPictures:
     def decode(
         self,
         x: torch.Tensor, # [N, L, C] clean latents
-    ) -> np.ndarray: # uint8 [N, H, W, 3]
+    ) -> np.ndarray:     # uint8 [N, H, W, 3]
         "Tokens as pictures. NaN raises `InputError`."
         config = self.vae.config
         z = self.pipe._unpack_latents(x, self.height, self.width, self.pipe.vae_scale_factor)
@@ -100,7 +100,7 @@ class KontextEditor(KontextText, KontextPictures):
         sigma: torch.Tensor, # [N] noise levels
         text: Text,          # of N rows, from `encode_text`
         image: torch.Tensor, # [N, L, C] tokens of the pictures to edit
-    ) -> torch.Tensor: # float32 [N, L, C]
+    ) -> torch.Tensor:       # float32 [N, L, C]
         "The velocity `noise - data`, in one pass."
         takes_guidance = self.transformer.config.guidance_embeds
         g = torch.full((len(x),), self.guidance, device=x.device) if takes_guidance else None
@@ -110,7 +110,7 @@ class KontextEditor(KontextText, KontextPictures):
     def sigmas(
         self,
         num_steps: int, # denoising steps
-    ) -> torch.Tensor: # float32 [num_steps + 1], from 1 to 0
+    ) -> torch.Tensor:  # float32 [num_steps + 1], from 1 to 0
         "The pipeline's noise levels: linear, shifted by the number of tokens."
         mu = linear_shift(self.pipe.scheduler, self.latent_shape[0])
         return shifted_sigmas(self.pipe.scheduler, num_steps, mu)

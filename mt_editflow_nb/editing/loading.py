@@ -38,7 +38,7 @@ TRANSFORMER_CLASSES = dict(FluxKontextPipeline='FluxTransformer2DModel', Flux2Kl
 # %% ../../nbs/editing/05_loading.ipynb #2c13241b
 def find_index(
     name: str, # 'tiny', a pipeline directory, or a hub name
-) -> tuple: # (path of model_index.json, the directory or hub name that diffusers loads)
+) -> tuple:    # (path of model_index.json, the directory or hub name that diffusers loads)
     "Where the index of a pipeline is; one on the hub is fetched. Raises `InputError` where there is none."
     folder = SHIPPED_EDITORS.get(name)
     path = Path(str(files('mt_editflow_nb')/'assets'/folder)) if folder else Path(name)
@@ -55,7 +55,7 @@ def find_index(
 
 def find_editor(
     name_or_path: str|Path, # 'tiny', a pipeline directory, or a hub name
-) -> tuple: # (the directory or hub name, name of diffusers' pipeline class)
+) -> tuple:                 # (the directory or hub name, name of diffusers' pipeline class)
     "Where an editor is and which pipeline it is, without loading it. Raises `InputError` for what is not an editor."
     index, source = find_index(str(name_or_path))
     try: family = json.loads(Path(index).read_text()).get('_class_name')
@@ -94,7 +94,7 @@ KEPT_IN_16_BITS = ['model.visual', 'visual', 'lm_head']    # modules of text enc
 def nf4_config(
     text_encoder: str,  # name of the large text encoder in the pipeline
     dtype: torch.dtype, # to compute in
-): # a `PipelineQuantizationConfig`
+):                      # a `PipelineQuantizationConfig`
     "Four bits for the transformer and the large text encoder, for diffusers' loader on a GPU."
     from diffusers import BitsAndBytesConfig as DiffusersConfig
     from diffusers.quantizers import PipelineQuantizationConfig
@@ -107,7 +107,7 @@ def nf4_config(
 def quantize_nf4(
     transformer,                                # with `nn.Linear` layers in its blocks
     compute_dtype: torch.dtype = torch.float32, # of matrix products
-): # the transformer
+):                                              # the transformer
     "Exchange the linear layers of the transformer blocks for bitsandbytes' `Linear4bit` (NF4), in place."
     import bitsandbytes as bnb
     for name, m in list(transformer.named_modules()):
@@ -287,7 +287,7 @@ def load_pipeline(
     quantize: str,          # None or 'nf4'
     device: torch.device,   # that it is moved to
     dtype: torch.dtype,     # of weights that are not quantised
-): # (a diffusers pipeline with frozen weights, the class of its family)
+):                          # (a diffusers pipeline with frozen weights, the class of its family)
     "Load a pipeline of a known family. Raises `InputError` for one that cannot be read."
     import diffusers
     source, family = find_editor(name_or_path)

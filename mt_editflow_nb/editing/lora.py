@@ -30,7 +30,7 @@ LORA_TARGETS = dict(all='', attention=r'\.attn\.',
 def target_layers(
     transformer,       # of any family
     targets: str|list, # a name of `LORA_TARGETS`, or the ends of layers' names
-) -> list: # names of linear layers, in the transformer's order
+) -> list:             # names of linear layers, in the transformer's order
     "The linear layers of the transformer blocks that get an adapter. Raises `InputError` for a name without layers."
     linear = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and 'blocks' in n]
     if isinstance(targets, str):
@@ -47,7 +47,7 @@ def check_lora(
     transformer,       # of any family
     rank: int,         # of the adapter
     targets: str|list, # layers, see `LORA_TARGETS`
-) -> list: # names of the layers
+) -> list:             # names of the layers
     "Raises `InputError` for a rank that the layers cannot have, and for layers that do not exist."
     layers = target_layers(transformer, targets)
     widths = [min(m.in_features, m.out_features) for m in map(transformer.get_submodule, layers)]
@@ -61,7 +61,7 @@ def add_lora(
     seed: int = 0,             # of its first factor
     alpha: float = None,       # the adapter's output is scaled by alpha/rank; None: by 1
     targets: str|list = 'all', # layers, see `LORA_TARGETS`
-) -> list: # the trainable tensors, in a fixed order
+) -> list:                     # the trainable tensors, in a fixed order
     "Add a trainable LoRA (arXiv 2106.09685) to the transformer blocks."
     from peft import LoraConfig
     expect(not lora_parameters(editor), 'lora', 'an editor without an adapter', Described('one that has one'))
@@ -76,7 +76,7 @@ def add_lora(
 
 def lora_parameters(
     editor, # from `load_editor`
-) -> list: # of tensors
+) -> list:  # of tensors
     "The adapter's tensors, in a fixed order; none where there is no adapter."
     return [p for n, p in editor.transformer.named_parameters() if 'lora_' in n]
 
@@ -84,9 +84,9 @@ def lora_parameters(
 ADAPTER_FILE = 'pytorch_lora_weights.safetensors'    # diffusers' name
 
 def to_safetensors(
-    tensors: dict,          # name -> tensor
-    metadata: dict = None,  # str -> str
-) -> bytes: # of a safetensors file
+    tensors: dict,         # name -> tensor
+    metadata: dict = None, # str -> str
+) -> bytes:                # of a safetensors file
     "Tensors as the bytes of a safetensors file; equal contents give equal bytes."
     data = save({name: x.contiguous() for name, x in tensors.items()}, metadata)
     size, = struct.unpack('<Q', data[:8])
@@ -97,7 +97,7 @@ def to_safetensors(
 def save_lora(
     editor,           # with an adapter
     folder: str|Path, # created when missing
-) -> Path: # of the file
+) -> Path:            # of the file
     "Save the adapter for `load_lora` and for plain diffusers. Raises `InputError` for a tensor that is not finite."
     from peft.utils import get_peft_model_state_dict
     (name, config), = editor.transformer.peft_config.items()
@@ -112,7 +112,7 @@ def save_lora(
 def find_adapter(
     source: str|Path,    # a file, a folder, or a hub name such as 'owner/name' or 'owner/name/file.safetensors'
     field: str = 'lora', # the setting that names it, for messages
-) -> Path: # of a safetensors file
+) -> Path:               # of a safetensors file
     "The path of an adapter's file; one on the hub is fetched. Raises `InputError` when there is none, or several."
     def choose(names):
         known = [n for n in (ADAPTER_FILE, 'adapter_model.safetensors') if n in names]
@@ -143,7 +143,7 @@ def _is_pattern(text) -> bool:
 def adapter_facts(
     metadata: dict, # of a safetensors file
     file: Path,     # the file; an `adapter_config.json` may stand beside it
-) -> dict: # peft's fields, as far as they are written down
+) -> dict:          # peft's fields, as far as they are written down
     "What an adapter's file says about its rank and alpha. Raises `InputError` for fields that are not usable."
     config = file.parent/'adapter_config.json'
     written = metadata.get('lora_adapter_metadata', '{}')
@@ -166,7 +166,7 @@ def adapter_facts(
 # %% ../../nbs/editing/04_lora.ipynb #cb987a44
 def read_adapter(
     source: str|Path, # as in `find_adapter`
-) -> tuple: # (tensors by the names of the file, rank and alpha as far as they are written down, the file)
+) -> tuple:           # (tensors by the names of the file, rank and alpha as far as they are written down, the file)
     "The tensors of an adapter, all of them finite, and what its file or `adapter_config.json` says about them."
     file = find_adapter(source)
     try:
@@ -202,7 +202,7 @@ def check_effect(
 def fitting_tensors(
     transformer,   # of an editor
     tensors: dict, # name without prefix -> tensor
-) -> dict: # those that belong to a linear layer here, fit its width, and have their other factor
+) -> dict:         # those that belong to a linear layer here, fit its width, and have their other factor
     "The tensors of an adapter that fit a transformer."
     layers = {n: m for n, m in transformer.named_modules() if hasattr(m, 'in_features')}
     def factors(layer): return tensors.get(f'{layer}.lora_A.weight'), tensors.get(f'{layer}.lora_B.weight')
@@ -218,7 +218,7 @@ def fitting_tensors(
 # %% ../../nbs/editing/04_lora.ipynb #385c01db
 def without_prefix(
     tensors: dict, # by the names of a file
-) -> dict: # by the names that are left
+) -> dict:         # by the names that are left
     "Tensors by names without the prefixes of diffusers, peft and ComfyUI."
     prefix = re.compile(r'^((transformer|base_model\.model|diffusion_model)\.)+')
     return {prefix.sub('', name): x for name, x in tensors.items()}
@@ -226,7 +226,7 @@ def without_prefix(
 def from_kohya(
     transformer,   # of an editor
     tensors: dict, # by the names of a file
-) -> dict: # by the names of the transformer's layers; other names are kept
+) -> dict:         # by the names of the transformer's layers; other names are kept
     "Rename tensors from kohya's names, `lora_transformer_a_b.lora_down.weight`; kohya's alpha is multiplied in."
     layers = {f'lora_transformer_{n.replace(".", "_")}': n for n, _ in transformer.named_modules()}
     result = {}
@@ -244,7 +244,7 @@ def from_kohya(
 def from_diffusers(
     pipe,          # the editor's pipeline
     tensors: dict, # by the names of a file
-) -> dict: # by the names of the transformer's layers; what could not be converted keeps its name
+) -> dict:         # by the names of the transformer's layers; what could not be converted keeps its name
     "Rename tensors from another tool's names, as diffusers converts them; a scale of the tool is multiplied in."
     state = dict(tensors)
     try: out = pipe.lora_state_dict(state, return_alphas=True)
@@ -262,7 +262,7 @@ def match_adapter(
     editor,        # from `load_editor`
     tensors: dict, # by the names of a file
     file,          # for messages
-) -> dict: # layer's name and factor -> tensor
+) -> dict:         # layer's name and factor -> tensor
     "An adapter's tensors by the names of this editor's layers. Raises `InputError` unless all of them fit."
     transformer = editor.transformer
     twice = len(tensors) - len(without_prefix(tensors))
@@ -283,7 +283,7 @@ def match_adapter(
 def adapter_config(
     tensors: dict, # from `match_adapter`
     facts: dict,   # from `read_adapter`
-) -> dict: # fields of peft's `LoraConfig`
+) -> dict:         # fields of peft's `LoraConfig`
     "Rank, alpha and layers of an adapter."
     ranks = {name.removesuffix('.lora_A.weight'): len(x) for name, x in tensors.items() if name.endswith('A.weight')}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -363,7 +363,7 @@ def swapped(
 
 def adapted_layers(
     editor, # with an adapter
-) -> list: # of peft's layers, each around a linear one
+) -> list:  # of peft's layers, each around a linear one
     "The layers that the adapter changes."
     from peft.tuners.tuners_utils import BaseTunerLayer
     return [m for m in editor.transformer.modules() if isinstance(m, BaseTunerLayer)]

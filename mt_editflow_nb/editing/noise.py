@@ -15,7 +15,7 @@ def session_keys(
     sessions: list,        # all `Session`s of a batch, those of other processes too
     seed: int,             # of the run or the evaluation
     iteration: int = None, # of training; None: an evaluation
-) -> list: # of tuples (seed, iteration, id, occurrence)
+) -> list:                 # of tuples (seed, iteration, id, occurrence)
     "The first part of the key of every random number of a session."
     occurrences = Counter()
     keys = []
@@ -33,23 +33,23 @@ def random_generator(
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], 'little')))
 
 def torch_generator(
-    *key, # as for `random_generator`
+    *key,             # as for `random_generator`
 ) -> torch.Generator: # on the CPU
     "A generator of torch that belongs to a key, for the few draws that a whole batch shares."
     return torch.Generator().manual_seed(int(random_generator(*key).integers(2**63)))
 
 def normal_noise(
-    keys: list,   # of N tuples; equal keys have equal noise
-    shape: tuple, # of the noise of a key
+    keys: list,    # of N tuples; equal keys have equal noise
+    shape: tuple,  # of the noise of a key
 ) -> torch.Tensor: # float32 [N, *shape], on the CPU
     "Standard normal noise, one tensor for each key."
     noise = {key: random_generator(*key).standard_normal(shape, np.float32) for key in dict.fromkeys(keys)}
     return torch.from_numpy(np.stack([noise[key] for key in keys]))
 
 def choose_levels(
-    keys: list,  # of P tuples
-    levels: int, # how many there are to choose from
-    k: int,      # how many to choose, each at most once
+    keys: list,    # of P tuples
+    levels: int,   # how many there are to choose from
+    k: int,        # how many to choose, each at most once
 ) -> torch.Tensor: # [k, P], whole numbers below `levels`
     "Draw `k` different noise levels for each key."
     return torch.tensor(np.stack([random_generator(*key).permutation(levels)[:k] for key in keys], 1))

@@ -18,7 +18,7 @@ from .flux2 import byte_tokenizer
 # %% ../../nbs/editing/03_qwen.ipynb #697c957f
 def processor_without_video(
     source, # a pipeline directory or a hub name
-): # a `Qwen2VLProcessor`
+):          # a `Qwen2VLProcessor`
     "The pipeline's processor without its video part, which would need torchvision."
     from transformers import Qwen2Tokenizer, Qwen2VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -31,7 +31,7 @@ def processor_without_video(
 # %% ../../nbs/editing/03_qwen.ipynb #facad1e4
 def tiny_vision_language_model(
     tokenizer, # from `byte_tokenizer`
-): # a `Qwen2_5_VLForConditionalGeneration`
+):             # a `Qwen2_5_VLForConditionalGeneration`
     "Qwen2.5-VL with two layers of random weights; the caller seeds."
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     number = tokenizer.convert_tokens_to_ids
@@ -51,7 +51,7 @@ def tiny_qwen(
     folder,             # to create
     plus: bool = False, # Qwen-Image-Edit-Plus; its transformer has 2511's `zero_cond_t`
     seed: int = 0,      # of the weights
-): # the folder
+):                      # the folder
     "Save a Qwen-Image-Edit pipeline of random weights."
     import diffusers
     tokenizer = byte_tokenizer()
@@ -81,7 +81,7 @@ def tiny_qwen(
 # %% ../../nbs/editing/03_qwen.ipynb #4ef7b9fb
 def pad_rows(
     rows: list, # of embeddings [1, tokens, channels]
-) -> tuple: # (embeddings [N, tokens, channels], bool mask [N, tokens])
+) -> tuple:     # (embeddings [N, tokens, channels], bool mask [N, tokens])
     "Embeddings of unequal length as one tensor, with a mask that is True at their tokens."
     longest = max(e.shape[1] for e in rows)
     embeds = torch.cat([torch.nn.functional.pad(e, (0, 0, 0, longest - e.shape[1])) for e in rows])
@@ -91,14 +91,14 @@ def pad_rows(
 # %% ../../nbs/editing/03_qwen.ipynb #d3943d72
 def rows_by_length(
     mask: torch.Tensor, # [N, tokens], 1 at tokens, which come first, and 0 at padding
-) -> list: # of (row numbers, tokens), the shortest first
+) -> list:              # of (row numbers, tokens), the shortest first
     "Groups of rows of equal length, for an attention kernel that takes no mask."
     lengths = mask.sum(1)
     return [((lengths == tokens).nonzero()[:, 0], int(tokens)) for tokens in lengths.unique()]
 
 def predict_unpadded(
-    predict_rows, # a function (row numbers, embeddings without padding, None) -> velocity [rows, L, C]
-    text: Text,   # of N rows, with a mask
+    predict_rows,  # a function (row numbers, embeddings without padding, None) -> velocity [rows, L, C]
+    text: Text,    # of N rows, with a mask
 ) -> torch.Tensor: # [N, L, C]
     "Velocities of rows of unequal length without padding, in as many calls as there are lengths."
     groups = rows_by_length(text.mask)
@@ -109,7 +109,7 @@ def predict_unpadded(
 def with_length_of(
     u: torch.Tensor, # [N, L, C], whose directions are kept
     v: torch.Tensor, # [N, L, C], whose lengths are taken
-) -> torch.Tensor: # [N, L, C]
+) -> torch.Tensor:   # [N, L, C]
     "Vectors in the directions of `u`, as long as those of `v`."
     return u*(v.norm(dim=-1, keepdim=True)/u.norm(dim=-1, keepdim=True))
 
@@ -117,7 +117,7 @@ def with_length_of(
 def small_copy(
     pipe,               # a `QwenImageEditPlusPipeline`
     image: Image.Image, # to be edited
-) -> list: # with one picture
+) -> list:              # with one picture
     "The picture at the size that the text encoder of Qwen-Image-Edit-Plus sees."
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
     width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, image.width/image.height)
@@ -127,14 +127,14 @@ def encode_pairs(
     pipe,          # of the family
     prompts: list, # of N texts
     seen: list,    # what the text encoder is shown with each
-) -> Text: # of N rows; no mask where all have one length
+) -> Text:         # of N rows; no mask where all have one length
     "Encode pairs of a text and a picture, one after the other."
     embeds, mask = pad_rows([pipe.encode_prompt(p, x, device=pipe.vae.device)[0] for p, x in zip(prompts, seen)])
     return Text(embeds, mask=None if mask.all() else mask.long())
 
 # %% ../../nbs/editing/03_qwen.ipynb #f7dc6198
 def video_statistics(
-    vae, # an `AutoencoderKLQwenImage`
+    vae,    # an `AutoencoderKLQwenImage`
 ) -> tuple: # (mean, standard deviation), [1, channels, 1, 1, 1]
     "What the latents of a video are normalised by."
     def shaped(x): return torch.tensor(x, device=vae.device).view(1, -1, 1, 1, 1)
@@ -156,7 +156,7 @@ class QwenText:
         self,
         texts: list,        # of N instructions
         images: np.ndarray, # uint8 [N, H, W, 3], the pictures that they are about
-    ) -> Text: # of N rows
+    ) -> Text:              # of N rows
         "Encode instructions together with their pictures, each different pair once."
         pairs, index = deduplicate([(text, image.tobytes()) for text, image in zip(texts, images)])
         rows = [index.tolist().index(k) for k in range(len(pairs))]       # where each pair occurs first
@@ -171,7 +171,7 @@ class QwenPictures:
     def encode_image(
         self,
         images: np.ndarray, # uint8 [N, H, W, 3]
-    ) -> torch.Tensor: # float32 [N, L, C]
+    ) -> torch.Tensor:      # float32 [N, L, C]
         "Pictures as tokens; for this autoencoder a picture is a video of one frame."
         mean, std = video_statistics(self.vae)
         z = (self.vae.encode(to_vae(images, self.vae).unsqueeze(2)).latent_dist.mode().float() - mean)/std
@@ -181,7 +181,7 @@ class QwenPictures:
     def decode(
         self,
         x: torch.Tensor, # [N, L, C] clean latents
-    ) -> np.ndarray: # uint8 [N, H, W, 3]
+    ) -> np.ndarray:     # uint8 [N, H, W, 3]
         "Tokens as pictures. NaN raises `InputError`."
         mean, std = video_statistics(self.vae)
         z = self.pipe._unpack_latents(x, self.height, self.width, self.pipe.vae_scale_factor)*std + mean
@@ -214,7 +214,7 @@ class QwenEditor(QwenText, QwenPictures):
         sigma: torch.Tensor, # [N] noise levels
         text: Text,          # of N rows, from `encode_text`
         image: torch.Tensor, # [N, L, C] tokens of the pictures to edit
-    ) -> torch.Tensor: # float32 [N, L, C]
+    ) -> torch.Tensor:       # float32 [N, L, C]
         "The velocity `noise - data`, guided, with the length of the conditional one."
         shape = [(1, *self.grid)]*2
         def predict_rows(n, embeds, mask):
@@ -230,7 +230,7 @@ class QwenEditor(QwenText, QwenPictures):
     def sigmas(
         self,
         num_steps: int, # denoising steps
-    ) -> torch.Tensor: # float32 [num_steps + 1], from 1 to 0
+    ) -> torch.Tensor:  # float32 [num_steps + 1], from 1 to 0
         "The pipeline's noise levels: linear, shifted by the number of tokens."
         mu = linear_shift(self.pipe.scheduler, self.latent_shape[0])
         return shifted_sigmas(self.pipe.scheduler, num_steps, mu)

@@ -34,7 +34,7 @@ def sample_dpm(
     image_NLC: torch.Tensor, # tokens of the input pictures
     x: torch.Tensor,         # [N, L, C] noise
     sigmas: torch.Tensor,    # the schedule, [steps + 1]
-) -> torch.Tensor: # [N, L, C] clean latents
+) -> torch.Tensor:           # [N, L, C] clean latents
     "Denoise N rows by DPM-Solver++ 2M."
     x0 = None
     before = None
@@ -86,7 +86,7 @@ class Shard(NamedTuple):
     def of(
         self,
         x_PG: torch.Tensor, # of all sessions and members, [P, G, ...]
-    ) -> torch.Tensor: # [sessions, members, ...]
+    ) -> torch.Tensor:      # [sessions, members, ...]
         "The shard's part of a tensor of all sessions and members."
         return x_PG[list(self.sessions)][:, list(self.members)]
 
@@ -95,7 +95,7 @@ def shard_rows(
     sessions: list,      # the `Session`s of the batch
     group: int,          # members per session
     shard: Shard = None, # which sessions and members; None: all
-) -> tuple: # (the shard, keys of its P sessions, the sessions, of each of its N rows (key of its session, member))
+) -> tuple:              # (shard, keys of its P sessions, the sessions, (key of the session, member) of each of N rows)
     "The rows of a batch that a shard makes."
     shard = shard or Shard(range(len(sessions)), range(group))
     keys = [all_keys[p] for p in shard.sessions]
@@ -107,7 +107,7 @@ def turn_noise(
     rows: list, # of each of N rows (key of its session, number of its member)
     turn: int,  # from 0
     steps=(),   # indices of the K stochastic steps
-) -> tuple: # (noise that the rows start from [N, L, C], list of K noises [N, L, C]), on the editor's device
+) -> tuple:     # (noise that the rows start from [N, L, C], list of K noises [N, L, C]), on the editor's device
     "The noise of one turn. With stochastic steps the members of a group start from the same noise."
     def draw(purpose, shared=False):
         keys = [(*key, purpose, turn, None if shared else member) for key, member in rows]
@@ -137,7 +137,7 @@ def resize_sessions(
     editor,           # from `load_editor`
     sessions: list,   # of `Session`s
     crop: str = None, # 'square': pictures are cut to squares; None: they keep their ratio
-) -> list: # of `Session`s
+) -> list:            # of `Session`s
     """Sessions with their first images as the editor takes them, so that a judge sees what the editor saw.
 
     Pictures of files are opened when they are asked for: a file may hold more of them than memory does."""
@@ -160,7 +160,7 @@ def _image_of(sessions, i): return sessions[i].open_now()
 def first_pictures(
     editor,         # from `load_editor`; set to the shape of these pictures
     sessions: list, # P `Session`s
-) -> np.ndarray: # uint8 [P, H, W, 3]
+) -> np.ndarray:    # uint8 [P, H, W, 3]
     "The pictures that a batch begins with. Raises `InputError` where they have several shapes."
     images = [s.image for s in resize_sessions(editor, sessions)]
     shapes = sorted({f'{image.width} x {image.height}' for image in images})
@@ -172,7 +172,7 @@ def first_pictures(
 def row_slices(
     rows: int, # N
     size: int, # rows per slice, 1 or more
-) -> list: # of slices
+) -> list:     # of slices
     "Slices that cut N rows into transformer calls."
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
@@ -185,7 +185,7 @@ def join_slices(
 
 def stack_turns(
     turns: list, # T of (`Text` of N rows, tokens of the input pictures [N, L, C], `Trajectory`)
-) -> dict: # fields of `Rollout`
+) -> dict:       # fields of `Rollout`
     "Stack the inputs and results of all turns into tensors whose first axis is T."
     texts, inputs, trajectories = zip(*turns)
     N, L, C = trajectories[0].clean_NLC.shape
@@ -203,7 +203,7 @@ def turn_histories(
     images_PGTHWC: np.ndarray, # uint8, every turn's result, at least up to this turn
     turn: int,                 # from 0
     chosen_PT=None,            # [P, T - 1], the member whose picture all members edited next; None: each its own
-) -> np.ndarray: # uint8 [P, G, turn + 1, H, W, 3]
+) -> np.ndarray:               # uint8 [P, G, turn + 1, H, W, 3]
     "The pictures that led to each member's result of a turn, and the result."
     history = images_PGTHWC[:, :, :turn + 1].copy()
     if chosen_PT is None: return history
@@ -218,7 +218,7 @@ def check_latents(
     rows: list,              # of each (key of its session, number of its member)
     turn: int,               # from 0
 ):
-    "Raise `InputError` with the session and the turn unless all latents are finite."
+    "Raises `InputError` with the session and the turn unless all latents are finite."
     broken = (~torch.isfinite(clean_NLC).flatten(1).all(1)).nonzero()
     if not len(broken): return
     (_, _, session, _), member = rows[int(broken[0])]
@@ -242,15 +242,15 @@ def hand_out(
 
 # %% ../../nbs/editing/07_rollout.ipynb #4f7f218c
 def sample_slices(
-    editor,                   # from `load_editor`
-    text,                     # a `Text` of N rows
-    image_NLC: torch.Tensor,  # tokens of the input pictures
-    rows: list,               # of each of N rows (key of its session, number of its member)
-    turn: int,                # from 0
-    sigmas: torch.Tensor,     # the schedule, [steps + 1]
-    batch: int,               # rows per transformer call
-    **options,                # `kind`, `noise_level` and `steps` of `sample`
-): # yields (slice of rows, its `Trajectory`)
+    editor,                  # from `load_editor`
+    text,                    # a `Text` of N rows
+    image_NLC: torch.Tensor, # tokens of the input pictures
+    rows: list,              # of each of N rows (key of its session, number of its member)
+    turn: int,               # from 0
+    sigmas: torch.Tensor,    # the schedule, [steps + 1]
+    batch: int,              # rows per transformer call
+    **options,               # `kind`, `noise_level` and `steps` of `sample`
+):                           # yields (slice of rows, its `Trajectory`)
     "Denoise N rows, a slice at a time. Raises `InputError` where latents are not finite."
     for part in row_slices(len(rows), batch):
         noise_NLC, eps_KNLC = turn_noise(editor, rows[part], turn, options['steps'])
@@ -263,7 +263,7 @@ def share_pictures(
     editor,                    # from `load_editor`
     pictures_PHWC: np.ndarray, # uint8, one picture per session
     group: int,                # G
-) -> tuple: # (pictures uint8 [N, H, W, 3], their tokens [N, L, C]), encoded once per session
+) -> tuple:                    # (pictures uint8 [N, H, W, 3], their tokens [N, L, C]), encoded once per session
     "Give all members of a group the same input picture, encoded once."
     each = torch.arange(len(pictures_PHWC)).repeat_interleave(group)
     return pictures_PHWC.repeat(group, 0), editor.encode_image(pictures_PHWC)[each]
@@ -274,7 +274,7 @@ def next_inputs(
     group: int,                # G
     batch: int,                # pictures an encoder call
     chosen_P=None,             # turn branching: the member whose picture all members edit; None: each its own
-) -> tuple: # (pictures uint8 [N, H, W, 3], their tokens [N, L, C])
+) -> tuple:                    # (pictures uint8 [N, H, W, 3], their tokens [N, L, C])
     "The pictures that the next turn edits, and their tokens."
     if chosen_P is None:
         parts = [editor.encode_image(pictures_NHWC[part]) for part in row_slices(len(pictures_NHWC), batch)]
@@ -301,7 +301,7 @@ def rollout(
     on_turn=None,            # see `hand_out`; called as soon as sessions have finished a turn
     choose=None,             # turn branching: (turn from 0, keys of P sessions) -> the members chosen, [P]
     keys: list = None,       # of the noise of all sessions, where they are known already
-) -> Rollout: # of the shard: P sessions, G members
+) -> Rollout:                # of the shard: P sessions, G members
     "Run whole sessions for a group of members each. Raises `InputError` where latents are not finite."
     shard, keys, sessions, rows = shard_rows(keys or session_keys(sessions, seed, iteration), sessions, group, shard)
     G = len(shard.members)

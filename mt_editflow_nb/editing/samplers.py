@@ -17,7 +17,7 @@ def _column(
     sigma,           # a number, or one for each row
     x: torch.Tensor, # [N, ...]
     name: str,       # for the message
-) -> torch.Tensor: # float32, 0-d or [N, 1, ...], so that it broadcasts over `x`
+) -> torch.Tensor:   # float32, 0-d or [N, 1, ...], so that it broadcasts over `x`
     s = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
     if s.numel() == 1: return s.reshape(())
     expect(s.numel() == len(x), name, f'one number, or {len(x)}', s.numel())
@@ -29,7 +29,7 @@ def noise_scales(
     s: torch.Tensor,      # sigma now
     s_next: torch.Tensor, # sigma after the step
     s_max: torch.Tensor,  # stands in where sigma is 1, for 'flow'
-) -> tuple: # (scale of the fresh noise, coefficient of the predicted noise), both 0 where `s_next` is 0
+) -> tuple:               # (scale of the fresh noise, coefficient of the predicted noise), both 0 where `s_next` is 0
     "How much noise a step puts in, and how much of the predicted noise it takes out."
     noise_std = k = torch.zeros_like(s_next - s)
     if kind == 'flow':
@@ -47,7 +47,7 @@ def step_logp(
     x_next: torch.Tensor,    # [N, ...] where the step went; no gradient flows through it
     mean: torch.Tensor,      # [N, ...] where it goes on average
     noise_std: torch.Tensor, # 0-d or [N, 1, ...] scale of the noise
-) -> torch.Tensor: # [N], 0 where `noise_std` is 0
+) -> torch.Tensor:           # [N], 0 where `noise_std` is 0
     "Gaussian log-probability of where a step went, averaged over the latent dimensions; for 'cps' only `-square`."
     square = (x_next.detach() - mean)**2
     scale = torch.where(noise_std > 0, noise_std, 1.)     # keeps the masked entries, and their gradients, finite
@@ -67,7 +67,7 @@ def sde_step(
     noise: torch.Tensor = None,        # standard normal, like `x`; drawn when None
     x_next: torch.Tensor = None,       # where the step went: score it instead of drawing
     generator: torch.Generator = None, # of the noise drawn
-) -> tuple: # `(x_next, mean, noise_std, logp)`: like `x`; like `x`; 0-d or [N, 1, ...], the scale of the noise; [N]
+) -> tuple:                            # (x_next, mean, noise_std, logp): like `x` twice; 0-d or [N, 1, ...]; [N]
     """One denoising step in float32, and the log-probability of where it went, averaged over the latent dimensions.
 
     Where the step is deterministic ('ode', `noise_level=0`, `sigma_next=0`) `noise_std` and `logp` are 0.
@@ -99,7 +99,7 @@ def sde_step(
 def sigma_schedule(
     num_steps: int, # denoising steps
     mu: float,      # the shift: 0 is uniform; FLUX.1 goes from 0.5 at 256 image tokens to 1.15 at 4096
-) -> torch.Tensor: # float32 [num_steps + 1], falling from 1 to 0
+) -> torch.Tensor:  # float32 [num_steps + 1], falling from 1 to 0
     "FLUX's noise levels: `linspace(1, 1/num_steps, num_steps)`, shifted exponentially (dynamic shifting), then 0."
     expect(num_steps >= 1, 'num_steps', 'at least 1', num_steps)
     s = torch.linspace(1, 1/num_steps, num_steps, dtype=torch.float64)
@@ -112,7 +112,7 @@ def sde_window(
     size: int = 0,                     # steps in the window; 0: all of `within`
     within: tuple = None,              # `(first, end)` that the window lies in; None: every step but the last
     generator: torch.Generator = None, # draws where the window starts, uniformly over what fits
-) -> range: # indices of the stochastic steps
+) -> range:                            # indices of the stochastic steps
     "The steps that are stochastic and trained. Raises `InputError` when the window does not fit."
     first, end = within or (0, num_steps - 1)
     size = size or end - first
@@ -125,6 +125,8 @@ def sde_window(
     return range(start, start + size)
 
 # %% ../../nbs/editing/06_samplers.ipynb #9ebda4b1
+def _log_signal_to_noise(sigma): return math.log((1 - sigma)/sigma)
+
 def dpm_step(
     x: torch.Tensor,                # latents [N, ...] at `sigma`
     v: torch.Tensor,                # the model's velocity there, like `x`
@@ -132,18 +134,17 @@ def dpm_step(
     sigma_next: float,              # noise level after the step, in [0, sigma)
     x0_before: torch.Tensor = None, # the clean latents as the last step predicted them; None: a first step
     sigma_before: float = None,     # the last step's noise level
-) -> tuple: # (latents at `sigma_next`, the clean latents as predicted here), float32
+) -> tuple:                         # (latents at `sigma_next`, the clean latents as predicted here), float32
     "One step of DPM-Solver++ 2M (arXiv 2211.01095) for rectified flow; deterministic."
     x = x.float()
     v = v.float()
     s = float(sigma)
     s_next = float(sigma_next)
     expect(0 <= s_next < s <= 1, 'sigma_next', '0 <= sigma_next < sigma <= 1', (s, s_next))
-    def signal_to_noise(s): return math.log((1 - s)/s)
     x0 = x - s*v
     towards = x0
     if x0_before is not None and sigma_before < 1 and s_next > 0:
-        h = signal_to_noise(s_next) - signal_to_noise(s)
-        h_before = signal_to_noise(s) - signal_to_noise(sigma_before)
+        h = _log_signal_to_noise(s_next) - _log_signal_to_noise(s)
+        h_before = _log_signal_to_noise(s) - _log_signal_to_noise(sigma_before)
         towards = x0 + h/(2*h_before)*(x0 - x0_before)
     return s_next/s*x + (1 - s_next - (1 - s)*s_next/s)*towards, x0

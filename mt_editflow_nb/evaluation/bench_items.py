@@ -114,7 +114,7 @@ def _session_at(place, make, *args):
 def load_gedit(
     source: str|Path,     # the benchmark's parquet file, or a folder of them
     language: str = 'en', # of the instructions: 'en' or 'cn'
-) -> Sessions: # of one turn; `task_types` holds the group, `meta` language and whether it is in the intersection
+) -> Sessions:            # of one turn; `task_types` holds the group, `meta` language and part in the intersection
     "Read GEdit-Bench: 606 pictures in 11 groups."
     one_of('language', language, ('en', 'cn'))
     columns = ['key', 'task_type', 'instruction', 'instruction_language', 'input_image_raw', 'Intersection_exist']

@@ -165,14 +165,13 @@ def items_to_make(
 
 # %% ../../nbs/evaluation/09a_bench_pictures.ipynb #fe6e7b77
 def kept_pictures(
-    name: str,         # out of `BENCHMARKS`
-    folder: str|Path,  # of the run
-    session,           # a `Session`
-    turns: int = None, # how many turns; None: all
-) -> list:             # of uint8 arrays [H, W, 3]: the first picture, and every turn's result
+    name: str,        # out of `BENCHMARKS`
+    folder: str|Path, # of the run
+    session,          # a `Session`
+) -> list:            # of uint8 arrays [H, W, 3]: the first picture, and every turn's result
     "The pictures of one item in the folder of a run."
-    last = len(session.instructions) if turns is None else turns
-    return [np.asarray(open_image(benchmark_file(name, folder, session, t))) for t in range(last + 1)]
+    turns = range(len(session.instructions) + 1)
+    return [np.asarray(open_image(benchmark_file(name, folder, session, t))) for t in turns]
 
 # %% ../../nbs/evaluation/09a_bench_pictures.ipynb #99d5da6d
 PICTURE_STATISTICS = ('from first', 'from last', 'detail', 'colour')

@@ -186,7 +186,7 @@ read_damage = partial(read_named, limits=dict(content_loss=2, surface_corruption
 
 def read_walk(
     answer: str, # of a model
-) -> float: # 1 or 0
+) -> float:      # 1 or 0
     "The final verdict of a walk through the turns of a session. Raises `ValueError`."
     verdicts = re.findall(r'<answer_final>\s*(yes|no)\s*</answer_final>', without_thoughts(answer), re.I)
     if len(verdicts) == 1: return float(verdicts[0].lower() == 'yes')

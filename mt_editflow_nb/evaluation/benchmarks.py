@@ -109,7 +109,7 @@ def success_rates(
     turns_I=None,        # how many turns of each session were asked about; None: T
     n_boot: int = 2000,  # draws of sessions
     seed: int = 0,       # of the draws
-) -> pd.DataFrame: # index turn; SR, low, high, alone in percent; `sessions` behind SR; turns `unreadable` so far
+) -> pd.DataFrame:       # index turn; SR, low, high, alone in percent; `sessions` behind SR; turns `unreadable` so far
     "Success rates over turns with 95 % bootstrap intervals. Raises `InputError` for turns that no session has."
     success = np.asarray(success_IT, float)
     I, T = success.shape
@@ -144,7 +144,7 @@ def turn_rates(
     name: str = 'CR',    # of the rate
     n_boot: int = 2000,  # draws of sessions
     seed: int = 0,       # of the draws
-) -> pd.DataFrame: # index turn; the rate, low, high in percent; `sessions` behind it
+) -> pd.DataFrame:       # index turn; the rate, low, high in percent; `sessions` behind it
     "Shares of sessions over turns with 95 % bootstrap intervals. Raises `InputError` for turns that no session has."
     state = np.asarray(state_IT, float)
     I, T = state.shape
@@ -162,7 +162,7 @@ def mse_table(
     judged_IT,         # bool: which turns the judge was asked about
     limit: float = 6., # both must exceed it
     **kw,              # n_boot and seed of `success_rates`
-) -> pd.DataFrame: # index turn; SR, low, high in percent; prompt_following, consistency, overall; sessions, unreadable
+) -> pd.DataFrame:     # by turn: SR, low, high in percent; prompt_following, consistency, overall; sessions, unreadable
     "MSE-Bench's table. Sessions with an unreadable turn are left out from there on, and counted."
     scores = np.asarray(scores_IT2, float)
     judged = np.asarray(judged_IT, bool)
@@ -181,7 +181,7 @@ def mice_consistency(
     object_cc_IT,        # EdiVal's object term; NaN: void
     background_cc_IT,    # EdiVal's background term; NaN: void
     keeps_background_IT, # bool: no instruction so far changes the background
-) -> np.ndarray:       # float [I, T]
+) -> np.ndarray:         # float [I, T]
     "Edit-R2's consistency of a turn: the mean of the terms that exist, one half where there is none."
     background = np.where(np.asarray(keeps_background_IT, bool), background_cc_IT, np.nan)
     terms = np.stack([np.asarray(object_cc_IT, float), background])
@@ -194,7 +194,7 @@ def mice_table(
     awareness_IT,       # whether the session up to each turn was right: 1, 0, or NaN for unreadable
     n_boot: int = 2000, # draws of sessions
     seed: int = 0,      # of the draws
-) -> pd.DataFrame: # index (turn, metric); value, low, high in percent; `sessions` behind it
+) -> pd.DataFrame:      # index (turn, metric); value, low, high in percent; `sessions` behind it
     "IF, CC, GA and Edit-R2's weighted sum of every turn, with 95 % bootstrap intervals."
     parts = [np.asarray(x, float) for x in (success_IT, consistency_IT, awareness_IT)]
     weighted = sum(w*x for w, x in zip(MICE_WEIGHTS.values(), parts))     # NaN where a part is

@@ -67,7 +67,7 @@ def taxonomy(
     types_IT: list, # I lists of instruction types, one a turn
     success_IT,     # of each 1, 0, or NaN for unscored
     why_IT: list,   # of each a reason
-) -> pd.DataFrame:          # index type; scored turns, success, low, high in percent, then counts of each reason
+) -> pd.DataFrame:  # index type; scored turns, success, low, high in percent, then counts of each reason
     "Success and reasons of failure for each type of instruction, the hardest first; unscored turns if there are any."
     success = np.concatenate([np.asarray(row, float) for row in success_IT])
     turns = pd.DataFrame(dict(type=np.concatenate(types_IT), success=success, why=np.concatenate(why_IT)))

@@ -8,7 +8,6 @@ __all__ = ['perfect_state', 'Exposure', 'measure_exposure', 'exposure_table', 'e
            'plot_exposure', 'structured_judge']
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #d6867cba
-from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
@@ -45,13 +44,11 @@ def measure_exposure(
     editor,         # from `load_editor`
     sessions: list, # I sessions of the shape world, of T turns each
     judge,          # (sessions, images) -> `Scores`
-    *,
-    folder=None,    # keeps results, one folder in it for each evaluation; None: nothing is written
     **kw,           # num_steps, seed, batch, settings, progress of `evaluate`
 ) -> tuple:         # (`Exposure`; of the free run `Outcomes` and images, uint8 [I, T, H, W, 3])
     "Run sessions freely, and each turn from the perfect picture. Turn 1 is the same in both."
     def run(name, sessions):
-        return evaluate(editor, sessions, judge, folder=folder and Path(folder)/name, desc=name, **kw)
+        return evaluate(editor, sessions, judge, desc=name, **kw)
     sessions = resize_sessions(editor, sessions)
     outcomes, images = run('free', sessions)
     later = range(2, outcomes.success_IT.shape[1] + 1)
@@ -218,13 +215,12 @@ def round_trips(
     return np.stack(chain[1:], 1)
 
 def nothing_sessions(
-    n: int,                 # I
-    turns: int,             # T
-    split: str = 'heldout', # of the shape world
-    seed: int = 0,          # of the first pictures
-) -> list:                  # `Session`s
-    "First pictures of the shape world, with instructions that ask for the background that is there already."
-    first = shape_sessions(n, 1, split, seed)
+    n: int,        # I
+    turns: int,    # T
+    seed: int = 0, # of the first pictures
+) -> list:         # `Session`s
+    "Held-out first pictures of the shape world, with instructions that ask for the background that is there already."
+    first = shape_sessions(n, 1, 'heldout', seed)
     names = list(BACKGROUNDS)
     grounds = recognise(np.stack([np.asarray(s.image) for s in first])).background
     return [Session(f'{s.id}-nothing', s.image, [f'change the background to {names[b]}']*turns, ['nothing']*turns)

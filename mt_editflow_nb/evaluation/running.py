@@ -119,7 +119,7 @@ def check_protocol(
 # %% ../../nbs/evaluation/01a_running.ipynb #a384a82b
 def pack_pictures(
     images, # uint8 [I, T, H, W, 3], or a list of I arrays
-) -> dict: # `images` uint8 [I, T, H, W, 3]; `sizes` [I, 2], width and height of each session's, where they differ
+) -> dict:  # `images` uint8 [I, T, H, W, 3]; `sizes` [I, 2], width and height of each session's, where they differ
     "Pictures of different numbers and shapes as arrays for a file; what a session does not have is white."
     if isinstance(images, np.ndarray) or not images: return dict(images=np.asarray(images, np.uint8))
     T, H, W = np.max([x.shape[:3] for x in images], axis=0)
@@ -130,7 +130,7 @@ def pack_pictures(
 
 def unpack_pictures(
     arrays: dict, # from `pack_pictures`, or from a file
-): # uint8 [I, T, H, W, 3], or a list of arrays where they differ in height and width
+):                # uint8 [I, T, H, W, 3], or a list of arrays where they differ in height and width
     "Pictures of sessions in their own shapes; turns that a session does not have are white."
     if 'sizes' not in arrays: return arrays['images']
     return [x[:, :h, :w] for x, (w, h) in zip(arrays['images'], arrays['sizes'])]
@@ -170,7 +170,7 @@ def read_outcomes(
 
 def read_cc_unscored(
     file, # from `write_outcomes`
-): # bool [I, T], or None: every question about consistency got an answer
+):        # bool [I, T], or None: every question about consistency got an answer
     "Where a question about consistency got no answer. A consistency that is void got one."
     return (_read_arrays(file) or {}).get('cc_unscored_IT')
 
@@ -334,7 +334,7 @@ def collect_sessions(
 
 def collect_cc_unscored(
     evaluated, # `EvaluatedSession`s in any order
-): # bool [I, T], or None: every question about consistency got an answer
+):             # bool [I, T], or None: every question about consistency got an answer
     "Where a question about consistency got no answer, in the order of `collect_sessions`."
     evaluated = sorted(evaluated, key=lambda e: e.index)
     T = max(e.outcomes.success_IT.shape[1] for e in evaluated)

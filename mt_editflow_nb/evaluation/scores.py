@@ -206,7 +206,7 @@ def compare_scores(
     over_seeds: bool = True,           # the interval covers training with other seeds too; False: these very editors
     turns_I=None,                      # how many turns each session has; None: T
     cc_unscored: tuple = (None, None), # of either editor bool [I, T], where a question about consistency got no answer
-) -> pd.DataFrame: # index (turn, metric); before, after, difference, low, high, superiority, unscored turns
+) -> pd.DataFrame:                     # index turn, metric; before, after, difference, low, high, superiority, unscored
     """EdiVal's scores of two editors in percent, with a paired percentile bootstrap of their difference over sessions.
 
     Seeds are averaged per session, and to each draw is added a draw of their mean's error. `superiority` is the share
@@ -269,7 +269,7 @@ def _file_of(run):
     return file
 
 def stored_turns(
-    run, # as for `load_outcomes`, which has read it
+    run,   # as for `load_outcomes`, which has read it
 ) -> list: # how many turns each session has; None: all T, or it is not known
     "The numbers of turns that are kept with outcomes, where sessions differ in them."
     if isinstance(run, Outcomes): return None

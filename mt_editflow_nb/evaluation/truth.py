@@ -187,8 +187,6 @@ def judge_rules(
 def judge_images(
     sessions: list,           # I sessions of the shape world
     images_ITHWC: np.ndarray, # uint8, every turn's result
-    detect=shape_detect,      # (image, names, threshold) -> `Found`
-    ask=shape_ask,            # (images, question) -> text
 ) -> pd.DataFrame:            # a row a turn: session, type, attempt ('turn 1', ...), truth, rule (bool), why
     "Verifier and rules on an editor's own pictures. A cell that was not recognised before an edit counts as empty."
     rows = []
@@ -198,7 +196,7 @@ def judge_images(
             edit = parse_edit(text)
             seen = _read(before)
             words = edival_words(edit, Scene(tuple(np.maximum(seen.codes, 0).tolist()), _ground_name(seen)))
-            if words[1]: rows.append(_judged(s, f'turn {t + 1}', edit, words, before, after, (detect, ask)))
+            if words[1]: rows.append(_judged(s, f'turn {t + 1}', edit, words, before, after, (shape_detect, shape_ask)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evaluation/05_truth.ipynb #4c7cc16b
@@ -321,10 +319,8 @@ def edival_session(
 def edival_outcomes(
     sessions: list,           # I sessions from `edival_session`
     images_ITHWC: np.ndarray, # uint8, every turn's result
-    detect=shape_detect,      # (image, names, threshold) -> `Found`
-    ask=shape_ask,            # (images, question) -> text
-    features=pixel_features,  # of pictures, for consistency
 ) -> Outcomes:                # [I, T]
     "What EdiVal's scoring says about an editor in the shape world."
     chains = [list(map(Image.fromarray, images)) for images in images_ITHWC]
-    return outcomes_of([score_session(s, chain, detect, ask, features) for s, chain in zip(sessions, chains)])
+    tools = shape_detect, shape_ask, pixel_features
+    return outcomes_of([score_session(s, chain, *tools) for s, chain in zip(sessions, chains)])

@@ -88,20 +88,20 @@ _LAB = template('''
  {{ flipped }} have another sign than with the settings that are compared ({{ flipped_here }} of them here, framed).
 {% endif %}</p>''')
 
-def _cell(value, largest, text, framed=False):
-    "A cell of a heat map: blue above 0, orange below."
+def _cell(value, largest, text, color, framed=False):
+    "A cell of a heat map: the further its value is from 0, the stronger its color."
     strength = min(1., abs(value)/largest)*.6 if value == value and largest else 0
-    color = '0,114,178' if value >= 0 else '230,159,0'
     frame = '; outline: 2px dashed #CC79A7; outline-offset: -2px' if framed else ''
     return dict(style=f'background: rgba({color},{strength:.2f}){frame}', text=text)
 
-def _reward_cell(reward): return _cell(reward, 1., f'{reward:.2f}' if reward == reward else '—')
+def _reward_cell(reward): return _cell(reward, 1., f'{reward:.2f}' if reward == reward else '—', '0,114,178')
 
 def _advantage_cell(advantage, largest, framed):
+    "Orange above 0, purple below."
     arrow = '·'
     if advantage > 0: arrow = f'▲ {advantage:+.2f}'
     if advantage < 0: arrow = f'▼ {advantage:+.2f}'
-    return _cell(advantage, largest, arrow, framed)
+    return _cell(advantage, largest, arrow, '230,97,1' if advantage > 0 else '94,60,153', framed)
 
 # %% ../../nbs/explore/03_lab.ipynb #a6e2773a
 def advantage_lab(

@@ -598,9 +598,10 @@ def score_sessions(
     images: list,                    # I lists of T PIL images: every turn's result
     tools: EdivalTools,              # detector, VLM, features, and perhaps a measure of quality
     rules: TurnRules = EDIVAL_RULES, # whose scores they are
-) -> list: # I lists of T dicts: turn, task_type, success, why, object_cc, background_cc, and with a quality tool also
-           # quality, quality_first
-    "Scores of several sessions, scored side by side. What is void or could not be scored is None."
+) -> list:                           # I lists of T dicts: turn, task_type, success, why, object_cc, background_cc
+    """Scores of several sessions, scored side by side. What is void or could not be scored is None.
+
+    A tool for quality adds quality and quality_first."""
     for s in sessions: check_edival_session(s)
     pictures = [[to_square(x) for x in (s.image, *results)] for s, results in zip(sessions, images)]
     places = [(i, t) for i, s in enumerate(sessions) for t in range(len(s.instructions))]

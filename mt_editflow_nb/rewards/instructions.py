@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EDIT_FORMS', 'SLOT_MEANINGS', 'LIST_PROMPT', 'WRITE_PROMPT', 'CHECK_PROMPT', 'MAX_THINGS', 'MAX_CHARACTERS',
-           'BACKGROUND_SENTENCE', 'MAX_SIDE_SHOWN', 'EditType', 'update_pool', 'read_things', 'read_instruction',
-           'Draft', 'possible_types', 'draw_type', 'list_things', 'write_turn', 'find_pictures', 'draft_of',
-           'drafted_session', 'write_sessions']
+           'BACKGROUND_SENTENCE', 'MAX_SIDE_SHOWN', 'PICTURES_AT_ONCE', 'TRIES_A_TURN', 'EditType', 'update_pool',
+           'read_things', 'read_instruction', 'Draft', 'possible_types', 'draw_type', 'list_things', 'write_turn',
+           'find_pictures', 'draft_of', 'drafted_session', 'write_sessions']
 
 # %% ../../nbs/rewards/04_instructions.ipynb #4927481b
 from collections import Counter
@@ -53,7 +53,7 @@ def update_pool(
     pool: list,  # names of what is in the picture
     kind: str,   # out of `EDIT_FORMS`
     slots: dict, # name of a slot -> what the model gave
-) -> list: # of names
+) -> list:       # of names
     "What is in the picture after an edit."
     object = slots.get('object')
     new = slots.get('new')
@@ -84,7 +84,7 @@ MAX_CHARACTERS = 300    # of an instruction
 # %% ../../nbs/rewards/04_instructions.ipynb #626915d5
 def read_things(
     answer: str, # of a model
-) -> list: # of 1 to 10 different names
+) -> list:       # of 1 to 10 different names
     "The things that a model has listed. Raises `ValueError`."
     lists = [x for x in json_values(without_thoughts(answer), list) if x and all(isinstance(n, str) for n in x)]
     names = [' '.join(n.split()) for n in lists[0]] if len(lists) == 1 else []
@@ -258,7 +258,7 @@ MAX_SIDE_SHOWN = 1024   # pixels of the longer side, as the model sees a picture
 
 def find_pictures(
     folder: str|Path, # with folders in it, or without
-) -> list: # of paths, in order
+) -> list:            # of paths, in order
     "The pictures below a folder. Raises `InputError` where there are none."
     folder = Path(folder)
     expect(folder.is_dir(), str(folder), 'a folder of pictures', Described('no folder'))
@@ -288,6 +288,9 @@ def drafted_session(
                    [turn['kind'] for turn in draft.turns], meta)
 
 # %% ../../nbs/rewards/04_instructions.ipynb #fa9f2f26
+PICTURES_AT_ONCE = 64
+TRIES_A_TURN = 4    # instructions that are asked for until one is good
+
 def write_sessions(
     engine,                 # (list of `Ask`) -> list of `Reply`
     pictures: dict,         # id -> path
@@ -295,21 +298,20 @@ def write_sessions(
     turns: int = 3,         # of each session
     weights: dict = None,   # name of a type -> how often it is wanted; None: all alike
     seed: int = 0,          # of the draws of types, and of what the model writes
-    tries: int = 4,         # instructions that are asked for until one is good
-    batch: int = 64,        # pictures at a time
     counts: Counter = None, # gets the numbers of instructions 'written', 'refused' and 'unreadable'
-): # yields (path, `Session`, or a text that says why there is none)
+):                          # yields (path, `Session`, or a text that says why there is none)
     "Write instructions for pictures. Raises `InputError` where the server stays away."
     weights = weights or dict.fromkeys(EDIT_FORMS, 1)
     counts = Counter() if counts is None else counts
     for kind in weights: one_of('type', kind, EDIT_FORMS)
     ids = list(pictures)
-    for k in range(0, len(ids), batch):
+    for k in range(0, len(ids), PICTURES_AT_ONCE):
         drafts = []
-        for id in ids[k:k + batch]:
+        for id in ids[k:k + PICTURES_AT_ONCE]:
             try: drafts.append(draft_of(pictures[id], id))
             except InputError as e: yield pictures[id], str(e).removeprefix(f'{pictures[id]}: ')
         list_things(engine, drafts)
-        for _ in range(turns): write_turn(engine, [d for d in drafts if not d.fault], weights, seed, tries, counts)
+        for _ in range(turns):
+            write_turn(engine, [d for d in drafts if not d.fault], weights, seed, TRIES_A_TURN, counts)
         if getattr(engine, 'away', ''): raise InputError(f'vlm: {engine.away}; what it said is kept')
         for d in drafts: yield pictures[d.id], d.fault or drafted_session(d, pictures[d.id], engine.model)

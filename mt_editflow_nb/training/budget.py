@@ -451,7 +451,7 @@ def worst_and_mean(
     kinds: dict,   # (turns, bucket) -> how often an iteration's sessions are of this kind
     size: int,     # side of the square that has the area of the pictures
     multiple: int, # pixels a side of a token
-) -> tuple: # (turns of the longest, their mean, largest (width, height), mean area as a share of the largest)
+) -> tuple:        # (turns of the longest, their mean, largest (width, height), mean area as a share of the largest)
     "The longest sessions and largest pictures, which memory must hold, and the means, which determine the time."
     kinds = {kind: share for kind, share in kinds.items() if share}
     sizes = bucket_sizes(size, multiple)

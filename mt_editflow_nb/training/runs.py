@@ -293,7 +293,7 @@ class FollowedRun:
 def _followed(folder): return FollowedRun(folder)
 
 def followed_run(
-    run, # a run folder; it need not exist yet
+    run,    # a run folder; it need not exist yet
 ) -> tuple: # (rows, `Finding`s)
     "`metrics_rows` and the monitor's findings; called again, it reads only what the run has added."
     return _followed(Path(run).resolve())()

@@ -92,7 +92,7 @@ class SessionSource(NamedTuple):
         self,
         size: int,     # side of the square that has the area of the run's pictures
         multiple: int, # pixels a side of a token
-    ) -> tuple: # (width, height)
+    ) -> tuple:        # (width, height)
         "The size of the largest pictures that training can meet, for which memory must suffice."
         if self.of_file == () or self.crop == 'square': return size, size
         sizes = bucket_sizes(size, multiple)
@@ -150,7 +150,7 @@ def shuffled_part(
 def buckets_of(
     sessions,         # a list of `Session`s, or `Sessions`
     crop: str = None, # 'square': all pictures are cut to squares
-) -> np.ndarray: # of each, an index into `PREFERRED_SIZES`
+) -> np.ndarray:      # of each, an index into `PREFERRED_SIZES`
     "The bucket of each session's first picture."
     if crop == 'square': return np.full(len(sessions), PREFERRED_SIZES.index((1024, 1024)))
     sizes = sessions.sizes if isinstance(sessions, Sessions) else [s.image_size for s in sessions]
@@ -161,7 +161,7 @@ def kind_weights(
     turns,                     # of each session
     buckets,                   # of each session
     turn_weights: dict = None, # number of turns -> weight; None: by the numbers of sessions
-) -> dict: # (turns, bucket) -> probability
+) -> dict:                     # (turns, bucket) -> probability
     "How likely an iteration is to take each kind of sessions. Raises `InputError` for weights that do not fit."
     lengths, counts = np.unique(turns, return_counts=True)
     of_length = length_weights(lengths.tolist(), counts.tolist(), turn_weights)
@@ -172,12 +172,12 @@ def kind_weights(
 
 # %% ../../nbs/training/02_source.ipynb #818a1a80
 def kind_batches(
-    train,        # the sessions that are trained on
-    kinds: dict,  # from `kind_weights`
-    buckets,      # of each session
-    P: int,       # sessions a batch
-    seed: int,    # of the run
-): # iteration -> numbers of P sessions of one kind
+    train,       # the sessions that are trained on
+    kinds: dict, # from `kind_weights`
+    buckets,     # of each session
+    P: int,      # sessions a batch
+    seed: int,   # of the run
+):               # iteration -> numbers of P sessions of one kind
     "Which sessions an iteration takes: a function of the seed and the iteration alone."
     if len(kinds) == 1: return lambda i: shuffled_part(len(train), i*P, P, seed)
     turns = turns_of(train)
@@ -240,7 +240,7 @@ def _held_out_of(sessions, config):
 def readable_sessions(
     sessions,      # `Session`s
     skipped: dict, # id -> message; gains those whose picture cannot be read
-): # yields `Session`s with decoded pictures
+):                 # yields `Session`s with decoded pictures
     "Sessions whose pictures can be read. What cannot be is not tried again."
     for session in sessions:
         if session.id in skipped: continue
@@ -284,7 +284,7 @@ def small_kinds_warning(
     buckets,     # of each session
     kinds: dict, # from `kind_weights`
     P: int,      # sessions a batch
-) -> list: # of one sentence, or none
+) -> list:       # of one sentence, or none
     "Which kinds have fewer sessions than a batch, so that it holds some more than once."
     counts = {(t, b): int(((turns == t) & (buckets == b)).sum()) for (t, b), share in kinds.items() if share}
     few = {kind: n for kind, n in counts.items() if n < P}

@@ -215,7 +215,7 @@ def save_trained(
 
 # %% ../../nbs/training/04_train.ipynb #bdc095c6
 class RunContext(NamedTuple):
-    "A run that is at work."
+    "A run in progress."
     config: Config        # its configuration
     run: Path             # its folder, opened
     source: SessionSource # its sessions
@@ -332,7 +332,7 @@ def evaluation_batch(
 
 # %% ../../nbs/training/04_train.ipynb #54fd570b
 def run_evaluation(
-    ctx: RunContext, # a run at work
+    ctx: RunContext, # a run in progress
     name: str,       # of the evaluation, such as 'before'; names its folder in `evaluations/`
     editor,          # that is evaluated
     heldout: list,   # of `Session`s, from `SessionSource.for_editor`
@@ -420,7 +420,7 @@ def keep_best(
 
 # %% ../../nbs/training/04_train.ipynb #afb1832f
 def evaluate_heldout(
-    ctx: RunContext, # a run at work
+    ctx: RunContext, # a run in progress
     state: RunState, # where it stands
 ):
     "Evaluate the adapter as it is now, if this iteration asks for it and it has not been done."
@@ -499,7 +499,7 @@ def step_of(
     return iterate_as_judged if config.learn_as_judged else STEPS[config.algorithm]
 
 def keep_right(
-    ctx: RunContext, # a run at work
+    ctx: RunContext, # a run in progress
     sessions: list,  # of an iteration
     step,            # the `Iteration`
 ):
@@ -509,7 +509,7 @@ def keep_right(
 
 # %% ../../nbs/training/04_train.ipynb #944d562b
 def one_iteration(
-    ctx: RunContext,   # a run at work
+    ctx: RunContext,   # a run in progress
     state: RunState,   # where it stands; goes one further
     evaluation: float, # seconds that the held-out sessions took before it
 ) -> dict:             # its metrics
@@ -558,7 +558,7 @@ def saving_before_stop(
 
 # %% ../../nbs/training/04_train.ipynb #79a60657
 def train_until(
-    ctx: RunContext, # a run at work
+    ctx: RunContext, # a run in progress
     state: RunState, # where it stands
     stage: str,      # 'training' or 'repeating'
     first: int,      # the stage's first iteration
@@ -581,7 +581,7 @@ def train_until(
 
 # %% ../../nbs/training/04_train.ipynb #79a60656
 def train_from_checkpoint(
-    ctx: RunContext, # a run at work
+    ctx: RunContext, # a run in progress
     current: dict,   # is told the `iteration` that is worked on, for messages
     batch: int,      # rows per transformer call, at most
 ):                   # the trained editor
@@ -606,7 +606,7 @@ def train_from_checkpoint(
     return policy.editor
 
 def train_in(
-    ctx: RunContext, # a run at work
+    ctx: RunContext, # a run in progress
 ):                   # the trained editor
     "Train, with fewer rows per transformer call where memory runs out."
     current = {}
@@ -709,7 +709,7 @@ def warn_of_mismatches(
         print(f'warning: evaluation: {text}', file=sys.stderr)
 
 def saved_evaluation(
-    ctx: RunContext, # a run at work
+    ctx: RunContext, # a run in progress
     name: str,       # 'before' or 'after'
     editor,          # that is evaluated
     shared=None,     # a file that other runs have written, or may read; None: it is the run's own
@@ -822,7 +822,7 @@ def is_finished(
 
 # %% ../../nbs/training/04_train.ipynb #e7179028
 def run_stages(
-    ctx: RunContext,   # a run at work
+    ctx: RunContext,   # a run in progress
     identity: dict,    # from `prepare`
     judge_given: bool, # the judge was handed over, and is not the one that `config` names
 ):
