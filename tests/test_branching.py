@@ -11,7 +11,8 @@ from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
 from mt_editflow_nb.editing.rollout import turn_histories
 from mt_editflow_nb.rewards.cube import Scores, load_judge
-from mt_editflow_nb.training.train import iteration_signals, train
+from mt_editflow_nb.training.iteration_log import iteration_signals
+from mt_editflow_nb.training.train import train
 
 small = dict(sessions_per_iteration=2, group=3, turns=3, num_steps=2, lora_rank=2, iterations=4, save_every=2)
 branching = dict(branching='random', credit='local')

@@ -6,10 +6,10 @@ from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor
-from mt_editflow_nb.evaluation.running import evaluate, evaluate_sessions
+from mt_editflow_nb.evaluation.running import evaluate, evaluate_sessions, read_outcomes
 from mt_editflow_nb.evaluation.scores import load_outcomes, score_intervals
 from mt_editflow_nb.rewards.cube import load_judge
-from mt_editflow_nb.training.train import experiment, read_outcomes
+from mt_editflow_nb.training.train import experiment
 from safetensors.numpy import save_file
 
 how = dict(num_steps=1, batch=2)

@@ -21,7 +21,7 @@ from mt_editflow_nb.editing.qwen import tiny_qwen
 from mt_editflow_nb.editing.rollout import rollout
 from mt_editflow_nb.rewards.cube import Scores
 from mt_editflow_nb.training.budget import editor_configs, plan, weightless_editor
-from mt_editflow_nb.training.train import load_configured_editor
+from mt_editflow_nb.training.parts import load_configured_editor
 
 SIZE = 64
 STEPS = 3

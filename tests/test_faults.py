@@ -22,7 +22,7 @@ from mt_editflow_nb.editing.lora import (adapter_config, check_magnitude, find_a
                                          read_adapter, save_lora)
 from mt_editflow_nb.evaluation.running import read_outcomes, write_outcomes
 from mt_editflow_nb.evaluation.scores import Outcomes
-from mt_editflow_nb.training import train as train_chapter
+from mt_editflow_nb.training import best_adapters
 from mt_editflow_nb.training.checkpoints import last_checkpoint, save_checkpoint, write_checkpoint
 from mt_editflow_nb.rewards.agreement import load_labels
 from mt_editflow_nb.rewards.cube import Judge
@@ -32,7 +32,9 @@ from mt_editflow_nb.rewards.answers import read_json_score, read_json_scores
 from mt_editflow_nb.training.budget import remembered_batch
 from mt_editflow_nb.training.runs import cut_log, open_run, read_config
 from mt_editflow_nb.training.source import session_source
-from mt_editflow_nb.training.train import experiment, keep_best, opened_run, say_untrained
+from mt_editflow_nb.training.best_adapters import keep_best
+from mt_editflow_nb.training.iteration_log import say_untrained
+from mt_editflow_nb.training.train import experiment, opened_run
 
 def refused(f, *args, **kw):
     "The one line with which something is refused."
@@ -304,7 +306,7 @@ def test_the_best_adapter_is_kept_before_its_score_is_written(tmp_path, monkeypa
     def save(editor, folder):
         if folder.parent.name == 'best' and full.pop(): raise OSError(28, 'No space left on device', str(folder))
         return save_lora(editor, folder)
-    monkeypatch.setattr(train_chapter, 'save_lora', save)
+    monkeypatch.setattr(best_adapters, 'save_lora', save)
     with pytest.raises((InputError, OSError), match='No space left'): experiment(config, tmp_path/'run', progress=False)
     full.append(False)
     experiment(config, tmp_path/'run', progress=False)

@@ -290,7 +290,7 @@ OTHER_ERRORS = [
     ('training.checkpoints.write_checkpoint', 'checkpoint: cannot write {}: {}; the last good one is {}', 'a disk'),
     ('training.checkpoints._in_one_line', 'checkpoint: {}: process {}: {}', 'a disk, or what its caller says'),
     ('training.checkpoints._in_one_line', 'checkpoint: {}: {}', 'a disk, or what its caller says'),
-    ('training.train.log_iteration', '{}: cannot be written ({})', 'a disk')]
+    ('training.iteration_log.log_iteration', '{}: cannot be written ({})', 'a disk')]
 
 def worded_errors(node, place, passed=()):
     "(place, words, values as {}) of the errors for users that have a text of their own and do not pass on another's."

@@ -29,7 +29,9 @@ from mt_editflow_nb.algorithm import policy as policies
 from mt_editflow_nb.algorithm.policy import Policy, make_optimizer
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.training.runs import judge_fingerprint
-from mt_editflow_nb.training.train import load_configured_editor, step_of
+from mt_editflow_nb.training import parts
+from mt_editflow_nb.training.parts import load_configured_editor, load_judges
+from mt_editflow_nb.training.train import step_of
 from mt_editflow_nb.cli.train import main, read_recipe
 from mt_editflow_nb.algorithm.config import make_config
 
@@ -295,14 +297,14 @@ def test_a_judge_is_loaded_once(tmp_path):
         asked.append(name)
         return judge
     config = make_config(dict(judge='tiny:logit', eval_judge='tiny:logit', eval_sessions=1, iterations=0))
-    with patch.object(training, 'load_judge', one), patch.object(training, 'load_configured_editor', side_effect=Stop):
+    with patch.object(parts, 'load_judge', one), patch.object(training, 'load_configured_editor', side_effect=Stop):
         with pytest.raises(Stop): experiment(config, tmp_path/'run')
     assert asked == ['tiny:logit']
 
 def test_both_judges_keep_their_answers(tmp_path):
     "A resumed run asks neither of them twice; a judge that is asked in another way is another judge."
     config = make_config(dict(judge='tiny:think', eval_judge='tiny:logit'))
-    judge, eval_judge = training.load_judges(config, cache=tmp_path/'judge.sqlite')
+    judge, eval_judge = load_judges(config, cache=tmp_path/'judge.sqlite')
     assert judge.engine.path == eval_judge.engine.path == tmp_path/'judge.sqlite'
     plain = judge_fingerprint('tiny:think')
     assert judge_fingerprint('tiny:think', {}) == plain != judge_fingerprint('tiny:think', dict(max_tokens=9))

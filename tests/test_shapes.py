@@ -12,10 +12,11 @@ from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.data.sizes import bucket_sizes, fit_picture, nearest_bucket
 from mt_editflow_nb.data.tables import StreamedBatches, save_table
 from mt_editflow_nb.editing.rollout import resize_sessions
+from mt_editflow_nb.evaluation.running import read_outcomes
 from mt_editflow_nb.explore.strips import read_strips, session_strip
 from mt_editflow_nb.training.runs import read_config, results_table
 from mt_editflow_nb.training.source import kind_weights, session_source, trained_part
-from mt_editflow_nb.training.train import experiment, read_outcomes
+from mt_editflow_nb.training.train import experiment
 from test_lengths import right_where_asked
 
 SQUARE = (60, 60)

@@ -19,6 +19,7 @@ from mt_editflow_nb.data.files import InputError, atomic_write, locked, to_json
 from mt_editflow_nb.data.sessions import save_sessions
 from mt_editflow_nb.data.signals import Stopped
 from mt_editflow_nb.data.shapeworld import shape_sessions
+from mt_editflow_nb.training import heldout
 from mt_editflow_nb.training.checkpoints import last_checkpoint
 from mt_editflow_nb.cli.train import _go_where_begun, main
 from mt_editflow_nb.algorithm.config import make_config
@@ -175,7 +176,7 @@ def test_without_a_good_checkpoint_nothing_is_loaded(tmp_path, whole, monkeypatc
     run = copied(whole, tmp_path/'run')
     for folder in (run/'checkpoints').iterdir(): (folder/'state.safetensors').write_bytes(b'not weights')
     loaded = []
-    monkeypatch.setattr(mt_editflow_nb.training.train, 'load_editor', lambda *a, **kw: loaded.append(a))
+    monkeypatch.setattr(mt_editflow_nb.training.parts, 'load_editor', lambda *a, **kw: loaded.append(a))
     assert main(['--resume', str(run)]) == 2 and not loaded
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith('mtef_train: checkpoint: expected a checkpoint of this run, received ')
@@ -486,9 +487,8 @@ def test_only_the_adapter_changes(tmp_path, kw):
 
 def test_runs_of_a_folder_evaluate_the_base_editor_once(tmp_path, monkeypatch):
     "What is found of it lies under a name made of all that it depends on; uncommitted code shares nothing."
-    training = importlib.import_module('mt_editflow_nb.training.train')
     asked = []
-    evaluate = training.evaluate_sessions
+    evaluate = heldout.evaluate_sessions
     def noted(*args, desc, **kw):
         asked.append(desc)
         return evaluate(*args, desc=desc, **kw)
@@ -496,10 +496,10 @@ def test_runs_of_a_folder_evaluate_the_base_editor_once(tmp_path, monkeypatch):
         asked.clear()
         fields = dict(sessions_per_iteration=1, group=2, turns=1, iterations=0, lora_rank=2, eval_sessions=2) | kw
         return experiment(make_config(fields), tmp_path/name, progress=False)['final_turn_O_before'], list(asked)
-    known = dict(training.environment(), commit='0'*40)
+    known = dict(heldout.environment(), commit='0'*40)
     code = [known]
-    monkeypatch.setattr(training, 'evaluate_sessions', noted)
-    monkeypatch.setattr(training, 'environment', lambda: code[-1])
+    monkeypatch.setattr(heldout, 'evaluate_sessions', noted)
+    monkeypatch.setattr(heldout, 'environment', lambda: code[-1])
     first, both = run('first')
     assert both == ['before', 'after']
     assert run('other_rate', lr=1e-4, seed=3) == (first, ['after'])
@@ -514,9 +514,8 @@ def test_runs_of_a_folder_evaluate_the_base_editor_once(tmp_path, monkeypatch):
 
 def test_the_base_is_shared_by_content(tmp_path, monkeypatch):
     "The same session file with other pictures is other data: what was found of the base editor is not taken over."
-    training = importlib.import_module('mt_editflow_nb.training.train')
-    known = dict(training.environment(), commit='0'*40)
-    monkeypatch.setattr(training, 'environment', lambda: known)
+    known = dict(heldout.environment(), commit='0'*40)
+    monkeypatch.setattr(heldout, 'environment', lambda: known)
     file = save_sessions(shape_sessions(4, 1, seed=7), tmp_path/'mine')
     fields = dict(sessions_per_iteration=1, group=2, num_steps=2, lora_rank=2, iterations=0,
                   sessions=str(file), heldout=2)

@@ -36,14 +36,14 @@ script = textwrap.dedent("""
     from mt_editflow_nb.data.files import InputError
     from mt_editflow_nb.data.signals import Stopped
     from mt_editflow_nb.training import tracking
-    from mt_editflow_nb.algorithm.processes import sum_statistics
+    from mt_editflow_nb.algorithm.processes import collect_answers, share_answers, sum_statistics
     from mt_editflow_nb.rewards.cache import Cached
     from mt_editflow_nb.rewards.cube import Scores, judge_usage
     from mt_editflow_nb.rewards.engines import Ask, Reply
     from mt_editflow_nb.rewards import edival_models
     from mt_editflow_nb.rewards.edival_rules import Question
     from mt_editflow_nb.rewards.edival_tools import LocalTools
-    from mt_editflow_nb.training.train import collect_answers, share_answers, train
+    from mt_editflow_nb.training.train import train
 
     folder, settings = Path(sys.argv[2]), sys.argv[3:]
     real = iterate.rollout

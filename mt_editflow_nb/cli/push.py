@@ -29,7 +29,7 @@ from ..training.runs import plot_run, read_config
 from ..evaluation.running import (EvaluatedSession, collect_cc_unscored, collect_sessions,
                                                read_cc_unscored, read_outcomes)
 from ..evaluation.scores import unscored_by_reward
-from ..training.train import before_after_table, trained_content
+from ..training.run_results import before_after_table, trained_content
 
 # %% ../../nbs/cli/05_push.ipynb #a5a95780
 def without_address(
