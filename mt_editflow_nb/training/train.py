@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOP_WITH_VARIABLE', 'STEPS', 'check_imitation', 'prepare', 'opened_run', 'stop_together', 'hint_at_resume',
-           'step_of', 'keep_right', 'one_iteration', 'saving_before_stop', 'train_until', 'train_from_checkpoint',
-           'train_in', 'train', 'run_stages', 'experiment']
+           'run_in_progress', 'step_of', 'keep_right', 'one_iteration', 'saving_before_stop', 'train_until',
+           'train_from_checkpoint', 'train_in', 'train', 'run_stages', 'experiment']
 
 # %% ../../nbs/training/04_train.ipynb #9b5f1116
 import gc, os, sys, time
@@ -121,6 +121,28 @@ def hint_at_resume(
         if processes()[0] == 0: print(f'{e or "interrupted"}; go on with: mtef_train --resume {run}', file=sys.stderr)
         e.told = True
         raise
+
+# %% ../../nbs/training/04_train.ipynb #7c1a0e52
+@contextmanager
+def run_in_progress(
+    config: Config,          # of the run
+    run: Path,               # its folder, opened
+    source,                  # its `SessionSource`
+    stop: StopRequests,      # to stop it
+    judge=None,              # that stands in for those that `config` names
+    progress: bool = True,   # progress bars
+    ask_first: bool = False, # ask each judge one small question
+):                           # yields a `RunContext`
+    "A context in which a run is at work. Raises `InputError` where all checkpoints are damaged or no judge answers."
+    from_first(lambda: last_checkpoint(run))                           # raises where all are damaged
+    answers = answers_file(config, run, judge)
+    share_answers(answers)
+    with failing_together():
+        judges = load_judges(config, judge, answers)                   # a resumed run asks nothing twice
+        if ask_first: check_judges(*judges)
+    with tracking(config.track, run, config.model_dump()) as trackers:
+        yield RunContext(config, run, source, *judges, stop, trackers, progress)
+    collect_answers(answers)
 
 # %% ../../nbs/training/04_train.ipynb #944d562a
 STEPS = dict(nft=iterate, grpo=iterate, sft=supervise, distill=distill)     # an iteration of each `algorithm`
@@ -262,14 +284,7 @@ def train(
     Raises `Stopped`, a `KeyboardInterrupt`, when a signal asks to stop, and `InputError` for what does not fit."""
     with failing_together(): source, identity = prepare(config)
     with stop_together() as stop, opened_run(config, run, identity) as run, hint_at_resume(run):
-        from_first(lambda: last_checkpoint(run))                       # raises where all are damaged
-        answers = answers_file(config, run, judge)
-        share_answers(answers)
-        with failing_together(): judge, eval_judge = load_judges(config, judge, answers)
-        with tracking(config.track, run, config.model_dump()) as trackers:
-            trained = train_in(RunContext(config, run, source, judge, eval_judge, stop, trackers, progress))
-        collect_answers(answers)
-        return trained
+        with run_in_progress(config, run, source, stop, judge, progress) as ctx: return train_in(ctx)
 
 # %% ../../nbs/training/04_train.ipynb #e7179028
 def run_stages(
@@ -305,16 +320,7 @@ def experiment(
         if from_first(lambda: is_finished(run)):
             from_first(lambda: say_log_gaps(run, config.iterations))
         else:
-            judge_given = judge is not None
-            from_first(lambda: last_checkpoint(run))                   # raises where all are damaged
-            answers = answers_file(config, run, judge)
-            share_answers(answers)
-            with failing_together():
-                judge, eval_judge = load_judges(config, judge, answers) # a resumed run asks nothing twice
-                check_judges(judge, eval_judge)
-            with tracking(config.track, run, config.model_dump()) as trackers:
-                ctx = RunContext(config, run, source, judge, eval_judge, stop, trackers, progress)
-                run_stages(ctx, identity, judge_given)
+            with run_in_progress(config, run, source, stop, judge, progress, ask_first=True) as ctx:
+                run_stages(ctx, identity, judge is not None)
                 from_first(lambda: track_results(ctx))
-            collect_answers(answers)
         return from_first(lambda: write_results(config, run, source))
