@@ -29,16 +29,17 @@ from PIL import Image
 from mt_editflow_nb.data.files import atomic_write, one_line, to_json
 from mt_editflow_nb.data.sessions import Session
 from mt_editflow_nb.editing.editor import RepeatedText, Text, deduplicate, to_vae
-from mt_editflow_nb.editing.loading import (KEPT_IN_16_BITS, TILE_ABOVE, autocast_velocity, find_editor, quantize_nf4,
-                                            use_attention)
+from mt_editflow_nb.editing.loading import (
+    KEPT_IN_16_BITS, TILE_ABOVE, autocast_velocity, find_editor, quantize_nf4, use_attention)
 from mt_editflow_nb.editing.lora import add_lora, lora_parameters, merged
 from mt_editflow_nb.editing.samplers import sigma_schedule
 from mt_editflow_nb.rewards.cube import Scores
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.algorithm.iterate import iterate
 from mt_editflow_nb.algorithm.policy import Policy, make_optimizer
-from mt_editflow_nb.training.budget import (PEAK_FLOPS, PUBLISHED_EDITORS, count_rows, editor_configs, plan,
-                                            profile_row, weightless_editor, weightless_encoder, weightless_text)
+from mt_editflow_nb.training.budget import (
+    PEAK_FLOPS, PUBLISHED_EDITORS, count_rows, editor_configs, plan, profile_row, weightless_editor,
+    weightless_encoder, weightless_text)
 from mt_editflow_nb.cli.train import parse_overrides, read_recipe
 
 def fill(module, device, home=None):

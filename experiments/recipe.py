@@ -19,8 +19,8 @@ import numpy as np
 from mt_editflow_nb.ablation.passes import passes_so_far
 from mt_editflow_nb.ablation.results import METRICS, compare_points, load_results, seed_scores
 from mt_editflow_nb.algorithm.config import RL
-from mt_editflow_nb.data.files import (Described, InputError, atomic_write, expect, one_of, read_json, read_json_lines,
-                                       to_json)
+from mt_editflow_nb.data.files import (
+    Described, InputError, atomic_write, expect, one_of, read_json, read_json_lines, to_json)
 from mt_editflow_nb.data.plots import PALETTE, save_figure
 from mt_editflow_nb.data.shapeworld import WORLDS
 from mt_editflow_nb.evaluation.scores import Outcomes

@@ -1,7 +1,7 @@
 "Sessions whose turns depend on each other: where turn 1 failed, nothing that follows can be done."
 import numpy as np
-from mt_editflow_nb.data.shapeworld import (apply_edit, dependent_sessions, parse_edit, read_scene, render,
-                                            teacher_images)
+from mt_editflow_nb.data.shapeworld import (
+    apply_edit, dependent_sessions, parse_edit, read_scene, render, teacher_images)
 from mt_editflow_nb.data.verifier import verify
 
 sessions = dependent_sessions(40, turns=4, split='heldout')

@@ -18,8 +18,8 @@ from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.data.tables import save_table
 from mt_editflow_nb.editing import loading
 from mt_editflow_nb.editing.loading import load_editor
-from mt_editflow_nb.editing.lora import (adapter_config, check_magnitude, find_adapter, lora_parameters, match_adapter,
-                                         read_adapter, save_lora)
+from mt_editflow_nb.editing.lora import (
+    adapter_config, check_magnitude, find_adapter, lora_parameters, match_adapter, read_adapter, save_lora)
 from mt_editflow_nb.evaluation.running import read_outcomes, write_outcomes
 from mt_editflow_nb.evaluation.scores import Outcomes
 from mt_editflow_nb.training import best_adapters

@@ -16,10 +16,10 @@ from mt_editflow_nb.editing.loading import find_editor, load_editor
 from mt_editflow_nb.editing.lora import add_lora, lora_parameters, save_lora
 from mt_editflow_nb.editing.flux2 import tiny_klein
 from mt_editflow_nb.editing.editor import Text
-from mt_editflow_nb.training.budget import (DECODER_NUMBERS, PEAK_FLOPS, PUBLISHED_EDITORS, TRANSFORMER_CLASSES, advice,
-                                            count_evaluations, count_rows, editor_configs, find_batch, judge_bytes,
-                                            plan, plan_text, profile_row, weightless_editor, weightless_encoder,
-                                            weightless_text)
+from mt_editflow_nb.training.budget import (
+    DECODER_NUMBERS, PEAK_FLOPS, PUBLISHED_EDITORS, TRANSFORMER_CLASSES, advice, count_evaluations, count_rows,
+    editor_configs, find_batch, judge_bytes, plan, plan_text, profile_row, weightless_editor,
+    weightless_encoder, weightless_text)
 from mt_editflow_nb.editing.qwen import tiny_qwen
 from mt_editflow_nb.data.files import InputError
 from mt_editflow_nb.data.sessions import Session

@@ -7,8 +7,8 @@ from helpers import run_notebook
 from mt_editflow_nb.data.files import append_json_line
 from mt_editflow_nb.rewards.agreement import load_labels
 from mt_editflow_nb.data.shapeworld import shape_sessions
-from mt_editflow_nb.evaluation.study import (RatingQueue, choices_between, export_labels, make_trials,
-                                             rater_agreement, read_choices)
+from mt_editflow_nb.evaluation.study import (
+    RatingQueue, choices_between, export_labels, make_trials, rater_agreement, read_choices)
 
 root = Path(__file__).resolve().parents[1]
 

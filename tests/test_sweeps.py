@@ -5,8 +5,7 @@ import nbformat, psutil, pytest, yaml
 from helpers import PATIENCE, wait_for
 from mt_editflow_nb.ablation import jobs as jobs_module
 from mt_editflow_nb.ablation import sweeps
-from mt_editflow_nb.ablation.jobs import (
-    describe_sweep, is_running, job_state, job_status, run_sweep, start_ray)
+from mt_editflow_nb.ablation.jobs import describe_sweep, is_running, job_state, job_status, run_sweep, start_ray
 from mt_editflow_nb.ablation.notebook import notebook_config
 from mt_editflow_nb.ablation.sweeps import Job, Plan, Sweep, plan_sweep, read_notebook
 from mt_editflow_nb.cli.sweep import main

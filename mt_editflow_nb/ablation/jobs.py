@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import psutil
 from tqdm import tqdm
 from .sweeps import Job, Plan, Resources, label_of, read_seconds
-from ..data.files import (InputError, atomic_write, count_text, duration_text, expect, is_locked, locked,
-                                       one_line, read_json, skip_url_grammar, to_json)
+from ..data.files import (
+    InputError, atomic_write, count_text, duration_text, expect, is_locked, locked, one_line,
+    read_json, skip_url_grammar, to_json)
 
 # %% ../../nbs/ablation/01_jobs.ipynb #d732970a
 RUN_ELSEWHERE = 3    # exit statuses of a job's process, besides 0 (done) and 1 (failed)

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from .passes import common_turn, pass_curve
-from .results import (
-    METRICS, Results, compare_points, last_turn, load_results, seed_scores)
+from .results import METRICS, Results, compare_points, last_turn, load_results, seed_scores
 from ..data.files import Described, InputError, atomic_write, expect, read_json, shipped, skip_url_grammar
 from ..data.plots import BAD, GOOD, NEUTRAL, line_style, plain_label, plot_learning_curves
 from ..evaluation.scores import Outcomes

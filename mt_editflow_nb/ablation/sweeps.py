@@ -12,8 +12,9 @@ import ast, contextlib, functools, hashlib, io, itertools, json, logging, re, ty
 from pathlib import Path
 from typing import Any, NamedTuple
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
-from ..data.files import (Described, InputError, atomic_write, content_hash, expect, one_line, one_of,
-                                       parse_yaml, read_text, skip_url_grammar, to_json, unknown_name)
+from ..data.files import (
+    Described, InputError, atomic_write, content_hash, expect, one_line, one_of, parse_yaml, read_text,
+    skip_url_grammar, to_json, unknown_name)
 
 # %% ../../nbs/ablation/00_sweeps.ipynb #a3d5d806
 class Resources(BaseModel, extra='forbid'):

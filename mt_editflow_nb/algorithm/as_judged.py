@@ -12,8 +12,8 @@ from ..editing.rollout import Rollout
 from ..rewards.cube import TurnScorer, scores_by_session
 from .config import Config
 from .batch import Batch
-from .iterate import (act, all_scores, choose_rows, count_losses, grpo_terms, nft_terms,
-                                              turn_advantages, turn_scorer)
+from .iterate import (
+    act, all_scores, choose_rows, count_losses, grpo_terms, nft_terms, turn_advantages, turn_scorer)
 from .metrics import Iteration, iteration_metrics
 from .policy import Policy, set_learning_rate
 from .updates import Statistics, add_gradients, follow_gradients, learning_rate

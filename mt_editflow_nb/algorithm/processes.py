@@ -22,8 +22,7 @@ from torch.distributed import DistError, PrefixStore, broadcast_object_list, gat
 from torch.distributed.distributed_c10d import _get_default_store
 from ..data.files import Described, InputError, expect
 from ..editing.rollout import Shard
-from ..rewards.cache import (add_replies, copy_cache, merge_caches, new_replies, rank_caches,
-                                          rank_file)
+from ..rewards.cache import add_replies, copy_cache, merge_caches, new_replies, rank_caches, rank_file
 
 # %% ../../nbs/algorithm/04_processes.ipynb #74541e52
 def processes() -> tuple: # (number of this process, how many there are)

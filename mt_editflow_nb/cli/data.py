@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from ..data.files import Described, InputError, at_home, atomic_write, count_text, expect, one_line, one_of
 from ..data.importers import IMPORTERS, RowWriter, import_set
 from ..data.overview import overview, overview_figure
-from ..data.selecting import (LANGUAGES, matches, read_for_selection, read_range, sample_indices,
-                                           split_by_picture, write_selection)
+from ..data.selecting import (
+    LANGUAGES, matches, read_for_selection, read_range, sample_indices, split_by_picture, write_selection)
 from ..data.sessions import MAX_TURNS, load_sessions
 from ..editing.loading import HUB_EDITORS, text_limit
 from ..rewards.cube import load_judge

@@ -17,9 +17,9 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..data.files import (Described, InputError, add_missing_lines, at_home, atomic_write, check_writable,
-                                       content_hash, count_text, expect, lacking_memory, one_line, open_image,
-                                       parse_yaml, read_json, take_share, to_json)
+from ..data.files import (
+    Described, InputError, add_missing_lines, at_home, atomic_write, check_writable, content_hash, count_text, expect,
+    lacking_memory, one_line, open_image, parse_yaml, read_json, take_share, to_json)
 from ..data.sessions import MAX_TURNS, load_edival
 from ..data.shapeworld import MAX_SESSIONS, WORLD_SIDE, WORLDS
 from ..data.signals import stop_at_once, stop_requests
@@ -30,35 +30,35 @@ from ..editing.loading import FAMILIES, check_adapter_fits, find_editor, load_ed
 from ..editing.whole import check_trained, is_transformer, load_trained
 from ..editing.rollout import resize_sessions
 from ..rewards.cube import check_judge_options, judge_mode, load_judge
-from ..rewards.edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QUALITY, EDIVAL_VLM,
-                                                  lacks_quality, load_detector, load_edival_vlm, load_features,
-                                                  load_quality, read_edival_questions, weights_of)
+from ..rewards.edival_models import (
+    EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_QUALITY, EDIVAL_VLM, lacks_quality, load_detector, load_edival_vlm,
+    load_features, load_quality, read_edival_questions, weights_of)
 from ..rewards.edival_rules import EDIT_R2_QUESTIONS, EDIVAL_SIDE, QUESTIONS, EdivalTools
 from ..rewards.edit_r2_rules import EDIT_R2_RULES, read_edit_r2_questions
 from ..rewards.judges import MODES
-from ..algorithm.processes import (collect_answers, failing_together, from_first, hearing_others,
-                                                 interrupt, share_answers)
+from ..algorithm.processes import (
+    collect_answers, failing_together, from_first, hearing_others, interrupt, share_answers)
 
 # %% ../../nbs/cli/01_eval.ipynb #66d1f29f
-from ..evaluation.bench_items import (BENCHMARKS, MICE_TOOLS, benchmark_file, benchmark_protocol,
-                                                    load_benchmark)
+from ..evaluation.bench_items import (
+    BENCHMARKS, MICE_TOOLS, benchmark_file, benchmark_protocol, load_benchmark)
 from ..evaluation.bench_pictures import count_cut, generate_benchmark, items_to_make, turn_counts
 from ..evaluation.bench_questions import BENCHMARK_QUESTIONS, read_benchmark_questions
 from ..evaluation.bench_runs import benchmark_differences, read_items, write_benchmark_run
-from ..evaluation.bench_scores import (Answers, ask_benchmark, benchmark_scores, load_benchmark_judge,
-                                                    asks_own_questions)
-from ..evaluation.card import (blind_spots, is_shape_world, load_session_images, model_of,
-                                            plain_failures, save_run_images, save_session_images, shape_failures,
-                                            shared_pictures, write_card)
-from ..evaluation.edival import (EDIVAL_SEED, EDIVAL_SESSIONS, cc_unscored_of, check_settings,
-                                              generate_edival, load_published, outcomes_of, pictures_of_others,
-                                              pictures_to_make, protocol_differences, published_files,
-                                              published_protocol, score_edival, sessions_to_score)
+from ..evaluation.bench_scores import (
+    Answers, ask_benchmark, benchmark_scores, load_benchmark_judge, asks_own_questions)
+from ..evaluation.card import (
+    blind_spots, is_shape_world, load_session_images, model_of, plain_failures, save_run_images, save_session_images,
+    shape_failures, shared_pictures, write_card)
+from ..evaluation.edival import (
+    EDIVAL_SEED, EDIVAL_SESSIONS, cc_unscored_of, check_settings, generate_edival, load_published,
+    outcomes_of, pictures_of_others, pictures_to_make, protocol_differences, published_files,
+    published_protocol, score_edival, sessions_to_score)
 from ..evaluation.exposure import decay_table, half_life, structured_judge
-from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluated_sessions, trained_with,
-                                               training_mismatches, training_of)
-from ..evaluation.scores import (Outcomes, compare, load_outcomes, save_outcomes, score_intervals,
-                                              stored_turns, unscored_by_reward)
+from ..evaluation.running import (
+    collect_cc_unscored, collect_sessions, evaluated_sessions, trained_with, training_mismatches, training_of)
+from ..evaluation.scores import (
+    Outcomes, compare, load_outcomes, save_outcomes, score_intervals, stored_turns, unscored_by_reward)
 from ..evaluation.statistics import format_intervals
 from ..training.source import check_for_judge, trained_part
 

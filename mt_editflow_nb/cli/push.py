@@ -18,16 +18,16 @@ from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment
 from ..algorithm.config import RL
-from ..data.files import (Described, InputError, at_home, atomic_write, content_hash, expect, log_rows,
-                                       one_line, read_json, to_json)
+from ..data.files import (
+    Described, InputError, at_home, atomic_write, content_hash, expect, log_rows, one_line, read_json, to_json)
 from ..data.plots import save_figure
 from ..data.shapeworld import WORLDS
 from ..editing.loading import SHIPPED_EDITORS
 from ..editing.lora import ADAPTER_FILE
 from ..evaluation.card import markdown_table, same_judge_sentences, unscored_sentences
 from ..training.runs import plot_run, read_config
-from ..evaluation.running import (EvaluatedSession, collect_cc_unscored, collect_sessions,
-                                               read_cc_unscored, read_outcomes)
+from ..evaluation.running import (
+    EvaluatedSession, collect_cc_unscored, collect_sessions, read_cc_unscored, read_outcomes)
 from ..evaluation.scores import unscored_by_reward
 from ..training.run_results import before_after_table, trained_content
 

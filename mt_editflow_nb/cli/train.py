@@ -11,8 +11,9 @@ from pathlib import Path
 import torch, yaml
 from safetensors import SafetensorError                             # what a full disk raises in its save_file
 from tqdm.auto import tqdm
-from ..data.files import (Described, InputError, at_home, atomic_write, check_writable, expect,
-                                       lacking_memory, one_line, parse_yaml, read_json, read_text)
+from ..data.files import (
+    Described, InputError, at_home, atomic_write, check_writable, expect, lacking_memory, one_line,
+    parse_yaml, read_json, read_text)
 from ..data.shapeworld import WORLDS
 from ..data.signals import Stopped, stop_at_once, stop_requests
 from ..algorithm.config import CONFIG_PRESETS, Config, make_config

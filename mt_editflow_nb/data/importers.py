@@ -20,8 +20,9 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
-from .files import (Described, InputError, atomic_write, content_hash, count_text, expect,
-                                       image_size, one_line, one_of, open_image, parse_json, read_text, to_json)
+from .files import (
+    Described, InputError, atomic_write, content_hash, count_text, expect, image_size, one_line, one_of, open_image,
+    parse_json, read_text, to_json)
 from .sessions import Session, load_edival
 
 # %% ../../nbs/data/06_importers.ipynb #dab5c591

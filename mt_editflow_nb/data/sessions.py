@@ -21,9 +21,9 @@ from threading import Lock
 import numpy as np
 from PIL import Image
 from pydantic_core import from_json
-from .files import (ABSENT_IF_EMPTY, Described, InputError, at_home, atomic_write, count_text,
-                                       expect, image_size, one_line, one_of, open_image, parse_json, read_text,
-                                       unknown_name, unreadable_file)
+from .files import (
+    ABSENT_IF_EMPTY, Described, InputError, at_home, atomic_write, count_text, expect, image_size, one_line, one_of,
+    open_image, parse_json, read_text, unknown_name, unreadable_file)
 from .sizes import FittedPicture, fit_picture
 
 # %% ../../nbs/data/01_sessions.ipynb #5ec1a1e1

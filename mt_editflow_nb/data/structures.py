@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 from .files import InputError, expect, one_of
 from .sessions import Session
-from .shapeworld import (BACKGROUNDS, OBJECTS, POSITIONS, SPLITS, Edit, Reading, apply_edit,
-                                            closeness, edit_text, parse_edit, random_chain, read_scene, recognise,
-                                            render, with_article)
-from .verifier import (VERIFIED_DTYPES, consistency_reference, content_consistency,
-                                          instruction_followed)
+from .shapeworld import (
+    BACKGROUNDS, OBJECTS, POSITIONS, SPLITS, Edit, Reading, apply_edit, closeness, edit_text, parse_edit, random_chain,
+    read_scene, recognise, render, with_article)
+from .verifier import (
+    VERIFIED_DTYPES, consistency_reference, content_consistency, instruction_followed)
 
 # %% ../../nbs/data/04_structures.ipynb #4b70d11d
 STRUCTURES = ('undo', 'referring', 'conditional')

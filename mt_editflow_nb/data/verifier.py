@@ -7,8 +7,8 @@ __all__ = ['VERIFIED_DTYPES', 'instruction_followed', 'consistency_reference', '
 
 # %% ../../nbs/data/03_verifier.ipynb #4ca4afdc
 import numpy as np
-from .shapeworld import (BACKGROUNDS, Edit, Reading, Scene, WORLD_SIDE, cells_of, closeness,
-                                            parse_edit, recognise, render)
+from .shapeworld import (
+    BACKGROUNDS, Edit, Reading, Scene, WORLD_SIDE, cells_of, closeness, parse_edit, recognise, render)
 
 # %% ../../nbs/data/03_verifier.ipynb #983ac7e9
 def _background_changed(e, before, after):

@@ -9,8 +9,8 @@ __all__ = ['byte_tokenizer', 'tiny_klein', 'batch_norm_statistics', 'klein_posit
 # %% ../../nbs/editing/02_flux2.ipynb #653fa0cf
 from functools import cached_property
 import numpy as np, torch
-from .editor import (RepeatedText, Text, adopt_pipeline, deduplicate, guide, predict_velocity,
-                                           shifted_sigmas, to_uint8, to_vae)
+from .editor import (
+    RepeatedText, Text, adopt_pipeline, deduplicate, guide, predict_velocity, shifted_sigmas, to_uint8, to_vae)
 
 # %% ../../nbs/editing/02_flux2.ipynb #e774b449
 def byte_tokenizer():
@@ -31,8 +31,8 @@ def tiny_klein(
     seed: int = 0, # of the weights
 ):                 # the folder
     "Save a `Flux2KleinPipeline` of random weights for pictures of 64x64 pixels."
-    from diffusers import (AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel,
-                           FlowMatchEulerDiscreteScheduler)
+    from diffusers import (
+        AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel, FlowMatchEulerDiscreteScheduler)
     from transformers import Qwen3Config, Qwen3ForCausalLM
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = 96

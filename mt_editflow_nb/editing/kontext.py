@@ -8,8 +8,8 @@ __all__ = ['kontext_positions', 'KontextText', 'KontextPictures', 'KontextEditor
 # %% ../../nbs/editing/01_kontext.ipynb #653fa0cf
 from functools import cached_property
 import numpy as np, torch
-from .editor import (RepeatedText, Text, adopt_pipeline, deduplicate, linear_shift,
-                                           predict_velocity, shifted_sigmas, to_uint8, to_vae)
+from .editor import (
+    RepeatedText, Text, adopt_pipeline, deduplicate, linear_shift, predict_velocity, shifted_sigmas, to_uint8, to_vae)
 
 # %% ../../nbs/editing/01_kontext.ipynb #24f314ec
 def kontext_positions(

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 import safetensors, torch
 from safetensors.torch import save
-from ..data.files import (Described, InputError, at_home, atomic_write, expect, one_line, one_of,
-                                       parse_json, read_json)
+from ..data.files import (
+    Described, InputError, at_home, atomic_write, expect, one_line, one_of, parse_json, read_json)
 from .editor import check_finite, hub_errors
 
 # bitsandbytes tells at every call that it misses a kernel which only inference would use

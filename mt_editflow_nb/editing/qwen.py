@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
-from .editor import (RepeatedText, Text, adopt_pipeline, deduplicate, guide, linear_shift,
-                                           predict_velocity, shifted_sigmas, to_uint8, to_vae)
+from .editor import (
+    RepeatedText, Text, adopt_pipeline, deduplicate, guide, linear_shift, predict_velocity,
+    shifted_sigmas, to_uint8, to_vae)
 from .flux2 import byte_tokenizer
 
 # %% ../../nbs/editing/03_qwen.ipynb #697c957f

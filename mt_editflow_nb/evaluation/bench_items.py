@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from PIL import Image, ImageOps
-from ..data.files import (Described, InputError, expect, image_size, one_line, one_of, read_json,
-                                       read_json_lines)
+from ..data.files import (
+    Described, InputError, expect, image_size, one_line, one_of, read_json, read_json_lines)
 from ..data.sessions import Session, Sessions, session_set
 from ..data.sizes import FittedPicture
 from ..rewards.edival_models import EDIVAL_DETECTOR

@@ -22,14 +22,14 @@ from ..rewards.engines import Ask
 from ..rewards.judges import JOINT_MODES, MODES, ask_and_parse
 from ..algorithm.processes import processes
 from .bench_items import BENCHMARKS
-from .bench_pictures import (batches_of, kept_pictures, picture_statistics, statistics_table,
-                                                      turn_counts)
-from .bench_questions import (collapse_question, item_question, read_damage, read_ratings,
-                                                       read_turn, read_viescore, read_walk, session_question,
-                                                       turn_question)
-from .benchmarks import (both_exceed, collapsed_so_far, gedit_table, imgedit_items,
-                                                  imgedit_table, mice_consistency, mice_table, mse_table,
-                                                  overall_means, success_rates, turn_rates, viescore_items)
+from .bench_pictures import (
+    batches_of, kept_pictures, picture_statistics, statistics_table, turn_counts)
+from .bench_questions import (
+    collapse_question, item_question, read_damage, read_ratings, read_turn, read_viescore,
+    read_walk, session_question, turn_question)
+from .benchmarks import (
+    both_exceed, collapsed_so_far, gedit_table, imgedit_items, imgedit_table, mice_consistency, mice_table, mse_table,
+    overall_means, success_rates, turn_rates, viescore_items)
 from .exposure import decay_table, half_life
 from .running import share_out
 from .scores import Outcomes

@@ -12,8 +12,8 @@ import re
 import numpy as np, pandas as pd
 from ..data.files import expect
 from .scores import all_right_so_far, count_unscored
-from .statistics import (bootstrap, divide, percentile_interval, session_weights,
-                                                  weighted_mean, wilson)
+from .statistics import (
+    bootstrap, divide, percentile_interval, session_weights, weighted_mean, wilson)
 
 # %% ../../nbs/evaluation/08_benchmarks.ipynb #034aab9e
 def read_scores(

@@ -21,8 +21,8 @@ from ..data.sessions import load_sessions
 from ..data.shapeworld import WORLD_SIDE, parse_edit, recognise
 from .edival import turn_file
 from .running import pack_pictures
-from .scores import (EDIVAL_METRICS, Outcomes, metric_arrays, score_intervals,
-                                              unscored_by_reward)
+from .scores import (
+    EDIVAL_METRICS, Outcomes, metric_arrays, score_intervals, unscored_by_reward)
 from .statistics import divide, format_intervals, wilson
 
 # %% ../../nbs/evaluation/06_card.ipynb #185f2476

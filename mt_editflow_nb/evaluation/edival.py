@@ -16,14 +16,14 @@ import numpy as np, torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
-from ..data.files import (Described, InputError, atomic_write, content_hash, expect, file_name, open_image,
-                                       read_json, to_json)
+from ..data.files import (
+    Described, InputError, atomic_write, content_hash, expect, file_name, open_image, read_json, to_json)
 from ..data.sessions import Session, open_ahead
 from ..editing.editor import as_square, set_shape
 from ..editing.loading import FAMILIES, find_editor
 from ..editing.rollout import sample
-from ..rewards.edival_rules import (EDIVAL_RULES, EdivalTools, TurnRules, check_edival_session,
-                                                 score_sessions, to_square)
+from ..rewards.edival_rules import (
+    EDIVAL_RULES, EdivalTools, TurnRules, check_edival_session, score_sessions, to_square)
 from ..algorithm.processes import processes
 from .running import share_out
 from .scores import Outcomes

@@ -20,8 +20,9 @@ from ..data.structures import verify_structured
 from ..editing.rollout import resize_sessions
 from .running import evaluate
 from .scores import all_right_so_far
-from .statistics import (Interval, bootstrap, divide, mean_over_seeds, percentile_interval,
-                                                  session_weights, superiority, weighted_mean, wilson)
+from .statistics import (
+    Interval, bootstrap, divide, mean_over_seeds, percentile_interval,
+    session_weights, superiority, weighted_mean, wilson)
 from ..rewards.cube import Scores
 
 # %% ../../nbs/evaluation/02_exposure.ipynb #b6ebc7b4

@@ -10,8 +10,8 @@ __all__ = ['HEADLINES', 'LEADERBOARD_HTML', 'LEADERBOARD_LATEX', 'run_numbers', 
 from pathlib import Path
 import numpy as np, pandas as pd
 from jinja2 import Environment
-from ..data.files import (Described, InputError, atomic_write, count_text, expect, one_line, read_json,
-                                       shipped)
+from ..data.files import (
+    Described, InputError, atomic_write, count_text, expect, one_line, read_json, shipped)
 from .bench_items import BENCHMARKS
 from .edival import EDIVAL_SESSIONS
 from ..rewards.edival_models import EDIVAL_VLM

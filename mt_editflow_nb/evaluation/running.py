@@ -20,8 +20,7 @@ from safetensors.numpy import save
 from tqdm.auto import tqdm
 from ..data.files import InputError, atomic_write, content_hash, locked, read_json, to_json
 from ..data.sessions import open_ahead
-from ..algorithm.processes import (exchange, failing_together, from_first, gather_to_first,
-                                                processes)
+from ..algorithm.processes import exchange, failing_together, from_first, gather_to_first, processes
 from ..algorithm.sharding import is_sharded
 from ..editing.lora import lora_parameters
 from ..editing.noise import session_keys

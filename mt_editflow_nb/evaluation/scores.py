@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from ..data.files import Described, InputError, atomic_write, count_text, expect, one_line
 from ..data.plots import PALETTE, plain_label
-from .statistics import (bootstrap, mean_over_seeds, percentile_interval,
-                                                  session_weights, superiority, weighted_mean, wilson)
+from .statistics import (
+    bootstrap, mean_over_seeds, percentile_interval, session_weights, superiority, weighted_mean, wilson)
 
 # %% ../../nbs/evaluation/01_scores.ipynb #c2b5c609
 class Outcomes(NamedTuple):

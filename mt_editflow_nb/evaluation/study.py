@@ -14,11 +14,11 @@ import ipywidgets as widgets
 import numpy as np, pandas as pd
 from jinja2 import Environment
 from PIL import Image
-from ..data.files import (Described, InputError, append_json_line, atomic_write, expect, file_name,
-                                       save_png, to_json)
+from ..data.files import (
+    Described, InputError, append_json_line, atomic_write, expect, file_name, save_png, to_json)
 from ..data.plots import figure_png, session_figure
-from .statistics import (Interval, alpha_of_coincidences, bradley_terry, divide,
-                                                  label_coincidences, percentile_interval, session_weights)
+from .statistics import (
+    Interval, alpha_of_coincidences, bradley_terry, divide, label_coincidences, percentile_interval, session_weights)
 from ..rewards.cube import load_judge
 
 # %% ../../nbs/evaluation/07_study.ipynb #bf2f2d8f

@@ -14,11 +14,12 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 from scipy.stats import spearmanr
 from ..data.sessions import Session
-from ..data.shapeworld import (BACKGROUNDS, OBJECTS, WORLD_SIDE, Edit, Scene, apply_edit, parse_edit,
-                                            read_scene, recognise, render, shape_sessions)
+from ..data.shapeworld import (
+    BACKGROUNDS, OBJECTS, WORLD_SIDE, Edit, Scene, apply_edit, parse_edit, read_scene,
+    recognise, render, shape_sessions)
 from ..data.verifier import instruction_followed
-from ..rewards.edival_rules import (QUESTIONS, Found, background_term, follows_rule, kind_of,
-                                                 object_term, score_session, singular, slots_of)
+from ..rewards.edival_rules import (
+    QUESTIONS, Found, background_term, follows_rule, kind_of, object_term, score_session, singular, slots_of)
 from .edival import outcomes_of
 from .scores import Outcomes
 from .statistics import Interval, divide, percentile_interval, session_weights, wilson

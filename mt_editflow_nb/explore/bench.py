@@ -14,8 +14,8 @@ from ..data.files import InputError, count_text, expect
 from ..data.plots import PALETTE
 from ..rewards.judges import MODES, PROMPTS, load_mode
 from ..rewards.cube import check_rewards, judge_items, verifier
-from .pages import (WHOLE_LABEL, WRAPPING_ROW, Task, View, button, checkbox, dropdown, page,
-                                          picture, template)
+from .pages import (
+    WHOLE_LABEL, WRAPPING_ROW, Task, View, button, checkbox, dropdown, page, picture, template)
 from .strips import Strips
 
 # %% ../../nbs/explore/02_bench.ipynb #8d3ffa64

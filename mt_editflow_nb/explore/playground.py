@@ -14,15 +14,16 @@ import numpy as np
 from PIL import Image
 from ..data.files import InputError, expect
 from ..data.sessions import MAX_TURNS, Session
-from ..data.shapeworld import (BACKGROUNDS, COLORS, OBJECTS, POSITIONS, Edit, Scene, edit_text,
-                                            read_scene, render, shape_sessions, teacher_images)
+from ..data.shapeworld import (
+    BACKGROUNDS, COLORS, OBJECTS, POSITIONS, Edit, Scene, edit_text, read_scene, render, shape_sessions, teacher_images)
 from ..data.sizes import fit_picture
 from ..editing.editor import picture_size
 from ..editing.lora import base_only
 from ..editing.rollout import rollout
 from ..rewards.cube import verifier
-from .pages import (WHOLE_LABEL, WRAPPING_ROW, Cancelled, Task, View, before_velocity, button,
-                                          dropdown, error_page, page, picture, template)
+from .pages import (
+    WHOLE_LABEL, WRAPPING_ROW, Cancelled, Task, View, before_velocity, button, dropdown,
+    error_page, page, picture, template)
 from .strips import Strips, session_strip, strip_figure
 
 # %% ../../nbs/explore/04_playground.ipynb #490339fc

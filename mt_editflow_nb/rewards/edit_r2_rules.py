@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 from ..data.files import Described, InputError, expect, read_text
 from .reward_models import text_constants
-from .edival_rules import (EDIVAL_SIDE, Detect, Found, Question, RuleVerdict, TurnRules,
-                                                 background_change, background_steps, background_weights, centers,
-                                                 color_alter, count_distinct, distance_beyond, iou, material_alter,
-                                                 object_steps, slots_of, subject_replace)
+from .edival_rules import (
+    EDIVAL_SIDE, Detect, Found, Question, RuleVerdict, TurnRules, background_change, background_steps,
+    background_weights, centers, color_alter, count_distinct, distance_beyond, iou, material_alter,
+    object_steps, slots_of, subject_replace)
 
 # %% ../../nbs/rewards/01f_edit_r2_rules.ipynb #e2a00006
 _published = dict(added_as_told='VLM_ADD_PROMPT', replaced_as_told='VLM_REPLACE_PROMPT', text='VLM_TEXT_PROMPT',

@@ -19,10 +19,11 @@ from PIL import Image
 from pydantic import BaseModel
 from ..data.files import InputError, content_hash, expect, one_line, one_of, open_image
 from .cache import Cached
-from .edival_models import (EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, load_detector,
-                                                  load_edival_vlm, load_features, read_edival_questions, weights_of)
-from .edival_rules import (EDIVAL_SIDE, QUESTIONS, Describe, Detect, EdivalTools, Found,
-                                                 NoAnswer, Question, answer_all)
+from .edival_models import (
+    EDIVAL_DETECTOR, EDIVAL_FEATURES, EDIVAL_VLM, load_detector, load_edival_vlm,
+    load_features, read_edival_questions, weights_of)
+from .edival_rules import (
+    EDIVAL_SIDE, QUESTIONS, Describe, Detect, EdivalTools, Found, NoAnswer, Question, answer_all)
 from .engines import Ask, JudgeFailed, Reply
 from .servers import EncodedPictures, Patience, check_environment, connection_cause
 

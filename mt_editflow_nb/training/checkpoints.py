@@ -19,8 +19,7 @@ from ..data.files import Described, InputError, atomic_write, expect, one_line, 
 from ..editing.lora import save_lora
 from ..algorithm.config import Config, make_config
 from ..algorithm.policy import Policy, move_average
-from ..algorithm.processes import (ProcessError, exchange, from_first, hearing_others, host_group,
-                                                 processes)
+from ..algorithm.processes import ProcessError, exchange, from_first, hearing_others, host_group, processes
 from ..algorithm.sharding import local_piece, shard_like
 from .runs import config_differences
 

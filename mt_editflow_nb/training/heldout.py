@@ -19,9 +19,9 @@ from ..editing.editor import at_size
 from ..algorithm.config import Config
 from ..algorithm.processes import from_first, processes
 from ..algorithm.sharding import is_sharded
-from ..evaluation.running import (collect_cc_unscored, collect_sessions, evaluate_sessions,
-                                               read_cc_unscored, read_outcomes, solver_of, training_mismatches,
-                                               unscored_note, write_outcomes)
+from ..evaluation.running import (
+    collect_cc_unscored, collect_sessions, evaluate_sessions, read_cc_unscored, read_outcomes, solver_of,
+    training_mismatches, unscored_note, write_outcomes)
 from .budget import evaluation_steps
 from .parts import RunContext, find_common_batch
 from .progress import estimate_seconds, estimate_text, note_progress

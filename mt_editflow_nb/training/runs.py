@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import Lock
 import pandas as pd, torch
 from .. import __version__
-from ..data.files import (Described, GrowingLog, InputError, atomic_write, content_hash, expect, log_rows,
-                                       read_json, to_json, unknown_name)
+from ..data.files import (
+    Described, GrowingLog, InputError, atomic_write, content_hash, expect, log_rows, read_json, to_json, unknown_name)
 from ..data.plots import plot_learning_curves
 from ..data.shapeworld import WORLDS
 from ..editing.loading import find_editor

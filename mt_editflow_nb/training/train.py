@@ -24,8 +24,8 @@ from ..algorithm.as_judged import iterate_as_judged
 from ..algorithm.imitation import imitate, right_edits
 from ..algorithm.iterate import iterate
 from ..algorithm.policy import require_bitsandbytes
-from ..algorithm.processes import (collect_answers, failing_together, from_first, interrupt, processes,
-                                                shard_of, share_answers, sum_statistics)
+from ..algorithm.processes import (
+    collect_answers, failing_together, from_first, interrupt, processes, shard_of, share_answers, sum_statistics)
 from ..algorithm.sharding import check_launch
 from ..algorithm.supervised import supervise
 from ..algorithm.updates import warn_when_idle
@@ -35,11 +35,12 @@ from .best_adapters import evaluate_heldout
 from .budget import remembered_batch
 from .checkpoints import RunState, check_configuration, last_checkpoint, retry_with_half_the_rows
 from .heldout import base_file, saved_evaluation
-from .iteration_log import (iteration_signals, log_iteration, save_group_figure, say_findings,
-                                                   say_log_gaps, say_untrained)
+from .iteration_log import (
+    iteration_signals, log_iteration, save_group_figure, say_findings, say_log_gaps, say_untrained)
 from .own_results import keep_right_edits, with_own_results
-from .parts import (RunContext, answers_file, check_judges, check_size, fit_batch,
-                                           load_configured_editor, load_judges, load_policy, save_trained)
+from .parts import (
+    RunContext, answers_file, check_judges, check_size, fit_batch, load_configured_editor,
+    load_judges, load_policy, save_trained)
 from .progress import STAGES, clocked, note_progress
 from .run_results import is_finished, track_results, write_results
 from .runs import cut_log, note_environment, open_run, run_identity
