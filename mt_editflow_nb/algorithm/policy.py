@@ -180,7 +180,7 @@ class Policy(Weights):
 
     def velocity(
         self,
-        *inputs, # x, sigma, text and image, as of `counted_velocity`
+        *inputs,       # x, sigma, text and image, as of `counted_velocity`
     ) -> torch.Tensor: # [N, L, C], with a gradient
         "What the policy in training predicts."
         return self._predict('trained', inputs)
@@ -188,7 +188,7 @@ class Policy(Weights):
     @torch.no_grad()
     def old_velocity(
         self,
-        *inputs, # x, sigma, text and image, as of `counted_velocity`
+        *inputs,       # x, sigma, text and image, as of `counted_velocity`
     ) -> torch.Tensor: # [N, L, C]
         "What the old policy predicts."
         with self.acting(self.old): return self._predict('old', inputs)
@@ -196,7 +196,7 @@ class Policy(Weights):
     @torch.no_grad()
     def base_velocity(
         self,
-        *inputs, # x, sigma, text and image, as of `counted_velocity`
+        *inputs,       # x, sigma, text and image, as of `counted_velocity`
     ) -> torch.Tensor: # [N, L, C]
         "What the base editor predicts."
         with self.acting_base(): return self._predict('reference', inputs)

@@ -104,7 +104,7 @@ def check_scores(
     sessions: list,            # the P sessions that it was shown
     images_PGTHWC: np.ndarray  # their rollout
 ) -> Scores:                   # the same scores, as float32 in host memory
-    "Raise `InputError` unless these are `Scores` of the rollout's shape in [0, 1], terms of CC in [-1, 1], or NaN."
+    "Raises `InputError` unless these are `Scores` of the rollout's shape in [0, 1], terms of CC in [-1, 1], or NaN."
     expect(isinstance(scores, Scores), 'judge', 'a judge that returns `Scores`', Described(type(scores).__name__))
     return _check_shape(scores, (len(sessions), *images_PGTHWC.shape[1:3]))
 
@@ -311,7 +311,7 @@ def check_engine(
     prompts,     # `Prompts`
     aspect: str, # of an `Item`
 ):
-    "Raise `InputError` unless the engine can answer in this mode: a server is asked, a local model's tokenizer loaded."
+    "Raises `InputError` unless the engine can answer in this mode: a server is asked, a local tokenizer loaded."
     if getattr(engine, 'offline', False): return
     engine = getattr(engine, 'engine', engine)
     if isinstance(engine, Local):

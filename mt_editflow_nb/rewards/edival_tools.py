@@ -29,7 +29,7 @@ from .servers import EncodedPictures, Patience, check_environment, connection_ca
 
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #ddafee4f
 def pack_array(
-    x, # a tensor
+    x,     # a tensor
 ) -> dict: # of JSON's types
     "Numbers as float32 in base64, with their shape."
     x = np.ascontiguousarray(np.asarray(x, '<f4'))

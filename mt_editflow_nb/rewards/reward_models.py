@@ -42,7 +42,7 @@ HEAD_MODELS = dict(
     hpsv3=HeadModel('Qwen/Qwen2-VL-7B-Instruct', {'quality': ('rm_head', _liked, 'INSTRUCTION')}, 1, 5.))
 
 def text_constants(
-    tree, # of `ast.parse`
+    tree,  # of `ast.parse`
 ) -> dict: # name -> text
     "The constants of a module that are texts."
     pairs = [(node.targets[0], node.value) for node in tree.body if isinstance(node, ast.Assign)]
@@ -201,7 +201,7 @@ class LoadedHeads:
         self,
         images: list,    # of tuples of uint8 arrays, those shown with each question
         questions: list, # of N texts, with `REWARD_TOKEN` once in each
-    ) -> dict: # of tensors, on the model's device
+    ) -> dict:           # of tensors, on the model's device
         "A batch as tensors, padded on the right."
         flat = [Image.fromarray(x) for shown in images for x in shown]
         seen = self.images(images=flat, return_tensors='pt')
@@ -217,7 +217,7 @@ class LoadedHeads:
         self,
         inputs: dict, # from `inputs`, of N questions
         head: str,    # its name, such as 'rm_heads.head_0'
-    ) -> list: # of N numbers, without bounds
+    ) -> list:        # of N numbers, without bounds
         "The mean that a head gives to each row. Raises `InputError` unless each has one `REWARD_TOKEN`."
         ids = inputs['input_ids']
         mask = inputs['attention_mask']

@@ -266,7 +266,7 @@ def status_text(
 async def server_absence(
     http,     # an `AsyncOpenAI`
     url: str, # of the server
-) -> str: # why nobody is there; empty if somebody is
+) -> str:     # why nobody is there; empty if somebody is
     "Why no server answers at an address; empty where one does, with whatever status."
     import openai
     try: await http.with_options(max_retries=0, timeout=10).get('/models', cast_to=str)
@@ -282,7 +282,7 @@ SERVED_FACTS = ('root', 'parent', 'meta')
 async def served_facts(
     http,       # an `AsyncOpenAI`
     model: str, # its name there
-) -> dict: # empty where nothing is said
+) -> dict:      # empty where nothing is said
     "What a server lists about a model and would say again after a restart: whence the weights came, their sizes."
     import openai
     try: listed = json.loads(await http.with_options(max_retries=0, timeout=10).get('/models', cast_to=str))
