@@ -106,7 +106,7 @@ def measure_batch(editor, structure, b, with_gradients=True):
                        choose=choose)
         scores = scorer.scores(made.images_PGTHWC)
     kept = dict(rewards_PGTM=scores.rewards_PGTM, success_PGT=scores.success_PGT)
-    if made.chosen_PT is not None: kept['chosen_PT'] = made.chosen_PT
+    if made.chosen_PT is not None: kept['goes_on_PT'] = made.chosen_PT
     if not with_gradients: return kept
     levels_TP = torch.stack([choose_levels([(*key, 'train', t) for key in made.keys], num_steps, 1)[0]
                              for t in range(T)])
@@ -180,7 +180,7 @@ def batch_gradients(batches, rule, members, branching, sketch=chosen_levels):
         part = slice(first, first + members)
         names = ('rewards_PGTM', 'success_PGT')
         scores = SimpleNamespace(**{name: kept[name][:, part] for name in names})
-        if follows: scores.rewards_PGTM = add_what_follows(scores.rewards_PGTM, kept['chosen_PT'])
+        if follows: scores.rewards_PGTM = add_what_follows(scores.rewards_PGTM, kept['goes_on_PT'])
         A_PGT = turn_advantages(config, scores).clamp(-config.adv_max, config.adv_max)
         sketch_PGTX = sketch(kept)[:, part].float()
         gradients.append(torch.einsum('pgt,pgtx->x', A_PGT, sketch_PGTX)/A_PGT.numel())
