@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABSENT_IF_EMPTY', 'MIN_IMAGE_SIDE', 'MAX_IMAGE_PIXELS', 'InputError', 'one_line', 'first_line', 'lacking_memory',
-           'Described', 'expect', 'near_miss', 'one_of', 'unknown_name', 'unreadable_file', 'atomic_write', 'at_home',
+           'Described', 'expect', 'unreadable_file', 'near_miss', 'one_of', 'unknown_name', 'atomic_write', 'at_home',
            'read_text', 'to_json', 'parse_json', 'read_json', 'parse_yaml', 'read_json_lines', 'log_rows',
            'append_json_line', 'add_missing_lines', 'GrowingLog', 'file_name', 'content_hash', 'locked', 'is_locked',
            'check_writable', 'image_size', 'open_image', 'save_png', 'shipped', 'skip_url_grammar', 'duration_text',
@@ -57,6 +57,15 @@ def expect(
     raise InputError(f'{field}: expected {expected}, received '
                      f'{received if isinstance(received, Described) else reprlib.repr(received)}')
 
+def unreadable_file(
+    path: str|Path, # of a file
+    e: OSError,     # what the system said about it
+) -> InputError:    # to raise
+    "The error about a file that is not there, or that may not be read."
+    received = 'none' if isinstance(e, FileNotFoundError) else 'one that cannot'
+    return InputError(f'{path}: expected a file that can be read, received {received} ({e.strerror})')
+
+# %% ../../nbs/data/00_files.ipynb #5ae277be
 def near_miss(
     value,   # what was received
     allowed, # names
@@ -87,14 +96,6 @@ def unknown_name(
     hint = near_miss(name, names)
     if hint and len(names) > _many: names[3:] = ['...']
     return InputError(f'{field}: expected one of {", ".join(names)}, received an unknown name{hint}')
-
-def unreadable_file(
-    path: str|Path, # of a file
-    e: OSError,     # what the system said about it
-) -> InputError:    # to raise
-    "The error about a file that is not there, or that may not be read."
-    received = 'none' if isinstance(e, FileNotFoundError) else 'one that cannot'
-    return InputError(f'{path}: expected a file that can be read, received {received} ({e.strerror})')
 
 # %% ../../nbs/data/00_files.ipynb #4c59e102
 def atomic_write(
