@@ -79,8 +79,7 @@ def load_transformer(
     tensors = read_transformer(folder)
     here = editor.transformer.state_dict()
     differ = sorted(here.keys() ^ tensors.keys()) or [k for k, x in here.items() if x.shape != tensors[k].shape]
-    expect(not differ, f'lora: {folder}', "the weights of this editor's transformer",
-           Described(f'others, such as {differ[:1]}'))
+    expect(not differ, f'lora: {folder}', 'the weights of this transformer', Described(f'others, such as {differ[:1]}'))
     for name, x in tensors.items(): check_finite(f'lora: {folder}: {name}', x)
     editor.transformer.load_state_dict(tensors)
 
