@@ -157,7 +157,7 @@ def test_a_server_of_tools_that_restarts_is_waited_for_with_one_line(told, waits
     assert not judge.score(told[:1], pictures).rewards_PGTM[..., 1].isnan().any()
     began[0].__exit__()
     said = capfd.readouterr().err
-    assert said.count('waiting up to 60 minutes') == said.count('answers again') == 1 and 'nobody listens' in said
+    assert said.count('waiting up to 60 min') == said.count('answers again') == 1 and 'nobody listens' in said
     def interrupt():
         while not over.wait(.05): judge.cancel()
     interrupting = threading.Thread(target=interrupt)

@@ -271,7 +271,7 @@ def test_a_server_that_restarts_is_waited_for_with_one_line(waits, capfd):
     scores = judge(sessions, images)
     assert scores.failed == 0 and judge_usage(scores)['calls'] == 8
     said = capfd.readouterr().err
-    assert said.count('waiting up to 10 minutes') == said.count('answers again') == 1 and 'connection refused' in said
+    assert said.count('waiting up to 10 min') == said.count('answers again') == 1 and 'connection refused' in said
     answers[0].shutdown()
 
 def test_a_server_that_stays_away_stops_the_run_and_what_was_said_is_kept(tmp_path, capfd):

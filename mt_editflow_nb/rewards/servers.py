@@ -21,7 +21,7 @@ from urllib.request import getproxies_environment, proxy_bypass_environment
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
-from ..data.files import Described, InputError, count_text, expect, one_line, one_of
+from ..data.files import Described, InputError, count_text, duration_text, expect, one_line, one_of
 from .engines import Ask, CutShort, Reply, with_settings
 
 # %% ../../nbs/rewards/00a_servers.ipynb #5e4e0006
@@ -386,7 +386,7 @@ class Patience:
         if seconds <= 0: return None
         if self.began is None:
             self.began = time.monotonic()
-            _say(f'judge: {why}; waiting up to {seconds/60:g} minutes for it')
+            _say(f'judge: {why}; waiting up to {duration_text(seconds)} for it')
         waited = time.monotonic() - self.began
         return min(max(waited, .5), 15, seconds - waited) if waited < seconds else None
 
