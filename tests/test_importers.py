@@ -274,7 +274,7 @@ def test_a_folder_of_pictures_with_texts(tmp_path):
     assert (session.id, session.instructions) == ('cat', ['make it red', 'make it lime'])
     assert colors(session.target_images()) == [COLORS['red'], COLORS['lime']]
     (tmp_path/'in/cat.2.png').unlink()
-    refused('folder', tmp_path/'in', tmp_path/'s.jsonl', parts=['cat.txt', 'targets', '2 results', "'1'"])
+    refused('folder', tmp_path/'in', tmp_path/'s.jsonl', parts=['cat.txt', 'targets', '2 results', 'received 1'])
     (tmp_path/'in/cat.txt').unlink()
     refused('folder', tmp_path/'in', tmp_path/'s.jsonl', parts=['mtef_data make', '3 pictures and no text'])
 

@@ -38,7 +38,7 @@ def test_the_moving_average_is_the_one_computed_by_hand(tmp_path, monkeypatch):
     settings = dict(sessions_per_iteration=1, group=2, turns=1, num_steps=2, lora_rank=2, iterations=3, save_every=1,
                     eval_sessions=2, lr=1e-3)
     start = [p.detach().clone() for n, p in load_editor(lora_rank=2).transformer.named_parameters() if 'lora_' in n]
-    monkeypatch.setattr('mt_editflow_nb.training.checkpoints._drop_older', lambda folder, keep: None)
+    monkeypatch.setattr('mt_editflow_nb.training.checkpoints._drop_older', lambda folder: None)
     editors = {d: train(make_config(settings | dict(ema=d)), tmp_path/str(d), progress=False) for d in (0, .75)}
     def saved(i): return load_file(tmp_path/'0.75'/'checkpoints'/f'{i:06d}'/'state.safetensors')
     expected = start

@@ -115,7 +115,7 @@ def test_wrong_trackers_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('accelerate.tracking.get_available_trackers', lambda: [])
     assert main(['track=[wandb]', '--run', str(tmp_path/'run')]) == 2
     said = 'mtef_train: track: expected wandb to be installed (pip install wandb), received'
-    assert capsys.readouterr().err == f"{said} 'none'\n"
+    assert capsys.readouterr().err == said + ' none\n'
     assert not (tmp_path/'run').exists()
 
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, capsys, monkeypatch, untracked):
