@@ -106,7 +106,7 @@ def measure_batch(editor, structure, b, with_gradients=True):
                        choose=choose)
         scores = scorer.scores(made.images_PGTHWC)
     kept = dict(rewards_PGTM=scores.rewards_PGTM, success_PGT=scores.success_PGT)
-    if made.chosen_PT is not None: kept['goes_on_PT'] = made.chosen_PT
+    if made.chosen_PT is not None: kept['goes_on_PT'] = made.chosen_PT     # the name in files that are there
     if not with_gradients: return kept
     levels_TP = torch.stack([choose_levels([(*key, 'train', t) for key in made.keys], num_steps, 1)[0]
                              for t in range(T)])
@@ -159,7 +159,7 @@ def mean_sketch(kept, levels, draws):
     return kept['sketch_DKPGTX'][:draws, list(levels)].float().mean((0, 1))
 
 def add_what_follows(rewards_PGTM, chosen_PT):
-    """Turn branching: the member that went on is also paid what followed, the siblings' mean rewards of later turns.
+    """Turn branching: the chosen member is also paid what followed, the siblings' mean rewards of later turns.
 
     What would have followed the others is not known; the mean over sessions takes its place."""
     mean_PTM = rewards_PGTM.mean(1)
@@ -295,7 +295,7 @@ def group_facts(batches):
                 no_spread=(spread_PTM < 1e-3).all(-1).float().mean(0).tolist())
 
 def ceiling(batches):
-    "The best of 8 going on at every turn: share of sessions all right so far, and cc, of the member that went on."
+    "The best of 8 going on at every turn: share of sessions all right so far, and cc, of the chosen member."
     right = []
     kept = []
     for b in batches:

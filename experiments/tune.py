@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from mt_editflow_nb.ablation.passes import count_passes
-from mt_editflow_nb.algorithm.config import first_imitation, make_config
+from mt_editflow_nb.algorithm.config import RL, first_imitation, make_config
 from mt_editflow_nb.algorithm.imitation import edits_per_iteration, right_edits
 from mt_editflow_nb.algorithm.policy import Policy
+from mt_editflow_nb.algorithm.updates import warn_when_idle
 from mt_editflow_nb.cli.train import parse_overrides
 from mt_editflow_nb.data.files import append_json_line, log_rows
 from mt_editflow_nb.data.shapeworld import shape_sessions
@@ -51,6 +52,7 @@ def try_settings(values, look_every):
         if i < first: sessions = shape_sessions(P, T, start=50_000*config.seed % FIRST_TESTED + P*i)
         else: sessions = repeated(i - first)
         step = step_of(config, i)(config, policy, sessions, judge, i)
+        if i < first and config.algorithm in RL: warn_when_idle(policy, step.metrics['rows'], step.scores, i)
         if config.imitate and i < first: right += right_edits(config, sessions, step, judge)
         passes += count_passes(step.metrics, config.model_dump(), T)
         if (i + 1) % look_every == 0 or i + 1 == config.iterations:

@@ -29,7 +29,7 @@ def noting(monkeypatch, module):
     return made
 
 def test_second_order_solver(tmp_path, monkeypatch):
-    "NFT rolls out and is evaluated by it, `mtef_eval` does the same; GRPO has no use for it."
+    "NFT samples and is evaluated by it, `mtef_eval` does the same; GRPO has no use for it."
     trained, evaluated = (noting(monkeypatch, module) for module in (page, running))
     experiment(make_config(few | dict(sampler='dpm2')), tmp_path/'run', judge, progress=False)
     assert trained == [('dpm2', 48, 4)] and evaluated == [('dpm2', 48, 4)]*2

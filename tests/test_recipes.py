@@ -277,7 +277,7 @@ def test_judges_are_counted():
     assert 'not counted: some/model:think' in plan_text(p) and p['memory']['judge'] == 0
 
 def test_the_verifier_reads_small_pictures_only(tmp_path, capsys):
-    "Other sizes need another judge, which is said before anything is rolled out; with one, any size is fine."
+    "Other sizes need another judge, which is said before anything is sampled; with one, any size is fine."
     few = ['size=64', 'iterations=0', 'eval_sessions=1', 'eval_judge=tiny:logit']
     assert main([*few, '--run', str(tmp_path/'a')]) == 2
     said = capsys.readouterr().err.splitlines()[-1]

@@ -404,7 +404,7 @@ def test_bad_input_is_one_line(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('setting', ['lora_rank=97', 'lora_targets=[attn.to_x]', 'size=50'])
 def test_what_the_editor_cannot_have_is_found_before_it_is_evaluated(tmp_path, capsys, setting):
-    "The widths and names of layers are known with the editor; nothing has been rolled out then."
+    "The widths and names of layers are known with the editor; nothing has been sampled then."
     assert main([*pairs(), setting, '--run', str(tmp_path/'run')]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith(f"mtef_train: {setting.partition('=')[0]}: expected ")

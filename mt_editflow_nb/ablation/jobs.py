@@ -94,7 +94,7 @@ class JobEnding:
         self.record = record
         self.grace = grace
         self.begun = threading.Lock()
-        self.reason = None                    # to stop; what `end` takes
+        self.reason = None                    # arguments of `end` for the first `stop`; None: nobody asked
 
     def end(
         self,

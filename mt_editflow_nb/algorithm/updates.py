@@ -53,7 +53,7 @@ class Statistics:
         self,
         iteration: int,    # for messages and the log
         rows: int,         # that there are to learn from, over all processes and updates
-        losses_a_row: int, # turns, and what the method trains of each
+        losses_a_row: int, # losses of each row: its turns times the steps or noise levels that are trained of each
     ):
         self.iteration = iteration
         self.rows = rows
@@ -82,7 +82,7 @@ class Statistics:
         self,
         rows: int, # that there have been
     ) -> float:    # the factor by which every mean has grown
-        "Turn the means into those of fewer rows than were expected; where there are none, keep them."
+        "Turn the means into those of fewer rows than were expected; without any row they stay as they are."
         factor = self.rows/rows if rows else 1.
         self.rows = rows
         self.values = {name: value*factor for name, value in self.values.items()}

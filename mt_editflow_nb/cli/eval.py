@@ -12,7 +12,7 @@ __all__ = ['MAX_BYTES_IN_MEMORY', 'check_bench_options', 'eval_parser', 'judge_o
            'evaluate_bench', 'evaluation_answers', 'main']
 
 # %% ../../nbs/cli/01_eval.ipynb #98ff0151
-import argparse, os, sys, time, warnings
+import argparse, os, re, sys, time, warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -317,7 +317,9 @@ def made_otherwise(
     theirs = read_json(file).get('facts', {}) if file.is_file() else {}
     theirs = {k: v for rows in theirs.values() for k, v in rows.items()}
     ours = {k: v for rows in facts.values() for k, v in rows.items() if k not in _ignored}
-    return {k: f'{theirs[k]} there, {v} here' for k, v in ours.items() if k in theirs and theirs[k] != v}
+    def in_present_words(x): return re.sub(r'\b1 (turn|session)s\b', r'1 \1', x) if isinstance(x, str) else x
+    both = {k: (in_present_words(theirs[k]), v) for k, v in ours.items() if k in theirs}
+    return {k: f'{there} there, {here} here' for k, (there, here) in both.items() if there != here}
 
 # %% ../../nbs/cli/01_eval.ipynb #80d963b8
 def compare_shared(
@@ -411,8 +413,8 @@ def sessions_of_file(
         warnings.simplefilter('ignore')                                # what is skipped is said below
         sessions = open_sessions(args.sessions, allow_outside=args.allow_outside, same_turns=False,
                                  on_bad='skip' if skip else 'stop', decode=True if skip else None)
-    left_out = count_text(len(sessions.skipped), 'session')
-    if sessions.skipped: _say(f'{left_out} left out, the first: {sessions.skipped[0]}')
+    if sessions.skipped:
+        _say(f'{count_text(len(sessions.skipped), "session")} left out, the first: {sessions.skipped[0]}')
     return sessions
 
 def list_skipped(
@@ -438,8 +440,8 @@ def chosen_sessions(
         check_for_judge(args.judge, sessions[:1])
         return sessions
     sessions = sessions_of_file(args)
-    there = f'{count_text(len(sessions), "session")} of {args.sessions}'
-    expect(args.n is None or args.n <= len(sessions), '--n', f'at most the {there}', args.n)
+    there = len(sessions)
+    expect(args.n is None or args.n <= there, '--n', f'at most {there}, the sessions of {args.sessions}', args.n)
     check_for_judge(args.judge, sessions[:args.n], args.crop)
     return sessions[:args.n]
 
@@ -607,8 +609,7 @@ def asked_for(
     source,      # where they come from, for the message
 ) -> list:       # of the first `n`, this task's share
     "The part of a benchmark that the options ask for. Raises `InputError` where that is nothing."
-    expect(args.n is None or args.n <= len(items), '--n', f'at most the {count_text(len(items), noun)} of {source}',
-           args.n)
+    expect(args.n is None or args.n <= len(items), '--n', f'at most {len(items)}, the {noun}s of {source}', args.n)
     items = items[:args.n]
     if not args.shard: return items
     share = take_share(items, args.shard, '--shard')

@@ -537,4 +537,4 @@ def take_share(
     return items[(i - 1) % n::n]
 
 # %% ../../nbs/data/00_files.ipynb #5d1a2d73
-SEED_STEP = 1_000_003   # between seeds that count something: more than is ever counted, and a prime
+SEED_STEP = 1_000_003   # a run's seed times this, plus an iteration, epoch or retry: a prime larger than their numbers

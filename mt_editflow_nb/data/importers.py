@@ -403,7 +403,7 @@ def edit_r2_row(
     meta = dict(format_instructions=_field(row, 'formatted_instruction', list))
     meta |= {k: _field(row, k, list) for k in _EDIVAL_LISTS if k in row}
     for name, values in meta.items():
-        expect(len(values) == turns, f'`{name}`', f'one for each of {count_text(turns, "turn")}', values)
+        expect(len(values) == turns, f'`{name}`', f'{turns}, one for each turn', values)
     rule, found, _ = str(instructions[0]).partition(RULE_ENDS)
     if found: meta['rule'] = rule.strip()
     image = find(_field(row, 'image'))

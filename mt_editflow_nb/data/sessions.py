@@ -120,8 +120,8 @@ def _wrong_number(instructions, task_types, targets):
     if characters > MAX_INSTRUCTIONS_LENGTH:
         return ('`instructions`', f'at most {MAX_INSTRUCTIONS_LENGTH} characters in all {n} turns together',
                 Described(f'{characters} characters'))
-    if len(task_types) not in (0, n): return '`task_types`', f'one for each of {count_text(n, "turn")}', task_types
-    if len(targets) not in (0, n): return '`targets`', f'one for each of {count_text(n, "turn")}', len(targets)
+    if len(task_types) not in (0, n): return '`task_types`', f'{n}, one for each turn', task_types
+    if len(targets) not in (0, n): return '`targets`', f'{n}, one for each turn', len(targets)
 
 # %% ../../nbs/data/01_sessions.ipynb #6d43de90
 def _check_fields(id, image, instructions, task_types, meta, targets):

@@ -106,7 +106,7 @@ def turn_noise(
     editor,     # from `load_editor`
     rows: list, # of each of N rows (key of its session, number of its member)
     turn: int,  # from 0
-    steps=(),   # indices of the K stochastic steps
+    steps=(),   # numbers of the K stochastic steps in the schedule
 ) -> tuple:     # (noise that the rows start from [N, L, C], list of K noises [N, L, C]), on the editor's device
     "The noise of one turn. With stochastic steps the members of a group start from the same noise."
     def draw(purpose, shared=False):

@@ -112,7 +112,7 @@ def sde_window(
     size: int = 0,                     # steps in the window; 0: all of `within`
     within: tuple = None,              # `(first, end)` that the window lies in; None: every step but the last
     generator: torch.Generator = None, # draws where the window starts, uniformly over what fits
-) -> range:                            # indices of the stochastic steps
+) -> range:                            # numbers of the stochastic steps
     "The steps that are stochastic and trained. Raises `InputError` when the window does not fit."
     first, end = within or (0, num_steps - 1)
     size = size or end - first

@@ -156,8 +156,9 @@ def blind_spots(
     turns = np.size(success_IT) if turns_I is None else sum(turns_I)
     notes = unscored_sentences(unscored_by_reward(success_IT, cc_unscored_IT, turns_I), turns)
     notes += same_judge_sentences(judge, trained_by)
-    found = count_text(len(shared or ()), 'first picture was', 'first pictures were')
-    if shared: notes.append(f'{found} in the training data, the first in {shared[0]}.')
+    if shared:
+        found = count_text(len(shared), 'first picture was', 'first pictures were')
+        notes.append(f'{found} in the training data, the first in {shared[0]}.')
     if shared is None: notes.append('Whether these pictures were in the training data could not be checked.')
     return notes
 

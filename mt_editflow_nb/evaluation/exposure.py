@@ -48,6 +48,7 @@ def measure_exposure(
     **kw,           # num_steps, seed, batch, settings, progress of `evaluate`
 ) -> tuple:         # (`Exposure`; of the free run `Outcomes` and images, uint8 [I, T, H, W, 3])
     "Run sessions freely, and each turn from the perfect picture. Turn 1 is the same in both."
+    expect('folder' not in kw, 'folder', 'none: these are several evaluations', kw.get('folder'))
     def run(name, sessions):
         return evaluate(editor, sessions, judge, desc=name, **kw)
     sessions = resize_sessions(editor, sessions)

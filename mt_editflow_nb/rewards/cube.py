@@ -297,13 +297,13 @@ class Judge(TurnJudge):
 def without_waiting(
     engine, # of a judge
 ):
-    "Have an engine whose server is gone say so at once, instead of waiting for it; nothing of that is remembered."
+    "Have an engine whose server is gone say so at once, instead of waiting for it; that it was gone is forgotten."
     patience = getattr(engine, 'judge_wait', 0)
     engine.judge_wait = 0
     try: yield
     finally:
         engine.judge_wait = patience
-        engine.away = ''
+        if hasattr(engine, 'away'): engine.away = ''
 
 def check_engine(
     engine,      # (list of `Ask`) -> list of `Reply`
@@ -367,7 +367,7 @@ class EdivalJudge(TurnJudge):
         self,
         sessions: list = (), # to be scored
     ):
-        "Refuse sessions that the rules cannot score, and find out by one question to each tool whether it answers."
+        "Raises `InputError` for sessions that the rules cannot score, and where a tool does not answer one question."
         for s in sessions: check_edival_session(s)
         with without_waiting(self.engine): check_tools(getattr(self.engine, 'tools_past_cache', self.engine.tools))
 

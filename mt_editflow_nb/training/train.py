@@ -134,7 +134,7 @@ def run_in_progress(
     progress: bool = True,   # progress bars
     ask_first: bool = False, # ask each judge one small question
 ):                           # yields a `RunContext`
-    "A context in which a run is at work. Raises `InputError` where all checkpoints are damaged or no judge answers."
+    "A context for a run in progress. Raises `InputError` where all checkpoints are damaged or no judge answers."
     from_first(lambda: last_checkpoint(run))                           # raises where all are damaged
     answers = answers_file(config, run, judge)
     share_answers(answers)
