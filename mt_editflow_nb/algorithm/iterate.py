@@ -43,7 +43,7 @@ def choose_rows(
 ) -> tuple:                     # row numbers p G + g, a tensor for each optimiser step; () if there are none
     """The rows to train on, in one part for each update.
 
-    NFT, and GRPO in several updates: those with an advantage, shuffled. GRPO in one update: all, if any has one, so that
+    NFT, and GRPO in several updates: those with an advantage, shuffled. GRPO in one update: all if any has one, so that
     the batches are those of sampling. With `keep`: those with the largest advantages of each group."""
     size_PG = adv_PGT.abs().amax(-1)
     largest_PG = size_PG.argsort(dim=1, descending=True, stable=True)[:, :config.keep]   # of equals, the first members
