@@ -2,7 +2,7 @@
 
     python experiments/recipe.py runs/sweeps/recipe.json [MORE.json ...] --ours turn-branching
     python experiments/recipe.py runs/sweeps/recipe_confirm.json --ours turn-branching --name recipe_fresh_seeds
-    python experiments/recipe.py --pool imitation recipe_first_seeds recipe_fresh_seeds recipe_tuned \
+    python experiments/recipe.py --pool imitation recipe_first_seeds recipe_fresh_seeds recipe_tuned supervised_more \
         --latest edit-r2 diffusion-nft --ours self-imitation
     python experiments/recipe.py --show mt-editflow      # print a method of the committed results, run nothing
 
