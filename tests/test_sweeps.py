@@ -308,7 +308,8 @@ def test_shipped_sweeps(path, tmp_path):
     assert plan.sweep.question.endswith((')', '?'))
     if path.stem in ('recipe_ten', 'imitation_ten'): return  # one long run, for the ceiling: it compares nothing
     assert len(plan.sweep.seeds) >= 3
-    assert len(plan.points) > 1 or path.stem == 'imitation_confirm'      # fresh seeds of one setting
+    fresh_seeds_of_one_setting = path.stem in ('imitation_confirm', 'supervised_more')
+    assert len(plan.points) > 1 or fresh_seeds_of_one_setting
 
 @pytest.fixture(scope='module')
 def shipped_plans(tmp_path_factory):
