@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from helpers import run_module, run_script
 from safetensors.numpy import save_file
-from mt_editflow_nb.ablation.report import comparison_table, score_table
+from mt_editflow_nb.ablation.report import comparison_table, plot_passes, score_table
 from mt_editflow_nb.ablation.passes import pass_curve, pass_table
 from mt_editflow_nb.ablation.results import Outcomes, compare_points, load_results
 from mt_editflow_nb.data.files import InputError, read_json, read_json_lines
@@ -85,6 +85,26 @@ def test_passes_of_a_report(reported):
     assert table.low['much better'] > 0 and (table.low < table.per_1000).all() and (table.per_1000 < table.high).all()
     assert (table.reached == table.seeds).all() and abs(table.reach - 100*(.37*.8)**.5).max() < 1e-9
 
+def test_passes_on_held_out_sessions(tmp_path):
+    """Runs that were tested on the way, whatever their training logs.
+
+    One is right in none of the sessions before training, in half of them half-way and in all of them after it; the
+    other one, which nobody scored while it trained, is right in none until the end."""
+    points = []
+    for label, half_way in (('early', 50.), ('late', 0.)):
+        row = dict(passes=dict(sampled=100))
+        if label == 'early': row |= dict(all_right=[.5]*T, cc=[1.]*T)
+        write_job(tmp_path/label, lambda p: {name: np.full((3, T), p) for name in Outcomes._fields}, (0., 1.),
+                  [dict(row, iteration=i) for i in range(4)])
+        (tmp_path/label/'heldout.jsonl').write_text(json.dumps(dict(iteration=2, heldout_O=half_way)) + '\n')
+        points.append(dict(label=label, values={}, jobs=[dict(seed=0, folder=label)]))
+    (tmp_path/'tested.json').write_text(json.dumps(dict(sweep='tested', baseline='early', points=points)))
+    results = load_results(tmp_path/'tested.json')
+    table = pass_table(results, reach=50., n_boot=20)
+    assert table.to_reach.tolist() == [.2, .4] and table.reached.tolist() == [1, 1]
+    assert table.area.tolist() == [50., 25.]                       # straight up; level, and then straight up
+    assert 'held-out' in plot_passes(results).axes[0].get_ylabel()
+
 def test_wrong_input(runs, tmp_path, capsys):
     (tmp_path/'empty').mkdir()
     lonely = json.loads((runs/'coins.json').read_text())
@@ -96,6 +116,7 @@ def test_wrong_input(runs, tmp_path, capsys):
                        ([str(tmp_path/'empty')], 'expected the NAME.json'),
                        ([str(runs/'other.json')], 'expected the NAME.json'),
                        ([str(runs/'sub'/'lonely.json')], 'baseline'), ([str(runs), '--n-boot', '5'], '--n-boot'),
+                       ([str(runs), '--reach', '101'], '--reach'),
                        ([str(runs), '--notebook', 'none.ipynb'], '--notebook')):
         assert main(argv) == 2
         err = capsys.readouterr().err

@@ -11,7 +11,7 @@ __all__ = ['score_table', 'comparison_table', 'verdicts', 'save_report_table', '
 from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from .passes import common_turn, pass_curve
+from .passes import common_turn, learning_curves
 from .results import METRICS, Results, compare_points, last_turn, load_results, seed_scores
 from ..data.files import Described, InputError, atomic_write, expect, read_json, shipped, skip_url_grammar
 from ..data.plots import BAD, GOOD, NEUTRAL, line_style, plain_label, plot_learning_curves
@@ -241,19 +241,19 @@ def plot_forest(
 def plot_passes(
     results: Results, # from `load_results`
 ):                    # `Figure`, or None where no run logs what it needs
-    "O on the training sessions over passes through the transformer: mean over seeds and its 95 % interval."
-    turn = common_turn(results)
+    "The learning curves over passes through the transformer: mean over seeds and its 95 % interval."
+    curves = learning_curves(results)
     fig = Figure(figsize=(7, 3.4), layout='constrained')
     ax = fig.subplots()
     drawn = 0
     for i, point in enumerate(_shown(results)):
-        curves = [pass_curve(rows, config, turn) for rows, config in zip(point.curves, point.configs) if rows]
-        curves = [(passes, O) for passes, O in curves if len(passes)]
-        if not curves: continue
-        x = np.linspace(max(p[0] for p, _ in curves), min(p[-1] for p, _ in curves), 100)
-        _band(ax, x/1000, np.stack([np.interp(x, *curve) for curve in curves]), point.label, line_style(i), 100)
+        seeds = curves.by_point[point.label]
+        if not seeds: continue
+        x = np.linspace(max(p[0] for p, _ in seeds), min(p[-1] for p, _ in seeds), 100)
+        _band(ax, x/1000, np.stack([np.interp(x, *curve) for curve in seeds]), point.label, line_style(i), 100)
         drawn += 1
-    ax.set(xlabel='thousand passes through the transformer', ylabel=f'O at turn {turn}, training sessions')
+    ax.set(xlabel='thousand passes through the transformer',
+           ylabel=f'O at turn {curves.turn}, {curves.sessions} sessions')
     if not drawn: return None
     _legend(fig)
     return fig
@@ -315,6 +315,7 @@ def write_report(
     out: str|Path,             # folder for the report
     notebook: str|Path = None, # None: the shipped `report.ipynb`
     n_boot: int = 2000,        # bootstrap draws
+    reach: float = None,       # O in percent whose cost in passes is looked for; None: what the baseline ends with
 ) -> Path:                     # of report.html
     "Execute the report notebook for one sweep; leaves report.html, report.ipynb, and tables and pictures as files."
     skip_url_grammar()
@@ -324,6 +325,7 @@ def write_report(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     values = dict(plan=str(Path(plan).resolve()), out=str(out.resolve()), n_boot=n_boot)
+    if reach is not None: values |= dict(reach=reach)
     executed = papermill.execute_notebook(str(notebook or shipped('report.ipynb')), str(out/'report.ipynb'), values,
                                           kernel_name='python3', progress_bar=False, extra_arguments=['--log-level=50'])
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)

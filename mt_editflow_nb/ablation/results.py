@@ -29,6 +29,7 @@ class Point(NamedTuple):
     configs: list = ()  # per seed the fields of `config.json`
     heldout: str = None # fingerprint of the held-out sessions; None: not known, as of jobs of older versions
     turns_I: tuple = None # how many turns each held-out session has; None: T
+    evaluations: list = () # per seed the rows of `heldout.jsonl`, evaluations while it trained
 
 class Results(NamedTuple):
     "The results of a sweep, as far as it has been run."
@@ -46,12 +47,14 @@ def _load_outcomes(path):
         raise InputError(f'{path}: expected the outcomes of a run, received {one_line(e)[:100]}') from None
 
 def _load_job(folder):
-    "The results of a finished job: those of `Point`, its held-out sessions being a pair of fingerprint and turns."
+    "The results of a finished job, as `Point` names them; `heldout` is a pair of fingerprint and turns."
     (before, _), (after, turns_I) = (_load_outcomes(folder/f'{name}.safetensors') for name in ('before', 'after'))
     seconds = sum(row['seconds'] for row in log_rows(folder/'timings.jsonl'))
     stored = read_json(folder/'config.json') if (folder/'config.json').is_file() else {}
     heldout = (stored.get('identity') or {}).get('heldout')
-    return before, after, log_rows(folder/'metrics.jsonl'), seconds, stored.get('config', {}), (heldout, turns_I)
+    logs = dict(curves=log_rows(folder/'metrics.jsonl'), evaluations=log_rows(folder/'heldout.jsonl'))
+    return dict(before=before, after=after, seconds=seconds, configs=stored.get('config', {}),
+                heldout=(heldout, turns_I)) | logs
 
 # %% ../../nbs/ablation/01b_results.ipynb #446d2def
 def _state(folder):
@@ -81,13 +84,14 @@ def _load_point(point, folder):
         if state.get('status') == 'done': done[job['seed']] = _load_job(folder/job['folder'])
         else: missing.append((point['label'], job['seed'], state.get('status', 'not run'), state.get('error') or ''))
     if not done: return None, missing
-    before, after, *lists, heldout = zip(*done.values())
-    shapes = {outcomes.success_IT.shape for outcomes in before + after}
+    found = {name: [job[name] for job in done.values()] for name in next(iter(done.values()))}
+    shapes = {outcomes.success_IT.shape for name in ('before', 'after') for outcomes in found[name]}
     expect(len(shapes) == 1, point['label'], 'jobs that were evaluated on the same sessions', sorted(shapes))
-    stacked = [Outcomes(*map(np.stack, zip(*outcomes))) for outcomes in (before, after)]
+    for name in ('before', 'after'): found[name] = Outcomes(*map(np.stack, zip(*found[name])))
     names = [f'{point["label"]}, seed {seed}' for seed in done]
-    heldout = _same_sessions([*zip(names, heldout)], 'an evaluation on the sessions of the other seeds')
-    return Point(point['label'], point['values'], list(done), *stacked, *map(list, lists), *heldout), missing
+    heldout, turns_I = _same_sessions([*zip(names, found.pop('heldout'))],
+                                      'an evaluation on the sessions of the other seeds')
+    return Point(point['label'], point['values'], list(done), heldout=heldout, turns_I=turns_I, **found), missing
 
 # %% ../../nbs/ablation/01b_results.ipynb #5d1e07aa
 def load_results(

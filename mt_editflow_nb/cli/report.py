@@ -22,6 +22,8 @@ def _parser():
     add('--out', help='folder for the reports (default: report/ in the folder of the runs)')
     add('--notebook', help='the notebook to execute (default: the shipped report.ipynb)')
     add('--n-boot', type=int, default=2000, help='bootstrap draws (default: %(default)s)')
+    add('--reach', metavar='O', type=float,
+        help='in percent: how many passes each setting needs to reach it (default: what the baseline ends with)')
     add('--leaderboard', action='store_true',
         help='gather the runs of `mtef_eval` in the folder: a table for each benchmark, beside published systems')
     add('--published', metavar='CSV', help='published numbers, each with its source (default: the shipped ones)')
@@ -36,9 +38,11 @@ def _report_all(args):
         return print(write_leaderboard(args.runs, args.out or Path(args.runs)/'leaderboard', args.published))
     expect(args.published is None, '--published', '--leaderboard as well', Described('none'))
     expect(args.n_boot >= 100, '--n-boot', 'at least 100', args.n_boot)
+    expect(args.reach is None or 0 < args.reach <= 100, '--reach', 'above 0, at most 100 (percent)', args.reach)
     expect(args.notebook is None or Path(args.notebook).is_file(), '--notebook', 'a file', args.notebook)
     for plan in find_plans(args.runs):
-        html = write_report(plan, Path(args.out or plan.parent/'report')/plan.stem, args.notebook, args.n_boot)
+        out = Path(args.out or plan.parent/'report')/plan.stem
+        html = write_report(plan, out, args.notebook, args.n_boot, args.reach)
         print(f'{plan.stem}: {html}')
         table = html.parent/'verdicts.csv'
         if not table.is_file(): continue
