@@ -70,6 +70,7 @@ def passes_so_far(
     T = _turns(rows, config)
     return np.cumsum([count_passes(row, config, len(row.get('all_right', ())) or T) for row in rows])
 
+# %% ../../nbs/ablation/01c_passes.ipynb #c0ffee04
 def pass_curve(
     rows: list,         # of `metrics.jsonl`
     config: dict,       # fields of the run's configuration
@@ -146,6 +147,7 @@ def learning_curves(
     curves = {p.label: [pass_curve(*run, turn) for run in zip(p.curves, p.configs) if run[0]] for p in points}
     return Curves({label: [c for c in seeds if len(c[0])] for label, seeds in curves.items()}, 'training', turn)
 
+# %% ../../nbs/ablation/01c_passes.ipynb #c0ffee03
 def _mean(values):
     known = [v for v in values if not math.isnan(v)]
     return sum(known)/len(known) if known else math.nan

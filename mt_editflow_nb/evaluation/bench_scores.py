@@ -207,9 +207,9 @@ def judged_damage(
     scores_ITM: np.ndarray, # if, cc, and quality where the judge gives it
 ) -> np.ndarray:            # [I, T, 3] as `ask_collapse` has it
     "Damage from 0 to 2, as on LME-Bench: content by cc, surface by quality, or by cc where there is no quality."
-    kept = scores_ITM[..., 1]
+    consistency = scores_ITM[..., 1]
     quality = scores_ITM[..., min(2, scores_ITM.shape[-1] - 1)]
-    return 2 - 2*np.stack([kept, quality, np.ones_like(kept)], -1)
+    return 2 - 2*np.stack([consistency, quality, np.ones_like(consistency)], -1)
 
 # %% ../../nbs/evaluation/09c_bench_scores.ipynb #1a67d28a
 def scaled_answers(

@@ -90,11 +90,11 @@ def session_scores(
     turns_I=None,       # how many turns each session has; None: T
 ) -> np.ndarray:        # [I], below 2
     "One number for each session: how long everything was right, then how much content was preserved."
-    kept = np.stack([outcomes.object_cc_IT, outcomes.background_cc_IT])
-    kept_I = np.nan_to_num(divide(np.nansum(kept, (0, 2)), (~np.isnan(kept)).sum((0, 2))))
+    terms_2IT = np.stack([outcomes.object_cc_IT, outcomes.background_cc_IT])
+    cc_I = np.nan_to_num(divide(np.nansum(terms_2IT, (0, 2)), (~np.isnan(terms_2IT)).sum((0, 2))))
     right_IT = metric_arrays(outcomes, turns_I)[1]
     right_I = np.nan_to_num(divide(np.nansum(right_IT, 1), (~np.isnan(right_IT)).sum(1)))
-    return right_I + .999*kept_I/max(1, right_IT.shape[1])
+    return right_I + .999*cc_I/max(1, right_IT.shape[1])
 
 def best_median_worst(
     scores_I: np.ndarray, # one number a session
@@ -130,10 +130,10 @@ def unscored_sentences(
     turns: int,     # of all sessions together
 ) -> list:          # of sentences, none where every turn was scored
     "Sentences on how many turns could not be scored."
-    follow = sum(unscored['if'])
-    kept = sum(unscored['cc'])
-    notes = [f'{follow} of {turns} turns could not be scored; every score leaves them out.'] if follow else []
-    if kept: notes.append(f'CC of {kept} of {turns} turns could not be scored; CC and O leave out what is missing.')
+    no_if = sum(unscored['if'])
+    no_cc = sum(unscored['cc'])
+    notes = [f'{no_if} of {turns} turns could not be scored; every score leaves them out.'] if no_if else []
+    if no_cc: notes.append(f'CC of {no_cc} of {turns} turns could not be scored; CC and O leave out what is missing.')
     return notes
 
 def same_judge_sentences(

@@ -348,10 +348,10 @@ def unscored_note(
     cc_unscored_IT=None, # bool, where a question about consistency got no answer; None: nowhere
 ) -> str:                # '' where every turn was scored
     "How many turns could not be scored, as a line for a log."
-    follow, kept = (sum(counts) for counts in unscored_by_reward(success_IT, cc_unscored_IT, turns_I).values())
+    no_if, no_cc = (sum(counts) for counts in unscored_by_reward(success_IT, cc_unscored_IT, turns_I).values())
     total = np.size(success_IT) if turns_I is None else int(np.sum(turns_I))
-    texts = [f'{follow} of {total} turns could not be scored; they are left out of every score'] if follow else []
-    if kept: texts.append(f'CC of {kept} of {total} turns could not be scored; CC and O leave them out')
+    texts = [f'{no_if} of {total} turns could not be scored; they are left out of every score'] if no_if else []
+    if no_cc: texts.append(f'CC of {no_cc} of {total} turns could not be scored; CC and O leave them out')
     return '; '.join(texts)
 
 # %% ../../nbs/evaluation/01a_running.ipynb #6c5df380

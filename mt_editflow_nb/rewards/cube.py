@@ -404,7 +404,8 @@ def _rows_of_turns(sessions, images_PGTHWC, turns, tools):
 def _rule_scores(sessions, rows, shape_PGT, seconds):
     "Rows of `turn_steps` as a cube, and as calls for the log."
     reward_of = {place: rule_rewards(row) for place, row in rows.items()}
-    rewards = torch.tensor([[r.follow, r.kept] for r in reward_of.values()], dtype=torch.float32).reshape(*shape_PGT, 2)
+    pairs = [[r.following, r.consistency] for r in reward_of.values()]
+    rewards = torch.tensor(pairs, dtype=torch.float32).reshape(*shape_PGT, 2)
     def term(name):
         values = [math.nan if row[name] is None else row[name] for row in rows.values()]
         return torch.tensor(values, dtype=torch.float32).reshape(shape_PGT)
@@ -413,9 +414,10 @@ def _rule_scores(sessions, rows, shape_PGT, seconds):
         r = reward_of[p, g, t]
         about = dict(session=sessions[p].id, member=g, turn=t + 1, prompt=sessions[p].meta['format_instructions'][t],
                      error=r.error, tokens=0, seconds=seconds, cached=False)
-        calls.append(about | dict(reward='if', score=r.follow, answer=row['why'] or 'followed', parsed=row['success']))
+        calls.append(about | dict(reward='if', score=r.following, answer=row['why'] or 'followed',
+                                  parsed=row['success']))
         terms = f"object {row['object_cc']}, background {row['background_cc']}"
-        calls.append(about | dict(reward='cc', score=r.kept, answer=terms, parsed=None, again=True))
+        calls.append(about | dict(reward='cc', score=r.consistency, answer=terms, parsed=None, again=True))
     return Scores(JOINT_REWARDS, rewards, rewards[..., 0], term('object_cc'), term('background_cc'), tuple(calls))
 
 # %% ../../nbs/rewards/02_cube.ipynb #a51c0024

@@ -381,9 +381,9 @@ def check_tools(
 # %% ../../nbs/rewards/01e_edival_tools.ipynb #e9f8bf4c
 class RuleRewards(NamedTuple):
     "What a row of `turn_steps` is worth."
-    follow: float # 1 or 0; NaN: not scored
-    kept: float   # in [0, 1]; NaN: not scored
-    error: str    # why something was not scored
+    following: float   # IF: 1 or 0; NaN: not scored
+    consistency: float # CC, in [0, 1]; NaN: not scored
+    error: str         # why something was not scored
 
 def rule_rewards(
     row: dict, # from `turn_steps`
@@ -391,7 +391,7 @@ def rule_rewards(
     "The two rewards of a turn."
     terms = [row[k] for k in ('object_cc', 'background_cc') if row[k] is not None]
     lost = row.get('unscored', {})
-    kept = float(np.clip(np.mean(terms), 0, 1)) if terms else .5
-    follow = np.nan if row['success'] is None else float(row['success'])
+    consistency = float(np.clip(np.mean(terms), 0, 1)) if terms else .5
+    following = np.nan if row['success'] is None else float(row['success'])
     errors = ([row['why']] if row['success'] is None else []) + list(lost.values())
-    return RuleRewards(follow, np.nan if lost else kept, '; '.join(errors))
+    return RuleRewards(following, np.nan if lost else consistency, '; '.join(errors))
