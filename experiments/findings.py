@@ -2,8 +2,8 @@
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a folder of experiments/results/sweeps, and a
 number after it is the turn, where it is not the last at which all settings have an overall score. The table `types` is
-made from experiments/results/recipe.json, and `signal` from signal.jsonl. With --check nothing is written, and the exit
-status is 1 if a table in the text is not the one of the files."""
+made from experiments/results/recipe.json, `signal` from signal.jsonl, and `passes` from imitation_curves/passes.csv.
+With --check nothing is written, and the exit status is 1 if a table in the text is not the one of the files."""
 import argparse, re, sys
 from pathlib import Path
 import pandas as pd
@@ -93,7 +93,23 @@ def table_of_signal():
     cells = {label: [of_stage.get(stage, '') for stage in stages] for label, of_stage in rows.items()}
     return SIGNAL.render(stages=stages, rows=cells).rstrip()
 
-GENERATED = dict(types=table_of_types, signal=table_of_signal)
+PASSES = Template('''\
+| held-out sessions | seeds | thousand passes | gain | thousand passes until O is {{ reach|round|int }} | mean O on the way |
+|---|--:|--:|--:|---|--:|
+{% for row in rows %}| {{ row|join(' | ') }} |
+{% endfor %}''')
+
+def table_of_passes():
+    "Markdown: what the methods cost, and how soon they are at one score."
+    costs = pd.read_csv(results/'imitation_curves'/'passes.csv')
+    rows = []
+    for row in costs.itertuples():
+        reached = f'{row.to_reach:.1f}' if row.reached else 'not reached'
+        if 0 < row.reached < row.seeds: reached += f' ({row.reached} of {row.seeds} seeds)'
+        rows.append([row.point, row.seeds, f'{row.passes:.1f}', f'{row.gain:+.1f}', reached, f'{row.area:.1f}'])
+    return PASSES.render(reach=costs.reach[0], rows=rows).rstrip()
+
+GENERATED = dict(types=table_of_types, signal=table_of_signal, passes=table_of_passes)
 
 def filled(text):
     "The text with every table made anew."
