@@ -3,7 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from mt_editflow_nb.ablation.sweeps import read_sweep
-from mt_editflow_nb.cli import data, init, push, report, sweep, tools, train
+from mt_editflow_nb.cli import data, eval_run, init, push, report, sweep, tools, train
 from mt_editflow_nb.cli import eval as evaluate
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.data.files import InputError
@@ -39,7 +39,7 @@ def test_a_home_in_an_option_that_no_shell_expands(tmp_path, monkeypatch, capsys
     assert (tmp_path/'numbers.csv').is_file() and not (tmp_path/'~').exists()
 
 def test_the_verifier_and_another_size_are_found_before_the_editor_is_loaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, 'load_editor', lambda *args, **kw: pytest.fail('weights were read'))
+    monkeypatch.setattr(eval_run, 'load_editor', lambda *args, **kw: pytest.fail('weights were read'))
     assert evaluate.main(['--size', '64', '--n', '1', '--out', str(tmp_path/'out')]) == 2
     assert "--judge: expected MODEL:MODE (the verifier reads the shape world's 48 pixels" in capsys.readouterr().err
 
@@ -71,7 +71,7 @@ def test_a_home_that_is_not_here(command, argv, capsys):
     assert 'expected ~ or ~USER of this machine' in said and '~nobodyx' in said
 
 def test_a_judge_that_is_not_there_is_found_before_the_editor_is_loaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, 'load_editor', lambda *args, **kw: pytest.fail('weights were read'))
+    monkeypatch.setattr(eval_run, 'load_editor', lambda *args, **kw: pytest.fail('weights were read'))
     judge = ['--judge', 'model@http://127.0.0.1:9/v1:direct', '--judge-options', '{retries: 0}']
     assert evaluate.main([*judge, '--n', '1', '--out', str(tmp_path/'out')]) == 2
     assert 'nobody listens there' in capsys.readouterr().err.splitlines()[-1]
@@ -97,7 +97,7 @@ def test_a_page_holds_no_picture_from_outside_unless_asked(tmp_path, capsys):
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"), 'this machine')])
 def test_an_evaluation_without_memory_is_one_line(tmp_path, monkeypatch, capsys, error, place):
     def load_nothing(*args, **kw): raise error
-    monkeypatch.setattr(evaluate, 'load_editor', load_nothing)
+    monkeypatch.setattr(eval_run, 'load_editor', load_nothing)
     assert evaluate.main(['--n', '1', '--batch', '7', '--out', str(tmp_path/'out')]) == 2
     said, = capsys.readouterr().err.splitlines()
     assert f'{place} has too little memory' in said and '(now 7)' in said

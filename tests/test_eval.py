@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from helpers import PATIENCE, Command, ask, colours, detect, run_notebook, wait_for
 from mt_editflow_nb.cli import run_eval
-from mt_editflow_nb.cli import eval as cli_eval
+from mt_editflow_nb.cli import eval_edival, eval_free
 from mt_editflow_nb.cli.eval import main
 from mt_editflow_nb.evaluation.card import load_run
 from mt_editflow_nb.data.files import InputError
@@ -157,7 +157,7 @@ def test_consistency_that_nobody_scored_is_counted(tmp_path, monkeypatch, capsys
         scores.rewards_PGTM[:, :, 1, 1] = np.nan
         scores.object_cc_PGT[:, :, 1] = scores.background_cc_PGT[:, :, 1] = np.nan
         return scores
-    monkeypatch.setattr(cli_eval, 'load_judge', lambda *_, **__: half_a_judge)
+    monkeypatch.setattr(eval_free, 'load_judge', lambda *_, **__: half_a_judge)
     command = ['--n', '3', '--turns', '2', '--steps', '1', '--out', str(tmp_path/'out')]
     for _ in range(2):                                             # the second time from what is on disk
         assert main(command) == 0
@@ -220,16 +220,16 @@ def test_quality_is_that_of_the_benchmark_unless_it_is_not_there(bench, tmp_path
     models = tiny_edival_models(tmp_path/'models')
     tiny = models.pop('quality')
     def run(out, *more): return main(args(bench, tmp_path/out) + flags(models) + ['--n', '1', *more])
-    monkeypatch.setattr(cli_eval, 'lacks_quality', lambda: 'no network')
+    monkeypatch.setattr(eval_edival, 'lacks_quality', lambda: 'no network')
     assert run('without') == 0
     said, = [line for line in capsys.readouterr().err.splitlines() if 'quality' in line]
     assert 'MizzenAI/HPSv3 cannot be had here (no network)' in said and '--quality none' in said
     card = (tmp_path/'without'/'card.md').read_text()
     assert '| quality | not scored (published: MizzenAI/HPSv3) |' in card and '## Quality' not in card
-    monkeypatch.setattr(cli_eval, 'lacks_quality', lambda: '')
-    load = cli_eval.load_quality
+    monkeypatch.setattr(eval_edival, 'lacks_quality', lambda: '')
+    load = eval_edival.load_quality
     loaded = []
-    monkeypatch.setattr(cli_eval, 'load_quality', lambda name: loaded.append(name) or load(tiny))
+    monkeypatch.setattr(eval_edival, 'load_quality', lambda name: loaded.append(name) or load(tiny))
     assert run('without') == 0 and not loaded
     assert run('with') == 0 and loaded == ['MizzenAI/HPSv3']
     assert '## Quality' in (tmp_path/'with'/'card.md').read_text()

@@ -310,8 +310,9 @@ def test_errors_say_what_was_expected_and_what_was_received():
     assert others == {(place, words) for place, words, _ in OTHER_ERRORS}
 
 QUOTED = [     # texts that stand for what a user has written: quoted like every value
-    ('algorithm.config.check_advantage', "'none'"), ('cli.eval.check_options', "args.judge or 'verifier'"),
-    ('cli.eval.check_options', "args.sessions or 'shapeworld'"), ('rewards.cube._heads_judge', "f'{kind}:{model}'"),
+    ('algorithm.config.check_advantage', "'none'"), ('cli.eval_options.check_options', "args.judge or 'verifier'"),
+    ('cli.eval_options.check_options', "args.sessions or 'shapeworld'"),
+    ('rewards.cube._heads_judge', "f'{kind}:{model}'"),
     ('cli.train._chosen', "' '.join(args.settings) or f'--run {args.run}'"), ('cli.train._chosen', "f'{name}={value}'")]
 
 def quoted_texts(node, place):

@@ -7,7 +7,7 @@ from mt_editflow_nb.algorithm import iterate as page
 from mt_editflow_nb.algorithm.as_judged import iterate_as_judged
 from mt_editflow_nb.algorithm.config import make_config
 from mt_editflow_nb.algorithm.policy import Policy
-from mt_editflow_nb.cli.eval import check_options, eval_parser, fill_bench_settings, fill_settings
+from mt_editflow_nb.cli.eval_options import check_options, eval_parser, fill_bench_settings, fill_settings
 from mt_editflow_nb.data.files import InputError, atomic_write, to_json
 from mt_editflow_nb.data.shapeworld import shape_sessions
 from mt_editflow_nb.editing.loading import load_editor

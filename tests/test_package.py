@@ -106,7 +106,8 @@ def test_names_to_start_with():
     assert done.stdout.split() == ['False', 'True']
 
 @pytest.mark.parametrize('option', [['-m', 'mt_editflow_nb.card'], ['-m', 'mt_editflow_nb.evaluation.card'],
-                                    ['-mmt_editflow_nb.ablation.sweeps'], ['-Bm', 'mt_editflow_nb']], ids=' '.join)
+                                    ['-mmt_editflow_nb.ablation.sweeps'], ['-m', 'mt_editflow_nb.cli.eval_run'],
+                                    ['-Bm', 'mt_editflow_nb']], ids=' '.join)
 def test_a_module_that_is_no_command_says_so(option):
     "It would do nothing, and report success."
     done = subprocess.run([sys.executable, *option, '--help'], capture_output=True, text=True, cwd=root)

@@ -556,6 +556,7 @@ def test_a_recipe_on_a_card_before_anything_is_downloaded(tmp_path, monkeypatch,
 def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch):
     "Settings that are not given are those of training; others are used, with a warning."
     command = importlib.import_module('mt_editflow_nb.cli.eval')
+    run = importlib.import_module('mt_editflow_nb.cli.eval_run')
     lora = tmp_path/'run'/'lora'
     config = tmp_path/'run'/'config.json'
     editor = load_editor(lora_rank=2)
@@ -568,7 +569,7 @@ def test_evaluation_takes_the_settings_of_training(tmp_path, capsys, monkeypatch
     def trained_with(**fields): config.write_text(json.dumps(dict(config=dict(editor='tiny', quantize=None, **fields))))
     def evaluated(out, *more):
         return command.main(['--lora', str(lora), '--n', '2', '--turns', '1', *more, '--out', str(tmp_path/out)])
-    monkeypatch.setattr(command, 'load_editor', noted)
+    monkeypatch.setattr(run, 'load_editor', noted)
     trained_with(size=48, guidance=2., num_steps=3)
     assert evaluated('out', '--steps', '2') == 0
     assert asked == dict(name='tiny', quantize=None, size=48, guidance=2.)
