@@ -94,7 +94,7 @@ def table_of_signal():
     return SIGNAL.render(stages=stages, rows=cells).rstrip()
 
 PASSES = Template('''\
-| held-out sessions | seeds | thousand passes | gain | thousand passes until O is {{ reach|round|int }} | mean O on the way |
+| in thousand passes | seeds | in all | gain | until O is {{ reach|round|int }} | mean O on the way |
 |---|--:|--:|--:|---|--:|
 {% for row in rows %}| {{ row|join(' | ') }} |
 {% endfor %}''')

@@ -98,10 +98,10 @@ def test_agreement_takes_reward_models(checkpoint):
             items = session_labels(sessions, images, aspect).items
             judge = load_judge(f'editscore:m@{server.url}')
             opinions = ask_repeatedly(judge.mode, judge.engine, items, judge.prompts, 1)
-            assert opinions.scores_RN[0].tolist() == pytest.approx([expected]*len(items))
+            assert opinions.scores_RQ[0].tolist() == pytest.approx([expected]*len(items))
     judge = load_judge(f'editreward:{checkpoint}', device='cpu')
     items = session_labels(sessions, images, 'if').items
-    assert not np.isnan(ask_repeatedly(judge.mode, judge.engine, items, judge.prompts, 1).scores_RN).any()
+    assert not np.isnan(ask_repeatedly(judge.mode, judge.engine, items, judge.prompts, 1).scores_RQ).any()
 
 # --- UnifiedReward-Edit: one answer, a list of success and of how little else was changed, from 0 to 25 each
 

@@ -42,9 +42,9 @@ def test_nor_between_the_two_largest_sizes(name):
 
 def test_the_notebook(runner, tmp_path):
     some = ['answers kept', 'a thousand answers found among', 'rows read with the monitor', 'jobs planned and listed']
-    parameters = dict(sizes='tiny', lines=','.join(some), repeats=2, out=str(tmp_path))
+    parameters = dict(sizes='tiny', lines=','.join(some), repeats=1, out=str(tmp_path))
     executed = runner.submit(run_notebook, root/'experiments/scale.ipynb', parameters).result()
     table = pd.read_csv(tmp_path/'scale.csv')
-    assert table.groupby('line').size().to_dict() == dict.fromkeys(some, 4) and (table.seconds > 0).all()
+    assert table.groupby('line').size().to_dict() == dict.fromkeys(some, 2) and (table.seconds > 0).all()
     assert (tmp_path/'scale.png').is_file() and (tmp_path/'scale_memory.png').is_file()
     assert 'FLUX.1-Kontext-dev' in str(executed.cells[-1].outputs)

@@ -72,7 +72,7 @@ def test_two_pairs_of_systems_in_one_file(tmp_path):
     images = {name: np.zeros((8, 1, 48, 48, 3), np.uint8) for name in ('base', 'one')}
     sessions = [s for _, s in second.sessions.values()]
     labels = load_labels(export_labels(choices, sessions, images, tmp_path/'labels.jsonl'))
-    assert len(labels.items) == 16 and (labels.truth_N[::2] + labels.truth_N[1::2] == 1).all()
+    assert len(labels.items) == 16 and (labels.truth_Q[::2] + labels.truth_Q[1::2] == 1).all()
 
 def test_the_rating_notebook(runner, tmp_path):
     "The toy study with choices in its file: what the notebook says of them, and labels that the judges' chapter reads."
@@ -93,6 +93,6 @@ def test_the_rating_notebook(runner, tmp_path):
     assert [float(x) for x in agreement[:4]] == [100., 100., 100., 8.]      # two ties are left out
     labels = load_labels(study/'labels.jsonl')
     rated = len({i.instructions for i in labels.items})
-    perfect = labels.truth_N[::2]
-    lazy = labels.truth_N[1::2]
+    perfect = labels.truth_Q[::2]
+    lazy = labels.truth_Q[1::2]
     assert len(labels.items) == 2*rated and perfect.min() >= .5 and (perfect + lazy == 1).all()

@@ -22,15 +22,15 @@ from .judges import Item, is_joint
 # %% ../../nbs/rewards/03_agreement.ipynb #00ce1649
 @dataclass
 class Labels:
-    "N things to judge, with the truth."
+    "Q things to judge, with the truth."
     items: list          # of `Item`
-    truth_N: np.ndarray  # in [0, 1]
-    group_N: np.ndarray  # members of one group have one name: they are what is ranked
-    type_N: np.ndarray   # instruction types
+    truth_Q: np.ndarray  # in [0, 1]
+    group_Q: np.ndarray  # members of one group have one name: they are what is ranked
+    type_Q: np.ndarray   # instruction types
 
     def __getitem__(self, rows):
         rows = np.arange(len(self.items))[rows]
-        return Labels([self.items[k] for k in rows], self.truth_N[rows], self.group_N[rows], self.type_N[rows])
+        return Labels([self.items[k] for k in rows], self.truth_Q[rows], self.group_Q[rows], self.type_Q[rows])
 
 def session_labels(
     sessions: list,            # P `Session`s of the shape world
@@ -83,15 +83,15 @@ def load_labels(
 # %% ../../nbs/rewards/03_agreement.ipynb #c8b764e2
 @dataclass
 class Judgements:
-    "R opinions on N things."
-    scores_RN: np.ndarray # NaN where there is none
+    "R opinions on Q things."
+    scores_RQ: np.ndarray # NaN where there is none
     tokens: float         # read and written, per score
     seconds: float        # per score
 
 def ask_repeatedly(
     mode,             # from `load_mode`, or of a judge
     engine,           # (list of `Ask`) -> list of `Reply`
-    items: list,      # N `Item`s
+    items: list,      # Q `Item`s
     prompts,          # `Prompts`
     repeats: int = 4, # R; each with its own seed
 ) -> Judgements:
@@ -107,8 +107,8 @@ def ask_repeatedly(
 
 # %% ../../nbs/rewards/03_agreement.ipynb #c8b764e3
 def auc(
-    scores: np.ndarray, # N, NaN where there is none
-    right: np.ndarray,  # N booleans
+    scores: np.ndarray, # Q, NaN where there is none
+    right: np.ndarray,  # Q booleans
 ) -> float:             # nan where all are right, or none
     "Probability that a right one has the higher score than a wrong one (ties count half): area under the ROC curve."
     from scipy.stats import rankdata
@@ -121,8 +121,8 @@ def auc(
     return float(in_order/pairs)
 
 def kappa(
-    a, # N booleans
-    b, # N booleans
+    a, # Q booleans
+    b, # Q booleans
 ) -> float:
     "Cohen's kappa: agreement beyond chance; nan where all values of both are True, or all are False."
     from statsmodels.stats.inter_rater import cohens_kappa
@@ -133,11 +133,11 @@ def kappa(
     return float(cohens_kappa(counts, return_results=False))
 
 # %% ../../nbs/rewards/03_agreement.ipynb #a864548d
-def _pairs(group_N):
+def _pairs(group_Q):
     "Two arrays of indices: every pair whose members share a group, once."
-    _, group_N, sizes = np.unique(group_N, return_inverse=True, return_counts=True)
-    in_order = np.argsort(group_N, kind='stable')
-    place = np.arange(len(group_N))
+    _, group_Q, sizes = np.unique(group_Q, return_inverse=True, return_counts=True)
+    in_order = np.argsort(group_Q, kind='stable')
+    place = np.arange(len(group_Q))
     later = np.repeat(sizes.cumsum(), sizes) - place - 1           # members of the same group that follow
     first = np.repeat(place, later)
     nth = np.arange(len(first)) - np.repeat(later.cumsum() - later, later)
@@ -147,43 +147,43 @@ SAME_TRUTH = .1    # truths that differ by no more are not ranked
 RIGHT_TRUTH = .75  # truth from which a result is right
 
 def ranking(
-    scores_RN: np.ndarray, # NaN where there is none
-    truth_N: np.ndarray,   # in [0, 1]
-    group_N: np.ndarray,   # names of the items' groups
+    scores_RQ: np.ndarray, # NaN where there is none
+    truth_Q: np.ndarray,   # in [0, 1]
+    group_Q: np.ndarray,   # names of the items' groups
 ) -> float:                # nan where nothing is to be ranked
     "How often two members of a group with different truths are put in the right order (the same score counts half)."
-    a, b = _pairs(group_N)
-    differ = np.abs(truth_N[a] - truth_N[b]) > SAME_TRUTH
+    a, b = _pairs(group_Q)
+    differ = np.abs(truth_Q[a] - truth_Q[b]) > SAME_TRUTH
     a = a[differ]
     b = b[differ]
-    agree = np.sign(scores_RN[:, a] - scores_RN[:, b])*np.sign(truth_N[a] - truth_N[b])
+    agree = np.sign(scores_RQ[:, a] - scores_RQ[:, b])*np.sign(truth_Q[a] - truth_Q[b])
     total = (~np.isnan(agree)).sum()
     return np.nansum(agree + 1)/2/total if total else np.nan
 
 # %% ../../nbs/rewards/03_agreement.ipynb #c8b764e4
 def measures(
-    scores_RN: np.ndarray, # NaN where there is none
-    truth_N: np.ndarray,   # in [0, 1]
-    group_N: np.ndarray,   # names of the items' groups
+    scores_RQ: np.ndarray, # NaN where there is none
+    truth_Q: np.ndarray,   # in [0, 1]
+    group_Q: np.ndarray,   # names of the items' groups
 ) -> dict:
     "Every measure, on one sample."
-    several = len(scores_RN) > 1
-    mean_N = np.nanmean(scores_RN, 0) if several else scores_RN[0]
-    var_N = np.nanvar(scores_RN, 0, ddof=1) if several else np.full(len(truth_N), np.nan)
-    first = scores_RN[0]
-    right = truth_N >= RIGHT_TRUTH
+    several = len(scores_RQ) > 1
+    mean_Q = np.nanmean(scores_RQ, 0) if several else scores_RQ[0]
+    var_Q = np.nanvar(scores_RQ, 0, ddof=1) if several else np.full(len(truth_Q), np.nan)
+    first = scores_RQ[0]
+    right = truth_Q >= RIGHT_TRUTH
     scored = ~np.isnan(first)
-    return dict(bias=np.nanmean(mean_N - truth_N), sd=np.nanmean(var_N)**.5,
-                error=np.nanmean((scores_RN - truth_N)**2)**.5, ranking=ranking(scores_RN, truth_N, group_N),
+    return dict(bias=np.nanmean(mean_Q - truth_Q), sd=np.nanmean(var_Q)**.5,
+                error=np.nanmean((scores_RQ - truth_Q)**2)**.5, ranking=ranking(scores_RQ, truth_Q, group_Q),
                 auc=auc(first, right), kappa=kappa(first[scored] >= RIGHT_TRUTH, right[scored]),
-                failed=np.isnan(scores_RN).mean())
+                failed=np.isnan(scores_RQ).mean())
 
 # %% ../../nbs/rewards/03_agreement.ipynb #52c602e9
-def _draws_of_groups(group_N, n_boot, seed):
+def _draws_of_groups(group_Q, n_boot, seed):
     "Bootstrap samples: the rows of each, and which draw of a group each belongs to."
     rng = np.random.default_rng(seed)
-    groups = pd.unique(group_N)
-    rows = {g: np.flatnonzero(group_N == g) for g in groups}
+    groups = pd.unique(group_Q)
+    rows = {g: np.flatnonzero(group_Q == g) for g in groups}
     for _ in range(n_boot):
         picked = [rows[g] for g in rng.choice(groups, len(groups))]
         yield np.concatenate(picked), np.repeat(np.arange(len(picked)), [len(p) for p in picked])
@@ -198,13 +198,13 @@ def agreement(
 
     Right is a truth of at least 0.75. Groups, not items, are drawn: the members of a group share their pictures and
     instructions."""
-    draws = list(_draws_of_groups(labels.group_N, n_boot, seed))
+    draws = list(_draws_of_groups(labels.group_Q, n_boot, seed))
     rows = {}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)           # means of nothing but NaN are NaN
         for name, j in judgements.items():
-            row = measures(j.scores_RN, labels.truth_N, labels.group_N)
-            boot = pd.DataFrame([measures(j.scores_RN[:, i], labels.truth_N[i], g) for i, g in draws])
+            row = measures(j.scores_RQ, labels.truth_Q, labels.group_Q)
+            boot = pd.DataFrame([measures(j.scores_RQ[:, i], labels.truth_Q[i], g) for i, g in draws])
             rows[name] = {}
             for m, value in row.items():
                 rows[name] |= {(m, ''): value, (m, 'low'): boot[m].quantile(.025), (m, 'high'): boot[m].quantile(.975)}
@@ -229,8 +229,8 @@ def bias_by_type(
     labels: Labels,   # the items and the truth about them
 ) -> pd.DataFrame:    # index type, a column a judge
     "Mean error by instruction type."
-    errors = {name: pd.Series(np.nanmean(j.scores_RN, 0) - labels.truth_N) for name, j in judgements.items()}
-    return pd.DataFrame({name: e.groupby(labels.type_N).mean() for name, e in errors.items()})
+    errors = {name: pd.Series(np.nanmean(j.scores_RQ, 0) - labels.truth_Q) for name, j in judgements.items()}
+    return pd.DataFrame({name: e.groupby(labels.type_Q).mean() for name, e in errors.items()})
 
 def plot_agreement(
     table: pd.DataFrame, # from `agreement`
