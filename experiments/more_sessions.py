@@ -3,8 +3,8 @@
     python experiments/more_sessions.py runs/sweeps/imitation_fresh.json self-imitation
 
 2,048 sessions of three turns that no run has seen, so that a change of CC is known to a point, where 512 leave it open
-by two. Every evaluation is kept in its run's folder and is not made again. Writes
-experiments/results/more_sessions.json."""
+by two. Every evaluation is kept in its run's folder and is not made again. Writes what was found into
+experiments/results/more_sessions.json, beside what it holds of other settings."""
 import argparse
 from pathlib import Path
 import numpy as np, torch
@@ -60,8 +60,11 @@ def main():
     def numbers(metric): return [round(float(table.loc[metric, k]), 2) for k in ('difference', 'low', 'high')]
     change = (seed_scores(after) - seed_scores(before))[:, 2]
     of_seeds = {metric: change[:, METRICS.index(metric)].round(2).tolist() for metric in ('O', 'CC')}
-    found = dict(sweep=args.sweep.stem, label=args.label, sessions=args.sessions, eval_seed=args.eval_seed, seeds=seeds,
-                 turn=3, change={metric: numbers(metric) for metric in ('O', 'IF', 'CC')}, of_seeds=of_seeds)
-    print(atomic_write(args.results/'more_sessions.json', to_json(found, indent=1)).read_text())
+    found = dict(sweep=args.sweep.stem, sessions=args.sessions, eval_seed=args.eval_seed, seeds=seeds, turn=3,
+                 change={metric: numbers(metric) for metric in ('O', 'IF', 'CC')}, of_seeds=of_seeds)
+    file = args.results/'more_sessions.json'
+    known = read_json(file) if file.is_file() else {}
+    atomic_write(file, to_json(known | {args.label: found}, indent=1))
+    print(found)
 
 if __name__ == '__main__': main()
