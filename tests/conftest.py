@@ -43,11 +43,15 @@ def pytest_collection_finish():
     os.environ['TORCHDYNAMO_DISABLE'] = '1'
 
 def prepare_runner():
-    "Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them."
+    """Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them.
+
+    What a cell returns is formatted for the output, and before that by a hook that writes nothing: figures, drawn twice."""
     import copied                      # noqa: F401 as above
+    from execnb.shell import CaptureShell
     gc.freeze()
     del os.environ['TORCHDYNAMO_DISABLE']                        # what a chapter compiles is compiled
     InteractiveShell.atexit_operations = lambda shell: None
+    CaptureShell.displayhook_class.compute_format_data = lambda hook, result: ({}, {})
 
 @pytest.fixture(scope='session')
 def runner():

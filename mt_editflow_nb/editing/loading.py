@@ -7,7 +7,8 @@ __all__ = ['TINY_EDITOR', 'SHIPPED_EDITORS', 'TILE_ABOVE', 'FAMILIES', 'TRANSFOR
            'READ_TOKENS', 'KEPT_IN_16_BITS', 'WITHOUT_MASKS', 'DTYPES', 'find_index', 'find_editor', 'text_limit',
            'nf4_config', 'quantize_nf4', 'offload_encoders', 'save_memory', 'autocast_velocity', 'use_attention',
            'compile_blocks', 'allow_tf32', 'choose_device', 'choose_dtype', 'outline_editor', 'no_missing_weights',
-           'quiet_libraries', 'load_pipeline', 'check_quantize', 'add_options', 'check_adapter_fits', 'load_editor']
+           'quiet_libraries', 'load_pipeline', 'check_quantize', 'add_options', 'check_options', 'check_adapter_fits',
+           'load_editor']
 
 # %% ../../nbs/editing/05_loading.ipynb #3d434a63
 import json, logging, re, warnings
@@ -23,7 +24,7 @@ from ..data.selecting import TextLimit
 from .editor import hub_errors, set_size
 from .flux2 import Flux2Editor
 from .kontext import KontextEditor
-from .lora import add_lora, match_adapter, read_adapter, start_from_adapter
+from .lora import add_lora, check_lora, match_adapter, read_adapter, start_from_adapter
 from .qwen import QwenEditor
 
 TINY_EDITOR = 'tiny'    # the shipped editor that is meant where nothing else is said
@@ -331,6 +332,22 @@ def add_options(
     if init_lora: start_from_adapter(editor, init_lora)
     if attention_backend: use_attention(editor, attention_backend)
 
+def check_options(
+    name_or_path: str|Path, # of an editor
+    lora_rank: int,         # this and the following: as of `add_options`
+    lora_alpha: float,      # of the adapter
+    lora_targets: str|list, # that it is added to
+    init_lora: str,         # that it starts from
+    attention_backend: str, # of diffusers
+):
+    "Raises `InputError` for what `add_options` does not take, before any weights of the editor are read."
+    if lora_rank is None and not attention_backend: return
+    outline = outline_editor(name_or_path)
+    if init_lora: add_options(outline, lora_rank, lora_alpha, lora_targets, init_lora, attention_backend)
+    else:                                                      # an adapter of its own takes long to add
+        if lora_rank is not None: check_lora(outline.transformer, lora_rank, lora_targets, lora_alpha)
+        if attention_backend: use_attention(outline, attention_backend)
+
 def check_adapter_fits(
     name_or_path: str|Path, # of an editor
     lora: str|Path,         # of a trained adapter: a file, a folder or a hub name
@@ -365,8 +382,7 @@ def load_editor(
     device = choose_device(device)
     expect(lora_rank is not None or not init_lora, 'init_lora', 'a lora_rank beside it', lora_rank)
     options = lora_rank, lora_alpha, lora_targets, init_lora, attention_backend
-    if lora_rank is not None or attention_backend:
-        add_options(outline_editor(name_or_path), *options)      # what does not fit is refused before weights are read
+    check_options(name_or_path, *options)
     if compile: one_of('compile', compile, torch._dynamo.list_backends(exclude_tags=()))
     if tf32: allow_tf32(device)
     pipe, cls = load_pipeline(name_or_path, quantize, device, choose_dtype(dtype, device))

@@ -44,15 +44,17 @@ def target_layers(
 
 # %% ../../nbs/editing/04_lora.ipynb #e7010ad1
 def check_lora(
-    transformer,       # of any family
-    rank: int,         # of the adapter
-    targets: str|list, # layers, see `LORA_TARGETS`
-) -> list:             # names of the layers
-    "Raises `InputError` for a rank that the layers cannot have, and for layers that do not exist."
+    transformer,         # of any family
+    rank: int,           # of the adapter
+    targets: str|list,   # layers, see `LORA_TARGETS`
+    alpha: float = None, # of the adapter
+) -> list:               # names of the layers
+    "Raises `InputError` for a rank that the layers cannot have, for no alpha, and for layers that do not exist."
     layers = target_layers(transformer, targets)
     widths = [min(m.in_features, m.out_features) for m in map(transformer.get_submodule, layers)]
     whole = isinstance(rank, int) and not isinstance(rank, bool)
     expect(whole and 1 <= rank <= min(widths), 'lora_rank', f'a whole number from 1 to {min(widths)}', rank)
+    expect(alpha is None or 0 < alpha < float('inf'), 'lora_alpha', 'a finite number above 0', alpha)
     return layers
 
 def add_lora(
@@ -65,8 +67,7 @@ def add_lora(
     "Add a trainable LoRA (arXiv 2106.09685) to the transformer blocks."
     from peft import LoraConfig
     expect(not lora_parameters(editor), 'lora', 'an editor without an adapter', Described('one that has one'))
-    layers = check_lora(editor.transformer, rank, targets)
-    expect(alpha is None or 0 < alpha < float('inf'), 'lora_alpha', 'a finite number above 0', alpha)
+    layers = check_lora(editor.transformer, rank, targets, alpha)
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights='gaussian', target_modules=layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
