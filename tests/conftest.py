@@ -45,7 +45,7 @@ def pytest_collection_finish():
 def prepare_runner():
     """Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them.
 
-    What a cell returns is formatted for the output, and before that by a hook that writes nothing: figures, drawn twice."""
+    A hook that writes nothing formats what a cell returns, figures too, and the shell formats it again for the output."""
     import copied                      # noqa: F401 as above
     from execnb.shell import CaptureShell
     gc.freeze()

@@ -7,8 +7,8 @@ __all__ = ['TINY_EDITOR', 'SHIPPED_EDITORS', 'TILE_ABOVE', 'FAMILIES', 'TRANSFOR
            'READ_TOKENS', 'KEPT_IN_16_BITS', 'WITHOUT_MASKS', 'DTYPES', 'find_index', 'find_editor', 'text_limit',
            'nf4_config', 'quantize_nf4', 'offload_encoders', 'save_memory', 'autocast_velocity', 'use_attention',
            'compile_blocks', 'allow_tf32', 'choose_device', 'choose_dtype', 'outline_editor', 'no_missing_weights',
-           'quiet_libraries', 'load_pipeline', 'check_quantize', 'add_options', 'check_options', 'check_adapter_fits',
-           'load_editor']
+           'quiet_libraries', 'load_pipeline', 'check_quantize', 'add_options', 'check_editor_options',
+           'check_adapter_fits', 'load_editor']
 
 # %% ../../nbs/editing/05_loading.ipynb #3d434a63
 import json, logging, re, warnings
@@ -332,7 +332,8 @@ def add_options(
     if init_lora: start_from_adapter(editor, init_lora)
     if attention_backend: use_attention(editor, attention_backend)
 
-def check_options(
+# %% ../../nbs/editing/05_loading.ipynb #6d1f8e42
+def check_editor_options(
     name_or_path: str|Path, # of an editor
     lora_rank: int,         # this and the following: as of `add_options`
     lora_alpha: float,      # of the adapter
@@ -382,7 +383,7 @@ def load_editor(
     device = choose_device(device)
     expect(lora_rank is not None or not init_lora, 'init_lora', 'a lora_rank beside it', lora_rank)
     options = lora_rank, lora_alpha, lora_targets, init_lora, attention_backend
-    check_options(name_or_path, *options)
+    check_editor_options(name_or_path, *options)
     if compile: one_of('compile', compile, torch._dynamo.list_backends(exclude_tags=()))
     if tf32: allow_tf32(device)
     pipe, cls = load_pipeline(name_or_path, quantize, device, choose_dtype(dtype, device))
