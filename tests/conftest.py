@@ -14,7 +14,7 @@ from helpers import processes
 TOGETHER = ('test_browser', 'test_whole', 'test_training', 'test_recipes', 'test_families', 'test_package', 'test_push',
             'test_tracking', 'test_report')
 LONG = ('test_ray', 'rewards/03_agreement', 'training/04_train', 'training/01_budget', 'evaluation/01_scores',
-        'editing/05_loading', 'test_processes', 'explore/', 'evaluation/05_truth', 'editing/07_rollout',
+        'editing/05_loading', 'test_processes', 'explore/', 'evaluation/04_truth', 'editing/07_rollout',
         'algorithm/', 'cli/01e_eval', 'evaluation/', 'ablation/', 'test_sweeps')
 
 # What a shell starts with & ignores Ctrl-C, and so would every command that a test starts and interrupts.
