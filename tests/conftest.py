@@ -45,7 +45,7 @@ def pytest_collection_finish():
 def prepare_runner():
     """Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them.
 
-    A hook that writes nothing formats what a cell returns, figures too, and the shell formats it again for the output."""
+    What a cell returns is formatted for the output, and before that, figures too, by a hook that writes nothing."""
     import copied                      # noqa: F401 as above
     from execnb.shell import CaptureShell
     gc.freeze()
