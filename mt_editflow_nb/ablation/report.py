@@ -143,11 +143,11 @@ def _shown(results):
     return [first, *(point for point in results.points.values() if point is not first)][:28]
 
 def _band(ax, x, y_SX, label, style, top):
-    "A mean line, and the 95 % interval of the mean over seeds, as far as it lies within the scale from 0 to `top`."
+    "A mean line, and from three seeds on the 95 % interval of the mean, as far as it lies between 0 and `top`."
     mean = y_SX.mean(0)
     S = len(y_SX)
     ax.plot(x, mean, label=plain_label(label), **style)
-    if S == 1: return
+    if S < 3: return                               # of two it is 12.7 standard errors wide, and hides the lines
     half = t_quantile(S - 1)*y_SX.std(0, ddof=1)/S**.5
     ax.fill_between(x, *np.clip((mean - half, mean + half), 0, top), color=style['color'], alpha=.12, lw=0)
 
@@ -241,7 +241,7 @@ def plot_forest(
 def plot_passes(
     results: Results, # from `load_results`
 ):                    # `Figure`, or None where no run logs what it needs
-    "The learning curves over passes through the transformer: mean over seeds and its 95 % interval."
+    "The learning curves over passes through the transformer: mean over seeds, from three on with its 95 % interval."
     curves = learning_curves(results)
     fig = Figure(figsize=(7, 3.4), layout='constrained')
     ax = fig.subplots()
