@@ -123,6 +123,23 @@ def test_begins_with_title_and_subtitle(path):
     assert cells[0].cell_type == 'markdown' and found
     assert len(found[1]) <= 120, 'the subtitle becomes a docstring of one line'
 
+def prints(node):
+    "Whether running it calls `print` or `display`; what it only defines does not count."
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)): return False
+    shows = isinstance(node, ast.Call) and getattr(node.func, 'id', '') in ('print', 'display')
+    return shows or any(map(prints, ast.iter_child_nodes(node)))
+
+def test_printing_is_found():
+    assert prints(ast.parse('for x in y: print(x)')) and not prints(ast.parse('def f(): print(1)\nf()'))
+
+@each(chapters)
+def test_cells_that_print_show_what_they_print(path):
+    "An output is easily lost when a cell is edited."
+    silent = [c.source for c in cells_of(path) if c.cell_type == 'code' and not c.outputs]
+    shown = [source for source in silent if not re.search(r'#\|\s*(hide|export|eval)', source)]
+    sources = [re.sub(r'(?m)^(\s*)[%!].*', r'\1pass', source) for source in shown]
+    assert not [source for source in sources if prints(ast.parse(source))]
+
 @each(notebooks)
 def test_figures_are_pictures(path):
     "Without `%matplotlib inline` a figure that is a cell's value is the words <Figure size ...>."
