@@ -7,33 +7,11 @@ by two. Every evaluation is kept in its run's folder and is not made again. Writ
 experiments/results/more_sessions.json, beside what it holds of other settings."""
 import argparse
 from pathlib import Path
-import numpy as np, torch
+import torch
+from overshoot import changes, scaled_outcomes, stacked
 from tqdm.auto import tqdm
-from mt_editflow_nb.ablation.results import METRICS, compare_points, load_results, seed_scores
-from mt_editflow_nb.algorithm.config import make_config
+from mt_editflow_nb.ablation.results import load_results
 from mt_editflow_nb.data.files import atomic_write, expect, read_json, to_json
-from mt_editflow_nb.data.shapeworld import WORLDS
-from mt_editflow_nb.editing.loading import load_editor
-from mt_editflow_nb.editing.lora import load_lora
-from mt_editflow_nb.evaluation.running import evaluate, read_outcomes, write_outcomes
-from mt_editflow_nb.evaluation.scores import Outcomes
-from mt_editflow_nb.rewards.cube import load_judge
-
-NOISE = 1234                                           # as the evaluation of a run has it
-
-def outcomes_of(run, sessions, file, adapter=True):
-    "How the editor of a run does on these sessions, with or without its adapter, [I, T]."
-    if not (kept := read_outcomes(file)):
-        config = make_config(read_json(run/'config.json')['config'])
-        editor = load_editor(config.editor)
-        if adapter: load_lora(editor, run/'lora')
-        outcomes, _ = evaluate(editor, sessions, load_judge(config.eval_judge), seed=NOISE,
-                               num_steps=config.eval_steps or config.num_steps)
-        write_outcomes(file, outcomes, [])
-        kept = read_outcomes(file)
-    return Outcomes(*(np.asarray(x, float) for x in kept[0]))
-
-def stacked(outcomes_S): return Outcomes(*map(np.stack, zip(*outcomes_S)))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,19 +27,14 @@ def main():
     described, = [p for p in read_json(args.sweep)['points'] if p['label'] == args.label]
     runs = {job['seed']: args.sweep.parent/job['folder'] for job in described['jobs']}
     seeds = points[args.label].seeds
-    config = make_config(read_json(runs[seeds[0]]/'config.json')['config'])
-    sessions = WORLDS[config.sessions](args.sessions, 3, 'heldout', seed=args.eval_seed)
     name = f'{args.sessions}_of_{args.eval_seed}.safetensors'
-    before = outcomes_of(runs[seeds[0]], sessions, runs[seeds[0]]/f'before_{name}', adapter=False)
-    after = [outcomes_of(runs[seed], sessions, runs[seed]/f'after_{name}') for seed in tqdm(seeds, desc='seeds')]
-    before = stacked([before]*len(seeds))
-    after = stacked(after)
-    table = compare_points(before, after).loc[3]
-    def numbers(metric): return [round(float(table.loc[metric, k]), 2) for k in ('difference', 'low', 'high')]
-    change = (seed_scores(after) - seed_scores(before))[:, 2]
-    of_seeds = {metric: change[:, METRICS.index(metric)].round(2).tolist() for metric in ('O', 'CC')}
+    chosen = dict(n=args.sessions, turns=3, eval_seed=args.eval_seed)
+    before = scaled_outcomes(runs[seeds[0]], 0, runs[seeds[0]]/f'before_{name}', **chosen)   # without the adapter
+    after = [scaled_outcomes(runs[seed], 1, runs[seed]/f'after_{name}', **chosen)
+             for seed in tqdm(seeds, desc='seeds')]
+    of_all, of_seeds = changes(stacked([before]*len(seeds)), stacked(after))
     found = dict(sweep=args.sweep.stem, sessions=args.sessions, eval_seed=args.eval_seed, seeds=seeds, turn=3,
-                 change={metric: numbers(metric) for metric in ('O', 'IF', 'CC')}, of_seeds=of_seeds)
+                 change=of_all, of_seeds=of_seeds)
     file = args.results/'more_sessions.json'
     known = read_json(file) if file.is_file() else {}
     atomic_write(file, to_json(known | {args.label: found}, indent=1))

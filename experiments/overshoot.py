@@ -23,31 +23,39 @@ from mt_editflow_nb.rewards.cube import load_judge
 
 NOISE = 1234                                           # as the evaluation of a run has it
 
-def scaled_outcomes(run, scale):
-    "How the editor of a run does with its adapter times `scale`, [I, T]."
-    file = run/f'scaled_{scale:g}.safetensors'
+def scaled_outcomes(run, scale, file, n=None, turns=None, eval_seed=None):
+    """How the editor of a run does with its adapter times `scale`, [I, T]; kept in `file`.
+
+    On the sweep's own held-out sessions, where no number of sessions, of turns, or seed says otherwise."""
     if not (kept := read_outcomes(file)):
         config = make_config(read_json(run/'config.json')['config'])
         editor = load_editor(config.editor)
         load_lora(editor, run/'lora')
         for name, p in editor.transformer.named_parameters():
             if 'lora_B' in name: p.data *= scale
-        turns = config.eval_turns or config.turns or 3
-        sessions = WORLDS[config.sessions](config.eval_sessions, turns, 'heldout', seed=config.eval_seed)
+        turns = turns or config.eval_turns or config.turns or 3
+        eval_seed = config.eval_seed if eval_seed is None else eval_seed
+        sessions = WORLDS[config.sessions](n or config.eval_sessions, turns, 'heldout', seed=eval_seed)
         outcomes, _ = evaluate(editor, sessions, load_judge(config.eval_judge), seed=NOISE,
                                num_steps=config.eval_steps or config.num_steps)
         write_outcomes(file, outcomes, [])
         kept = read_outcomes(file)
     return Outcomes(*(np.asarray(x, float) for x in kept[0]))
 
+def stacked(outcomes_S): return Outcomes(*map(np.stack, zip(*outcomes_S)))
+
+def changes(before, after): # outcomes [S, I, T]
+    "By metric, the change at turn 3 over all seeds with its interval, and the change of each seed."
+    table = compare_points(before, after).loc[3]
+    change = (seed_scores(after) - seed_scores(before))[:, 2]
+    of_all = {m: [round(float(table.loc[m, k]), 2) for k in ('difference', 'low', 'high')] for m in ('O', 'IF', 'CC')}
+    return of_all, {metric: change[:, METRICS.index(metric)].round(2).tolist() for metric in ('O', 'CC')}
+
 def row_of(label, scale, seeds, before, after): # outcomes [S, I, T]
     "Gain of O and change of CC at turn 3 over all seeds, and the gain of each seed."
-    table = compare_points(before, after).loc[3]
-    O = METRICS.index('O')
-    gain_S = seed_scores(after)[:, 2, O] - seed_scores(before)[:, 2, O]
-    def numbers(metric): return [round(float(table.loc[metric, k]), 2) for k in ('difference', 'low', 'high')]
-    return dict(label=label, scale=scale, seeds=seeds, O_gain=numbers('O'), CC_change=numbers('CC'),
-                O_gain_of_seeds=gain_S.round(2).tolist())
+    of_all, of_seeds = changes(before, after)
+    return dict(label=label, scale=scale, seeds=seeds, O_gain=of_all['O'], CC_change=of_all['CC'],
+                O_gain_of_seeds=of_seeds['O'])
 
 def plot(rows):
     "Success against consistency: a line a setting, a dot a scale, with 95 % intervals."
@@ -80,8 +88,9 @@ def main():
     for label, point in tqdm(points.items(), desc='settings'):
         rows.append(row_of(label, 1., point.seeds, point.before, point.after))
         for scale in args.scales:
-            each = [scaled_outcomes(folders[label][seed], scale) for seed in point.seeds]
-            rows.append(row_of(label, scale, point.seeds, point.before, Outcomes(*map(np.stack, zip(*each)))))
+            runs = [folders[label][seed] for seed in point.seeds]
+            each = [scaled_outcomes(run, scale, run/f'scaled_{scale:g}.safetensors') for run in runs]
+            rows.append(row_of(label, scale, point.seeds, point.before, stacked(each)))
     atomic_write(args.results/'overshoot.jsonl', ''.join(f'{to_json(row)}\n' for row in rows))
     save_figure(args.results/'overshoot.png', plot(rows))
 

@@ -30,7 +30,8 @@ def module_to_run():
     named = [re.fullmatch(r'(?:-\w*m)?(mt_editflow_nb(?:\.\w+)*)', argument) for argument in sys.orig_argv[1:]]
     return next((found[1] for found in named if found), '')
 
-_commands = r'mt_editflow_nb\.(cli\.(train|eval|sweep|report|data|init|push|tools)|training)'
-if (_module := module_to_run()) and not re.fullmatch(_commands, _module):
-    sys.exit(f'python -m {_module}: expected a command, mt_editflow_nb.cli.X, where X is train, eval, sweep, report, '
-             'data, init, push or tools; received a module without one')
+_commands = 'train', 'eval', 'sweep', 'report', 'data', 'init', 'push', 'tools'
+_runnable = {'training', *(f'cli.{name}' for name in _commands)}
+if (_module := module_to_run()) and _module.removeprefix(f'{__name__}.') not in _runnable:
+    sys.exit(f'python -m {_module}: expected a command, {__name__}.cli.X, where X is {", ".join(_commands[:-1])} or '
+             f'{_commands[-1]}; received a module without one')

@@ -72,7 +72,7 @@ def main(
         except (MemoryError, RuntimeError) as e:
             if not lacking_memory(e): raise
             say_line(f'{lacking_memory(e)} has too little memory; what is done is kept, and a smaller --batch '
-                 f'(now {args.batch}) or --size may go on')
+                     f'(now {args.batch}) or --size may go on')
         else:
             if is_first_process(): print('\n' + _summary(args, table, sessions))
             return 0
