@@ -25,7 +25,7 @@ from .edival_models import (
 from .edival_rules import (
     EDIVAL_SIDE, QUESTIONS, Describe, Detect, EdivalTools, Found, NoAnswer, Question, answer_all)
 from .engines import Ask, JudgeFailed, Reply
-from .servers import EncodedPictures, Patience, check_environment, connection_cause
+from .servers import EncodedPictures, Patience, certificates, check_environment, connection_cause
 
 # %% ../../nbs/rewards/01d_edival_tools.ipynb #ddafee4f
 def pack_array(
@@ -223,7 +223,9 @@ class ToolsServer:
         check_environment()
         stop = self.stop
         for n in itertools.count():
-            try: response = httpx2.request(method, self.urls[0] + path, json=body, timeout=self.timeout)
+            try:
+                response = httpx2.request(method, self.urls[0] + path, json=body, timeout=self.timeout,
+                                          verify=certificates())
             except httpx2.TimeoutException: error = f'{self.urls[0]}: no answer within {self.timeout:g} s'
             except httpx2.HTTPError as e: error = f'{self.urls[0]}: {connection_cause(e, self.urls[0])}'
             else:
