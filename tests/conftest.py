@@ -37,10 +37,13 @@ def pytest_collection_finish():
     """Tests load copies of the tiny editor.
 
     What has been imported stays: a collection of garbage, half a second each time, need not look at it again.
-    Processes that tests start compile nothing, and so need no compiler for bitsandbytes' kernels, a slow import."""
+    Processes that tests start compile nothing, and so need no compiler for bitsandbytes' kernels, a slow import.
+    The server that forks them finds what it imports, `preloaded`, in this folder."""
     import copied              # noqa: F401 imports torch, which the process that hands out tests does not need
     gc.freeze()
     os.environ['TORCHDYNAMO_DISABLE'] = '1'
+    paths = [str(Path(__file__).parent), os.environ.get('PYTHONPATH')]
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
 
 def prepare_runner():
     """Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them.

@@ -15,8 +15,7 @@ def wait_for(condition, every=.01):
 
 # Importing torch and diffusers takes seconds: a server that has done so forks every process from itself.
 processes = multiprocessing.get_context('forkserver')
-processes.set_forkserver_preload(['diffusers.pipelines.flux.pipeline_flux_kontext', 'mt_editflow_nb.cli.eval',
-                                  'mt_editflow_nb.cli.train', 'torch.distributed.run', 'helpers'])
+processes.set_forkserver_preload(['preloaded'])
 
 def _enter(main, argv, log, env):
     "The body of the process."
