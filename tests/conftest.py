@@ -17,6 +17,9 @@ LONG = ('test_ray', 'rewards/03_agreement', 'training/04_train', 'training/01_bu
         'editing/05_loading', 'test_processes', 'explore/', 'evaluation/04_truth', 'editing/07_rollout',
         'algorithm/', 'cli/01e_eval', 'evaluation/', 'ablation/', 'test_sweeps')
 
+# Hardly a test compiles anything; without a compiler for bitsandbytes' kernels, importing it takes seconds less.
+os.environ['TORCHDYNAMO_DISABLE'] = '1'
+
 # What a shell starts with & ignores Ctrl-C, and so would every command that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,11 +40,9 @@ def pytest_collection_finish():
     """Tests load copies of the tiny editor.
 
     What has been imported stays: a collection of garbage, half a second each time, need not look at it again.
-    Processes that tests start compile nothing, and so need no compiler for bitsandbytes' kernels, a slow import.
-    The server that forks them finds what it imports, `preloaded`, in this folder."""
+    The server that forks processes from itself finds what it imports, `preloaded`, in this folder."""
     import copied              # noqa: F401 imports torch, which the process that hands out tests does not need
     gc.freeze()
-    os.environ['TORCHDYNAMO_DISABLE'] = '1'
     paths = [str(Path(__file__).parent), os.environ.get('PYTHONPATH')]
     os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
 
