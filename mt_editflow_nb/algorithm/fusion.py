@@ -65,21 +65,17 @@ def _fuse(R_MPGU, w, fusion):
         return (R_MPGU**(w/w.sum()).reshape(-1, 1, 1, 1)).prod(0, keepdim=True), w.new_ones(1)
     return R_MPGU, w
 
-def _deviations(r_MPGU, valid_PGU):
-    "Deviation from the group's mean, its group std [M, P, 1, U] and batch std [M, 1, 1, 1] over the valid members."
+def _deviations(r_MPGU, valid_PGU, dims):
+    "Deviation from the mean over some dimensions, and the std over them, of the valid members."
     r = r_MPGU.where(valid_PGU, 0)
-    def spread(dims):
-        n = valid_PGU.expand_as(r).sum(dims, keepdim=True).clamp(min=1)
-        d = (r - r.sum(dims, keepdim=True)/n)*valid_PGU
-        return d, ((d**2).sum(dims, keepdim=True)/n).sqrt()
-    centred, group_std = spread((2,))
-    _, batch_std = spread((1, 2, 3))
-    return centred, group_std, batch_std
+    n = valid_PGU.expand_as(r).sum(dims, keepdim=True).clamp(min=1)
+    d = (r - r.sum(dims, keepdim=True)/n)*valid_PGU
+    return d, ((d**2).sum(dims, keepdim=True)/n).sqrt()
 
 def _normalise(R_MPGU, valid_PGU, std, min_std, eps):
     "Centre in the group and divide; 0 where a reward varies by less than `min_std`."
-    centred, group_std, batch_std = _deviations(R_MPGU, valid_PGU)
-    scale = batch_std if std == 'global' else group_std
+    centred, group_std = _deviations(R_MPGU, valid_PGU, (2,))
+    scale = _deviations(R_MPGU, valid_PGU, (1, 2, 3))[1] if std == 'global' else group_std
     varies = (group_std >= min_std) & (scale >= min_std) & (group_std > 0)
     return torch.where(varies, centred if std == 'none' else centred/(scale + eps), 0)
 

@@ -30,8 +30,8 @@ def patch_change(
     size = max(min(4, shorter), shorter//across)
     rows = H//size
     columns = W//size
-    squared = ((after_NHWC.astype(np.float32) - before_NHWC)**2).mean(-1)[..., :rows*size, :columns*size]
-    patches = squared.reshape(*squared.shape[:-2], rows, size, columns, size)
+    squared = (after_NHWC.astype(np.float32) - before_NHWC)**2@np.ones(3, np.float32)/3      # a fast mean over colours
+    patches = squared[..., :rows*size, :columns*size].reshape(*squared.shape[:-2], rows, size, columns, size)
     return np.sqrt(patches.mean((-1, -3)))
 
 def reconstruction_limits(
