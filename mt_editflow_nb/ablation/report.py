@@ -327,7 +327,8 @@ def write_report(
     values = dict(plan=str(Path(plan).resolve()), out=str(out.resolve()), n_boot=n_boot)
     if reach is not None: values |= dict(reach=reach)
     executed = papermill.execute_notebook(str(notebook or shipped('report.ipynb')), str(out/'report.ipynb'), values,
-                                          kernel_name='python3', progress_bar=False, extra_arguments=['--log-level=50'])
+                                          kernel_name='python3', progress_bar=False, extra_arguments=['--log-level=50'],
+                                          request_save_on_cell_execute=False)     # once, not at every cell
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     html, _ = exporter.from_notebook_node(executed, dict(metadata=dict(name=Path(plan).stem)))
     return atomic_write(out/'report.html', html)

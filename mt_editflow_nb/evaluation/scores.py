@@ -225,10 +225,9 @@ def compare_scores(
     low, high = percentile_interval(draws_BX)
     columns = dict(before=b_boot.value_X, after=a_boot.value_X, difference=gain.value_X, low=low, high=high,
                    superiority=superiority(draws_BX))
-    table = pd.DataFrame(columns, _index(T))
     for name, parts, cc_unscored_IT in (('before', b, cc_unscored[0]), ('after', a, cc_unscored[1])):
-        table[f'{name}_unscored'] = _unscored_rows(parts[0], cc_unscored_IT, turns_I)
-    return table
+        columns[f'{name}_unscored'] = _unscored_rows(parts[0], cc_unscored_IT, turns_I)
+    return pd.DataFrame(columns, _index(T))
 
 # %% ../../nbs/evaluation/01_scores.ipynb #66337cc6
 def plot_comparison(

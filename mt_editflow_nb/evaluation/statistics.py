@@ -119,7 +119,8 @@ def weighted_mean(
     values_IX: np.ndarray,  # one or more numbers a session; NaN: none
 ) -> np.ndarray:            # [B, X]; NaN where no session has a value
     "Mean over the sessions that have a value."
-    return divide(weights_BI @ np.nan_to_num(values_IX), weights_BI @ ~np.isnan(values_IX))
+    known_IX = ~np.isnan(values_IX)
+    return divide(weights_BI @ np.where(known_IX, values_IX, 0), weights_BI @ known_IX)
 
 def mean_over_seeds(
     values_SIT: np.ndarray, # S seeds; NaN: no value

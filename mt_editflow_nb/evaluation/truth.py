@@ -10,6 +10,7 @@ __all__ = ['shape_detect', 'shape_ask', 'unreliable', 'edival_words', 'attempts'
 # %% ../../nbs/evaluation/04_truth.ipynb #3a2ecf6f
 import re
 from dataclasses import replace
+from functools import lru_cache
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from scipy.stats import spearmanr
@@ -28,10 +29,15 @@ from .statistics import Interval, divide, percentile_interval, session_weights, 
 _corners = [np.array([c, r, c + 1, r + 1])/3 for r in range(3) for c in range(3)]
 _boxes = [corners + [.02, .02, -.02, -.02] for corners in _corners]     # a little inside each cell
 
+@lru_cache(256)
+def _read_pixels(pixels):
+    "What is in a picture, from its bytes."
+    return recognise(np.frombuffer(pixels, np.uint8).reshape(1, WORLD_SIDE, WORLD_SIDE, 3))[0]
+
 def _read(image):
-    "What is in a picture of any size."
+    "What is in a picture of any size. A rule looks at the same one several times."
     if image.size != (WORLD_SIDE, WORLD_SIDE): image = image.resize((WORLD_SIDE, WORLD_SIDE), Image.BOX)
-    return recognise(np.asarray(image)[None])[0]
+    return _read_pixels(image.tobytes())
 
 def _ground_name(reading):
     "The background's name; that of the first one where it was not recognised."

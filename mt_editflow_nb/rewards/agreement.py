@@ -205,9 +205,9 @@ def agreement(
         for name, j in judgements.items():
             row = measures(j.scores_RQ, labels.truth_Q, labels.group_Q)
             boot = pd.DataFrame([measures(j.scores_RQ[:, i], labels.truth_Q[i], g) for i, g in draws])
+            low, high = boot.quantile([.025, .975]).to_dict('records')
             rows[name] = {}
-            for m, value in row.items():
-                rows[name] |= {(m, ''): value, (m, 'low'): boot[m].quantile(.025), (m, 'high'): boot[m].quantile(.975)}
+            for m, value in row.items(): rows[name] |= {(m, ''): value, (m, 'low'): low[m], (m, 'high'): high[m]}
             rows[name] |= {('cost', 'tokens'): j.tokens, ('cost', 'seconds'): j.seconds}
     return pd.DataFrame(rows).T
 
