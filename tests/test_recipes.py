@@ -73,7 +73,8 @@ def test_recipe(path, twins):
     assert ('@http' in published.judge) == ('vllm serve' in path.read_text()) == ('one_card' not in path.stem)
     twin = str(twins[PUBLISHED_EDITORS[published.editor]['pipeline']])
     small = dict(editor=twin, size=64, sessions_per_iteration=2, group=2, num_steps=min(published.num_steps, 3),
-                 batch=8, turns=2, window=min(published.window, 2), min_std=0., iterations=2, judge='verifier')   # see below
+                 turns=2, window=min(published.window, 2), min_std=0., iterations=2, batch=8,
+                 judge='verifier')                                    # see below
     config = make_config(read_recipe(path) | small)
     editor = load_configured_editor(config, lora_rank=config.lora_rank)
     layers = {type(m).__name__ for m in editor.transformer.modules()}
@@ -382,7 +383,7 @@ def test_batch_is_found_and_remembered(tmp_path):
 def test_a_run_halves_its_batch_and_remembers(tmp_path, capsys):
     "Memory ends in the middle of a run: it goes on from the last checkpoint with half the rows, also when resumed."
     settings = dict(sessions_per_iteration=1, group=4, turns=1, num_steps=2, lora_rank=2, save_every=1, std='group',
-                    min_std=0.)
+                    min_std=0., eval_sessions=2)
     config = make_config(dict(settings, iterations=3, batch=4))
     iterate = training.iterate
     seen = []
@@ -412,7 +413,7 @@ def test_8bit_adamw(tmp_path):
     "bitsandbytes' AdamW: states of a byte a number, steps close to 32 bits', and a resume that changes nothing."
     import bitsandbytes as bnb
     settings = dict(sessions_per_iteration=1, group=4, turns=1, num_steps=2, lora_rank=16, save_every=1,
-                    iterations=2, std='group', min_std=0., lr=1e-3)
+                    eval_sessions=2, iterations=2, std='group', min_std=0., lr=1e-3)
     c8, c32 = (make_config(dict(settings, adam8bit=x)) for x in (True, False))
     weights = {}
     for name, c in (('8', c8), ('32', c32)):
@@ -498,7 +499,10 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     recipe = str(root/'experiments/recipes/kontext_nft.yaml')
     few = ['checkpointing=false', 'sessions_per_iteration=1', 'group=2', 'turns=2', 'num_steps=2', 'train_timesteps=1']
     argv = [recipe, *few, '--toy', '--repeat', '1', '--out', str(tmp_path)]
-    monkeypatch.setattr(bench_gpu, 'editor_configs', one_block_of_each_kind)
+    def one_block(name):
+        about = editor_configs(name)
+        return about | dict(transformer=about['transformer'] | dict(num_layers=1, num_single_layers=0))
+    monkeypatch.setattr(bench_gpu, 'editor_configs', one_block)              # a compiler takes seconds for each kind
     monkeypatch.setattr('sys.argv', ['bench_gpu.py', *argv])
     bench_gpu.main()
     assert counters['stats']['unique_graphs'] > compiled
