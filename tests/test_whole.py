@@ -66,8 +66,8 @@ script = textwrap.dedent("""
         except Stopped as e: say(rank, name, 128 + e.signum)
 
     def alone(rank):
-        only_train(rank, 'one')
         only_train(rank, 'fewer')                                       # which two processes have begun
+        only_train(rank, 'one')
 
     def two(rank):
         run(rank, 'two')
@@ -129,7 +129,7 @@ script = textwrap.dedent("""
 
     def memory(rank):
         with failing_with(torch.OutOfMemoryError('scripted'), 0):
-            run(rank, 'memory', *plain, 'sessions_per_iteration=3')
+            run(rank, 'memory', *plain, 'sessions_per_iteration=1', 'group=6')     # which the processes share
 
     print('memory', in_processes(3, memory), 'bug', in_processes(2, two), in_processes(1, alone))
 """)
