@@ -195,18 +195,18 @@ def test_a_rerun_costs_no_call_and_samples_stay_samples(tmp_path):
         Cached(Server('m', server.url), tmp_path/'text.sqlite')
 
 def _writer(url, path, start):
-    Cached(Server('m', url, concurrency=4), path)([Ask((), f'question {i}') for i in range(start, start + 400)])
+    Cached(Server('m', url, concurrency=4), path)([Ask((), f'question {i}') for i in range(start, start + 200)])
 
 def test_two_processes_share_a_cache(tmp_path):
     path = tmp_path/'shared.sqlite'
     process = multiprocessing.get_context('fork').Process
     with Faulty(lambda n, body: 'answer to ' + body['messages'][0]['content'][0]['text']) as server:
-        jobs = [process(target=_writer, args=(server.url, path, s)) for s in (0, 200)]
+        jobs = [process(target=_writer, args=(server.url, path, s)) for s in (0, 100)]
         for j in jobs: j.start()
         for j in jobs: j.join(PATIENCE)
     assert [j.exitcode for j in jobs] == [0, 0]
-    replies = Cached(Server('m', server.url), path, offline=True)([Ask((), f'question {i}') for i in range(600)])
-    assert [r.text for r in replies] == [f'answer to question {i}' for i in range(600)]
+    replies = Cached(Server('m', server.url), path, offline=True)([Ask((), f'question {i}') for i in range(300)])
+    assert [r.text for r in replies] == [f'answer to question {i}' for i in range(300)]
 
 tiny_judge = Path(__file__).resolve().parents[1]/'mt_editflow_nb'/'assets'/'tiny_judge'
 
