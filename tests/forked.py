@@ -1,7 +1,10 @@
 "Several processes of one program: it is imported once, and each process is a copy of it. Used by scripts of tests."
 import os, socket, sys, traceback
 import torch.distributed.checkpoint, torch.distributed.fsdp    # noqa: F401
+import copied                            # noqa: F401
 from mt_editflow_nb.editing.loading import load_editor
+
+load_editor()                            # imports most of diffusers, and each process copies what it has read
 
 def free_port():
     with socket.socket() as s:
@@ -12,7 +15,6 @@ def in_processes(count, work):
     "Call `work(rank)` in `count` processes that find each other as torchrun's do; returns their exit statuses."
     where = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
     there = where | dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
-    load_editor()                        # imports most of diffusers
     sys.stdout.flush()
     children = []
     for rank in range(count):

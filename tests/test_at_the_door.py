@@ -59,7 +59,7 @@ def test_settings_stand_before_and_after_options(tmp_path, capsys):
 
 def test_an_evaluation_that_never_comes_is_a_warning(capsys):
     for every, warned in ((0, 0), (1, 0), (2, 1), (5, 1)):
-        prepare(make_config(dict(iterations=2, eval_every=every)))
+        prepare(make_config(dict(iterations=2, eval_every=every, eval_sessions=2)))
         assert capsys.readouterr().err.count(f'warning: eval_every={every} has no effect with iterations=2') == warned
 
 @pytest.mark.parametrize('command, argv', [

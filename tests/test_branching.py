@@ -102,7 +102,7 @@ def test_refused_with_one_line(wrong, words):
     assert '\n' not in str(e.value)
 
 def test_resumed_with_the_same_numbers(tmp_path):
-    config = make_config(small | branching | dict(group=2, iterations=2, save_every=1))
+    config = make_config(small | branching | dict(group=2, iterations=2, save_every=1, eval_sessions=2))
     calls = []
     def stops(sessions, images):
         calls.append(1)

@@ -111,8 +111,8 @@ def run_all(page):
     errors = page.locator('.jp-OutputArea-output', has_text='Traceback (most recent call last)')
     def all_have_run():
         assert not errors.count(), errors.first.inner_text()
-        return not any(re.fullmatch(r'\[[ *]\]:', t.strip()) for t in prompts.all_inner_texts())
-    wait_for(all_have_run, every=1)                             # each look makes the browser read the whole page
+        return not any(re.fullmatch(r'\[[ *]\]:', t.strip()) for t in prompts.all_text_contents())
+    wait_for(all_have_run, every=3)                             # each look makes the browser read the whole page
 
 @pytest.fixture(scope='module')
 def page(browser, lab):

@@ -207,7 +207,7 @@ def judge(sessions, images_PGTHWC):
     return Scores(('if', 'cc'), r, (r[..., 0] > .5).float(), r[..., 1], r[..., 1])
 
 def one_iteration(editor, session, **kw):
-    usual = dict(group=3, sessions_per_iteration=2, num_steps=3, iterations=2, std='group', min_std=0., batch=4)
+    usual = dict(group=2, sessions_per_iteration=2, num_steps=2, iterations=2, std='group', min_std=0., batch=4)
     config = make_config(usual | kw)
     flip = Session('b', session.image.transpose(Image.FLIP_TOP_BOTTOM), session.instructions)
     with small_condition(): return iterate(config, Policy(config, editor), [session, flip], judge, 0)[0]

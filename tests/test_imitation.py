@@ -22,7 +22,7 @@ from mt_editflow_nb.training.source import session_source
 from mt_editflow_nb.training.train import train
 
 small = dict(sessions_per_iteration=2, group=3, turns=3, num_steps=2, lora_rank=2, iterations=6, imitate=.5,
-             save_every=1, branching='random', credit='local')
+             eval_sessions=2, save_every=1, branching='random', credit='local')
 verifier = load_judge('verifier')
 
 def adapter(run): return load_file(run/'lora'/'pytorch_lora_weights.safetensors')

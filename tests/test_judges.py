@@ -1,12 +1,12 @@
 "Judges behind HTTP: faults of servers, two processes on one cache, replay, secrets, a real `transformers serve`."
-import hashlib, json, math, multiprocessing, os, re, socket, subprocess, sys, threading, time, urllib.request
+import hashlib, json, math, multiprocessing, re, signal, socket, threading, time, urllib.request
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pytest, torch, transformers
 from packaging.version import Version
-from helpers import PATIENCE, wait_for
+from helpers import PATIENCE, Command, wait_for
 from mt_editflow_nb.rewards.cache import Cached
 from mt_editflow_nb.rewards.engines import Ask, Local
 from mt_editflow_nb.rewards.servers import Server, data_url
@@ -195,20 +195,25 @@ def test_a_rerun_costs_no_call_and_samples_stay_samples(tmp_path):
         Cached(Server('m', server.url), tmp_path/'text.sqlite')
 
 def _writer(url, path, start):
-    Cached(Server('m', url, concurrency=4), path)([Ask((), f'question {i}') for i in range(start, start + 400)])
+    Cached(Server('m', url, concurrency=4), path)([Ask((), f'question {i}') for i in range(start, start + 200)])
 
 def test_two_processes_share_a_cache(tmp_path):
     path = tmp_path/'shared.sqlite'
     process = multiprocessing.get_context('fork').Process
     with Faulty(lambda n, body: 'answer to ' + body['messages'][0]['content'][0]['text']) as server:
-        jobs = [process(target=_writer, args=(server.url, path, s)) for s in (0, 200)]
+        jobs = [process(target=_writer, args=(server.url, path, s)) for s in (0, 100)]
         for j in jobs: j.start()
         for j in jobs: j.join(PATIENCE)
     assert [j.exitcode for j in jobs] == [0, 0]
-    replies = Cached(Server('m', server.url), path, offline=True)([Ask((), f'question {i}') for i in range(600)])
-    assert [r.text for r in replies] == [f'answer to question {i}' for i in range(600)]
+    replies = Cached(Server('m', server.url), path, offline=True)([Ask((), f'question {i}') for i in range(300)])
+    assert [r.text for r in replies] == [f'answer to question {i}' for i in range(300)]
 
 tiny_judge = Path(__file__).resolve().parents[1]/'mt_editflow_nb'/'assets'/'tiny_judge'
+
+def transformers_command(argv):
+    "`transformers ...`, without a look for updates, in a process that has imported most of it."
+    from transformers.cli.transformers import app
+    app(argv)
 
 def test_transformers_serve_gives_the_same_scores(tmp_path):
     pytest.importorskip('fastapi')
@@ -217,22 +222,19 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     url = f'http://127.0.0.1:{port}'
-    log = open(tmp_path/'log', 'w')
-    command = [str(Path(sys.executable).with_name('transformers')), 'serve', str(tiny_judge),
-               '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
+    argv = ['serve', str(tiny_judge), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
     if Version(transformers.__version__) < Version('5.23'):     # reads no decision.json; pictures stand before the text
         settings = dict(labels=json.loads((tiny_judge/'decision.json').read_text())['labels'],
                         chat_template='<user>{% for _ in images %}<image>{% endfor %}{{ state }}<assistant>')
         (tmp_path/'decision.json').write_text(json.dumps(settings))
-        command += ['--decision-config', str(tmp_path/'decision.json')]
-    env = dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
-    job = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        argv += ['--decision-config', str(tmp_path/'decision.json')]
+    job = Command(transformers_command, argv, tmp_path/'log', HF_HUB_OFFLINE='1')
     try:
         def is_up():
-            assert job.poll() is None, (tmp_path/'log').read_text()[-2000:]
+            assert job.is_running(), job.said('err')[-2000:]
             try: return urllib.request.urlopen(url + '/health', timeout=60)
             except OSError: return False
-        wait_for(is_up)
+        wait_for(is_up, every=.1)
         far = Server(str(tiny_judge), url + '/v1', timeout=PATIENCE)
         near = Local('tiny')
         a, b = (Judge(e, load_mode('logit'), TINY_PROMPTS)(sessions[:1], images[:1, :2, :2]) for e in (near, far))
@@ -243,9 +245,8 @@ def test_transformers_serve_gives_the_same_scores(tmp_path):
         asks = [Ask(i.images, prompt(TINY_PROMPTS, i, how), max_tokens=24) for i in items for how in ways]
         assert [r.text for r in near(asks)] == [r.text for r in far(asks)]      # word for word where nothing is drawn
     finally:
-        job.kill()
-        job.wait()
-        log.close()
+        job.send(signal.SIGKILL)
+        job.end()
 
 def test_nf4_judge_is_a_fraction_and_says_nearly_the_same():
     full = load_judge('tiny:logit')

@@ -29,7 +29,7 @@ from mt_editflow_nb.algorithm import policy as policies
 from mt_editflow_nb.algorithm.policy import Policy, make_optimizer
 from mt_editflow_nb.rewards.cube import load_judge
 from mt_editflow_nb.training.runs import judge_fingerprint
-from mt_editflow_nb.training import parts
+from mt_editflow_nb.training import budget, parts
 from mt_editflow_nb.training.parts import load_configured_editor, load_judges
 from mt_editflow_nb.training.train import step_of
 from mt_editflow_nb.cli.train import main, read_recipe
@@ -72,8 +72,9 @@ def test_recipe(path, twins):
     assert published.quantize == (None if 'bf16' in path.stem else 'nf4')
     assert ('@http' in published.judge) == ('vllm serve' in path.read_text()) == ('one_card' not in path.stem)
     twin = str(twins[PUBLISHED_EDITORS[published.editor]['pipeline']])
-    small = dict(editor=twin, size=64, sessions_per_iteration=2, group=2, num_steps=min(published.num_steps, 4),
-                 turns=2, window=min(published.window, 2), min_std=0., iterations=2, judge='verifier')   # see below
+    small = dict(editor=twin, size=64, sessions_per_iteration=2, group=2, num_steps=min(published.num_steps, 3),
+                 turns=2, window=min(published.window, 2), min_std=0., iterations=2, batch=8,
+                 judge='verifier')                                    # see below
     config = make_config(read_recipe(path) | small)
     editor = load_configured_editor(config, lora_rank=config.lora_rank)
     layers = {type(m).__name__ for m in editor.transformer.modules()}
@@ -382,7 +383,7 @@ def test_batch_is_found_and_remembered(tmp_path):
 def test_a_run_halves_its_batch_and_remembers(tmp_path, capsys):
     "Memory ends in the middle of a run: it goes on from the last checkpoint with half the rows, also when resumed."
     settings = dict(sessions_per_iteration=1, group=4, turns=1, num_steps=2, lora_rank=2, save_every=1, std='group',
-                    min_std=0.)
+                    min_std=0., eval_sessions=2)
     config = make_config(dict(settings, iterations=3, batch=4))
     iterate = training.iterate
     seen = []
@@ -412,7 +413,7 @@ def test_8bit_adamw(tmp_path):
     "bitsandbytes' AdamW: states of a byte a number, steps close to 32 bits', and a resume that changes nothing."
     import bitsandbytes as bnb
     settings = dict(sessions_per_iteration=1, group=4, turns=1, num_steps=2, lora_rank=16, save_every=1,
-                    iterations=2, std='group', min_std=0., lr=1e-3)
+                    eval_sessions=2, iterations=2, std='group', min_std=0., lr=1e-3)
     c8, c32 = (make_config(dict(settings, adam8bit=x)) for x in (True, False))
     weights = {}
     for name, c in (('8', c8), ('32', c32)):
@@ -442,6 +443,12 @@ def test_command(capsys, tmp_path):
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and 'too little memory' in err and 'GB' in err
 
+def one_block_of_each_kind(name):
+    "`editor_configs` of a transformer that is as shallow as can be."
+    about = editor_configs(name)
+    single = dict(num_single_layers=1) if 'num_single_layers' in about['transformer'] else {}
+    return about | dict(transformer=about['transformer'] | dict(num_layers=1) | single)
+
 @pytest.mark.parametrize('family', ['FluxKontextPipeline', 'Flux2KleinPipeline', 'QwenImageEditPlusPipeline'])
 def test_bench_measures_every_family(family, twins, monkeypatch):
     "At toy size, on the CPU: the script runs; what it measures says nothing about a GPU."
@@ -449,7 +456,8 @@ def test_bench_measures_every_family(family, twins, monkeypatch):
     import bench_gpu
     config = make_config(dict(editor=str(twins[family]), size=64, batch=2, lora_rank=2, checkpointing=True,
                               guidance=2.5))
-    configs = editor_configs(config.editor)
+    monkeypatch.setattr(budget, 'editor_configs', one_block_of_each_kind)
+    configs = one_block_of_each_kind(config.editor)
     cpu = torch.device('cpu')
     row, exact = bench_gpu.measure(config, configs, True, 'plain', cpu, torch.float32, 1)
     edits = config.sessions_per_iteration*config.group*3
@@ -491,10 +499,10 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     recipe = str(root/'experiments/recipes/kontext_nft.yaml')
     few = ['checkpointing=false', 'sessions_per_iteration=1', 'group=2', 'turns=2', 'num_steps=2', 'train_timesteps=1']
     argv = [recipe, *few, '--toy', '--repeat', '1', '--out', str(tmp_path)]
-    def one_block_of_each_kind(name):
+    def one_block(name):
         about = editor_configs(name)
-        return about | dict(transformer=about['transformer'] | dict(num_layers=1, num_single_layers=1))
-    monkeypatch.setattr(bench_gpu, 'editor_configs', one_block_of_each_kind)
+        return about | dict(transformer=about['transformer'] | dict(num_layers=1, num_single_layers=0))
+    monkeypatch.setattr(bench_gpu, 'editor_configs', one_block)              # a compiler takes seconds for each kind
     monkeypatch.setattr('sys.argv', ['bench_gpu.py', *argv])
     bench_gpu.main()
     assert counters['stats']['unique_graphs'] > compiled

@@ -134,7 +134,7 @@ def test_adapter_of_a_run_in_plain_diffusers(whole):
 @pytest.mark.parametrize('algorithm', ['nft', 'grpo'])
 def test_full_disk_keeps_the_last_checkpoint(tmp_path, algorithm):
     "A limit on the size of files stands in for a disk that fills up after the second checkpoint."
-    few = dict(algorithm=algorithm, iterations=3, save_every=1)
+    few = dict(algorithm=algorithm, turns=1, iterations=3, save_every=1)
     config = make_config(small | few)
     run = tmp_path/'run'
     calls = []
@@ -323,7 +323,7 @@ def test_a_stop_in_an_evaluation_says_how_to_go_on(tmp_path, capsys):
         calls.append(1)
         if len(calls) == 2: signal.raise_signal(signal.SIGTERM)
         return judge(sessions, images)
-    config = make_config(small | dict(batch=1))
+    config = make_config(small | dict(batch=1, iterations=1))
     with pytest.raises(Stopped): experiment(config, tmp_path/'run', judge=stops, progress=False)
     assert f'stopped by SIGTERM; go on with: mtef_train --resume {tmp_path/"run"}' in capsys.readouterr().err
     done = list((tmp_path/'run'/'evaluations'/'before').glob('*.safetensors'))
@@ -466,7 +466,7 @@ def test_own_sessions_through_the_same_commands(tmp_path, turns, capsys):
     file = save_sessions(shape_sessions(3, turns, seed=7), tmp_path/'mine')
     run = tmp_path/'run'
     fields = {k: v for k, v in small.items() if k not in ('turns', 'eval_sessions')}
-    fields |= dict(iterations=2, sessions=str(file))
+    fields |= dict(iterations=1, sessions=str(file))
     assert main([*[f'{k}={v}' for k, v in fields.items()], '--run', str(run)]) == 0
     assert json.loads((run/'results.json').read_text())['turns'] == turns
     argv = ['--sessions', str(file), '--steps', '2', '--lora', str(run/'lora'), '--out', str(tmp_path/'out')]
@@ -479,7 +479,7 @@ variants = [dict(algorithm='grpo', sampler='flow'), dict(algorithm='grpo', sampl
 
 @pytest.mark.parametrize('kw', variants, ids=str)
 def test_only_the_adapter_changes(tmp_path, kw):
-    config = make_config(small | dict(iterations=2, num_steps=3, group=4) | kw)
+    config = make_config(small | dict(iterations=2, num_steps=3) | kw)
     before = load_editor(config.editor, lora_rank=2).transformer.state_dict()
     after = train(config, tmp_path/'run', progress=False).transformer.state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}

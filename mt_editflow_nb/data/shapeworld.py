@@ -244,12 +244,12 @@ def random_edit(
     frozen=frozenset(),  # objects that it must not refer to, such as those whose count was changed
 ) -> Edit:               # None: no edit of this type is possible
     "A random edit of a scene that is possible there."
-    def pick(codes): return int(rng.choice(codes))
+    def pick(choices): return choices[rng.integers(len(choices))]           # as `rng.choice` draws, but faster
     free = [i for i, o in enumerate(scene.cells) if not o]
     here = sorted({o for o in scene.cells if o} - frozen)
     absent = [o for o in range(1, len(OBJECTS)) if o not in scene.cells and o not in frozen]
     if type == 'background_change':
-        return Edit(type, background=str(rng.choice([b for b in BACKGROUNDS if b != scene.background])))
+        return Edit(type, background=pick([b for b in BACKGROUNDS if b != scene.background]))
     if type == 'subject_add': return Edit(type, pick(absent), cell=pick(free)) if free else None
     if not here: return None
     obj = pick(here)
@@ -263,9 +263,10 @@ def random_edit(
 def _random_scene(rng):
     "Two to four different objects in different cells."
     n = int(rng.integers(2, 5))
-    cells = np.zeros(9, int)
-    cells[rng.choice(9, n, replace=False)] = rng.choice(np.arange(1, len(OBJECTS)), n, replace=False)
-    return Scene(tuple(cells.tolist()), str(rng.choice(list(BACKGROUNDS))))
+    cells = [0]*9
+    objects = rng.choice(len(OBJECTS) - 1, n, replace=False) + 1
+    for cell, obj in zip(rng.choice(9, n, replace=False).tolist(), objects.tolist()): cells[cell] = obj
+    return Scene(tuple(cells), list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))])
 
 # %% ../../nbs/data/02_shapeworld.ipynb #48655b96
 def _extend(rng, scenes, edits, turns):
