@@ -499,10 +499,7 @@ def test_bench_command(tmp_path, monkeypatch, capsys):
     recipe = str(root/'experiments/recipes/kontext_nft.yaml')
     few = ['checkpointing=false', 'sessions_per_iteration=1', 'group=2', 'turns=2', 'num_steps=2', 'train_timesteps=1']
     argv = [recipe, *few, '--toy', '--repeat', '1', '--out', str(tmp_path)]
-    def one_block(name):
-        about = editor_configs(name)
-        return about | dict(transformer=about['transformer'] | dict(num_layers=1, num_single_layers=0))
-    monkeypatch.setattr(bench_gpu, 'editor_configs', one_block)              # a compiler takes seconds for each kind
+    monkeypatch.setattr(bench_gpu, 'editor_configs', one_block_of_each_kind)
     monkeypatch.setattr('sys.argv', ['bench_gpu.py', *argv])
     bench_gpu.main()
     assert counters['stats']['unique_graphs'] > compiled
