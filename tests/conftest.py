@@ -50,7 +50,6 @@ def prepare_runner():
     """Each notebook has a shell, and each shell collects garbage when the process ends: minutes for a hundred of them.
 
     What a cell returns is formatted for the output, and before that, figures too, by a hook that writes nothing."""
-    import copied                      # noqa: F401 as above
     from execnb.shell import CaptureShell
     gc.freeze()
     del os.environ['TORCHDYNAMO_DISABLE']                        # what a chapter compiles is compiled

@@ -1,10 +1,6 @@
 "Several processes of one program: it is imported once, and each process is a copy of it. Used by scripts of tests."
 import os, socket, sys, traceback
 import torch.distributed.checkpoint, torch.distributed.fsdp    # noqa: F401
-import copied                            # noqa: F401
-from mt_editflow_nb.editing.loading import load_editor
-
-load_editor()                            # imports most of diffusers, and each process copies what it has read
 
 def free_port():
     with socket.socket() as s:

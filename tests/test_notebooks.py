@@ -123,6 +123,10 @@ def test_begins_with_title_and_subtitle(path):
     assert cells[0].cell_type == 'markdown' and found
     assert len(found[1]) <= 120, 'the subtitle becomes a docstring of one line'
 
+def without_magic(source):
+    "Python without IPython's own lines."
+    return re.sub(r'(?m)^(\s*)[%!].*', r'\1pass', source)
+
 def prints(node):
     "Whether running it calls `print` or `display`; what it only defines does not count."
     if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)): return False
@@ -137,8 +141,7 @@ def test_cells_that_print_show_what_they_print(path):
     "An output is easily lost when a cell is edited."
     silent = [c.source for c in cells_of(path) if c.cell_type == 'code' and not c.outputs]
     shown = [source for source in silent if not re.search(r'#\|\s*(hide|export|eval)', source)]
-    sources = [re.sub(r'(?m)^(\s*)[%!].*', r'\1pass', source) for source in shown]
-    assert not [source for source in sources if prints(ast.parse(source))]
+    assert not [source for source in shown if prints(ast.parse(without_magic(source)))]
 
 @each(notebooks)
 def test_figures_are_pictures(path):
@@ -168,7 +171,7 @@ def python_of(path):
     "The Python of a file, or of each cell of a notebook without IPython's own lines."
     if path.suffix == '.py': return [path.read_text()]
     sources = [c.source for c in cells_of(path) if c.cell_type == 'code' and not c.source.startswith('%%')]
-    return [re.sub(r'(?m)^(\s*)[%!].*', r'\1pass', source) for source in sources]
+    return [without_magic(source) for source in sources]
 
 def reads(value, target):
     "Whether a value reads what is assigned to a target before it, as where two things are swapped."
